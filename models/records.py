@@ -1,0 +1,89 @@
+"""What analysing a model yields: operators, cut points, blocks. Plain values: stored, planned over and reported without the model at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from aivmm.tensors import TensorSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Category:
+    """The family of a model, and what in its graph says so."""
+
+    name: str  # "CNN", "vision transformer", "language transformer", "RNN/speech", "recommender", "scientific/graph", "unknown"
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    """One unique operator of a model: the same operator, attributes, shapes and types have the same signature in any model."""
+
+    signature: str  # SHA-256, hexadecimal
+    op_type: str
+    domain: str
+    description: str  # for people: "Conv 3x3 stride 2: 1x3x224x224 -> 1x64x111x111"
+    count: int  # how many nodes of the model have this signature
+    nodes: tuple[str, ...]  # their names
+    flops: float | None  # of one node; None when unknown
+    bytes: int | None  # read and written by one node, weights included; None when a shape is unknown
+    data_dependent: bool = False  # its time depends on values (NonZero, Loop, ...), so it is keyed by content
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutPoint:
+    """A place in topological order where few tensors are alive: the graph can be cut before node `position`."""
+
+    position: int
+    tensors: tuple[TensorSpec, ...]
+    bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """The run of nodes [first, last] between two neighbouring cut points."""
+
+    index: int
+    first: int
+    last: int  # inclusive
+    structure: str  # structure hash: blocks that are alike share it
+    content: str  # content hash, with weights
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    op_types: Mapping[str, int]
+    flops: float | None
+    weight_bytes: int
+    data_dependent: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Structure:
+    """A prepared model, taken apart."""
+
+    structure: str  # structure hash of the whole
+    content: str  # content hash of the whole
+    node_count: int
+    flops: float | None
+    weight_bytes: int
+    operators: tuple[Operator, ...]
+    cut_points: tuple[CutPoint, ...]
+    blocks: tuple[Block, ...]
+    data_dependent: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """A prepared model: what the file was, what was done to it, and what it expects."""
+
+    name: str  # the file's stem, or "demo:squeezenet"
+    path: str  # as the user gave it
+    sha256: str  # of the user's file (with its external data)
+    category: Category
+    inputs: tuple[TensorSpec, ...]  # with shapes bound
+    outputs: tuple[TensorSpec, ...]
+    opset: int
+    ir_version: int
+    batch: int  # the batch bound here
+    batchable: bool  # True when another batch could be bound
+    notes: tuple[str, ...]  # what was changed on the way in: "opset 1 raised to 17"

@@ -1,0 +1,102 @@
+"""The record types of measuring: what was probed, under which conditions, and how it came out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from aivmm.runtime.config import Config, Setting
+
+Source = Literal["measured", "interpolated", "modelled"]
+ProbeKind = Literal["model", "segment", "operator", "transfer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeKey:
+    """What makes two measurements the same measurement.
+
+    `subject` is a structure hash, or a content hash where values decide the time; `environment` is the fingerprint of the target alone.
+    """
+
+    kind: ProbeKind
+    subject: str
+    target: str
+    environment: str
+    config: Config  # with its precision
+    batch: int = 1
+    callers: int = 1  # requests kept in flight; 1 is the latency scenario
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """Raw durations of one step, in order, and the round of the race each was taken in. Every summary is a function of this."""
+
+    timed_s: tuple[float, ...]
+    rounds: tuple[int, ...] = ()  # as long as timed_s, or empty when nothing was interleaved
+    warmup_s: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.timed_s or not all(0 < each < math.inf for each in self.timed_s):
+            raise ValueError("timed_s needs positive finite durations")
+        if self.rounds and len(self.rounds) != len(self.timed_s):
+            raise ValueError(f"{len(self.rounds)} rounds for {len(self.timed_s)} durations")
+
+    def quantile_s(self, q: float) -> float:
+        """Return the q-quantile in seconds, by the nearest-rank method."""
+        ordered = sorted(self.timed_s)
+        return ordered[min(len(ordered) - 1, max(0, math.ceil(q * len(ordered)) - 1))]
+
+    @property
+    def median_s(self) -> float:
+        """The median, in seconds."""
+        ordered = sorted(self.timed_s)
+        middle = len(ordered) // 2
+        return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caution:
+    """A reason to doubt a number, and what to do about it."""
+
+    code: str  # "spread", "few-samples", "machine-busy", "never-settled", ...
+    message: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A probe that gave numbers.
+
+    `metrics` is an open table whose names carry the unit: compile_s, first_inference_s, peak_memory_bytes, relative_l2, cosine, ...
+    `race` names the interleaved run the samples come from: pair two outcomes of one race round by round.
+    """
+
+    key: ProbeKey
+    samples: Samples
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    cautions: tuple[Caution, ...] = ()
+    effective_config: Mapping[str, Setting] = field(default_factory=dict)
+    placement: Mapping[str, int] = field(default_factory=dict)  # device -> nodes
+    race: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """A probe the target will not take: knowledge, with the runtime's own words."""
+
+    key: ProbeKey
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """A probe that crashed, hung, gave wrong numbers or ran out of memory: a report, not tried again in this environment unless asked."""
+
+    key: ProbeKey
+    reason: str
+    output: str = ""  # the last lines the worker printed
+
+
+Outcome = Measured | Refused | Failed

@@ -1,0 +1,127 @@
+"""The seam: what a runtime offers to the rest of aivmm.
+
+Small on purpose: each method added breaks every plug-in. An ability that not all have is a protocol of its own
+(`ExportsBlob`), asked for with `isinstance`. A plug-in needs to import nothing from us but these names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from aivmm.runtime.config import Config, Knob, Setting
+from aivmm.runtime.target import Target, Unavailable
+from aivmm.tensors import TensorSpec
+
+Buffer = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where the runtime itself says that the nodes run.
+
+    `devices` are the runtime's names of the devices that execute; `nodes` counts nodes by device where the runtime tells, after fusion.
+    """
+
+    devices: tuple[str, ...]
+    nodes: Mapping[str, int] = field(default_factory=dict)
+    stray: tuple[str, ...] = ()  # nodes left on another device than the one asked for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """What a user would run without us. A target such as `openvino:AUTO` may exist only as a baseline."""
+
+    name: str  # "onnxruntime:CPU default", "openvino:CPU LATENCY hint", "openvino:AUTO"
+    target: Target
+    config: Config
+
+
+class Request(Protocol):
+    """One slot of an executable that can run: its bound buffers. Not thread-safe; use one per thread."""
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        """Bind a C-contiguous array of the tensor's type and shape to an input or output; it is read or written in place by each run.
+
+        An output whose shape is not known before the run cannot be bound, nor can strings as outputs: read those with `output`.
+        """
+
+    def run(self) -> None:
+        """Run once. Return when the device is idle and the outputs are written."""
+
+    def output(self, name: str) -> Buffer:
+        """Return an output of the last run: the bound buffer itself, or the runtime's array, which the next run may overwrite."""
+
+
+class Executable(Protocol):
+    """A model compiled for one target with one config."""
+
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+    effective_config: Mapping[str, Setting]  # read back from the runtime, not echoed
+    placement: Placement
+
+    def new_request(self) -> Request:
+        """Make another request; several may be in flight at once."""
+
+    def close(self) -> None:
+        """Free what the runtime holds. Requests made from it are invalid afterwards."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """What a runtime offers."""
+
+    name: ClassVar[str]
+
+    def targets(self) -> Sequence[Target | Unavailable]:
+        """List what runs here, proved by a trial, and what a user could expect and why it is absent. Same answer when asked twice."""
+
+    def knobs(self, target: Target) -> Sequence[Knob]:
+        """List what can be tuned on `target`."""
+
+    def baselines(self, targets: Sequence[Target], objective: str) -> Sequence[Baseline]:
+        """List what a user would run on `targets` without us, for an objective ("latency", "throughput", "energy")."""
+
+    def compile(self, model: Path | bytes, target: Target, config: Config) -> Executable:
+        """Compile `model` for `target`.
+
+        Raises:
+            Unsupported: the runtime refuses the model, a setting or the precision, in its own words, or would run it elsewhere.
+        """
+
+
+@runtime_checkable
+class ExportsBlob(Protocol):
+    """An executable that can be stored compiled. Separate from `Executable`: half of the runtimes cannot."""
+
+    def export_blob(self) -> bytes:
+        """Return the compiled form.
+
+        Raises:
+            Unsupported: with the runtime's own words.
+        """
+
+
+def aligned_empty(spec: TensorSpec, *, alignment: int = 4096) -> Buffer:
+    """Return an uninitialised C-contiguous array for `spec` that starts at a multiple of `alignment` bytes and is padded to 64.
+
+    Both runtimes share such an array without a copy, and so do GPU drivers that wrap host memory.
+
+    Raises:
+        ValueError: the shape is not static, or elements have no fixed size.
+    """
+    shape = tuple(extent for extent in spec.shape if extent is not None)
+    if len(shape) != len(spec.shape) or spec.dtype == "string":
+        raise ValueError(f"{spec} has no fixed size")
+    dtype = np.dtype(spec.dtype)
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    padded = max(64, (size + 63) // 64 * 64)
+    raw = np.empty(padded + alignment, dtype=np.uint8)
+    start = -raw.ctypes.data % alignment
+    return raw[start : start + size].view(dtype).reshape(shape)

@@ -1,0 +1,63 @@
+"""What one target is compiled with, and the knobs it offers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Setting = str | int | float | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Settings in the runtime's own names, and the precision asked for; None leaves the precision to the runtime's default."""
+
+    settings: tuple[tuple[str, Setting], ...] = ()
+    precision: str | None = None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Setting] | None = None, *, precision: str | None = None) -> Config:
+        """Make a config whose settings are in one canonical order."""
+        return cls(tuple(sorted((settings or {}).items())), precision)
+
+    def as_dict(self) -> dict[str, Setting]:
+        """Return the settings alone, as JSON takes them."""
+        return dict(self.settings)
+
+    def get(self, name: str) -> Setting | None:
+        """Return one setting, or None when it is left to the runtime."""
+        return dict(self.settings).get(name)
+
+    def key(self) -> str:
+        """Return the canonical JSON of settings and precision: equal configs have equal keys, across processes and versions."""
+        return json.dumps({"precision": self.precision, "settings": dict(self.settings)}, sort_keys=True, separators=(",", ":"))
+
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits of the key's SHA-256."""
+        return hashlib.sha256(self.key().encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{name}={value}" for name, value in self.settings) or "defaults"
+        return f"{shown} [{self.precision}]" if self.precision else shown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knob:
+    """One thing that can be tuned on a target: its range or its choices, the runtime's default, and why it may matter.
+
+    An ordered knob is `int` or `float` with `low` and `high` (a search must see its order); the rest are `choice`.
+    `objectives` names the goals it can serve, so that a latency search does not spend trials on streams.
+    """
+
+    name: str
+    kind: Literal["int", "float", "choice"]
+    why: str
+    low: float = 0
+    high: float = 0
+    log: bool = False
+    choices: tuple[Setting, ...] = ()
+    default: Setting | None = None
+    objectives: frozenset[str] = frozenset({"latency", "throughput", "energy"})
