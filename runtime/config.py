@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 Setting = str | int | float | bool
@@ -44,7 +44,7 @@ class Config:
         return f"{shown} [{self.precision}]" if self.precision else shown
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Knob:
     """One thing that can be tuned on a target: its range or its choices, the runtime's default, and why it may matter.
 
@@ -55,6 +55,7 @@ class Knob:
     name: str
     kind: Literal["int", "float", "choice"]
     why: str
+    _: KW_ONLY
     low: float = 0
     high: float = 0
     log: bool = False

@@ -1,0 +1,81 @@
+"""How close outputs are to a reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """Over all outputs the worst of each measure; `problem` says what makes them unusable (NaN, another shape), else it is empty."""
+
+    cosine: float
+    relative_l2: float
+    max_abs: float
+    problem: str = ""
+
+    def metrics(self) -> dict[str, float]:
+        """Return the finite measures by name."""
+        found = {"cosine": self.cosine, "relative_l2": self.relative_l2, "max_abs": self.max_abs}
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def judge(outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> Accuracy:
+    """Compare outputs with the reference ones, name by name, in double precision.
+
+    Cosine is the normalised inner product; relative L2 is ||x - r|| / ||r||. Outputs of integers, booleans and strings have to be equal:
+    the share of unequal elements is then their relative L2, and 1 minus it their cosine.
+    """
+    worst = {"cosine": 1.0, "relative_l2": 0.0, "max_abs": 0.0}
+    for name, expected in reference.items():
+        if name not in outputs:
+            return _unusable(f"the output {name!r} is missing")
+        actual = np.asarray(outputs[name])
+        expected = np.asarray(expected)
+        if actual.shape != expected.shape:
+            return _unusable(f"output {name!r} has shape {list(actual.shape)}, the reference has {list(expected.shape)}")
+        if expected.dtype.kind not in "fc" and expected.dtype.name not in ("bfloat16", "float16"):
+            unequal = float(np.mean(actual != expected)) if expected.size else 0.0
+            one = {"cosine": 1.0 - unequal, "relative_l2": unequal, "max_abs": unequal}
+        else:
+            found = _compare_floats(actual, expected)
+            if isinstance(found, str):
+                return _unusable(f"output {name!r} {found}")
+            one = found
+        worst = {
+            "cosine": min(worst["cosine"], one["cosine"]),
+            "relative_l2": max(worst["relative_l2"], one["relative_l2"]),
+            "max_abs": max(worst["max_abs"], one["max_abs"]),
+        }
+    return Accuracy(**worst)
+
+
+def _compare_floats(actual: Array, expected: Array) -> dict[str, float] | str:
+    x, r = actual.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+    odd = ~np.isfinite(r)
+    if not np.array_equal(x[odd], r[odd], equal_nan=True):
+        return "differs from the reference where that is infinite or not a number"
+    x, r = x[~odd], r[~odd]
+    if not np.isfinite(x).all():
+        return "holds NaN or infinity where the reference does not"
+    if not r.size:
+        return {"cosine": 1.0, "relative_l2": 0.0, "max_abs": 0.0}
+    difference = x - r
+    norm_x, norm_r, norm_d = (float(np.linalg.norm(each)) for each in (x, r, difference))
+    if norm_r == 0.0:
+        same = norm_x == 0.0
+        return {"cosine": 1.0 if same else 0.0, "relative_l2": 0.0 if same else norm_x, "max_abs": float(np.abs(difference).max())}
+    cosine = 0.0 if norm_x == 0.0 else min(1.0, float(x @ r) / (norm_x * norm_r))
+    return {"cosine": cosine, "relative_l2": norm_d / norm_r, "max_abs": float(np.abs(difference).max())}
+
+
+def _unusable(problem: str) -> Accuracy:
+    return Accuracy(cosine=-1.0, relative_l2=math.inf, max_abs=math.inf, problem=problem)

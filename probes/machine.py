@@ -1,0 +1,129 @@
+"""The machine while it is measured: one measurement at a time, and what else is going on."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
+
+from aivmm.errors import UsageError
+from aivmm.probes.records import Caution
+
+_QUIET_S = 0.004  # a process whose CPU time stands still this long has stopped spinning
+_QUIET_LIMIT_S = 0.25
+_CLOCK_TICK_S = 0.01  # what psutil resolves CPU times to
+
+
+def lock_path() -> Path:
+    """Return the file of the machine-wide measuring lock. It belongs to the machine and not to a user or a database."""
+    return Path(os.environ.get("AIVMM_LOCK") or Path(tempfile.gettempdir()) / "aivmm-measuring.lock")
+
+
+@contextmanager
+def measuring(timeout_s: float = 600.0) -> Iterator[float]:
+    """Hold the machine-wide lock, so that one measurement runs at a time whoever started it. Yields the seconds waited.
+
+    Raises:
+        UsageError: someone else measured for all of `timeout_s`.
+    """
+    started = time.perf_counter()
+    lock = FileLock(lock_path(), timeout=timeout_s, mode=0o666)
+    try:
+        lock.acquire(poll_interval=0.02)
+    except Timeout as error:
+        raise UsageError(
+            f"another aivmm has been measuring on this machine for {timeout_s:.0f} s",
+            advice=f"wait for it to end, or remove {lock_path()} if none runs",
+        ) from error
+    except OSError as error:
+        raise UsageError(f"cannot lock {lock_path()} ({error.strerror or error})", advice="set AIVMM_LOCK to a file that you may write") from error
+    try:
+        yield time.perf_counter() - started
+    finally:
+        lock.release()
+
+
+def wait_until_quiet(pid: int) -> float:
+    """Wait until the process `pid` burns no CPU time any more; return the seconds waited.
+
+    ONNX Runtime's threads spin for 33 ms after a call and nearly double the latency of whoever runs next.
+    """
+    started = time.perf_counter()
+    before = _cpu_seconds(pid)
+    while time.perf_counter() - started < _QUIET_LIMIT_S:
+        time.sleep(_QUIET_S)
+        now = _cpu_seconds(pid)
+        if now - before < _QUIET_S / 2:
+            break
+        before = now
+    return time.perf_counter() - started
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process in seconds; from the scheduler's nanosecond account where Linux keeps it, else from clock ticks."""
+    try:
+        total = 0
+        for task in os.scandir(f"/proc/{pid}/task"):
+            with open(f"{task.path}/schedstat") as file:  # noqa: PTH123 - called thousands of times while others wait
+                total += int(file.read().split()[0])
+        return total / 1e9
+    except (OSError, IndexError, ValueError):
+        pass
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)
+
+
+class BackgroundLoad:
+    """How many cores others kept busy between entering and `read`, given the CPU time that was ours."""
+
+    def __init__(self) -> None:
+        self._times = psutil.cpu_times()
+        self._started = time.perf_counter()
+
+    def read(self, ours_s: float) -> float:
+        """Return the average number of cores that were busy with something else than our `ours_s` seconds of CPU time."""
+        elapsed = max(1e-3, time.perf_counter() - self._started)
+        now = psutil.cpu_times()
+        busy = sum(getattr(now, name, 0.0) - getattr(self._times, name, 0.0) for name in ("user", "system", "nice", "irq", "softirq", "steal"))
+        return max(0.0, (busy - ours_s) / elapsed)
+
+
+def on_battery() -> bool:
+    """Say whether the machine runs on battery."""
+    try:
+        battery = psutil.sensors_battery()
+    except (AttributeError, OSError):
+        return False
+    return battery is not None and battery.power_plugged is False
+
+
+def machine_cautions(load_cores: float, cores: int) -> tuple[Caution, ...]:
+    """Return the reasons to doubt what was measured under `load_cores` of foreign load on a machine of `cores`."""
+    found = []
+    if load_cores > 0.15 * cores:
+        found.append(Caution(code="machine-busy", message=f"other processes kept {load_cores:.1f} of {cores} cores busy", advice="close them and tune again with --fresh"))
+    if on_battery():
+        found.append(Caution(code="on-battery", message="the machine ran on battery", advice="plug it in and tune again with --fresh"))
+    return tuple(found)
+
+
+def peak_memory_bytes(pid: int | None = None) -> int:
+    """Return the peak resident memory of a process in bytes (of this one when no `pid` is given); 0 when the system does not tell."""
+    try:
+        with open(f"/proc/{pid or 'self'}/status") as file:  # noqa: PTH123 - not a path of a user
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    info = psutil.Process(pid).memory_info()
+    return int(getattr(info, "peak_wset", 0))

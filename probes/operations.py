@@ -1,0 +1,360 @@
+"""What a worker can be asked to do. Each operation takes the worker's state and JSON values, and returns a JSON object."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from aivmm.errors import UsageError
+from aivmm.probes import wire
+from aivmm.probes.accuracy import judge
+from aivmm.probes.machine import peak_memory_bytes
+from aivmm.runtime.backend import Buffer, Executable, Request, aligned_empty
+from aivmm.runtime.engine import Engine
+from aivmm.runtime.registry import load_backend
+from aivmm.runtime.target import Target
+from aivmm.tensors import TensorSpec
+
+_BATCH_BELOW_S = 100e-6  # steps shorter than this are timed several at a time, so that the clock does not matter
+_BATCH_OF_S = 200e-6
+_SETTLE_S = 2e-3
+
+
+class Runner(Protocol):
+    """Something loaded that can be run again and again, by as many threads as it has steps."""
+
+    steps: Sequence[Callable[[], object]]
+
+    def outputs(self, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
+        """Run once on `inputs` and return copies of the outputs."""
+
+    def close(self) -> None:
+        """Free it."""
+
+
+class State:
+    """What a worker holds between requests."""
+
+    def __init__(self) -> None:
+        self.runners: dict[str, Runner] = {}
+
+
+class ExecutableRunner:
+    """A compiled model with `callers` requests bound to buffers, as the engine binds them."""
+
+    def __init__(self, executable: Executable, inputs: Mapping[str, Buffer], callers: int) -> None:
+        self.executable = executable
+        self._requests = [self._bound(inputs) for _ in range(callers)]
+        self.steps = [request.run for request in self._requests]
+
+    def _bound(self, inputs: Mapping[str, Buffer]) -> Request:
+        request = self.executable.new_request()
+        for spec in self.executable.inputs:
+            if spec.name not in inputs:
+                raise UsageError(f"no sample for the input {spec.name!r}")
+            request.bind(spec.name, _own(inputs[spec.name], spec))
+        for spec in self.executable.outputs:
+            if spec.static and spec.dtype not in ("string", "unknown"):
+                request.bind(spec.name, aligned_empty(spec))
+        return request
+
+    def outputs(self, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
+        """Run once on `inputs` with a request of its own."""
+        request = self._bound(inputs)
+        request.run()
+        return {spec.name: np.array(request.output(spec.name)) for spec in self.executable.outputs}
+
+    def close(self) -> None:
+        """Free the model."""
+        self.steps = []
+        self._requests = []
+        self.executable.close()
+
+
+class EngineRunner:
+    """A loaded bundle, driven as a user drives it: `engine.run` with arrays, from as many threads as the plan wants callers."""
+
+    def __init__(self, engine: Engine, inputs: Mapping[str, Buffer]) -> None:
+        self.engine = engine
+        arrays = dict(inputs)
+        self.steps = [lambda: engine.run(arrays) for _ in range(engine.plan.callers)]
+
+    def outputs(self, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
+        """Run once on `inputs`."""
+        return self.engine.run(inputs)
+
+    def close(self) -> None:
+        """Close the engine."""
+        self.engine.close()
+
+
+def _own(array: Buffer, spec: TensorSpec) -> Buffer:
+    """Return a private copy in an aligned buffer: where a run reads from decides part of its time."""
+    if array.dtype.kind in "OSU" or not array.size:
+        return array
+    copy = aligned_empty(TensorSpec(name=spec.name, dtype=array.dtype.name, shape=array.shape))
+    copy[...] = array
+    return copy
+
+
+def load_arrays(path: str) -> dict[str, Buffer]:
+    """Read arrays that `save_arrays` wrote."""
+    with np.load(path, allow_pickle=False) as stored:
+        names = str(stored["__names__"].tobytes().decode()).split("\0") if stored["__names__"].size else []
+        arrays = {}
+        for index, name in enumerate(names):
+            array = stored[f"array_{index}"]
+            arrays[name] = array.astype(object) if array.dtype.kind == "U" else array
+        return arrays
+
+
+def save_arrays(path: str | Path, arrays: Mapping[str, Buffer]) -> None:
+    """Write arrays by name. Names are data: a tensor called `../../x` or `file` must not become a member of the archive."""
+    names = np.frombuffer("\0".join(arrays).encode(), dtype=np.uint8)
+    stored = {f"array_{index}": _storable(array) for index, array in enumerate(arrays.values())}
+    with Path(path).open("wb") as file:
+        np.savez(file, __names__=names, **stored)
+
+
+def _storable(array: Buffer) -> Buffer:
+    array = np.asarray(array)
+    return array.astype(str) if array.dtype.kind == "O" else array
+
+
+def discover(state: State, *, backends: list[str]) -> dict[str, Any]:
+    """List the targets of `backends`."""
+    return {"targets": [wire.target_out(each) for name in backends for each in load_backend(name).targets()]}
+
+
+def knobs(state: State, *, target: dict[str, Any]) -> dict[str, Any]:
+    """List the knobs of a target."""
+    found = wire.target_in(target)
+    assert isinstance(found, Target)
+    return {"knobs": [wire.knob_out(each) for each in load_backend(found.runtime).knobs(found)]}
+
+
+def baselines(state: State, *, targets: list[dict[str, Any]], objective: str, backends: list[str]) -> dict[str, Any]:
+    """List the baselines of the targets."""
+    real = [each for each in map(wire.target_in, targets) if isinstance(each, Target)]
+    found = [each for name in backends for each in load_backend(name).baselines(real, objective)]
+    return {"baselines": [{"name": each.name, "target": wire.target_out(each.target), "config": wire.config_out(each.config)} for each in found]}
+
+
+def prepare(state: State, *, source: str, destination: str, shapes: dict[str, list[int]], dims: dict[str, int], batch: int) -> dict[str, Any]:
+    """Prepare a model file; see `models.prepare`."""
+    from aivmm.models.prepare import prepare as prepare_model
+
+    bound = {name: tuple(shape) for name, shape in shapes.items()}
+    return {"facts": wire.facts_out(prepare_model(Path(source), Path(destination), shapes=bound, dims=dims, batch=batch))}
+
+
+def demo(state: State, *, name: str, folder: str) -> dict[str, Any]:
+    """Write a demo model."""
+    from aivmm.models.demo import write_demo
+
+    return {"path": str(write_demo(name, Path(folder)))}
+
+
+def samples(state: State, *, model: str, specs: list[dict[str, Any]], destinations: list[str], seed: int) -> dict[str, Any]:
+    """Make sample inputs that suit the model, one file each."""
+    import onnx
+
+    from aivmm.models.inputs import make_inputs
+
+    made = make_inputs(onnx.load(model, load_external_data=False), wire.specs_in(specs), seed=seed, count=len(destinations))
+    for path, arrays in zip(destinations, made, strict=True):
+        save_arrays(path, arrays)
+    return {}
+
+
+def compile_model(
+    state: State, *, name: str, model: str, target: dict[str, Any], config: dict[str, Any], inputs: str, reference: str = "", callers: int = 1
+) -> dict[str, Any]:
+    """Compile a model, run it once, and judge its outputs against `reference` where one is given."""
+    where = wire.target_in(target)
+    assert isinstance(where, Target)
+    backend = load_backend(where.runtime)
+    arrays = load_arrays(inputs)
+    started = time.perf_counter()
+    executable = backend.compile(Path(model), where, wire.config_in(config))
+    compiled = time.perf_counter()
+    runner = ExecutableRunner(executable, arrays, callers)
+    bound = time.perf_counter()
+    runner.steps[0]()
+    first = time.perf_counter() - bound
+    answer: dict[str, Any] = {
+        "compile_s": compiled - started,
+        "first_inference_s": first,
+        "inputs": wire.specs_out(tuple(executable.inputs)),
+        "outputs": wire.specs_out(tuple(executable.outputs)),
+        "effective_config": dict(executable.effective_config),
+        "devices": list(executable.placement.devices),
+        "nodes": dict(executable.placement.nodes),
+        "stray": list(executable.placement.stray)[:50],
+    }
+    if reference:
+        accuracy = judge(runner.outputs(arrays), load_arrays(reference))
+        answer |= {"accuracy": accuracy.metrics(), "problem": accuracy.problem}
+    state.runners[name] = runner
+    return answer
+
+
+def load_bundle(state: State, *, name: str, bundle: str, inputs: str, reference: str = "") -> dict[str, Any]:
+    """Load a bundle with the engine, run it once, and judge its outputs against `reference` where one is given."""
+    arrays = load_arrays(inputs)
+    started = time.perf_counter()
+    engine = Engine.load(bundle)
+    loaded = time.perf_counter()
+    runner = EngineRunner(engine, arrays)
+    engine.run(arrays)
+    answer: dict[str, Any] = {"load_s": loaded - started, "compile_s": engine.load_s, "first_inference_s": time.perf_counter() - loaded, "events": engine.events}
+    if reference:
+        accuracy = judge(runner.outputs(arrays), load_arrays(reference))
+        answer |= {"accuracy": accuracy.metrics(), "problem": accuracy.problem}
+    state.runners[name] = runner
+    return answer
+
+
+def outputs(state: State, *, name: str, inputs: str, destination: str) -> dict[str, Any]:
+    """Run once on the arrays in `inputs` and write the outputs to `destination`."""
+    save_arrays(destination, state.runners[name].outputs(load_arrays(inputs)))
+    return {}
+
+
+def timed(state: State, *, name: str, seconds: float, least: int = 2, most: int = 10_000, settle: int = 2) -> dict[str, Any]:
+    """Run for `seconds` (and at least `least` times) after `settle` untimed calls or 2 ms of them; return durations of one call.
+
+    Steps below 100 µs are timed several at a time and the mean of each such batch is one duration. With several callers all run at once
+    for `seconds`, and the one duration returned is elapsed time per call completed.
+    """
+    runner = state.runners[name]
+    if len(runner.steps) > 1:
+        return {"durations": [_several(runner.steps, seconds, least)], "memory_bytes": peak_memory_bytes()}
+    step = runner.steps[0]
+    # Whoever ran before us left its own data in the caches.
+    began = last = time.perf_counter()
+    done = 0
+    while done < max(1, settle) or (time.perf_counter() - began < _SETTLE_S):
+        before = time.perf_counter()
+        step()
+        last = time.perf_counter() - before
+        done += 1
+    inner = 1 if last >= _BATCH_BELOW_S else max(1, round(_BATCH_OF_S / max(last, 1e-6)))
+    return {"durations": _one(step, seconds, least, most, inner), "memory_bytes": peak_memory_bytes()}
+
+
+def _one(step: Callable[[], object], seconds: float, least: int, most: int, inner: int) -> list[float]:
+    clock = time.perf_counter
+    durations: list[float] = []
+    end = clock() + seconds
+    while True:
+        started = clock()
+        for _ in range(inner):
+            step()
+        now = clock()
+        durations.append((now - started) / inner)
+        if (now >= end and len(durations) >= least) or len(durations) >= most:
+            return durations
+
+
+def _several(steps: Sequence[Callable[[], object]], seconds: float, least: int) -> float:
+    """Run all steps at once, each in a thread of its own, and return elapsed seconds per completed call.
+
+    Each thread counts the calls that it completed before the end and when the last of those ended, so that a call cut off by the end of
+    the block is not counted as if it had taken no time.
+    """
+    clock = time.perf_counter
+    barrier = threading.Barrier(len(steps) + 1)
+    rates = [0.0] * len(steps)
+    failures: list[BaseException] = []
+
+    def run(index: int, step: Callable[[], object]) -> None:
+        try:
+            step()
+            barrier.wait()
+            started = clock()
+            count = 0
+            while count < least or clock() - started < seconds:
+                step()
+                count += 1
+            rates[index] = count / (clock() - started)
+        except BaseException as error:  # noqa: BLE001 - carried over to the calling thread
+            failures.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(index, step)) for index, step in enumerate(steps)]
+    for thread in threads:
+        thread.start()
+    try:
+        barrier.wait()
+    except threading.BrokenBarrierError:
+        pass
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return 1.0 / sum(rates)
+
+
+def probe(
+    state: State, *, model: str, target: dict[str, Any], config: dict[str, Any], inputs: str = "", reference: str = "", seconds: float = 0.02
+) -> dict[str, Any]:
+    """Compile, judge, time and drop one small model (an operator or a segment). Without `inputs` suitable ones are made."""
+    path = inputs
+    name = "\0probe"
+    if not path:
+        path = _made_inputs(Path(model))
+    answer = compile_model(state, name=name, model=model, target=target, config=config, inputs=path, reference=reference)
+    try:
+        answer |= timed(state, name=name, seconds=seconds, least=3, settle=2)
+    finally:
+        close(state, name=name)
+        if not inputs:
+            Path(path).unlink()
+    return answer
+
+
+def _made_inputs(model: Path) -> str:
+    import onnx
+
+    from aivmm.models.inputs import make_inputs
+    from aivmm.runtime.onnx_interface import read_interface
+
+    path = model.with_suffix(".inputs.npz")
+    save_arrays(path, make_inputs(onnx.load(str(model), load_external_data=False), read_interface(model).inputs, seed=0)[0])
+    return str(path)
+
+
+def close(state: State, *, name: str) -> dict[str, Any]:
+    """Free what `name` holds."""
+    runner = state.runners.pop(name, None)
+    if runner is not None:
+        runner.close()
+    return {}
+
+
+def memory(state: State) -> dict[str, Any]:
+    """Return the worker's own peak resident memory."""
+    return {"peak_bytes": peak_memory_bytes()}
+
+
+OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "baselines": baselines,
+    "close": close,
+    "compile": compile_model,
+    "demo": demo,
+    "discover": discover,
+    "knobs": knobs,
+    "load_bundle": load_bundle,
+    "memory": memory,
+    "outputs": outputs,
+    "prepare": prepare,
+    "probe": probe,
+    "samples": samples,
+    "timed": timed,
+}

@@ -1,0 +1,169 @@
+"""One caller's way through a plan: a request per stage, bound to shared boundary buffers. The hot path of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+
+from aivmm.errors import UsageError
+from aivmm.runtime.backend import Buffer, Executable, Request, aligned_empty
+from aivmm.runtime.plan import Stage
+from aivmm.tensors import TensorSpec
+
+# Up to this size an input is copied into a buffer bound once; beyond it the caller's own array is bound for the call, since a copy of a
+# megabyte takes longer than a rebinding (1.4 µs in ONNX Runtime, 3 to 8 µs in OpenVINO).
+COPY_LIMIT_BYTES = 32 << 10
+_RING = 4096  # latencies remembered per stage and lane, for the statistics
+
+
+class StageClock:
+    """Durations of one stage in one lane: a ring buffer that only its lane writes."""
+
+    __slots__ = ("count", "ring")
+
+    def __init__(self) -> None:
+        self.ring = np.zeros(_RING, dtype=np.int64)
+        self.count = 0
+
+    def add(self, nanoseconds: int) -> None:
+        """Remember one duration."""
+        self.ring[self.count % _RING] = nanoseconds
+        self.count += 1
+
+    def recent_ns(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return the last durations, unordered."""
+        return self.ring[: min(self.count, _RING)].copy()
+
+
+def new_buffer(spec: TensorSpec) -> Buffer | None:
+    """Return a buffer for `spec`, or None when only the runtime can allocate it."""
+    return None if not spec.static or spec.dtype in ("string", "unknown") else aligned_empty(spec)
+
+
+class Lane:
+    """Runs the stages one after another. Used by one thread at a time; the engine sees to that."""
+
+    def __init__(self, stages: Sequence[Stage], executables: Sequence[Executable], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+        self._specs = {each.name: each for each in inputs}
+        self._requests: list[Request] = [executable.new_request() for executable in executables]
+        self.clocks = [StageClock() for _ in stages]
+        self._buffers: dict[str, Buffer] = {}
+        self._rebind: dict[str, list[Callable[[str, Buffer], None]]] = {}
+        self._late: list[list[tuple[str, Request, list[Request]]]] = [[] for _ in stages]
+        self._bind_inputs(inputs, executables)
+        self._bind_boundaries(stages, executables)
+        self._steps = [(request.run, clock, late) for request, clock, late in zip(self._requests, self.clocks, self._late, strict=True)]
+        self._copied = [
+            (name, buffer, buffer.dtype, buffer.shape) for name, buffer in self._buffers.items() if name in self._specs and name not in self._rebind
+        ]
+        self._direct = [(name, self._specs[name], binders) for name, binders in self._rebind.items()]
+        self._readers = [self._reader(each.name, stages) for each in outputs]
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
+        """Run once and return copies of the outputs."""
+        for name, buffer, dtype, shape in self._copied:
+            array = inputs.get(name)
+            if type(array) is np.ndarray and array.dtype is dtype and array.shape == shape:
+                buffer[...] = array
+            else:
+                buffer[...] = checked(array, self._specs[name], self._specs)
+        for name, spec, binders in self._direct:
+            array = checked(inputs.get(name), spec, self._specs)
+            for bind in binders:
+                bind(name, array)
+        if len(inputs) != len(self._specs):
+            refuse_unknown(inputs, self._specs)
+        last = perf_counter_ns()
+        for run, clock, late in self._steps:
+            run()
+            for name, producer, consumers in late:
+                value = producer.output(name)
+                for consumer in consumers:
+                    consumer.bind(name, value)
+            now = perf_counter_ns()
+            clock.add(now - last)
+            last = now
+        return {name: read(name).copy() for name, read in self._readers}
+
+    def _bind_inputs(self, inputs: Sequence[TensorSpec], executables: Sequence[Executable]) -> None:
+        for spec in inputs:
+            users = [
+                request
+                for request, executable in zip(self._requests, executables, strict=True)
+                if any(each.name == spec.name for each in executable.inputs)
+            ]
+            size = spec.nbytes
+            if size is None or size > COPY_LIMIT_BYTES:
+                self._rebind[spec.name] = [request.bind for request in users]
+                continue
+            buffer = aligned_empty(spec)
+            self._buffers[spec.name] = buffer
+            for request in users:
+                request.bind(spec.name, buffer)
+
+    def _bind_boundaries(self, stages: Sequence[Stage], executables: Sequence[Executable]) -> None:
+        """Bind each stage's outputs to buffers which the stages that read them share: nothing is copied between stages."""
+        for index, (stage, executable) in enumerate(zip(stages, executables, strict=True)):
+            specs = {each.name: each for each in executable.outputs}
+            for tensor in stage.outputs:
+                spec = specs.get(tensor.name, tensor.spec)
+                consumers = [
+                    self._requests[later]
+                    for later in range(index + 1, len(stages))
+                    if any(each.name == spec.name for each in executables[later].inputs)
+                ]
+                buffer = new_buffer(spec)
+                if buffer is None:
+                    self._late[index].append((spec.name, self._requests[index], consumers))
+                    continue
+                self._buffers[spec.name] = buffer
+                self._requests[index].bind(spec.name, buffer)
+                for consumer in consumers:
+                    consumer.bind(spec.name, buffer)
+
+    def _reader(self, name: str, stages: Sequence[Stage]) -> tuple[str, Callable[[str], Buffer]]:
+        for stage, request in zip(stages, self._requests, strict=True):
+            if any(each.name == name for each in stage.outputs):
+                buffer = self._buffers.get(name)
+                return (name, request.output) if buffer is None else (name, lambda _name, buffer=buffer: buffer)
+        raise KeyError(name)  # the plan was checked: each output has a stage
+
+    @property
+    def buffers(self) -> Mapping[str, Buffer]:
+        """The bound buffers by tensor name, for tests that follow pointers."""
+        return self._buffers
+
+
+def checked(array: Any, spec: TensorSpec, known: Mapping[str, TensorSpec]) -> Buffer:
+    """Return `array` as the runtimes take it, converting only what loses nothing: a missing dimension of extent 1 is not guessed.
+
+    Raises:
+        UsageError: missing, of another type, or of another shape; names the input and what it should be.
+    """
+    if array is None:
+        raise UsageError(f"input {spec.name!r} is missing", advice=f"the plan takes {', '.join(map(str, known.values()))}")
+    value = np.asarray(array)
+    if spec.dtype == "string":
+        if value.dtype.kind not in "OSU":
+            raise UsageError(f"input {spec.name!r} has type {value.dtype}, expected strings")
+        value = value.astype(object)
+    elif value.dtype != np.dtype(spec.dtype):
+        plain = not isinstance(array, np.ndarray)  # Python numbers and lists have no type of their own to insist on
+        if not (plain and np.can_cast(value.dtype, spec.dtype, casting="same_kind")):
+            raise UsageError(f"input {spec.name!r} has type {value.dtype}, expected {spec.dtype}", advice=f"convert it with .astype({spec.dtype!r})")
+        value = value.astype(spec.dtype)
+    if len(value.shape) != len(spec.shape) or any(want not in (None, have) for want, have in zip(spec.shape, value.shape, strict=True)):
+        raise UsageError(f"input {spec.name!r} has shape {list(value.shape)}, expected {spec}", advice="tune for this shape with --shape or --batch")
+    if not value.flags.c_contiguous or not value.flags.writeable:
+        value = value.copy()  # both runtimes share only contiguous memory, and OpenVINO only writeable
+    return value
+
+
+def refuse_unknown(inputs: Mapping[str, Any], known: Mapping[str, TensorSpec]) -> None:
+    """Raise UsageError when `inputs` names a tensor that the plan does not take."""
+    unknown = [name for name in inputs if name not in known]
+    if unknown:
+        raise UsageError(f"unknown input {unknown[0]!r}", advice=f"the plan takes {', '.join(map(str, known.values()))}")

@@ -1,0 +1,418 @@
+"""A device made of arithmetic: right answers, exact times, a fake clock and no sleeping.
+
+For dry runs, for the documentation, and for tests of planners and searches: what is best on it can be worked out,
+and a search be held to it.
+
+The time of one run with `callers` requests in flight (asymptotic bounds of closed queueing networks, Lazowska et al. 1984, ch. 5):
+
+    node     = max(flops / (flops_per_s * efficiency * speed), bytes / bytes_per_s)
+    compute  = (sum of node * product of choice factors) * amdahl(threads) * (1 + stream_overhead * (streams - 1)) + nodes * launch_s
+    copies   = copied bytes / copy_bytes_per_s + copied tensors * copy_s
+    interval = max((compute + copies) / min(callers, streams), compute * threads / cores)
+    last_s   = interval * callers
+    amdahl(t) = serial + (1 - serial) / t + thread_overhead * (t - 1)
+
+onnx is imported only when a model is compiled: listing devices costs nothing, and production never does either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import random
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+
+from aivmm.errors import Unsupported, UsageError
+from aivmm.runtime.backend import Baseline, Buffer, Placement
+from aivmm.runtime.config import Config, Knob, Setting
+from aivmm.runtime.null_work import Work, evaluator_of, load, op_types, spec_of, work_of
+from aivmm.runtime.target import Device, DeviceKind, Target, Unavailable
+from aivmm.tensors import TensorSpec
+
+
+@runtime_checkable
+class SimulatedTime(Protocol):
+    """A request whose time is made of arithmetic. A probe that meets one takes `last_s` where it would have read a clock."""
+
+    @property
+    def last_s(self) -> float:
+        """Seconds the last run took, in simulated time, with every open request of its executable kept busy; 0 before the first run."""
+
+
+class FakeClock:
+    """Seconds since it was made, moved by hand. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+        self._lock = threading.Lock()
+
+    def now(self) -> float:
+        """Return the simulated time in seconds."""
+        with self._lock:
+            return self._now_s
+
+    def advance(self, seconds: float) -> None:
+        """Let `seconds` pass."""
+        with self._lock:
+            self._now_s += seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NullDevice:
+    """The figures of one made-up device. The module's docstring has the formula they enter."""
+
+    name: str = "CPU"
+    kind: DeviceKind = "cpu"
+    flops_per_s: float = 20e9  # of one thread, in fp32
+    bytes_per_s: float = 20e9
+    memory_bytes: int = 8 * 10**9
+    launch_s: float = 1e-6  # for each node
+    copy_bytes_per_s: float = math.inf  # inputs and outputs cross at this rate; infinite where the host's memory is shared
+    copy_s: float = 0.0  # for each tensor that crosses
+    efficiency: Mapping[str, float] = field(default_factory=dict)  # op type -> share of flops_per_s that it reaches; 1 unless named
+    op_types: frozenset[str] | None = None  # those it can run; None is all
+    speed: Mapping[str, float] = field(default_factory=lambda: {"fp32": 1.0})  # precision -> how many times flops_per_s
+    cores: int = 4
+    serial: float = 0.1  # the part of the work that threads do not speed up
+    thread_overhead: float = 0.02  # of the work, for each thread after the first
+    max_streams: int = 4
+    stream_overhead: float = 0.02
+    choices: Mapping[str, Mapping[Setting, float]] = field(
+        default_factory=dict
+    )  # further knobs: setting -> factor on time, the default first
+    noise: float = 0.0  # sigma of the log-normal factor on each run's time
+
+    def __post_init__(self) -> None:
+        positive = (self.flops_per_s, self.bytes_per_s, self.copy_bytes_per_s, self.memory_bytes, self.cores, self.max_streams)
+        factors = (*self.efficiency.values(), *self.speed.values(), *(each for knob in self.choices.values() for each in knob.values()))
+        rest = (self.launch_s, self.copy_s, self.serial, self.thread_overhead, self.stream_overhead, self.noise)
+        if not all(each > 0 for each in (*positive, *factors)) or not all(0 <= each < math.inf for each in rest) or self.serial > 1:
+            raise UsageError(f"no device can be made of {self}", advice="rates and factors are positive, costs are not negative")
+        if next(iter(self.speed), "") != "fp32" or {"threads", "streams"} & set(self.choices):
+            raise UsageError(f"null:{self.name} needs fp32 as its first speed, and other names than threads and streams for its choices")
+
+
+DEFAULT_DEVICES = (
+    NullDevice(speed={"fp32": 1.0, "bf16": 1.5}),
+    NullDevice(
+        name="GPU.0",
+        kind="gpu",
+        flops_per_s=2e12,
+        bytes_per_s=400e9,
+        memory_bytes=2 * 10**9,
+        launch_s=4e-6,
+        copy_bytes_per_s=8e9,
+        copy_s=10e-6,
+        efficiency={"LSTM": 0.01, "GRU": 0.01, "RNN": 0.01, "Gather": 0.1},
+        speed={"fp32": 1.0, "f16": 2.0},
+        cores=1,
+        choices={"layout": {"nchw": 1.0, "nhwc": 0.9}},
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Setup:
+    """A config as the formula takes it."""
+
+    threads: int
+    streams: int
+    precision: str
+    chosen: Mapping[str, Setting]
+
+    def as_settings(self) -> dict[str, Setting]:
+        return {"threads": self.threads, "streams": self.streams, "precision": self.precision, **self.chosen}
+
+
+def interval_s(work: Work, device: NullDevice, setup: _Setup, callers: int) -> float:
+    """Return the seconds between two completed runs when `callers` requests are kept in flight; for one caller that is the latency."""
+    rate = device.flops_per_s * device.speed[setup.precision]
+    nodes_s: float = sum(
+        max(flops / (rate * device.efficiency.get(op, 1.0)), moved / device.bytes_per_s) for op, flops, moved in work.nodes
+    )
+    nodes_s *= math.prod([device.choices[name][value] for name, value in setup.chosen.items()], start=1.0)
+    amdahl = device.serial + (1 - device.serial) / setup.threads + device.thread_overhead * (setup.threads - 1)
+    compute_s = nodes_s * amdahl * (1 + device.stream_overhead * (setup.streams - 1)) + len(work.nodes) * device.launch_s
+    copies_s = work.copied_bytes / device.copy_bytes_per_s + work.copied_tensors * device.copy_s
+    return max((compute_s + copies_s) / min(callers, setup.streams), compute_s * setup.threads / device.cores)
+
+
+class NullBackend:
+    """A runtime whose devices are made of arithmetic. Its answers are those of `onnx.reference`; its times are the formula's.
+
+    `unavailable` is what `targets` lists as absent. Times with noise are the same in every process for the same `seed` and order of runs.
+    """
+
+    name: ClassVar[str] = "null"
+
+    def __init__(
+        self,
+        devices: Iterable[NullDevice] = DEFAULT_DEVICES,
+        *,
+        clock: FakeClock | None = None,
+        seed: int = 0,
+        unavailable: Sequence[Unavailable] = (),
+    ) -> None:
+        self.clock = clock or FakeClock()
+        self._devices = {device.name: device for device in devices}
+        self._memory = _Memory()
+        self._seed = seed
+        self._unavailable = tuple(unavailable)
+
+    def targets(self) -> Sequence[Target | Unavailable]:
+        """List the devices it was made with."""
+        return (*(_target(device) for device in self._devices.values()), *self._unavailable)
+
+    def knobs(self, target: Target) -> Sequence[Knob]:
+        """List threads, streams and the device's choices, as far as the device has more than one value for them."""
+        device = self._device(target)
+        knobs = []
+        if device.cores > 1:
+            why = "each thread shortens the parallel part and adds overhead, so the best count lies between"
+            knobs.append(Knob(name="threads", kind="int", low=1, high=2 * device.cores, default=device.cores, why=why))
+        if device.max_streams > 1:
+            why = "several runs at once fill the device while one copies or is serial, and each costs memory"
+            objectives = frozenset({"throughput"})
+            knobs.append(Knob(name="streams", kind="int", low=1, high=device.max_streams, default=1, why=why, objectives=objectives))
+        for name, factors in device.choices.items():
+            why = f"each choice of {name} scales the compute time by its own factor"
+            knobs.append(Knob(name=name, kind="choice", choices=tuple(factors), default=next(iter(factors)), why=why))
+        return knobs
+
+    def baselines(self, targets: Sequence[Target], objective: str) -> Sequence[Baseline]:
+        """List each target's defaults."""
+        return [Baseline(name=f"{target} default", target=target, config=Config()) for target in targets if target.runtime == self.name]
+
+    def compile(self, model: Path | bytes, target: Target, config: Config) -> NullExecutable:
+        """Check `model`, make sure that it fits, and keep its memory until it is closed.
+
+        Raises:
+            Unsupported: onnx cannot read or evaluate the model, the device lacks an operator, a setting or a precision, or it does not fit.
+        """
+        device, setup = self._device(target), self._setup(target, config)
+        proto, name = load(model)
+        missing = sorted(set(op_types(proto.graph)) - device.op_types) if device.op_types is not None else []
+        if missing:
+            raise Unsupported(f"{target} does not support {', '.join(missing)}", advice="run these operators on another target")
+        executable = NullExecutable(proto, device, setup, clock=self.clock, seed=f"{self._seed} {target} {config.key()} {name}")
+        needed = executable.work.weight_bytes + executable.work.activation_bytes * setup.streams
+        self._memory.take(name, needed, device)
+        executable.on_close(weakref.finalize(executable, self._memory.free, device, needed))
+        return executable
+
+    def expect_s(self, model: Path | bytes, target: Target, config: Config, *, callers: int = 1) -> float:
+        """Return the time between two completed runs, without noise, without running and without asking whether it fits."""
+        return interval_s(work_of(load(model)[0]), self._device(target), self._setup(target, config), callers)
+
+    def optimum(self, model: Path | bytes, target: Target, *, callers: int = 1, precision: str | None = None) -> tuple[Config, float]:
+        """Return the config with the shortest `expect_s` and that time, found by trying every one: the yardstick of a search."""
+        work, device = work_of(load(model)[0]), self._device(target)
+
+        def expected(config: Config) -> float:
+            return interval_s(work, device, self._setup(target, config), callers)
+
+        best = min((Config.of(settings, precision=precision) for settings in _grid(self.knobs(target))), key=expected)
+        return best, expected(best)
+
+    def memory_in_use(self, target: Target) -> int:
+        """Return the bytes that open executables hold on `target`."""
+        return self._memory.used(self._device(target))
+
+    def _device(self, target: Target) -> NullDevice:
+        if target.runtime != self.name or target.name not in self._devices:
+            known = ", ".join(f"{self.name}:{name}" for name in self._devices)
+            raise Unsupported(f"{target} is not a device of the null backend", advice=f"it has {known}")
+        return self._devices[target.name]
+
+    def _setup(self, target: Target, config: Config) -> _Setup:
+        device, knobs = self._device(target), {knob.name: knob for knob in self.knobs(target)}
+        settings: dict[str, Any] = {name: knob.default for name, knob in knobs.items()}
+        for name, value in config.settings:
+            if name not in knobs:
+                raise Unsupported(f"{target} has no setting {name!r}", advice=f"it has {', '.join(knobs) or 'none'}")
+            _require_allowed(target, knobs[name], value)
+            settings[name] = value
+        precision = config.precision or "fp32"
+        if precision not in device.speed:
+            raise Unsupported(f"{target} does not run {precision!r}", advice=f"it runs {', '.join(device.speed)}")
+        threads, streams = settings.pop("threads", 1), settings.pop("streams", 1)
+        return _Setup(threads=threads, streams=streams, precision=precision, chosen=settings)
+
+
+class NullExecutable:
+    """A model on a made-up device. Every open request is taken to be kept busy: that is what `callers` means here."""
+
+    def __init__(self, proto: Any, device: NullDevice, setup: _Setup, *, clock: FakeClock, seed: str) -> None:
+        initialized = {each.name for each in proto.graph.initializer}
+        self.inputs: Sequence[TensorSpec] = tuple(spec_of(each) for each in proto.graph.input if each.name not in initialized)
+        self.outputs: Sequence[TensorSpec] = tuple(spec_of(each) for each in proto.graph.output)
+        self.effective_config: Mapping[str, Setting] = setup.as_settings()
+        self.placement = Placement(devices=(device.name,), nodes={device.name: len(proto.graph.node)})
+        self.work = work_of(proto)
+        self._device, self._setup, self._clock = device, setup, clock
+        self._evaluator = evaluator_of(proto)
+        self._proto = proto if any(not each.static for each in self.inputs) else None
+        self._requests: weakref.WeakSet[NullRequest] = weakref.WeakSet()
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+        self._free: Any = None
+        self._closed = False
+
+    def on_close(self, free: weakref.finalize[Any, Any]) -> None:
+        """Call `free` once, on closing; it frees itself when the executable is forgotten unclosed."""
+        self._free = free
+
+    def new_request(self) -> NullRequest:
+        """Make another request."""
+        self._require_open()
+        request = NullRequest(self)
+        self._requests.add(request)
+        return request
+
+    def close(self) -> None:
+        """Give the memory back. Closing twice is closing once."""
+        self._closed = True
+        if self._free is not None:
+            self._free()
+
+    def evaluate(self, feeds: Mapping[str, Buffer]) -> tuple[list[Any], float]:
+        """Return the outputs for `feeds`, and the simulated seconds that took; the clock has moved by this run's share of them."""
+        self._require_open()
+        # One at a time: the operators of onnx.reference keep state while they run.
+        with self._lock, np.errstate(all="ignore"):
+            results = self._evaluator.run(None, dict(feeds))
+            callers = len(self._requests)
+            work = work_of(self._proto, {name: array.shape for name, array in feeds.items()}) if self._proto is not None else self.work
+            seconds = interval_s(work, self._device, self._setup, callers)
+            if self._device.noise:
+                seconds *= math.exp(self._random.gauss(0.0, self._device.noise))
+            self._clock.advance(seconds)
+        return [_rounded(result, self._setup.precision) for result in results], seconds * callers
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this executable is closed")
+
+
+class NullRequest:
+    """One slot of a `NullExecutable`: its bound buffers, and the simulated time of its last run."""
+
+    def __init__(self, executable: NullExecutable) -> None:
+        self._executable = executable
+        self._inputs = {each.name: each for each in executable.inputs}
+        self._outputs = {each.name: each for each in executable.outputs}
+        self._bound: dict[str, Buffer] = {}
+        self._results: dict[str, Buffer] = {}
+        self.last_s = 0.0
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        """Bind an array to an input or output; it is read or written in place by each run.
+
+        Raises:
+            ValueError: there is no such tensor, or the array has another type or shape, is not C-contiguous, or is an output that cannot be
+                bound: one that is read-only, holds strings, or has a shape that is not known before the run.
+        """
+        spec = self._inputs.get(name) or self._outputs.get(name)
+        if spec is None:
+            raise ValueError(f"no input or output {name!r}; there are {', '.join((*self._inputs, *self._outputs))}")
+        pairs = zip(spec.shape, buffer.shape, strict=False)
+        fits = len(buffer.shape) == len(spec.shape) and all(want in (None, have) for want, have in pairs)
+        typed = buffer.dtype.kind in "OUST" if spec.dtype == "string" else buffer.dtype == np.dtype(spec.dtype)
+        if not fits or not typed or not buffer.flags.c_contiguous:
+            raise ValueError(f"{spec} cannot be bound to {buffer.dtype}{list(buffer.shape)}, C-contiguous: {buffer.flags.c_contiguous}")
+        if name in self._outputs and (not spec.static or spec.dtype == "string" or not buffer.flags.writeable):
+            raise ValueError(f"output {spec} cannot be bound; read it with output()")
+        self._bound[name] = buffer
+
+    def run(self) -> None:
+        """Run once, and move the clock.
+
+        Raises:
+            ValueError: an input is not bound.
+        """
+        missing = [name for name in self._inputs if name not in self._bound]
+        if missing:
+            raise ValueError(f"input {', '.join(missing)} is not bound")
+        results, self.last_s = self._executable.evaluate({name: self._bound[name] for name in self._inputs})
+        for name, result in zip(self._outputs, results, strict=True):
+            if name in self._bound:
+                np.copyto(self._bound[name], result, casting="no")
+                self._results[name] = self._bound[name]
+            else:
+                self._results[name] = np.array(result)  # a copy: an output may be a view of an input
+
+    def output(self, name: str) -> Buffer:
+        """Return an output of the last run."""
+        return self._results[name]
+
+
+class _Memory:
+    """How much of each device's memory is taken. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, int] = {}
+        # Re-entrant: a forgotten executable may be collected, and free its part, while another takes some in the same thread.
+        self._lock = threading.RLock()
+
+    def used(self, device: NullDevice) -> int:
+        with self._lock:
+            return self._taken.get(device.name, 0)
+
+    def take(self, name: str, needed: int, device: NullDevice) -> None:
+        with self._lock:
+            left = device.memory_bytes - self.used(device)
+            if needed > left:
+                raise Unsupported(
+                    f"{name} needs {needed} bytes, null:{device.name} has {left}", advice="use fewer streams or a smaller batch"
+                )
+            self._taken[device.name] = self.used(device) + needed
+
+    def free(self, device: NullDevice, held: int) -> None:
+        with self._lock:
+            self._taken[device.name] -= held
+
+
+def _target(device: NullDevice) -> Target:
+    # The figures stand where others have their driver's version: numbers of differently made devices never merge.
+    figures = hashlib.sha256(repr(device).encode()).hexdigest()[:16]
+    described = Device(
+        kind=device.kind,
+        model=f"null {device.name}",
+        driver=f"arithmetic-{figures}",
+        memory_bytes=None if device.kind == "cpu" else device.memory_bytes,
+        cores=device.cores if device.kind == "cpu" else None,
+    )
+    return Target(runtime=NullBackend.name, name=device.name, device=described, runtime_version="1", precisions=tuple(device.speed))
+
+
+def _require_allowed(target: Target, knob: Knob, value: Setting) -> None:
+    if knob.kind == "int":
+        if not isinstance(value, int) or isinstance(value, bool) or not knob.low <= value <= knob.high:
+            raise Unsupported(f"{target} cannot take {knob.name}={value!r}", advice=f"it takes {knob.low} to {knob.high}")
+    elif value not in knob.choices:
+        raise Unsupported(f"{target} cannot take {knob.name}={value!r}", advice=f"it takes {', '.join(map(str, knob.choices))}")
+
+
+def _grid(knobs: Sequence[Knob]) -> Iterator[dict[str, Setting]]:
+    values = [knob.choices if knob.kind == "choice" else range(int(knob.low), int(knob.high) + 1) for knob in knobs]
+    for point in itertools.product(*values):
+        yield dict(zip((knob.name for knob in knobs), point, strict=True))
+
+
+def _rounded(array: Any, precision: str) -> Any:
+    """Return a float32 output with the digits that `precision` leaves, so that an accuracy guard has something to see."""
+    array = np.asarray(array)
+    if array.dtype != np.float32 or precision not in ("f16", "bf16"):
+        return array
+    with np.errstate(over="ignore"):
+        if precision == "f16":
+            return array.astype(np.float16).astype(np.float32)
+        return (np.ascontiguousarray(array).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32).reshape(array.shape)

@@ -1,0 +1,327 @@
+"""OpenVINO: Intel CPUs, GPUs and NPUs, and whatever else its plug-ins reach."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from aivmm.errors import Unsupported
+from aivmm.runtime.backend import Baseline, Buffer, Placement, Request
+from aivmm.runtime.config import Config, Knob, Setting
+from aivmm.runtime.cpu import cpu_device, usable_cores
+from aivmm.runtime.onnx_interface import read_interface
+from aivmm.runtime.target import Device, DeviceKind, Target, Unavailable
+from aivmm.tensors import TensorSpec
+
+# OPTIMIZATION_CAPABILITIES -> our name, and our name -> INFERENCE_PRECISION_HINT. A hint that the device does not list is
+# accepted all the same and can run 6 times slower, so the list is the gate.
+_CAPABILITIES = {"FP32": "fp32", "BF16": "bf16", "FP16": "fp16"}
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+
+_ADVICE = {
+    "GPU": "install the OpenCL loader and the Intel compute runtime (Debian: ocl-icd-libopencl1 intel-opencl-icd)",
+    "NPU": "install the Intel NPU driver (intel-driver-compiler-npu, intel-fw-npu, intel-level-zero-npu) if this machine has an NPU",
+}
+_READ_BACK = (
+    "PERFORMANCE_HINT", "NUM_STREAMS", "INFERENCE_NUM_THREADS", "INFERENCE_PRECISION_HINT", "EXECUTION_MODE_HINT", "ENABLE_CPU_PINNING",
+    "ENABLE_HYPER_THREADING", "SCHEDULING_CORE_TYPE", "TBB_PARTITIONER", "CPU_DENORMALS_OPTIMIZATION", "DYNAMIC_QUANTIZATION_GROUP_SIZE",
+    "KV_CACHE_PRECISION", "OPTIMAL_NUMBER_OF_INFER_REQUESTS", "MODEL_PRIORITY", "GPU_QUEUE_PRIORITY", "GPU_QUEUE_THROTTLE", "NPU_TURBO",
+)  # fmt: skip
+
+
+@cache
+def _import_openvino() -> Any:
+    # `import openvino` reports itself through openvino_telemetry where that is installed. A None entry makes that import fail, and
+    # OpenVINO then uses its own stub. The entry goes away again: what else the process imports later is not ours to decide.
+    unseen = "openvino_telemetry" not in sys.modules
+    if unseen:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        import openvino
+    finally:
+        if unseen:
+            del sys.modules["openvino_telemetry"]
+    return openvino
+
+
+@cache
+def _core() -> Any:
+    # One per process: plug-ins are not shared between cores.
+    return _import_openvino().Core()
+
+
+def _plain(value: object) -> Setting:
+    """Return a property as JSON takes it; enumerations and types by their short name, since Core and CompiledModel disagree on types."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    text = str(value)
+    if text.startswith("<Type: '"):
+        return text[len("<Type: '") : -2]
+    if text.startswith("<"):
+        return text.strip("<>").rpartition(".")[2].split(":")[0]
+    return text.rpartition(".")[2] if text.count(".") == 1 and " " not in text else text
+
+
+def _words(error: BaseException) -> str:
+    """Return what OpenVINO says, without the source positions of its own call stack."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [line for line in lines if line and not line.startswith("Exception from ")]
+    text = " ".join(kept) or str(error)
+    return text if len(text) <= 600 else text[:600] + " …"
+
+
+class OpenVino:
+    """OpenVINO as a backend."""
+
+    name: ClassVar[str] = "openvino"
+
+    def targets(self) -> Sequence[Target | Unavailable]:
+        """List the devices that OpenVINO's plug-ins find, and for GPU and NPU the reason when they find none."""
+        try:
+            core = _core()
+        except (ImportError, RuntimeError, OSError) as error:
+            return (Unavailable(target="openvino", reason=_words(error), advice="pip install openvino"),)
+        found: list[Target | Unavailable] = [self._target(name) for name in core.available_devices]
+        for kind in ("GPU", "NPU"):
+            if not any(isinstance(each, Target) and each.name.split(".")[0] == kind for each in found):
+                found.append(Unavailable(target=f"openvino:{kind}", reason=self._why_absent(kind), advice=_ADVICE[kind]))
+        return tuple(found)
+
+    def find(self, name: str) -> Target | Unavailable:
+        """Return one target by its device's name without looking at the others."""
+        if name == "AUTO":
+            return self._auto()
+        device = name.removesuffix(".0") if name.startswith("GPU") and name not in _core().available_devices else name
+        if device not in _core().available_devices:
+            return Unavailable(target=f"openvino:{name}", reason=self._why_absent(name), advice=_ADVICE.get(name.split(".")[0], ""))
+        return self._target(device)
+
+    def knobs(self, target: Target) -> Sequence[Knob]:
+        """List what can be tuned on `target`: those of its knobs that the device itself says may be written."""
+        writable = {name for name, mode in _core().get_property(_device(target), "SUPPORTED_PROPERTIES").items() if mode != "RO"}
+        knobs = _cpu_knobs() if target.device.kind == "cpu" else _gpu_knobs() if target.device.kind == "gpu" else _npu_knobs()
+        return tuple(knob for knob in knobs if knob.name in writable)
+
+    def baselines(self, targets: Sequence[Target], objective: str) -> Sequence[Baseline]:
+        """List each device's default and hints, and AUTO."""
+        mine = [target for target in targets if target.runtime == self.name]
+        found: list[Baseline] = []
+        for target in mine:
+            found.append(Baseline(name=f"{target} default", target=target, config=Config()))
+            hint = "THROUGHPUT" if objective == "throughput" else "LATENCY"
+            found.append(Baseline(name=f"{target} {hint} hint", target=target, config=Config.of({"PERFORMANCE_HINT": hint})))
+        if mine:
+            found.append(Baseline(name="openvino:AUTO", target=self._auto(), config=Config()))
+        return tuple(found)
+
+    def compile(self, model: Path | bytes, target: Target, config: Config) -> _Executable:
+        """Compile `model`; see `Backend.compile`."""
+        core, device = _core(), _device(target)
+        properties: dict[str, Any] = dict(config.settings)
+        if config.precision is not None:
+            if config.precision not in target.precisions:
+                known = ", ".join(target.precisions)
+                raise Unsupported(f"{target} does not run {config.precision} natively", advice=f"it runs {known}")
+            if target.name != "AUTO":
+                properties["INFERENCE_PRECISION_HINT"] = _HINTS[config.precision]
+        try:
+            compiled = core.compile_model(core.read_model(model if isinstance(model, bytes) else str(model)), device, properties)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise Unsupported(f"OpenVINO on {target.name}: {_words(error)}") from error
+        executable = _Executable(compiled, read_interface(model))
+        if target.name != "AUTO" and not all(each.split(".")[0] == device.split(".")[0] for each in executable.devices):
+            raise Unsupported(f"OpenVINO put the model on {', '.join(executable.devices)} and not on {target.name}")
+        return executable
+
+    def _auto(self) -> Target:
+        return Target(runtime=self.name, name="AUTO", device=cpu_device(), runtime_version=_version())
+
+    def _target(self, name: str) -> Target:
+        core = _core()
+        capabilities = core.get_property(name, "OPTIMIZATION_CAPABILITIES")
+        precisions = tuple(ours for theirs, ours in _CAPABILITIES.items() if theirs in capabilities)
+        kind = name.split(".")[0]
+        # Always indexed, so that a second card of the same kind changes no names.
+        shown = "GPU.0" if name == "GPU" else name
+        device = cpu_device() if kind == "CPU" else self._accelerator(name, kind)
+        return Target(runtime=self.name, name=shown, device=device, runtime_version=_version(), precisions=precisions or ("fp32",))
+
+    def _accelerator(self, name: str, kind: str) -> Device:
+        def read(*properties: str) -> Any:
+            for each in properties:
+                try:
+                    return _core().get_property(name, each)
+                except (RuntimeError, TypeError):
+                    continue  # single properties do raise; the next name may be known
+            return None
+
+        memory = read("GPU_DEVICE_TOTAL_MEM_SIZE", "NPU_DEVICE_TOTAL_MEM_SIZE")
+        kinds: dict[str, DeviceKind] = {"GPU": "gpu", "NPU": "npu"}
+        integrated = str(read("DEVICE_TYPE")).upper().endswith("INTEGRATED")
+        return Device(
+            kind=kinds.get(kind, "other"),
+            model=str(read("FULL_DEVICE_NAME") or name),
+            uid=str(read("DEVICE_UUID") or ""),
+            driver=str(read("GPU_DRIVER_VERSION", "NPU_DRIVER_VERSION") or ""),
+            memory_bytes=None if integrated or not isinstance(memory, int) else memory,
+        )
+
+    def _why_absent(self, name: str) -> str:
+        try:
+            devices = _core().get_property(name.split(".")[0], "AVAILABLE_DEVICES")
+        except RuntimeError as error:
+            text = _words(error)
+            # The path of the plug-in that could not be loaded says nothing to a user; what is missing behind it does.
+            return text.rpartition('": ')[2] if text.startswith("Cannot load library") else text
+        return f"no such device (found: {', '.join(filter(None, devices)) or 'none'})"
+
+
+def _version() -> str:
+    # "2026.4.1-22982-e213a147257-releases/2026/4": release and build decide; commit and branch only repeat them.
+    return "-".join(str(_import_openvino().__version__).split("-")[:2])
+
+
+def _device(target: Target) -> str:
+    return "GPU" if target.name == "GPU.0" and "GPU" in _core().available_devices else target.name
+
+
+def _cpu_knobs() -> tuple[Knob, ...]:
+    cores = usable_cores()
+    serving = frozenset({"throughput", "energy"})
+    return (
+        Knob("INFERENCE_NUM_THREADS", "int", "more threads pay only while each has enough work", low=1, high=cores, log=cores > 8, default=cores),
+        Knob("NUM_STREAMS", "int", "streams run requests side by side", low=1, high=cores, log=cores > 8, default=1, objectives=serving),
+        Knob("ENABLE_CPU_PINNING", "choice", "pinned threads keep their caches; a shared machine wants them free", choices=(True, False), default=True),
+        Knob("ENABLE_HYPER_THREADING", "choice", "two threads on one core share its vector units", choices=(True, False), default=True),
+        Knob("TBB_PARTITIONER", "choice", "how work is divided between threads", choices=("AUTO", "STATIC"), default="STATIC"),
+        Knob("CPU_DENORMALS_OPTIMIZATION", "choice", "denormal numbers are slow; treating them as zero is checked numerically", choices=(False, True), default=False),
+    )  # fmt: skip
+
+
+def _gpu_knobs() -> tuple[Knob, ...]:
+    serving = frozenset({"throughput", "energy"})
+    return (
+        Knob("NUM_STREAMS", "int", "streams overlap copies with compute", low=1, high=4, default=1, objectives=serving),
+        Knob("GPU_QUEUE_THROTTLE", "choice", "how eagerly the host polls the queue", choices=("LOW", "MEDIUM", "HIGH"), default="MEDIUM"),
+        Knob("GPU_HOST_TASK_PRIORITY", "choice", "priority of the host threads that feed the device", choices=("LOW", "MEDIUM", "HIGH"), default="MEDIUM"),
+    )  # fmt: skip
+
+
+def _npu_knobs() -> tuple[Knob, ...]:
+    return (
+        Knob("NPU_TURBO", "choice", "raises the clock where the platform allows it", choices=(False, True), default=False),
+        Knob("NPU_COMPILATION_MODE_PARAMS", "choice", "how hard the compiler optimises", choices=("", "optimization-level=2 performance-hint-override=latency"), default=""),
+    )  # fmt: skip
+
+
+class _Executable:
+    """A compiled model, with its ports under the names that the ONNX file declares."""
+
+    def __init__(self, compiled: Any, interface: Any) -> None:
+        self._compiled = compiled
+        self.devices = tuple(str(each).strip("()") for each in compiled.get_property("EXECUTION_DEVICES"))
+        self.input_ports = _match_ports(compiled.inputs, interface.inputs)
+        self.output_ports = _match_ports(compiled.outputs, interface.outputs)
+        missing = [each.name for each in interface.outputs if each.name not in self.output_ports]
+        if missing:
+            raise Unsupported(f"OpenVINO lost the output {missing[0]!r} in conversion")
+        self.inputs: Sequence[TensorSpec] = tuple(each for each in interface.inputs if each.name in self.input_ports)
+        self.outputs: Sequence[TensorSpec] = tuple(_refine(each, compiled.outputs[self.output_ports[each.name]]) for each in interface.outputs)
+        self.effective_config: Mapping[str, Setting] = self._read_back()
+
+    @cached_property
+    def placement(self) -> Placement:
+        """The device, and the number of nodes after fusion. Lazy: the runtime model takes milliseconds to build."""
+        nodes: dict[str, int] = {}
+        try:
+            for each in self._compiled.get_runtime_model().get_ops():
+                kind = each.get_type_name()
+                if kind not in ("Parameter", "Constant", "Result"):
+                    nodes[self.devices[0]] = nodes.get(self.devices[0], 0) + 1
+        except RuntimeError:
+            pass  # AUTO and some plug-ins keep no runtime model; the devices alone are then the proof
+        return Placement(devices=self.devices, nodes=nodes)
+
+    def new_request(self) -> Request:
+        """Make another request."""
+        return _Request(self._compiled.create_infer_request(), self)
+
+    def close(self) -> None:
+        """Drop the compiled model."""
+        self._compiled = None
+
+    def _read_back(self) -> dict[str, Setting]:
+        effective: dict[str, Setting] = {}
+        supported = {str(each) for each in self._compiled.get_property("SUPPORTED_PROPERTIES")}
+        for name in _READ_BACK:
+            if name in supported:
+                effective[name] = _plain(self._compiled.get_property(name))
+        return effective
+
+
+def _match_ports(ports: Sequence[Any], specs: Sequence[TensorSpec]) -> dict[str, int]:
+    """Map declared names to port numbers. Ports whose names got lost are paired in order when type and rank leave no doubt."""
+    found = {name: index for index, port in enumerate(ports) for name in port.get_names()}
+    matched = {spec.name: found[spec.name] for spec in specs if spec.name in found}
+    lost = [index for index in range(len(ports)) if index not in matched.values()]
+    unmatched = [spec for spec in specs if spec.name not in matched]
+    if lost and len(lost) == len(unmatched):
+        for index, spec in zip(lost, unmatched, strict=True):
+            if ports[index].get_partial_shape().rank.get_length() != len(spec.shape):
+                raise Unsupported(f"OpenVINO renamed {spec.name!r} and it cannot be told which port it is")
+            matched[spec.name] = index
+    elif lost:
+        raise Unsupported(f"OpenVINO renamed inputs or outputs ({', '.join(sorted(ports[lost[0]].get_names()))})")
+    return matched
+
+
+def _refine(spec: TensorSpec, port: Any) -> TensorSpec:
+    """Fill extents that the file leaves open with those OpenVINO inferred."""
+    if spec.static and spec.shape:
+        return spec
+    shape = port.get_partial_shape()
+    if shape.rank.is_dynamic or (spec.shape and shape.rank.get_length() != len(spec.shape)):
+        return spec
+    return TensorSpec(name=spec.name, dtype=spec.dtype, shape=tuple(dim.get_length() if dim.is_static else None for dim in shape))
+
+
+class _Request:
+    """An infer request with shared tensors."""
+
+    def __init__(self, request: Any, executable: _Executable) -> None:
+        openvino = _import_openvino()
+        self._request = request
+        self._tensor = openvino.Tensor
+        self._inputs = executable.input_ports
+        self._outputs = executable.output_ports
+        self._bound: dict[str, Buffer] = {}
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        """Share `buffer` with the request."""
+        self._bound[name] = buffer
+        if buffer.dtype.kind in "OSU":
+            tensor = self._tensor(buffer)
+        else:
+            tensor = self._tensor(buffer, shared_memory=True)
+        if name in self._inputs:
+            self._request.set_input_tensor(self._inputs[name], tensor)
+        else:
+            self._request.set_output_tensor(self._outputs[name], tensor)
+
+    def run(self) -> None:
+        """Run. The synchronous call: waking a parked thread for the asynchronous one costs 100 µs on an idle machine."""
+        self._request.infer(share_outputs=True)
+
+    def output(self, name: str) -> Buffer:
+        """Return the output's array."""
+        bound = self._bound.get(name)
+        if bound is not None:
+            return bound
+        tensor = self._request.get_output_tensor(self._outputs[name])
+        data: Buffer = tensor.str_data if str(tensor.element_type) == "<Type: 'string'>" else tensor.data
+        return data
+
+

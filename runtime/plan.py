@@ -1,0 +1,199 @@
+"""The plan: what runs where, with what is known of it. `plan.json` is this, and nothing in it is trusted before it is checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from aivmm.errors import BundleError
+from aivmm.runtime.config import Config, Setting
+from aivmm.tensors import TensorSpec
+
+SCHEMA = 1
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1 << 20)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Value = Annotated[bool | int | Finite | str, Field(union_mode="smart")]
+
+
+class _Part(BaseModel):
+    """Strict: a wrong type is an error and not a guess; an unknown field is an error and not ignored; values cannot be changed."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Tensor(_Part):
+    """A tensor at the edge of the model or of a stage. A null extent is known only after the run."""
+
+    name: str
+    dtype: str
+    shape: list[int | None]
+
+    @classmethod
+    def of(cls, spec: TensorSpec) -> Tensor:
+        """Return `spec` as JSON takes it."""
+        return cls(name=spec.name, dtype=spec.dtype, shape=list(spec.shape))
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The tensor's description."""
+        return TensorSpec(name=self.name, dtype=self.dtype, shape=tuple(self.shape))
+
+
+class Model(_Part):
+    """The model that the plan runs."""
+
+    name: str
+    sha256: Digest  # of the user's file
+    content: str  # content hash of the prepared model, with weights
+    category: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+class Stage(_Part):
+    """A segment on a target."""
+
+    model: str  # a file of the bundle: "segments/<hash>.onnx"
+    target: str
+    precision: str  # "fp32"; "default" leaves it to the runtime
+    config: dict[str, Value] = {}
+    replicas: Count = 1
+    blocks: tuple[int, int]  # first and last block of the model, both included
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+    @property
+    def compiled_with(self) -> Config:
+        """The config to compile with."""
+        return Config.of(dict(self.config), precision=None if self.precision == "default" else self.precision)
+
+
+class Number(_Part):
+    """A number, its 95 % interval, and where it comes from."""
+
+    value: Finite
+    low: Finite | None = None
+    high: Finite | None = None
+    source: Literal["measured", "interpolated", "modelled"]
+    samples: int = 0
+
+
+class Accuracy(_Part):
+    """How close the plan's outputs are to the fp32 reference."""
+
+    metric: str
+    value: Finite
+    limit: Finite
+    data: Literal["real", "synthetic"]
+    reference: str
+
+
+class Conditions(_Part):
+    """The environment of one target in which the numbers were measured."""
+
+    target: str
+    device_model: str
+    driver: str
+    runtime_version: str
+    instruction_sets: list[str]
+    usable_cores: int | None
+    power_limit_w: Finite | None
+    system: str
+
+
+class Alternative(_Part):
+    """Another way to run the model: kept as a fallback, or for another goal."""
+
+    name: str
+    stages: list[Stage] = Field(min_length=1)
+    expected: dict[str, Number] = {}
+
+
+class Plan(_Part):
+    """A decision, with everything needed to run it and to believe it."""
+
+    schema_version: Literal[1] = Field(alias="schema", default=SCHEMA)
+    created_by: str  # "aivmm 0.1.0"
+    created_at: str  # ISO 8601, UTC
+    model: Model
+    objective: str
+    constraints: list[str] = []
+    batch: Count
+    callers: Count = 1  # requests in flight for which the numbers hold
+    stages: list[Stage] = Field(min_length=1)
+    expected: dict[str, Number] = {}  # metric -> number: "latency_s", "throughput_per_s", ...
+    accuracy: Accuracy | None = None
+    environments: list[Conditions] = []
+    alternatives: list[Alternative] = []
+    fallbacks: list[Alternative] = []
+    verdict: str = ""
+    files: dict[str, Digest]  # every other file of the bundle: path with forward slashes -> SHA-256
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _stages_connect(self) -> Plan:
+        for stages in (self.stages, *(each.stages for each in (*self.alternatives, *self.fallbacks))):
+            known = {each.name for each in self.model.inputs}
+            for stage in stages:
+                if stage.model not in self.files:
+                    raise ValueError(f"stage file {stage.model!r} is not listed in files")
+                for each in stage.inputs:
+                    if each.name not in known:
+                        raise ValueError(f"stage on {stage.target} needs {each.name!r}, which nothing before it makes")
+                known |= {each.name for each in stage.outputs}
+            for each in self.model.outputs:
+                if each.name not in known:
+                    raise ValueError(f"no stage makes the output {each.name!r}")
+        return self
+
+    def targets(self) -> tuple[str, ...]:
+        """Return the stages' targets, each once, in order."""
+        return tuple(dict.fromkeys(stage.target for stage in self.stages))
+
+    def to_json(self) -> str:
+        """Return the text of `plan.json`."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=True) + "\n"
+
+
+def parse_plan(text: str | bytes, where: str) -> Plan:
+    """Check the text of a `plan.json`.
+
+    Raises:
+        BundleError: not JSON, newer than this version, or not a plan; one line, with the place.
+    """
+    try:
+        raw = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{where} is not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise BundleError(f"{where} holds {type(raw).__name__}, not an object")
+    schema = raw.get("schema")
+    if isinstance(schema, int) and not isinstance(schema, bool) and schema > SCHEMA:
+        raise BundleError(f"{where} has schema {schema}; this aivmm knows up to {SCHEMA}", advice="upgrade aivmm, or tune again with this one")
+    try:
+        # Strict mode takes lists for tuples only from JSON, so the checked text goes in again, now known to be finite numbers.
+        return Plan.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(each) for each in first["loc"]) or "the plan"
+        raise BundleError(f"{where}: {place}: {first['msg']}") from error
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a number a plan may hold")
+
+
+def settings(config: Config) -> dict[str, Setting]:
+    """Return a config's settings as a stage holds them."""
+    return config.as_dict()
+
+
+def tensors(specs: Iterable[TensorSpec]) -> list[Tensor]:
+    """Return descriptions as a plan holds them."""
+    return [Tensor.of(each) for each in specs]
