@@ -1,1 +1,70 @@
-"""aivmm: measure a model on every device of this machine, plan, prove the plan, and run it."""
+"""aivmm: measure a model on every device of this machine, plan, prove the plan, and run it.
+
+    import aivmm
+
+    result = aivmm.tune("model.onnx")
+    with aivmm.load_plan("model.aivmm") as engine:
+        outputs = engine.run({"input": array})
+
+What `__all__` does not name is not public. Names load on first use: running a plan imports none of the tuning machinery.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aivmm.errors import AivmmError, BundleError, DatabaseError, Infeasible, ModelError, Unsupported, UsageError
+    from aivmm.face import devices, evidence, load_plan, tune
+    from aivmm.result import TuneResult
+    from aivmm.runtime.engine import Engine
+
+_HOMES = {
+    "AivmmError": "errors",
+    "BundleError": "errors",
+    "DatabaseError": "errors",
+    "Engine": "runtime.engine",
+    "Infeasible": "errors",
+    "ModelError": "errors",
+    "TuneResult": "result",
+    "Unsupported": "errors",
+    "UsageError": "errors",
+    "devices": "face",
+    "evidence": "face",
+    "load_plan": "face",
+    "tune": "face",
+}
+
+__all__ = [
+    "AivmmError",
+    "BundleError",
+    "DatabaseError",
+    "Engine",
+    "Infeasible",
+    "ModelError",
+    "TuneResult",
+    "Unsupported",
+    "UsageError",
+    "__version__",
+    "devices",
+    "evidence",
+    "load_plan",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("aivmm")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'aivmm' has no attribute {name!r}")
+    value = getattr(import_module(f"aivmm.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

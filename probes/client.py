@@ -13,6 +13,8 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from types import TracebackType
 from typing import IO, Any
 
@@ -99,7 +101,7 @@ class Worker:
         self._printed = deque()
         # -P: the current folder may hold an onnx.py, or our own source folders.
         command = [sys.executable, "-P", "-m", "aivmm.probes.worker", str(os.getpid())]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self._process = _spawner().submit(_spawn, command).result()
         assert self._process.stdout and self._process.stderr
         threading.Thread(target=_read_answers, args=(self._process.stdout, self._answers), daemon=True).start()
         self._drain = threading.Thread(target=_keep_tail, args=(self._process.stderr, self._printed), daemon=True)
@@ -137,6 +139,16 @@ class Worker:
         output = b"".join(self._printed)[-_OUTPUT_BYTES:].decode(errors="replace").strip()
         self.close()
         return WorkerDied(reason or _exit_reason(code), output)
+
+
+@cache
+def _spawner() -> ThreadPoolExecutor:
+    # On Linux a worker asks to be killed when the *thread* that started it ends, so all are started by one that lives as long as we do.
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="aivmm-spawner")
+
+
+def _spawn(command: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def _exit_reason(code: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from aivmm.probes.records import Caution
 
 _QUIET_S = 0.004  # a process whose CPU time stands still this long has stopped spinning
 _QUIET_LIMIT_S = 0.25
-_CLOCK_TICK_S = 0.01  # what psutil resolves CPU times to
 
 
 def lock_path() -> Path:
@@ -83,18 +82,23 @@ def _cpu_seconds(pid: int) -> float:
 
 
 class BackgroundLoad:
-    """How many cores others kept busy between entering and `read`, given the CPU time that was ours."""
+    """How many cores processes other than ours kept busy, between construction and `read`."""
 
-    def __init__(self) -> None:
-        self._times = psutil.cpu_times()
+    def __init__(self, pids: Iterable[int]) -> None:
         self._started = time.perf_counter()
+        self._busy = _busy_seconds()
+        self._ours = sum(_cpu_seconds(pid) for pid in (os.getpid(), *pids) if pid)
 
-    def read(self, ours_s: float) -> float:
-        """Return the average number of cores that were busy with something else than our `ours_s` seconds of CPU time."""
+    def read(self, pids: Iterable[int]) -> float:
+        """Return the average number of cores that were busy with something else than this process and `pids`."""
         elapsed = max(1e-3, time.perf_counter() - self._started)
-        now = psutil.cpu_times()
-        busy = sum(getattr(now, name, 0.0) - getattr(self._times, name, 0.0) for name in ("user", "system", "nice", "irq", "softirq", "steal"))
-        return max(0.0, (busy - ours_s) / elapsed)
+        ours = sum(_cpu_seconds(pid) for pid in (os.getpid(), *pids) if pid) - self._ours
+        return max(0.0, (_busy_seconds() - self._busy - max(0.0, ours)) / elapsed)
+
+
+def _busy_seconds() -> float:
+    times = psutil.cpu_times()
+    return sum(getattr(times, name, 0.0) for name in ("user", "system", "nice", "irq", "softirq", "steal"))
 
 
 def on_battery() -> bool:

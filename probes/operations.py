@@ -142,7 +142,7 @@ def baselines(state: State, *, targets: list[dict[str, Any]], objective: str, ba
     """List the baselines of the targets."""
     real = [each for each in map(wire.target_in, targets) if isinstance(each, Target)]
     found = [each for name in backends for each in load_backend(name).baselines(real, objective)]
-    return {"baselines": [{"name": each.name, "target": wire.target_out(each.target), "config": wire.config_out(each.config)} for each in found]}
+    return {"baselines": [{"name": each.name, "target": wire.target_out(each.target), "config": wire.config_out(each.config), "callers": each.callers} for each in found]}
 
 
 def prepare(state: State, *, source: str, destination: str, shapes: dict[str, list[int]], dims: dict[str, int], batch: int) -> dict[str, Any]:
@@ -226,11 +226,17 @@ def outputs(state: State, *, name: str, inputs: str, destination: str) -> dict[s
     return {}
 
 
-def timed(state: State, *, name: str, seconds: float, least: int = 2, most: int = 10_000, settle: int = 2) -> dict[str, Any]:
+def judge_again(state: State, *, name: str, inputs: str, reference: str) -> dict[str, Any]:
+    """Run what is loaded on other inputs and judge the outputs."""
+    accuracy = judge(state.runners[name].outputs(load_arrays(inputs)), load_arrays(reference))
+    return {"accuracy": accuracy.metrics(), "problem": accuracy.problem}
+
+
+def timed(state: State, *, name: str, seconds: float, least: int = 2, most: int = 10_000, settle: int = 2, each: bool = False) -> dict[str, Any]:
     """Run for `seconds` (and at least `least` times) after `settle` untimed calls or 2 ms of them; return durations of one call.
 
     Steps below 100 µs are timed several at a time and the mean of each such batch is one duration. With several callers all run at once
-    for `seconds`, and the one duration returned is elapsed time per call completed.
+    for `seconds`, and the one duration returned is elapsed time per call completed. `each` forbids batches: tails need single calls.
     """
     runner = state.runners[name]
     if len(runner.steps) > 1:
@@ -244,7 +250,7 @@ def timed(state: State, *, name: str, seconds: float, least: int = 2, most: int 
         step()
         last = time.perf_counter() - before
         done += 1
-    inner = 1 if last >= _BATCH_BELOW_S else max(1, round(_BATCH_OF_S / max(last, 1e-6)))
+    inner = 1 if each or last >= _BATCH_BELOW_S else max(1, round(_BATCH_OF_S / max(last, 1e-6)))
     return {"durations": _one(step, seconds, least, most, inner), "memory_bytes": peak_memory_bytes()}
 
 
@@ -349,6 +355,7 @@ OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "compile": compile_model,
     "demo": demo,
     "discover": discover,
+    "judge": judge_again,
     "knobs": knobs,
     "load_bundle": load_bundle,
     "memory": memory,

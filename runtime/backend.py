@@ -40,6 +40,7 @@ class Baseline:
     name: str  # "onnxruntime:CPU default", "openvino:CPU LATENCY hint", "openvino:AUTO"
     target: Target
     config: Config
+    callers: int = 1  # calls that such a user keeps in flight
 
 
 class Request(Protocol):

@@ -96,10 +96,14 @@ class OnnxRuntime:
         return {"CPU": cpu_knobs, "CUDA": cuda_knobs}.get(_kind(target), tuple)()
 
     def baselines(self, targets: Sequence[Target], objective: str) -> Sequence[Baseline]:
-        """List the default session of each target."""
-        return tuple(
-            Baseline(name=f"{target} default", target=target, config=Config()) for target in targets if target.runtime == self.name
-        )
+        """List the default session of each target; for throughput also with several callers on it, as a server runs it."""
+        found: list[Baseline] = []
+        for target in (each for each in targets if each.runtime == self.name):
+            found.append(Baseline(name=f"{target} default", target=target, config=Config()))
+            callers = target.device.cores or 2
+            if objective == "throughput" and callers > 1:
+                found.append(Baseline(name=f"{target} default, {callers} callers", target=target, config=Config(), callers=callers))
+        return tuple(found)
 
     def compile(self, model: Path | bytes, target: Target, config: Config) -> _Executable:
         """Compile `model`; see `Backend.compile`. A session with nodes on the CPU beside those on an accelerator says so in its placement."""

@@ -111,8 +111,10 @@ class OpenVino:
         found: list[Baseline] = []
         for target in mine:
             found.append(Baseline(name=f"{target} default", target=target, config=Config()))
-            hint = "THROUGHPUT" if objective == "throughput" else "LATENCY"
-            found.append(Baseline(name=f"{target} {hint} hint", target=target, config=Config.of({"PERFORMANCE_HINT": hint})))
+            found.append(Baseline(name=f"{target} LATENCY hint", target=target, config=Config.of({"PERFORMANCE_HINT": "LATENCY"})))
+            if objective == "throughput":
+                hint = Config.of({"PERFORMANCE_HINT": "THROUGHPUT"})
+                found.append(Baseline(name=f"{target} THROUGHPUT hint", target=target, config=hint, callers=_many(target)))
         if mine:
             found.append(Baseline(name="openvino:AUTO", target=self._auto(), config=Config()))
         return tuple(found)
@@ -177,6 +179,11 @@ class OpenVino:
             # The path of the plug-in that could not be loaded says nothing to a user; what is missing behind it does.
             return text.rpartition('": ')[2] if text.startswith("Cannot load library") else text
         return f"no such device (found: {', '.join(filter(None, devices)) or 'none'})"
+
+
+def _many(target: Target) -> int:
+    """Return how many requests a user who wants throughput keeps in flight: one a core, or a few on an accelerator."""
+    return target.device.cores or 4
 
 
 def _version() -> str:

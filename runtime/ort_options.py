@@ -5,7 +5,10 @@ ONNX Runtime accepts unknown keys in silence, so a mistyped one would be measure
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+
+import psutil
 
 from aivmm.runtime.config import Knob
 from aivmm.runtime.cpu import usable_cores
@@ -69,8 +72,11 @@ EXECUTION_MODES = {"sequential": "ORT_SEQUENTIAL", "parallel": "ORT_PARALLEL"}
 def cpu_knobs() -> tuple[Knob, ...]:
     """Return the knobs of the CPU provider: those of the session."""
     cores = usable_cores()
+    physical = psutil.cpu_count(logical=False)
+    # The library's own default: one thread a physical core, whatever a quota says.
+    default = physical if physical and 1 <= physical <= cores and (os.cpu_count() or 0) == cores else None
     return (
-        Knob("intra_op_num_threads", "int", "more threads pay only while each has enough work", low=1, high=cores, log=cores > 8),
+        Knob("intra_op_num_threads", "int", "more threads pay only while each has enough work", low=1, high=cores, log=cores > 8, default=default),
         Knob("graph_optimization_level", "choice", "a fusion or layout change can cost more than it saves", choices=("all", "extended", "basic"), default="all"),
         Knob("session.intra_op.allow_spinning", "choice", "spinning threads answer at once and starve their neighbours", choices=("1", "0"), default="1"),
         Knob("session.force_spinning_stop", "choice", "stops spinning when a run ends, so that neighbours get the cores", choices=("0", "1"), default="0"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import cast
 
 from aivmm.errors import UsageError
 from aivmm.runtime.backend import Backend
@@ -68,7 +67,7 @@ def load_backend(name: str) -> Backend:
         raise UsageError(
             f"{location} of {owner} is not a backend named {name!r}", advice="a backend has name, targets, knobs, baselines and compile"
         )
-    return cast(Backend, backend)
+    return backend
 
 
 def _plug_ins() -> dict[str, EntryPoint]:

@@ -1,0 +1,5 @@
+"""`python -m aivmm` is `aivmm`."""
+
+from aivmm.tuner.main import main
+
+main()

@@ -1,0 +1,115 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aivmm.errors import Infeasible
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from aivmm.result import TuneResult
+    from aivmm.runtime.engine import Engine
+    from aivmm.runtime.target import Target
+
+
+def load_plan(path: str | Path) -> Engine:
+    """Load the plan bundle at `path` (a folder or a zip of one), check it, compile it, and return a running engine.
+
+    Raises:
+        BundleError: the bundle is missing, damaged, changed, unsafe, or newer than this version.
+        Unsupported: neither the plan nor a fallback of it runs on this machine.
+    """
+    from aivmm.runtime.engine import Engine
+
+    return Engine.load(path)
+
+
+def devices() -> tuple[Target, ...]:
+    """Return every target that runs on this machine, proved by a trial in a worker process."""
+    from aivmm.tuner.inventory import find_devices
+
+    return find_devices()[0]
+
+
+def evidence(db: str | Path | None = None, **filters: Any) -> pd.DataFrame:
+    """Return the probes of a performance database as a frame, a row each; see `aivmm.db.frames.evidence` for the filters."""
+    from aivmm.db.database import Database
+    from aivmm.db.frames import evidence as frame
+
+    with Database.open(db) as database:
+        return frame(database, **filters)
+
+
+def tune(
+    model: str | Path,
+    *,
+    output: str | Path | None = None,
+    db: str | Path | None = None,
+    objective: str = "latency",
+    constraints: str | Sequence[str] = (),
+    targets: str | Sequence[str] = (),
+    precisions: str | Sequence[str] = (),
+    batches: Sequence[int] = (),
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    dims: Mapping[str, int] | None = None,
+    inputs: str | Path | None = None,
+    budget_s: float | None = None,
+    trials: int | None = None,
+    min_segments: int = 1,
+    top: int = 3,
+    seed: int = 0,
+    fresh: bool = False,
+    retry_failed: bool = False,
+    quiet: bool = False,
+) -> TuneResult:
+    """Find, prove and save the best plan for `model` on this machine; the options are those of `aivmm tune`.
+
+    Raises:
+        AivmmError: something the caller can fix: the model, an option, the database, the output folder.
+        Infeasible: no plan meets the constraints; the message says which binds and what comes nearest. The report is written all the same.
+    """
+    from aivmm.result import TuneResult
+    from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions
+    from aivmm.tuner.progress import make_progress
+    from aivmm.tuner.session import Session, TuneOutcome
+
+    options = TuneOptions(
+        model=str(model),
+        output=None if output is None else Path(output),
+        db=None if db is None else str(db),
+        objective=objective,
+        constraints=(constraints,) if isinstance(constraints, str) else tuple(constraints),
+        targets=(targets,) if isinstance(targets, str) else tuple(targets),
+        precisions=(precisions,) if isinstance(precisions, str) else tuple(precisions),
+        batches=tuple(sorted(set(batches))),
+        shapes={name: tuple(shape) for name, shape in (shapes or {}).items()},
+        dims=dict(dims or {}),
+        inputs=None if inputs is None else Path(inputs),
+        budget_s=DEFAULT_BUDGET_S if budget_s is None else budget_s,
+        trials=trials,
+        min_segments=min_segments,
+        top=top,
+        seed=seed,
+        fresh=fresh,
+        retry_failed=retry_failed,
+    )
+    progress = make_progress(quiet=quiet)
+    try:
+        outcome = Session(options, progress, command=f"aivmm.tune({str(model)!r})").run()
+    finally:
+        progress.close()
+    assert isinstance(outcome, TuneOutcome)
+    if outcome.plan_path is None:
+        raise Infeasible(str(outcome.summary["verdict"]), advice=f"see {outcome.report_path}")
+    return TuneResult(
+        plan_path=outcome.plan_path,
+        report_path=outcome.report_path,
+        run_id=outcome.run.id,
+        database=outcome.database,
+        summary=outcome.summary,
+        _db=options.db,
+    )

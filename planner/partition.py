@@ -1,0 +1,82 @@
+"""Cut plans: blocks placed on targets exactly, from what the blocks cost alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from aivmm.errors import Infeasible, UsageError
+from aivmm.models.records import Structure
+from aivmm.planner.candidates import Draft, Piece
+from aivmm.planner.chain import place
+from aivmm.runtime.config import Config
+from aivmm.runtime.target import Target
+
+# What a cut costs on host memory, modelled: the floor of an extra bound call, and writing plus reading the tensors that cross it.
+CUT_S = 15e-6
+BYTES_PER_S = 4e9
+_PROMISE = 0.97  # an unforced cut has to be predicted at least this far below the best uncut plan to be worth proving
+
+
+def cut_drafts(
+    structure: Structure,
+    targets: Sequence[Target],
+    medians: Mapping[tuple[int, str], float],
+    *,
+    configs: Mapping[str, Config],
+    wholes: Mapping[str, float],
+    min_segments: int,
+    uncut_s: float | None,
+    batch: int,
+) -> tuple[list[tuple[Draft, float]], list[str]]:
+    """Return cut plans worth proving, each with its predicted seconds, and notes on why there are none.
+
+    Args:
+        medians: (block index, target) -> seconds, for those that run and whose numbers were right.
+        configs: target -> the best config known for the whole model there.
+        wholes: target -> seconds of the whole model. Blocks timed alone add up to more than the whole, since a cut costs fusion; their
+            sum is scaled to it.
+        min_segments: the fewest segments asked for; above 1 the best cut is returned whatever it promises.
+        uncut_s: the best uncut plan.
+
+    Raises:
+        Infeasible: cuts were asked for, and there is no such plan.
+    """
+    blocks = structure.blocks
+    forced = min_segments > 1
+    if forced and len(blocks) < min_segments:
+        raise UsageError(f"the model has {len(blocks)} blocks, so it cannot be cut into {min_segments} segments", advice="lower --min-segments")
+    complete = all(any((block.index, str(target)) in medians for target in targets) for block in blocks)
+    if not complete or len(blocks) < 2:
+        if forced:
+            lacking = next(block.index for block in blocks if not any((block.index, str(target)) in medians for target in targets))
+            raise Infeasible(f"no target is known to run block {lacking} right, so no cut plan can be made")
+        return [], []
+    scales = {str(target): _scale(structure, medians, wholes, str(target)) for target in targets}
+    costs = [{str(target): medians[block.index, str(target)] * scales[str(target)] for target in targets if (block.index, str(target)) in medians} for block in blocks]
+    names = [str(target) for target in targets]
+    prices = np.array([CUT_S + _crossing_bytes(structure, index) / BYTES_PER_S for index in range(1, len(blocks))])
+    width = len(names)
+    boundary = prices[:, None, None] * (1 - np.eye(width))[None]
+    plan = place(costs, boundary, choices=names, cut=prices[:, None] * np.ones(width), min_segments=min_segments)
+    if len(plan.segments) == 1 or (not forced and uncut_s is not None and plan.cost_s > _PROMISE * uncut_s):
+        return [], []
+    by_name = {str(target): target for target in targets}
+    pieces = tuple(
+        Piece(target=by_name[name], config=configs.get(name, Config(precision="fp32")), first=first, last=last) for first, last, name in plan.segments
+    )
+    return [(Draft(name="cut plan", pieces=pieces, batch=batch), plan.cost_s)], []
+
+
+def _scale(structure: Structure, medians: Mapping[tuple[int, str], float], wholes: Mapping[str, float], target: str) -> float:
+    parts = [medians.get((block.index, target)) for block in structure.blocks]
+    if target not in wholes or any(part is None for part in parts):
+        return 1.0
+    return min(1.0, wholes[target] / sum(part for part in parts if part is not None))
+
+
+def _crossing_bytes(structure: Structure, index: int) -> int:
+    """Return the bytes that cross the boundary before the block `index`; 0 where they are not known before the run."""
+    first = structure.blocks[index].first
+    return next((cut.bytes or 0 for cut in structure.cut_points if cut.position == first), 0)

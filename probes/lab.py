@@ -1,0 +1,161 @@
+"""The laboratory: the workers, one for each runtime, and what is loaded in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from aivmm.models.records import ModelFacts
+from aivmm.probes import wire
+from aivmm.probes.client import Worker, WorkerDied
+from aivmm.probes.race import Contestant
+from aivmm.runtime.backend import Baseline
+from aivmm.runtime.config import Config, Knob
+from aivmm.runtime.target import Target, Unavailable
+from aivmm.tensors import TensorSpec
+
+COMPILE_LIMIT_S = 300.0  # compilations of minutes are real on NPUs
+RUN_LIMIT_S = 120.0
+_DISCOVER_LIMIT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A model that was compiled in a worker, and what was seen while doing so."""
+
+    contestant: Contestant
+    compile_s: float
+    first_inference_s: float
+    effective_config: Mapping[str, Any]
+    nodes: Mapping[str, int]
+    stray: tuple[str, ...]
+    accuracy: Mapping[str, float]
+    problem: str  # what makes the outputs unusable, or ""
+
+
+class Lab:
+    """Owns the workers. What crashes in one costs what is loaded there, and nothing else."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, Worker] = {}
+        self._count = 0
+
+    def worker(self, runtime: str) -> Worker:
+        """Return the worker that runs one runtime."""
+        return self._workers.setdefault(runtime, Worker(runtime))
+
+    def pids(self) -> list[int]:
+        """Return the process ids of the workers that run."""
+        return [worker.pid for worker in self._workers.values() if worker.pid]
+
+    def discover(self, backends: Sequence[str]) -> tuple[tuple[Target, ...], tuple[Unavailable, ...]]:
+        """List the targets of each backend, and what is absent and why; a runtime that crashes while looking is absent for that reason."""
+        targets: list[Target] = []
+        absent: list[Unavailable] = []
+        for name in backends:
+            try:
+                answer = self.worker(name).call("discover", limit_s=_DISCOVER_LIMIT_S, backends=[name])
+            except WorkerDied as died:
+                absent.append(Unavailable(target=name, reason=f"looking for its devices {died.reason}", advice="check the driver"))
+                continue
+            for each in map(wire.target_in, answer["targets"]):
+                if isinstance(each, Target):
+                    targets.append(each)
+                else:
+                    absent.append(each)
+        return tuple(targets), tuple(absent)
+
+    def knobs(self, target: Target) -> tuple[Knob, ...]:
+        """List the knobs of a target."""
+        answer = self.worker(target.runtime).call("knobs", limit_s=RUN_LIMIT_S, target=wire.target_out(target))
+        return tuple(map(wire.knob_in, answer["knobs"]))
+
+    def baselines(self, targets: Sequence[Target], objective: str) -> tuple[Baseline, ...]:
+        """List what a user would run on the targets without us."""
+        found: list[Baseline] = []
+        for runtime in dict.fromkeys(target.runtime for target in targets):
+            mine = [wire.target_out(target) for target in targets if target.runtime == runtime]
+            answer = self.worker(runtime).call("baselines", limit_s=RUN_LIMIT_S, targets=mine, objective=objective, backends=[runtime])
+            for each in answer["baselines"]:
+                target = wire.target_in(each["target"])
+                assert isinstance(target, Target)
+                found.append(Baseline(name=each["name"], target=target, config=wire.config_in(each["config"]), callers=each["callers"]))
+        return tuple(found)
+
+    def prepare(self, source: Path, destination: Path, *, shapes: Mapping[str, tuple[int, ...]], dims: Mapping[str, int], batch: int) -> ModelFacts:
+        """Prepare a model file in a worker: shape inference is native code."""
+        answer = self.worker("models").call(
+            "prepare",
+            limit_s=COMPILE_LIMIT_S,
+            source=str(source),
+            destination=str(destination),
+            shapes={name: list(shape) for name, shape in shapes.items()},
+            dims=dict(dims),
+            batch=batch,
+        )
+        return wire.facts_in(answer["facts"])
+
+    def write_demo(self, name: str, folder: Path) -> Path:
+        """Write a demo model."""
+        return Path(self.worker("models").call("demo", limit_s=COMPILE_LIMIT_S, name=name, folder=str(folder))["path"])
+
+    def make_samples(self, model: Path, specs: tuple[TensorSpec, ...], destinations: Sequence[Path], *, seed: int) -> None:
+        """Write sample inputs that suit a model."""
+        self.worker("models").call(
+            "samples", limit_s=RUN_LIMIT_S, model=str(model), specs=wire.specs_out(specs), destinations=list(map(str, destinations)), seed=seed
+        )
+
+    def load(self, model: Path, target: Target, config: Config, *, inputs: Path, reference: Path | None = None, batch: int = 1, callers: int = 1) -> Loaded:
+        """Compile a model in its runtime's worker and run it once.
+
+        Raises:
+            Unsupported: the runtime refuses.
+            WorkerDied: it crashed or hung.
+        """
+        self._count += 1
+        name = f"m{self._count}"
+        worker = self.worker(target.runtime)
+        answer = worker.call(
+            "compile",
+            limit_s=COMPILE_LIMIT_S,
+            name=name,
+            model=str(model),
+            target=wire.target_out(target),
+            config=wire.config_out(config),
+            inputs=str(inputs),
+            reference=str(reference) if reference else "",
+            callers=callers,
+        )
+        return Loaded(
+            contestant=Contestant(name, worker, batch=batch, callers=callers, expected_s=answer["first_inference_s"]),
+            compile_s=answer["compile_s"],
+            first_inference_s=answer["first_inference_s"],
+            effective_config=answer["effective_config"],
+            nodes=answer["nodes"],
+            stray=tuple(answer["stray"]),
+            accuracy=answer.get("accuracy", {}),
+            problem=answer.get("problem", ""),
+        )
+
+    def outputs(self, contestant: Contestant, inputs: Path, destination: Path) -> None:
+        """Run what is loaded on the arrays in `inputs` and write its outputs."""
+        contestant.worker.call("outputs", limit_s=RUN_LIMIT_S, name=contestant.name, inputs=str(inputs), destination=str(destination))
+
+    def unload(self, contestant: Contestant) -> None:
+        """Free what is loaded. What died with its worker is free already."""
+        if contestant.worker.pid and contestant.worker.generation == contestant.generation:
+            contestant.worker.call("close", limit_s=RUN_LIMIT_S, name=contestant.name)
+
+    def close(self) -> None:
+        """End all workers."""
+        for worker in self._workers.values():
+            worker.close()
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

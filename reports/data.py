@@ -1,0 +1,88 @@
+"""What a report is made of: the stored rows of one run, and nothing else. Importing this needs neither Matplotlib nor Jinja."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from aivmm.models.records import Structure
+from aivmm.planner.records import ProofRecord, RunRecord, TrialRecord
+from aivmm.probes.records import Outcome, ProbeKey
+from aivmm.runtime.environment import Environment
+from aivmm.runtime.target import Unavailable
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """The rows of one run. Equal data renders to equal bytes.
+
+    `outcomes` are the whole-model, segment and operator probes of the environments of this run: unlike environments never merge, so the
+    caller picks the rows. `plan` is the content of `plan.json`, read tolerantly; without it the stages come from `run.summary`.
+    """
+
+    run: RunRecord
+    generated_at: datetime  # UTC
+    structure: Structure | None = None
+    environments: tuple[Environment, ...] = ()
+    unavailable: tuple[Unavailable, ...] = ()
+    proofs: tuple[ProofRecord, ...] = ()
+    outcomes: tuple[Outcome, ...] = ()
+    trials: tuple[TrialRecord, ...] = ()
+    plan: Mapping[str, Any] | None = None
+    reused: frozenset[ProbeKey] = frozenset()  # probes taken from the database, not measured in this run
+
+    @property
+    def planned(self) -> ProofRecord | None:
+        """The proof of the plan itself; None when no plan was proven."""
+        return next((proof for proof in self.proofs if proof.role == "plan"), None)
+
+    @property
+    def has_plan(self) -> bool:
+        """True when a plan was written."""
+        return bool(self.plan) or bool(self.run.summary.get("plan"))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Every single target that any row names, the plan's first, then in order of appearance."""
+        named = [stage_target(stage) for stage in self.stages]
+        named += [environment.target for environment in self.environments]
+        for proof in self.proofs:
+            named += proof.target.split(" + ")
+        named += [trial.target for trial in self.trials]
+        named += [outcome.key.target for outcome in self.outcomes]
+        return tuple(dict.fromkeys(name for name in named if name))
+
+    @property
+    def stages(self) -> tuple[Mapping[str, Any], ...]:
+        """The plan's stages as stored; empty without a plan."""
+        for source in (self.plan, self.run.summary.get("plan")):
+            stages = source.get("stages") if isinstance(source, Mapping) else None
+            if isinstance(stages, (list, tuple)) and stages:
+                return tuple(stage for stage in stages if isinstance(stage, Mapping))
+        return ()
+
+
+def stage_target(stage: Mapping[str, Any]) -> str:
+    """Return a stage's target as text; empty when the stage names none."""
+    target = stage.get("target", "")
+    if isinstance(target, Mapping):
+        return f"{target.get('runtime', '')}:{target.get('name', '')}"
+    return str(target)
+
+
+def dig(source: Any, *path: str) -> Any:
+    """Return the value at `path` in nested mappings, or None where any step is missing."""
+    for step in path:
+        if not isinstance(source, Mapping):
+            return None
+        source = source.get(step)
+    return source
+
+
+def number(value: Any) -> float | None:
+    """Return `value` as a finite float, or None when it is not a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+        return None
+    return float(value)

@@ -1,0 +1,161 @@
+"""The top of the report: the verdict, three short answers, and the key figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from aivmm.planner.records import ProofRecord
+from aivmm.reports import format as fmt
+from aivmm.reports.anatomy import Stage
+from aivmm.reports.data import ReportData, dig, number
+from aivmm.reports.intervals import P99_NEEDS
+from aivmm.reports.race import best_baseline, figure_of, ratio_interval, throughput_wanted
+
+_WITHOUT_VERDICT = {
+    "running": "This run is still going on: nothing is proven yet.",
+    "searched": "The search is done, but no plan has been proven yet.",
+    "complete": "The run is complete, but no verdict was stored.",
+    "infeasible": "No plan meets the constraints.",
+    "interrupted": "The run was interrupted before a plan was proven.",
+    "failed": "The run failed before a plan was proven.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A short answer: what it is about, the answer, and a line of support."""
+
+    label: str
+    value: str
+    support: tuple[str, ...] = ()
+    tone: str = ""  # "good", "bad" or neutral
+
+
+def verdict(data: ReportData) -> str:
+    """Return the run's own sentence; what can be said from its status where there is none."""
+    return str(data.run.summary.get("verdict") or _WITHOUT_VERDICT[data.run.status])
+
+
+def answers(data: ReportData, stages: Sequence[Stage], cautions: int) -> tuple[Answer, ...]:
+    """Answer the three questions that a reader comes with. Empty without a proven plan."""
+    plan = data.planned
+    if plan is None or plan.samples is None:
+        return ()
+    return _what(plan, stages), _how_much(data), _believe(data, plan, cautions)
+
+
+def key_figures(data: ReportData) -> tuple[Answer, ...]:
+    """Return the figures of the plan's proof; each that is missing says why."""
+    plan = data.planned
+    if plan is None or plan.samples is None:
+        return ()
+    samples, metrics = plan.samples, plan.metrics
+    n = len(samples.timed_s)
+    call = "one call" if plan.batch == 1 else f"one call of {plan.batch} samples"
+    figures = [
+        Answer(label="Median latency", value=fmt.seconds(samples.median_s), support=(call, *_interval(data, plan))),
+        Answer(label="p90 latency", value=fmt.seconds(samples.quantile_s(0.9))),
+        Answer(label="p99 latency", value=fmt.seconds(samples.quantile_s(0.99)))
+        if n >= P99_NEEDS
+        else Answer(label="p99 latency", value="–", support=(f"needs {P99_NEEDS} samples, this proof has {n}",)),
+        Answer(label="Throughput", value=fmt.per_second(_throughput(data, plan)), support=(_load(plan),)),
+    ]
+    for label, metric, show in (
+        ("Peak memory", "peak_memory_bytes", fmt.size),
+        ("Device memory", "peak_device_memory_bytes", fmt.size),
+        ("Compile time", "compile_s", fmt.seconds),
+        ("First inference", "first_inference_s", fmt.seconds),
+    ):
+        value = metrics.get(metric)
+        if value is not None or metric != "peak_device_memory_bytes":
+            figures.append(Answer(label=label, value=show(value), support=() if value is not None else ("not measured",)))
+    return (*figures, _accuracy(data, plan), *_predicted(data, plan))
+
+
+def _what(plan: ProofRecord, stages: Sequence[Stage]) -> Answer:
+    precision = ", ".join(dict.fromkeys(stage.precision or "default precision" for stage in stages))
+    settings = (
+        [f"{name}={value}" for name, value in stages[0].settings] if len(stages) == 1 else [f"{len(stages)} stages"] if stages else []
+    )
+    load = [f"batch {plan.batch}", fmt.count(plan.callers, "caller")]
+    return Answer(
+        label="What to run",
+        value=plan.target,
+        support=(" · ".join(part for part in (precision, *load) if part), *([", ".join(settings)] if settings else [])),
+    )
+
+
+def _how_much(data: ReportData) -> Answer:
+    label = "How much better"
+    rival = best_baseline(data)
+    if rival is None or rival.ratio is None:
+        return Answer(label=label, value="–", support=("no eligible baseline ran, so there is nothing to compare with",))
+    worst = max((p for p in data.proofs if p.role == "baseline" and p.eligible and p.ratio is not None), key=lambda p: p.ratio or 0)
+    lines = [f"than {rival.name}, the best you would have run otherwise"]
+    if ratio_interval(rival):
+        lines.append(f"95 % interval {ratio_interval(rival)}")
+    if worst is not rival and worst.verdict == "faster":
+        lines.append(f"{fmt.ratio(worst.ratio)} faster than {worst.name}")
+    if rival.verdict == "faster":
+        return Answer(label=label, value=f"{fmt.ratio(rival.ratio)} faster", support=tuple(lines), tone="good")
+    if rival.verdict == "slower":
+        return Answer(label=label, value=f"{fmt.ratio(1 / rival.ratio)} slower", support=tuple(lines), tone="bad")
+    word = "the same" if rival.verdict == "same" else "undecided"
+    lines[0] = lines[0].replace("than", "as" if rival.verdict == "same" else "against", 1)
+    return Answer(label=label, value=f"{word}, within noise" if rival.verdict == "same" else word, support=tuple(lines))
+
+
+def _believe(data: ReportData, plan: ProofRecord, cautions: int) -> Answer:
+    assert plan.samples is not None
+    rounds = len(set(plan.samples.rounds))
+    timed = fmt.count(len(plan.samples.timed_s), "sample")
+    lines = [f"{timed} in {fmt.count(rounds, 'round')}, interleaved with the baselines" if rounds > 1 else f"{timed}, not interleaved"]
+    accuracy = _accuracy(data, plan)
+    if accuracy.value != "–":
+        lines.append(
+            f"{accuracy.label} {accuracy.value}, {accuracy.support[0]}" if accuracy.support else f"{accuracy.label} {accuracy.value}"
+        )
+    lines.append(f"{fmt.count(cautions, 'caution')} on the plan" if cautions else "no cautions on the plan")
+    figure = figure_of(data, plan)
+    value = f"{fmt.plus_minus((figure.high - figure.low) / 2 / figure.median)} on the median" if figure else "–"
+    return Answer(label="Can I believe it", value=value, support=tuple(lines))
+
+
+def _interval(data: ReportData, plan: ProofRecord) -> tuple[str, ...]:
+    figure = figure_of(data, plan)
+    if figure is None or throughput_wanted(data):
+        return ()
+    return (f"95 % interval {fmt.seconds(figure.low)} to {fmt.seconds(figure.high)}",)
+
+
+def _throughput(data: ReportData, plan: ProofRecord) -> float | None:
+    stated = number(dig(data.run.summary, "measured", "throughput_per_s")) or plan.metrics.get("throughput_per_s")
+    return stated or (plan.batch * plan.callers / plan.samples.median_s if plan.samples else None)
+
+
+def _load(plan: ProofRecord) -> str:
+    return f"samples, batch {plan.batch}, {fmt.count(plan.callers, 'caller')}"
+
+
+def _accuracy(data: ReportData, plan: ProofRecord) -> Answer:
+    stated = dig(data.run.summary, "accuracy")
+    metric = str(dig(stated, "metric") or "cosine")
+    value = number(dig(stated, "value"))
+    value = value if value is not None else plan.metrics.get(metric)
+    if value is None:
+        return Answer(label="Accuracy", value="–", support=("not measured",))
+    limit = number(dig(stated, "limit"))
+    lines = [f"limit {fmt.similarity(limit)}"] if limit is not None else []
+    data_kind = dig(stated, "data")
+    if data_kind:
+        lines = [", ".join([*lines, f"{data_kind} data"])]
+    return Answer(label=f"Accuracy ({metric})", value=fmt.similarity(value), support=tuple(lines))
+
+
+def _predicted(data: ReportData, plan: ProofRecord) -> tuple[Answer, ...]:
+    predicted = number(dig(data.run.summary, "predicted", "median_s"))
+    if not predicted or plan.samples is None:
+        return ()
+    off = plan.samples.median_s / predicted - 1
+    return (Answer(label="Predicted median", value=fmt.seconds(predicted), support=(f"the proof measured {off * 100:+.1f} %",)),)

@@ -1,0 +1,35 @@
+"""Facts about machines."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from aivmm.db.database import Database
+from aivmm.runtime.environment import Environment, environment_of
+from aivmm.runtime.target import Device, Target
+
+CPU = Device(kind="cpu", model="A CPU", instruction_sets=("avx2", "amx"), cores=2, memory_bytes=None, power_limit_w=15)
+
+
+def fields(target: Target) -> dict[str, object]:
+    """All fields; a target compares by its name alone."""
+    return dataclasses.asdict(target)
+
+
+def test_an_environment_is_stored_once_and_keeps_its_fingerprint(database: Database, environment: Environment) -> None:
+    whole = dataclasses.replace(environment, power_limit_w=350)  # a whole number: 350.0 would have another fingerprint
+    for each in (environment, whole, environment, whole):
+        database.remember_environment(each)
+    assert database.environments() == [environment, whole]
+    assert [each.fingerprint for each in database.environments()] == [environment.fingerprint, whole.fingerprint]
+    assert database.environment(whole.fingerprint) == whole
+    assert database.environment("unknown") is None
+
+
+def test_a_target_is_stored_once_with_its_device_and_environment(database: Database) -> None:
+    one = Target(runtime="openvino", name="CPU", device=CPU, runtime_version="2026.4", precisions=("fp32", "bf16"))
+    upgraded = dataclasses.replace(one, runtime_version="2026.5")
+    assert database.remember_target(one) == database.remember_target(one) != database.remember_target(upgraded)
+    assert [fields(each) for each in database.targets()] == [fields(one), fields(upgraded)]
+    assert database.environments() == [environment_of(one), environment_of(upgraded)]
+    assert database.remember_device(CPU) == database.remember_device(dataclasses.replace(CPU))

@@ -1,0 +1,287 @@
+"""The command line. Commands parse, call and print; standard output is the result, standard error is everything else."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from aivmm.errors import AivmmError, Infeasible, UsageError
+from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions, parse_batches, parse_budget, parse_dims, parse_list, parse_shapes
+
+app = typer.Typer(
+    name="aivmm",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Measure an ONNX model on every device of this machine, plan, prove the plan, and run it.
+
+Start with `aivmm tune model.onnx`, or with a demo: `aivmm tune demo:squeezenet`.""",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Make standard output exactly one JSON object.")]
+Db = Annotated[str | None, typer.Option("--db", metavar="PATH|URL", help="Performance database; default: the user's data folder.", envvar="AIVMM_DB")]
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An ONNX file, or `demo:NAME` (`demo:` lists them).")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where the plan goes; default `<name>.aivmm`.")] = None,
+    db: Db = None,
+    objective: Annotated[str, typer.Option(help="`latency` or `throughput`.")] = "latency",
+    constraint: Annotated[list[str] | None, typer.Option(metavar="EXPR", help="A limit such as `latency<10ms, memory<2GB`. Repeatable.")] = None,
+    targets: Annotated[list[str] | None, typer.Option(metavar="PATTERNS", help="Targets that may be used: `openvino`, `*:CPU`, ...")] = None,
+    precisions: Annotated[list[str] | None, typer.Option(metavar="LIST", help="Precisions that may be used: `fp32,bf16`.")] = None,
+    batch: Annotated[list[str] | None, typer.Option(metavar="LIST", help="Batch sizes to choose from: `1,8,32`.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(metavar="NAME=1x3x224x224", help="The shape of an input. Repeatable.")] = None,
+    dim: Annotated[list[str] | None, typer.Option(metavar="NAME=N", help="The extent of a named dimension. Repeatable.")] = None,
+    inputs: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Real samples to run with.")] = None,
+    budget: Annotated[str, typer.Option(metavar="TIME", help="Time for measuring and searching; the proof comes on top.")] = f"{DEFAULT_BUDGET_S:.0f}s",
+    trials: Annotated[int | None, typer.Option(metavar="N", help="Points to try; default: as the budget allows.")] = None,
+    min_segments: Annotated[int, typer.Option(metavar="N", help="Force a cut into at least N segments, for study.")] = 1,
+    top: Annotated[int, typer.Option(metavar="K", help="How many finalists are proven.")] = 3,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of inputs, orders and the search.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure all again; the database keeps what it has.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what crashed or hung here before.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and measure nothing.")] = False,
+    backend: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also print every baseline and note.")] = False,
+) -> None:
+    """Find, prove and save the best plan for a model on this machine.
+
+    Examples:
+
+    `aivmm tune demo:squeezenet`
+
+    `aivmm tune model.onnx --budget 120s --constraint "latency<20ms"`
+
+    `aivmm tune model.onnx --objective throughput --batch 1,8,32 --dim seq=128`
+    """
+    if model == "demo:":
+        _list_demos(as_json)
+        return
+    options = TuneOptions(
+        model=model,
+        output=output,
+        db=db,
+        objective=objective,
+        constraints=tuple(constraint or ()),
+        targets=parse_list(targets or ()),
+        precisions=parse_list(precisions or ()),
+        batches=parse_batches(batch or ()),
+        shapes=parse_shapes(shape or ()),
+        dims=parse_dims(dim or ()),
+        inputs=inputs,
+        budget_s=parse_budget(budget),
+        trials=trials,
+        min_segments=min_segments,
+        top=top,
+        seed=seed,
+        fresh=fresh,
+        retry_failed=retry_failed,
+        dry_run=dry_run,
+        backends=tuple(backend or ()),
+    )
+    from aivmm.tuner.progress import make_progress
+    from aivmm.tuner.session import Session, TuneOutcome
+
+    progress = make_progress(quiet=quiet)
+    try:
+        outcome = Session(options, progress, command=_command()).run()
+    finally:
+        progress.close()
+    if not isinstance(outcome, TuneOutcome):
+        _print_dry_run(outcome, as_json)
+        return
+    if as_json:
+        _print_json(outcome.summary)
+    else:
+        _print_outcome(outcome.summary, list(outcome.run.notes), verbose)
+    if outcome.plan_path is None:
+        raise typer.Exit(3)
+
+
+@app.command()
+def devices(
+    as_json: Json = False, backend: Annotated[list[str] | None, typer.Option(hidden=True)] = None
+) -> None:
+    """List every target that runs here, and everything unavailable with its reason."""
+    from aivmm.tuner.inventory import find_devices
+
+    targets, unavailable = find_devices(backend)
+    if as_json:
+        _print_json({
+            "schema": 1,
+            "targets": [
+                {
+                    "target": str(each), "device": each.device.model, "kind": each.device.kind, "runtime_version": each.runtime_version,
+                    "driver": each.device.driver, "precisions": list(each.precisions), "cores": each.device.cores, "memory_bytes": each.device.memory_bytes,
+                }
+                for each in targets
+            ],
+            "unavailable": [{"target": each.target, "reason": each.reason, "advice": each.advice} for each in unavailable],
+        })  # fmt: skip
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("target", "device", "precisions", "runtime"):
+        table.add_column(heading, overflow="fold")
+    for target in targets:
+        cores = f", {target.device.cores} cores" if target.device.cores else ""
+        table.add_row(Text(str(target)), Text(target.device.model + cores), Text(", ".join(target.precisions)), Text(target.runtime_version))
+    out = Console()
+    out.print(table)
+    if unavailable:
+        out.print("\nNot available:")
+        for absent in unavailable:
+            out.print(Text(f"  {absent.target}: {absent.reason}"), soft_wrap=True)
+            if absent.advice:
+                out.print(Text(f"    {absent.advice}", style="dim"), soft_wrap=True)
+
+
+@app.command()
+def report(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN|MODEL]", help="A run's id (or the beginning of it) or a model's name; default: the newest.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write; default `<model>.report.html`.")] = None,
+    db: Db = None,
+    as_json: Json = False,
+) -> None:
+    """Render a run's report again from the database."""
+    from aivmm.db.database import Database
+    from aivmm.tuner.reporting import write_report
+
+    with Database.open(db) as database:
+        record = database.run(run)
+        path = output or Path(f"{record.model.name.removeprefix('demo:')}.report.html")
+        write_report(database, record.id, path)
+    _print_json({"schema": 1, "run": record.id, "report": str(path)}) if as_json else print(path)
+
+
+@app.command("run")
+def run_plan(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan bundle.")],
+    inputs: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Inputs by name; default: random ones.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE.npz", help="Where to write the outputs.")] = None,
+    repeat: Annotated[int, typer.Option(metavar="N", min=1, help="How many times to run.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Run a plan once (or N times) and show its outputs.
+
+    Example: `aivmm run squeezenet.aivmm --inputs sample.npz -o result.npz`
+    """
+    from aivmm.tuner.running import run_bundle
+
+    result = run_bundle(plan, inputs, output, repeat)
+    if as_json:
+        _print_json(result)
+        return
+    print(f"{result['model']} on {' + '.join(result['targets'])} ({result['validity']}): median {result['median_s'] * 1e3:.3f} ms of {repeat}")
+    for each in result["outputs"]:
+        print(f"  {each['name']}: {each['dtype']}{each['shape']}  {each['preview']}")
+    for event in result["events"]:
+        print(f"note: {event}", file=sys.stderr)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit status; a bug keeps its traceback."""
+    wants_json = "--json" in arguments
+    try:
+        status = app(args=list(arguments), prog_name="aivmm", standalone_mode=False)
+    except AivmmError as error:
+        _print_error(error.message, error.advice, wants_json)
+        return 3 if isinstance(error, Infeasible) else 2
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        message = error.format_message()
+        if not arguments:
+            print(message)  # no arguments: the help is the answer
+            return 2
+        _print_error(message.rstrip("."), f"see {context.command_path if context else 'aivmm'} --help", wants_json)
+        return 2
+    except typer.Abort:
+        status = 130
+    except BrokenPipeError:
+        return 1
+    if status == 130:
+        _print_error("interrupted; what was measured is kept", "run the same command again to continue", wants_json)
+    return status if isinstance(status, int) else 0
+
+
+def _command() -> str:
+    return shlex.join(["aivmm", *sys.argv[1:]] if not Path(sys.argv[0]).name.startswith("aivmm-tune") else ["aivmm-tune", *sys.argv[1:]])
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, allow_nan=False))
+
+
+def _print_error(message: str, advice: str, as_json: bool) -> None:
+    line = " ".join(f"aivmm: {message}{f'; {advice}' if advice else ''}".split())
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(line, style="red"))
+    if as_json:
+        _print_json({"schema": 1, "error": {"message": " ".join(message.split()), "advice": " ".join(advice.split())}})
+
+
+def _list_demos(as_json: bool) -> None:
+    from aivmm.models.demo import demo_names
+
+    names = demo_names()
+    if as_json:
+        _print_json({"schema": 1, "demos": {f"demo:{name}": text for name, text in names.items()}})
+        return
+    width = max(map(len, names)) + 5
+    for name, text in names.items():
+        print(f"{f'demo:{name}':<{width}}  {text}")
+
+
+def _print_dry_run(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(found)
+        return
+    print(f"model      {found['model']['path']} ({found['model']['category']['name']}: {found['model']['category']['reason']})")
+    print(f"inputs     {', '.join(found['inputs'])}")
+    print(f"targets    {', '.join(found['targets'])}")
+    for each in found["unavailable"]:
+        print(f"           not available: {each}")
+    print(f"baselines  {', '.join(found['baselines'])}")
+    for target, knobs in found["knobs"].items():
+        print(f"search     {target}: {', '.join(knobs) or 'nothing to tune'}")
+    print(f"batches    {', '.join(map(str, found['batches']))}")
+    print(f"parts      {found['blocks']} blocks and {found['operators']} unique operators on each target")
+    print(f"budget     {found['budget_s']:.0f} s, and at most 30 s for the proof and the report")
+    for each in found["notes"]:
+        print(f"note: {each}", file=sys.stderr)
+
+
+def _print_outcome(summary: Any, notes: list[str], verbose: bool) -> None:
+    console = Console(highlight=False)
+    console.print(Text(summary["verdict"], style="bold"))
+    if verbose or summary["plan"] is None:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for heading in ("baseline", "median", "95 % interval", "plan against it"):
+            table.add_column(heading)
+        for each in summary["baselines"]:
+            interval = f"{each['ci95_s'][0] * 1e3:.3f} to {each['ci95_s'][1] * 1e3:.3f} ms" if each["ci95_s"] else ""
+            median = f"{each['median_s'] * 1e3:.3f} ms" if each["median_s"] is not None else "did not run"
+            against = f"{each['verdict']}, {each['ratio_to_plan']:.2f}x" if each["verdict"] else each["reason"] or ""
+            table.add_row(Text(each["name"]), median, interval, Text(against if each["eligible"] or not each["reason"] else f"not eligible: {each['reason']}"))
+        console.print(table)
+    if verbose:
+        for note in notes:
+            console.print(Text(f"note: {note}"))
+    if summary["plan"]:
+        console.print(Text(f"plan    {summary['plan']['path']}"))
+    console.print(Text(f"report  {summary['report']}"))
+    if summary["plan"]:
+        console.print(Text(f"use it  import aivmm; engine = aivmm.load_plan({summary['plan']['path']!r})"))

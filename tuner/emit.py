@@ -1,0 +1,118 @@
+"""From a draft to a bundle on disk."""
+
+from __future__ import annotations
+
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from aivmm.models.records import ModelFacts, Structure
+from aivmm.models.slice import Segment, Slicer, WeightStore
+from aivmm.planner.candidates import Draft, Piece
+from aivmm.runtime.bundle import write_bundle
+from aivmm.runtime.environment import environment_of
+from aivmm.runtime.plan import Accuracy, Alternative, Conditions, Model, Number, Plan, Stage, tensors
+from aivmm.runtime.target import Target
+
+_UNKNOWN_DIGEST = "0" * 64  # replaced by the real one when the bundle is written
+
+
+class Emitter:
+    """Writes bundles for one model at one batch. Segments are sliced once, however many drafts use them."""
+
+    def __init__(self, prepared: Path, facts: ModelFacts, structure: Structure, folder: Path, *, version: str) -> None:
+        self._facts = facts
+        self._structure = structure
+        self._folder = folder
+        self._version = version
+        self._slicer = Slicer(prepared)
+        self._segments: dict[tuple[int, int], Segment] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._weights = WeightStore(folder / "weights.bin")
+
+    def write(
+        self,
+        draft: Draft,
+        destination: Path,
+        *,
+        objective: str,
+        constraints: Sequence[str] = (),
+        expected: Mapping[str, Number] | None = None,
+        accuracy: Accuracy | None = None,
+        fallbacks: Sequence[Draft] = (),
+        verdict: str = "",
+    ) -> Plan:
+        """Write `draft` as a bundle and return its plan."""
+        files: dict[str, Path] = {}
+        stages = [self._stage(piece, files) for piece in draft.pieces]
+        others = [Alternative(name=each.name, stages=[self._stage(piece, files) for piece in each.pieces]) for each in fallbacks]
+        used: dict[str, Target] = {str(piece.target): piece.target for each in (draft, *fallbacks) for piece in each.pieces}
+        plan = Plan(
+            created_by=f"aivmm {self._version}",
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            model=Model(
+                name=self._facts.name,
+                sha256=self._facts.sha256,
+                content=self._structure.content,
+                category=self._facts.category.name,
+                inputs=tensors(self._facts.inputs),
+                outputs=tensors(self._facts.outputs),
+            ),
+            objective=objective,
+            constraints=list(constraints),
+            batch=draft.batch,
+            callers=draft.callers,
+            stages=stages,
+            expected=dict(expected or {}),
+            accuracy=accuracy,
+            environments=[_conditions(target) for target in used.values()],
+            fallbacks=others,
+            verdict=verdict,
+            files=dict.fromkeys(files, _UNKNOWN_DIGEST),
+        )
+        write_bundle(destination, plan, files)
+        return plan
+
+    def segment(self, first: int, last: int) -> Segment:
+        """Return the segment of the blocks [first, last], written on first use; all share one file of weights."""
+        if (first, last) not in self._segments:
+            blocks = self._structure.blocks
+            partial = self._folder / "partial.onnx"
+            made = self._slicer.write(blocks[first].first, blocks[last].last, partial, weights=self._weights)
+            final = self._folder / f"{made.content[:32]}.onnx"
+            partial.replace(final)
+            self._segments[first, last] = replace(made, path=final)
+        return self._segments[first, last]
+
+    def close(self) -> None:
+        """Let go of the model's files."""
+        self._slicer.close()
+
+    def _stage(self, piece: Piece, files: dict[str, Path]) -> Stage:
+        segment = self.segment(piece.first, piece.last)
+        for path in (segment.path, *segment.weights):
+            files[f"segments/{path.name}"] = path
+        return Stage(
+            model=f"segments/{segment.path.name}",
+            target=str(piece.target),
+            precision=piece.config.precision or "default",
+            config=dict(piece.config.settings),
+            blocks=(piece.first, piece.last),
+            inputs=tensors(segment.inputs),
+            outputs=tensors(segment.outputs),
+        )
+
+
+def _conditions(target: Target) -> Conditions:
+    fields = asdict(environment_of(target))
+    fields["instruction_sets"] = list(fields["instruction_sets"])
+    return Conditions(**fields)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files below `folder`."""
+    return sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
+
+

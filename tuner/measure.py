@@ -1,0 +1,273 @@
+"""Measuring candidates: what the database knows is reused, the rest races against the reference."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from aivmm.db.database import Database
+from aivmm.errors import Unsupported, UsageError
+from aivmm.planner.candidates import Candidate, Rejection, Score
+from aivmm.probes.client import WorkerDied
+from aivmm.probes.compare import cautions, compare
+from aivmm.probes.lab import Lab, Loaded
+from aivmm.probes.machine import BackgroundLoad, machine_cautions
+from aivmm.probes.race import Contestant, RaceState, race
+from aivmm.probes.records import Caution, Failed, Measured, Outcome, ProbeKey, Refused
+from aivmm.runtime.cpu import usable_cores
+from aivmm.runtime.environment import environment_of
+from aivmm.runtime.target import Target
+from aivmm.tuner.subject import Subject
+
+Tell = Callable[[RaceState], None]
+
+
+@dataclass(slots=True)
+class Counts:
+    """How many probes came out which way, for the summary."""
+
+    measured: int = 0
+    reused: int = 0
+    refused: int = 0
+    failed: int = 0
+
+    def add(self, outcome: Outcome, *, reused: bool) -> None:
+        """Count one outcome."""
+        if isinstance(outcome, Refused):
+            self.refused += 1
+        elif isinstance(outcome, Failed):
+            self.failed += 1
+        elif reused:
+            self.reused += 1
+        else:
+            self.measured += 1
+
+
+@dataclass(slots=True)
+class Measurer:
+    """Scores candidates for the whole model. One reference runs in every race, so that scores of different races compare."""
+
+    lab: Lab
+    subject: Subject
+    database: Database
+    run_id: str
+    reference: Candidate
+    cosine_limit: float | None
+    fresh: bool = False
+    retry_failed: bool = False
+    seed: int = 0
+    counts: Counts = field(default_factory=Counts)
+    _loaded: dict[str, Loaded] = field(default_factory=dict)
+    _races: dict[str, dict[str, Measured]] = field(default_factory=dict)  # race -> key digest -> outcome
+    _old: dict[str, Outcome] = field(default_factory=dict)  # candidate key -> newest outcome
+    _number: int = 0
+
+    def key(self, candidate: Candidate) -> ProbeKey:
+        """Return the database key of a candidate."""
+        return ProbeKey(
+            kind="model",
+            subject=self.subject.subject,
+            target=str(candidate.target),
+            environment=environment_of(candidate.target).fingerprint,
+            config=candidate.config,
+            batch=candidate.batch,
+            callers=candidate.callers,
+        )
+
+    def recall(self, targets: Iterable[Target]) -> list[tuple[Candidate, Score | Rejection]]:
+        """Return what the database knows of this model on these targets under today's conditions, newest first, each candidate once."""
+        if self.fresh:
+            return []
+        by_environment = {environment_of(target).fingerprint: target for target in targets}
+        found: dict[str, tuple[Candidate, ProbeKey]] = {}
+        outcomes = [
+            outcome
+            for fingerprint in by_environment
+            for outcome in self.database.outcomes(kind="model", subject=self.subject.subject, environment=fingerprint, all=True)
+        ]
+        for outcome in outcomes:
+            key = outcome.key
+            target = by_environment[key.environment]
+            if key.target != str(target):
+                continue
+            candidate = Candidate(target=target, config=key.config, batch=key.batch, callers=key.callers)
+            found[candidate.key] = (candidate, key)
+            if isinstance(outcome, Measured):
+                self._races.setdefault(outcome.race, {})[candidate.key] = outcome
+            elif not (isinstance(outcome, Failed) and self.retry_failed):
+                self._old[candidate.key] = outcome
+        known: list[tuple[Candidate, Score | Rejection]] = []
+        used: list[ProbeKey] = []
+        for candidate, key in found.values():
+            outcome = self._known(candidate)
+            if outcome is not None:
+                known.append((candidate, outcome))
+                self.counts.reused += isinstance(outcome, Score) or outcome.state == "pruned"
+                used.append(key)
+        self.database.link(self.run_id, used)
+        return known
+
+    def _known(self, candidate: Candidate) -> Score | Rejection | None:
+        for outcomes in reversed(self._races.values()):
+            mine, reference = outcomes.get(candidate.key), outcomes.get(self.reference.key)
+            if mine is not None and reference is not None:
+                return self._score(candidate, mine, reference, reused=True)
+        old = self._old.get(candidate.key)
+        if isinstance(old, Refused):
+            return Rejection(state="refused", reason=old.reason, reused=True)
+        if isinstance(old, Failed):
+            return Rejection(state="failed", reason=old.reason, reused=True)
+        return None
+
+    def measure(
+        self, candidates: Sequence[Candidate], *, budget_s: float, tell: Tell | None = None, keep: Sequence[Candidate] = (), beside: Sequence[Candidate] = ()
+    ) -> dict[str, Score | Rejection]:
+        """Load and race `candidates` (with the reference and those in `beside`); store what came out; return scores by candidate key."""
+        started = time.perf_counter()
+        load = BackgroundLoad(self.lab.pids())
+        results: dict[str, Score | Rejection] = {}
+        field_: dict[str, tuple[Candidate, Loaded]] = {}
+        for candidate in dict.fromkeys((self.reference, *beside, *candidates)):
+            outcome = self._load(candidate)
+            if isinstance(outcome, Loaded):
+                field_[candidate.key] = (candidate, outcome)
+                outcome.contestant.keep = candidate in keep or candidate == self.reference or candidate in beside
+            else:
+                results[candidate.key] = self._reject(candidate, outcome)
+        if self.reference.key not in field_:
+            self._unload_except(())
+            return results
+        contestants = [_fresh(loaded.contestant) for _, loaded in field_.values()]
+        by_name = {each.name: each for each in contestants}
+        self._number += 1
+        left = max(1.0, budget_s - (time.perf_counter() - started))
+        race(contestants, budget_s=left, seed=self.seed + self._number, tell=tell)
+        spent = (time.perf_counter() - started) / max(1, len(candidates))
+        extra = machine_cautions(load.read(self.lab.pids()), usable_cores())
+        self._store(field_, by_name, extra, results, spent)
+        self._unload_except({self.reference.key, *(each.key for each in keep), *(each.key for each in beside)})
+        return results
+
+    def _load(self, candidate: Candidate) -> Loaded | Refused | Failed:
+        held = self._loaded.get(candidate.key)
+        if held is not None and held.contestant.worker.pid and held.contestant.worker.generation == held.contestant.generation:
+            return held
+        self._loaded.pop(candidate.key, None)
+        key = self.key(candidate)
+        try:
+            prepared = self.subject.at(candidate.batch)
+            loaded = self.lab.load(
+                prepared.path,
+                candidate.target,
+                candidate.config,
+                inputs=prepared.samples[0],
+                reference=prepared.references[0],
+                batch=candidate.batch,
+                callers=candidate.callers,
+            )
+        except (Unsupported, UsageError) as error:
+            return Refused(key=key, reason=error.message)
+        except WorkerDied as died:
+            return Failed(key=key, reason=died.reason, output=died.output)
+        self._loaded[candidate.key] = loaded
+        return loaded
+
+    def try_load(self, candidate: Candidate) -> Refused | Failed | None:
+        """Load a candidate if the target takes it; return the refusal or failure, stored, if not."""
+        outcome = self._load(candidate)
+        if isinstance(outcome, Loaded):
+            return None
+        self._reject(candidate, outcome)
+        return outcome
+
+    def _reject(self, candidate: Candidate, outcome: Refused | Failed) -> Rejection:
+        self.database.add(outcome, run_id=self.run_id)
+        self.counts.add(outcome, reused=False)
+        return Rejection(state="refused" if isinstance(outcome, Refused) else "failed", reason=outcome.reason)
+
+    def _store(
+        self,
+        raced: Mapping[str, tuple[Candidate, Loaded]],
+        contestants: Mapping[str, Contestant],
+        extra: tuple[Caution, ...],
+        results: dict[str, Score | Rejection],
+        seconds: float,
+    ) -> None:
+        name = str(uuid.uuid4())
+        outcomes: dict[str, Measured] = {}
+        for key, (candidate, loaded) in raced.items():
+            contestant = contestants[loaded.contestant.name]
+            samples = contestant.samples()
+            if contestant.failed is not None or samples is None:
+                died = contestant.failed or WorkerDied("no call ended within the budget")
+                results[key] = self._reject(candidate, Failed(key=self.key(candidate), reason=died.reason, output=died.output))
+                continue
+            outcomes[key] = Measured(
+                key=self.key(candidate),
+                samples=samples,
+                metrics=self._metrics(loaded),
+                cautions=(*cautions(samples), *extra),
+                effective_config=loaded.effective_config,
+                placement=loaded.nodes,
+                race=name,
+            )
+        self.database.add_many(outcomes.values(), run_id=self.run_id)
+        self._races[name] = outcomes
+        for key, outcome in outcomes.items():
+            self.counts.add(outcome, reused=False)
+            reference = outcomes.get(self.reference.key)
+            if reference is not None:
+                results[key] = self._score(raced[key][0], outcome, reference, reused=False, seconds=seconds, loaded=raced[key][1])
+
+    def _metrics(self, loaded: Loaded) -> dict[str, float]:
+        # Numerical verdicts hold for one content only, while times hold for the structure: their names carry which.
+        content = self.subject.structure.content[:16]
+        judged = {f"{name}@{content}": value for name, value in loaded.accuracy.items()}
+        if loaded.problem:
+            judged[f"unusable@{content}"] = 1.0
+        return {"compile_s": loaded.compile_s, "first_inference_s": loaded.first_inference_s, **judged}
+
+    def _score(
+        self, candidate: Candidate, mine: Measured, reference: Measured, *, reused: bool, seconds: float = 0.0, loaded: Loaded | None = None
+    ) -> Score | Rejection:
+        found = compare(mine.samples, reference.samples, scale=reference.key.batch / mine.key.batch)
+        content = self.subject.structure.content[:16]
+        cosine = mine.metrics.get(f"cosine@{content}")
+        shared = {"seconds": seconds, "reused": reused, "median_s": mine.samples.median_s}
+        if self.cosine_limit is not None and self.subject.deterministic:
+            if f"unusable@{content}" in mine.metrics:
+                reason = loaded.problem if loaded and loaded.problem else "its outputs are unusable"
+                return Rejection(state="pruned", reason=reason, ratio=found.ratio, **shared)  # type: ignore[arg-type]
+            if cosine is not None and cosine < self.cosine_limit:
+                reason = f"cosine {cosine:.5f} is below the limit of {self.cosine_limit:g}"
+                return Rejection(state="pruned", reason=reason, ratio=found.ratio, **shared)  # type: ignore[arg-type]
+        return Score(ratio=found.ratio, low=found.low, high=found.high, cosine=cosine, **shared)  # type: ignore[arg-type]
+
+    def loaded(self, candidate: Candidate) -> Loaded | None:
+        """Return what is loaded for a candidate, while it is."""
+        return self._loaded.get(candidate.key)
+
+    def _unload_except(self, keep: Iterable[str]) -> None:
+        wanted = set(keep)
+        for key in [each for each in self._loaded if each not in wanted]:
+            loaded = self._loaded.pop(key)
+            try:
+                self.lab.unload(loaded.contestant)
+            except WorkerDied:
+                continue  # it died while cleaning up: nothing is left to free
+
+    def release(self) -> None:
+        """Unload everything."""
+        self._unload_except(())
+
+
+def _fresh(contestant: Contestant) -> Contestant:
+    """Return a contestant for the same loaded model with nothing measured yet."""
+    made = Contestant(contestant.name, contestant.worker, batch=contestant.batch, callers=contestant.callers, expected_s=contestant.expected_s)
+    made.keep = contestant.keep
+    made.generation = contestant.generation
+    return made
+
+

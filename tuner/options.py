@@ -1,0 +1,117 @@
+"""What a tuning is asked for: one frozen object, checked at birth, the same for the command line and for Python."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aivmm.errors import UsageError
+from aivmm.planner.constraints import Constraint, parse
+
+OBJECTIVES = ("latency", "throughput", "energy")
+PRECISIONS = ("fp32", "bf16", "fp16")
+DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32)
+DEFAULT_BUDGET_S = 60.0
+DEFAULT_COSINE = 0.999
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneOptions:
+    """The request. Times in seconds."""
+
+    model: str  # a path, or "demo:NAME"
+    output: Path | None = None
+    db: str | None = None
+    objective: str = "latency"
+    constraints: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
+    batches: tuple[int, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    dims: Mapping[str, int] = field(default_factory=dict)
+    inputs: Path | None = None
+    budget_s: float = DEFAULT_BUDGET_S
+    trials: int | None = None
+    min_segments: int = 1
+    top: int = 3
+    seed: int = 0
+    fresh: bool = False
+    retry_failed: bool = False
+    dry_run: bool = False
+    backends: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"unknown objective {self.objective!r}", advice=f"choose from {', '.join(OBJECTIVES)}")
+        if self.objective == "energy":
+            raise UsageError("energy cannot be measured yet, so it cannot be an objective", advice="choose latency or throughput")
+        if not 0 < self.budget_s < 1e6:
+            raise UsageError(f"a budget of {self.budget_s} s cannot be spent", advice="give one such as --budget 120s")
+        for name, value, least in (("--trials", self.trials, 1), ("--min-segments", self.min_segments, 1), ("--top", self.top, 1)):
+            if value is not None and value < least:
+                raise UsageError(f"{name} {value} is below {least}")
+        for each in self.batches:
+            if each < 1:
+                raise UsageError(f"--batch {each} is below 1")
+        for each in self.precisions:
+            if each not in PRECISIONS:
+                raise UsageError(f"unknown precision {each!r}", advice=f"known: {', '.join(PRECISIONS)}")
+        self.parsed_constraints()
+
+    def parsed_constraints(self) -> tuple[Constraint, ...]:
+        """Return the constraints, parsed."""
+        return tuple(each for text in self.constraints for each in parse(text))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the request as JSON takes it, for the record of the run."""
+        raw = asdict(self)
+        for name in ("output", "inputs"):
+            raw[name] = None if raw[name] is None else str(raw[name])
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in raw.items()}
+
+
+def parse_budget(text: str) -> float:
+    """Return seconds from `120s`, `2min`, `1h` or a plain number."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(s|sec|m|min|h)?\s*", text)
+    if not found:
+        raise UsageError(f"--budget {text!r} is not a time", advice="give one such as 120s or 5min")
+    return float(found[1]) * {"m": 60, "min": 60, "h": 3600}.get(found[2] or "s", 1)
+
+
+def parse_shapes(texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return shapes from `NAME=1x3x224x224`; a scalar is `NAME=`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, equals, extents = text.rpartition("=")
+        if not equals or not name or not re.fullmatch(r"(\d+(x\d+)*)?", extents):
+            raise UsageError(f"--shape {text!r} does not read as NAME=EXTENTS", advice="write it like --shape input=1x3x224x224")
+        shapes[name] = tuple(int(each) for each in extents.split("x") if each)
+    return shapes
+
+
+def parse_dims(texts: Iterable[str]) -> dict[str, int]:
+    """Return extents from `NAME=N`."""
+    dims: dict[str, int] = {}
+    for text in texts:
+        name, equals, extent = text.rpartition("=")
+        if not equals or not name or not extent.isdigit():
+            raise UsageError(f"--dim {text!r} does not read as NAME=N", advice="write it like --dim seq=128")
+        dims[name] = int(extent)
+    return dims
+
+
+def parse_list(texts: Iterable[str]) -> tuple[str, ...]:
+    """Return the parts of comma-separated lists that may be given several times."""
+    return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
+
+
+def parse_batches(texts: Iterable[str]) -> tuple[int, ...]:
+    """Return batch sizes, ascending, each once."""
+    parts = parse_list(texts)
+    for part in parts:
+        if not part.isdigit() or int(part) < 1:
+            raise UsageError(f"--batch {part!r} is not a batch size", advice="give some such as --batch 1,8,32")
+    return tuple(sorted({int(part) for part in parts}))

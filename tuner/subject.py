@@ -1,0 +1,218 @@
+"""The model under study: prepared for each batch that is tried, with sample inputs and fp32 reference outputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aivmm.errors import ModelError, Unsupported, UsageError
+from aivmm.models.records import ModelFacts, Structure
+from aivmm.probes.accuracy import judge
+from aivmm.probes.client import WorkerDied
+from aivmm.probes.lab import Lab, Loaded
+from aivmm.probes.operations import load_arrays, save_arrays
+from aivmm.runtime.config import Config
+from aivmm.runtime.folders import cache_folder
+from aivmm.runtime.target import Target
+from aivmm.tuner.options import TuneOptions
+
+PROOF_SAMPLES = 4  # inputs that the search never saw, on which the proof judges accuracy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """The model at one batch. The first sample serves the search; the others are kept for the proof."""
+
+    path: Path
+    facts: ModelFacts
+    samples: tuple[Path, ...]
+    references: tuple[Path, ...]
+
+
+class Subject:
+    """Loads the user's model once, and prepares it for further batches when they are asked for."""
+
+    def __init__(self, options: TuneOptions, lab: Lab, folder: Path) -> None:
+        self._options = options
+        self._lab = lab
+        self._folder = folder
+        self._at: dict[int, Prepared] = {}
+        self._structures: dict[int, Structure] = {}
+        self.notes: list[str] = []
+        self.source = self._find()
+        self.base_batch = options.batches[0] if options.batches else 1
+        self.facts = self._prepare(self.base_batch)
+        self.structure = self._analyse()
+        self.real_data = options.inputs is not None
+        self.deterministic = True
+        self.reference_name = ""
+        self._by_name: dict[str, Target] = {}
+
+    @property
+    def path(self) -> Path:
+        """The prepared model at the base batch."""
+        return self._model_path(self.base_batch)
+
+    @property
+    def subject(self) -> str:
+        """What keys times: the structure, or the content where values decide how long a run takes."""
+        return self.structure.content if self.structure.data_dependent else self.structure.structure
+
+    def make_reference(self, targets: Sequence[Target]) -> None:
+        """Make samples and the fp32 reference at the base batch, on ONNX Runtime's CPU or else on the first target that takes the model.
+
+        Raises:
+            ModelError: no target takes the model; with each one's reason.
+        """
+        facts = self.facts
+        samples = self._base_samples(facts)
+        # ONNX Runtime's CPU is the reference even when it may not be part of the plan.
+        order = sorted(targets, key=lambda each: (str(each) != "onnxruntime:CPU", each.device.kind != "cpu"))
+        reasons = []
+        for target in order:
+            try:
+                precision = "fp32" if "fp32" in target.precisions else None
+                loaded = self._lab.load(self.path, target, Config(precision=precision), inputs=samples[0])
+            except (Unsupported, WorkerDied) as error:
+                reasons.append(f"{target}: {error.message if isinstance(error, Unsupported) else error.reason}")
+                continue
+            self.reference_name = f"{target} fp32"
+            if reasons:
+                self.notes.append(f"the reference outputs come from {target}, since {reasons[0]}")
+            self._at[self.base_batch] = Prepared(path=self.path, facts=facts, samples=samples, references=self._refer(loaded, samples))
+            return
+        raise ModelError(f"no target here takes {self.facts.name}: {'; '.join(reasons)}")
+
+    def at(self, batch: int) -> Prepared:
+        """Return the model prepared for `batch`.
+
+        Raises:
+            UsageError: the model's batch cannot be changed.
+        """
+        if batch not in self._at:
+            base = self._at[self.base_batch]
+            if not self.facts.batchable:
+                raise UsageError(f"{self.facts.name} has a fixed batch of {self.facts.batch}", advice="leave --batch away")
+            facts = self._prepare(batch)
+            samples = [self._folder / f"sample-{batch}-{index}.npz" for index in range(len(base.samples))]
+            arrays = [load_arrays(str(each)) for each in base.samples]
+            for index, path in enumerate(samples):
+                save_arrays(path, _stacked(arrays, index, facts, batch))
+            target, _, _ = self.reference_name.partition(" ")
+            loaded = self._lab.load(self._model_path(batch), self.target_named(target), Config(precision="fp32"), inputs=samples[0])
+            references = self._refer(loaded, samples)
+            self._at[batch] = Prepared(path=self._model_path(batch), facts=facts, samples=tuple(samples), references=references)
+        return self._at[batch]
+
+    def structure_at(self, batch: int) -> Structure:
+        """Return the model at `batch` taken apart."""
+        if batch == self.base_batch:
+            return self.structure
+        if batch not in self._structures:
+            from aivmm.models.graph import analyse
+
+            self._structures[batch] = analyse(self.at(batch).path)
+        return self._structures[batch]
+
+    def remember_targets(self, targets: Sequence[Target]) -> None:
+        """Keep the targets by name, for references at other batches."""
+        self._by_name = {str(each): each for each in targets}
+
+    def target_named(self, name: str) -> Target:
+        """Return one of the remembered targets."""
+        return self._by_name[name]
+
+    def _find(self) -> Path:
+        given = self._options.model
+        if not given.startswith("demo:"):
+            return Path(given)
+        import aivmm.models.demo as demo
+
+        name = given.removeprefix("demo:")
+        if name not in demo.demo_names():
+            raise UsageError(f"unknown demo model {given!r}", advice=f"known: {', '.join(f'demo:{each}' for each in demo.demo_names())}")
+        folder = cache_folder() / "demo"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            folder = self._folder  # a home that cannot be written is no reason to stop
+        if not (folder / f"{name}.onnx").exists():
+            staging = self._folder / "demo"
+            staging.mkdir()
+            written = self._lab.write_demo(name, staging)
+            target = folder / f"{name}.onnx"
+            partial = folder / f".{name}.{os.getpid()}"
+            partial.write_bytes(written.read_bytes())
+            partial.replace(target)
+        return folder / f"{name}.onnx"
+
+    def _model_path(self, batch: int) -> Path:
+        return self._folder / f"batch-{batch}" / "model.onnx"
+
+    def _prepare(self, batch: int) -> ModelFacts:
+        destination = self._model_path(batch)
+        destination.parent.mkdir(exist_ok=True)
+        try:
+            return self._lab.prepare(self.source, destination, shapes=self._options.shapes, dims=self._options.dims, batch=batch)
+        except WorkerDied as died:
+            raise ModelError(f"{self.source} cannot be read: preparing it {died.reason}", advice="is the file damaged?") from died
+
+    def _analyse(self) -> Structure:
+        from aivmm.models.graph import analyse
+
+        return analyse(self.path)
+
+    def _base_samples(self, facts: ModelFacts) -> tuple[Path, ...]:
+        paths = tuple(self._folder / f"sample-{self.base_batch}-{index}.npz" for index in range(1 + PROOF_SAMPLES))
+        if self._options.inputs is None:
+            self._lab.make_samples(self.path, facts.inputs, paths, seed=self._options.seed)
+            return paths
+        from aivmm.models.inputs import load_inputs
+
+        given = load_inputs(self._options.inputs, facts.inputs)
+        used = paths[: max(2, min(len(given), len(paths)))]
+        for index, path in enumerate(used):
+            save_arrays(path, given[index % len(given)])
+        return used
+
+    def _refer(self, loaded: Loaded, samples: Sequence[Path]) -> tuple[Path, ...]:
+        """Write the outputs for each sample; note when a second run gives other ones."""
+        try:
+            paths = []
+            for index, sample in enumerate(samples):
+                path = sample.with_name(f"{sample.stem}-reference-{index}.npz")
+                self._lab.outputs(loaded.contestant, sample, path)
+                paths.append(path)
+            again = samples[0].with_name("again.npz")
+            self._lab.outputs(loaded.contestant, samples[0], again)
+            repeat = judge(load_arrays(str(again)), load_arrays(str(paths[0])))
+            if repeat.problem or repeat.relative_l2 > 1e-3:
+                self.deterministic = False
+                self.notes.append("the model gives other outputs each time it runs, so accuracy cannot be judged")
+            return tuple(paths)
+        finally:
+            self._lab.unload(loaded.contestant)
+
+
+def _stacked(samples: Sequence[Mapping[str, Any]], first: int, facts: ModelFacts, batch: int) -> dict[str, Any]:
+    """Make one sample of `batch` from samples of a smaller batch, cycling through them from number `first`."""
+    made = {}
+    for spec in facts.inputs:
+        one = samples[first][spec.name]
+        if spec.shape and spec.shape[0] == batch and one.shape[:1] != (batch,):
+            parts: list[Any] = []
+            while sum(part.shape[0] for part in parts) < batch:
+                parts.append(samples[(first + len(parts)) % len(samples)][spec.name])
+            made[spec.name] = np.concatenate(parts)[:batch]
+        elif any(have != want for have, want in zip(one.shape, spec.shape, strict=True)):
+            # The batch is not on the first axis (a state of [2, batch, 128]): repeat along the axis that differs.
+            axis = next(index for index, (have, want) in enumerate(zip(one.shape, spec.shape, strict=True)) if have != want)
+            made[spec.name] = np.repeat(one, batch, axis=axis)[tuple(slice(0, extent) for extent in spec.shape)]
+        else:
+            made[spec.name] = one
+    return made

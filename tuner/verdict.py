@@ -1,0 +1,167 @@
+"""The result in words and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from aivmm.models.records import ModelFacts
+from aivmm.planner.candidates import Draft
+from aivmm.planner.constraints import human
+from aivmm.probes.compare import Comparison
+from aivmm.runtime.config import Config
+from aivmm.tuner.measure import Counts
+from aivmm.tuner.prove import Entrant, Proof, interval_s
+
+_THREADS = {"INFERENCE_NUM_THREADS": "thread", "intra_op_num_threads": "thread", "NUM_STREAMS": "stream"}
+
+
+def time_text(seconds: float) -> str:
+    """Return a duration as people read it."""
+    return human(seconds, "latency")
+
+
+def describe(draft: Draft) -> str:
+    """Say what a draft runs: `openvino:CPU, 2 threads`, `openvino:CPU -> onnxruntime:CPU (2 segments)`."""
+    parts = []
+    for piece in draft.pieces:
+        parts.append(", ".join([str(piece.target), *_settings(piece.config)]))
+    text = parts[0] if len(parts) == 1 else " -> ".join(parts) + f" ({len(parts)} segments)"
+    extra = [f"batch {draft.batch}"] * (draft.batch > 1) + [f"{draft.callers} callers"] * (draft.callers > 1)
+    return ", ".join([text, *extra])
+
+
+def _settings(config: Config) -> list[str]:
+    shown = []
+    for name, value in config.settings:
+        noun = _THREADS.get(name)
+        shown.append(f"{value} {noun}{'' if value == 1 else 's'}" if noun else f"{name}={value}")
+    if config.precision not in (None, "fp32"):
+        shown.append(str(config.precision))
+    return shown or ["default settings"]
+
+
+def factor_text(found: Comparison) -> str:
+    """Say how much faster or slower the first is: `1.9x faster`, `4 % faster`; the comparison is plan over other."""
+    if found.verdict == "faster":
+        factor = 1 / found.ratio
+        return f"{factor:.1f}x faster than" if factor >= 1.3 else f"{(1 - found.ratio) * 100:.0f} % faster than"
+    if found.verdict == "slower":
+        return f"{found.ratio:.1f}x slower than" if found.ratio >= 1.3 else f"{(found.ratio - 1) * 100:.0f} % slower than"
+    width = max(found.high - 1, 1 - found.low) * 100
+    return f"the same within noise (±{max(1.0, width):.0f} %) as"
+
+
+def sentence(proof: Proof, *, objective: str, accuracy_text: str) -> str:
+    """Say in plain English what to run, and how it compares with what a user would have run otherwise."""
+    plan = proof.plan
+    assert plan and plan.confirmed
+    if objective == "throughput":
+        figure = f"{human(plan.metrics['throughput_per_s'], 'throughput')} samples"
+    else:
+        figure = time_text(plan.confirmed.median_s)
+    text = f"{describe(plan.draft)}: {figure}"
+    clauses = []
+    others = [each for each in proof.entrants if each.role == "baseline" and each is not plan and each.confirmed and each.eligible]
+    for each in _worth_telling(plan, others, proof):
+        found = proof.against(each)
+        assert found and each.confirmed
+        tail = f" ({time_text(each.confirmed.median_s)})" if objective == "latency" and found.verdict in ("faster", "slower") else ""
+        clauses.append(f"{factor_text(found)} {each.draft.name}{tail}")
+    if clauses:
+        text += ", " + " and ".join([", ".join(clauses[:-1]), clauses[-1]] if len(clauses) > 2 else clauses)
+    text += "."
+    if plan.role == "baseline" and not proof.beaten:
+        text += f" The baseline won: nothing that was tried is faster than {plan.draft.name} beyond noise."
+    return text + (f" {accuracy_text}" if accuracy_text else "")
+
+
+def _worth_telling(plan: Entrant, baselines: Sequence[Entrant], proof: Proof) -> list[Entrant]:
+    """Return the best baseline of each runtime, the slowest to beat last: five near-equal defaults would bury the news."""
+    best: dict[str, Entrant] = {}
+    for each in baselines:
+        runtime = each.draft.pieces[0].target.runtime
+        held = best.get(runtime)
+        assert each.confirmed
+        if each.draft.targets.endswith(":AUTO") and len([b for b in baselines if b.draft.pieces[0].target.runtime == runtime]) > 1:
+            continue
+        if held is None or (held.confirmed and each.confirmed.median_s / each.draft.batch < held.confirmed.median_s / held.draft.batch):
+            best[runtime] = each
+    return sorted(best.values(), key=lambda each: -(each.confirmed.median_s if each.confirmed else 0.0))
+
+
+def stages_json(draft: Draft) -> list[dict[str, Any]]:
+    """Return a draft's stages as `tune --json` gives them."""
+    return [
+        {
+            "target": str(piece.target),
+            "precision": piece.config.precision or "default",
+            "config": piece.config.as_dict(),
+            "blocks": [piece.first, piece.last],
+        }
+        for piece in draft.pieces
+    ]
+
+
+def summary(
+    *,
+    facts: ModelFacts,
+    given: str,
+    proof: Proof,
+    objective: str,
+    plan_path: str,
+    report: str,
+    predicted_s: float | None,
+    accuracy: Mapping[str, Any],
+    counts: Counts,
+    wall_s: float,
+    verdict: str,
+    trouble: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return the object of `tune --json` (DESIGN 7)."""
+    plan = proof.plan
+    result: dict[str, Any] = {
+        "schema": 1,
+        "model": {"path": given, "sha256": facts.sha256, "category": facts.category.name},
+        "plan": None,
+        "report": report,
+        "objective": objective,
+        "measured": None,
+        "predicted": {"median_s": predicted_s},
+        "baselines": [_baseline_json(each, proof) for each in proof.entrants if each.role == "baseline"],
+        "accuracy": dict(accuracy),
+        "probes": {"measured": counts.measured, "reused": counts.reused, "refused": counts.refused, "failed": counts.failed},
+        "wall_s": wall_s,
+        "verdict": verdict,
+    }
+    if trouble:
+        result["binding"] = list(trouble)
+    if plan is not None and plan.confirmed is not None:
+        low, high = interval_s(plan)
+        result["plan"] = {"path": plan_path, "batch": plan.draft.batch, "callers": plan.draft.callers, "stages": stages_json(plan.draft)}
+        result["measured"] = {
+            "median_s": plan.confirmed.median_s,
+            "ci95_s": [low, high],
+            "p99_s": plan.metrics.get("p99_s"),
+            "throughput_per_s": plan.metrics["throughput_per_s"],
+            "samples": len(plan.confirmed.timed_s),
+        }
+    return result
+
+
+def _baseline_json(each: Entrant, proof: Proof) -> dict[str, Any]:
+    piece = each.draft.pieces[0]
+    found = proof.against(each)
+    interval = list(interval_s(each)) if each.confirmed else None
+    against = "; ".join(violation.sentence for violation in proof.violations.get(each.draft.name, ()))
+    return {
+        "name": each.draft.name,
+        "target": str(piece.target),
+        "config": piece.config.as_dict(),
+        "median_s": each.confirmed.median_s if each.confirmed else None,
+        "ci95_s": interval,
+        "ratio_to_plan": 1 / found.ratio if found else None,
+        "eligible": each.eligible and not against,
+        "reason": each.problem or against or None,
+        "verdict": found.verdict if found else None,
+    }
