@@ -15,12 +15,14 @@ from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.cpu import cpu_device
 from aivmm.runtime.nvml import nvidia_devices
 from aivmm.runtime.ort_options import (
+    COUNTS,
     EXECUTION_MODES,
     OPTIMIZATION_LEVELS,
     PROVIDER_PREFIX,
     PROVIDERS,
     SESSION_ENTRIES,
     SESSION_SETTINGS,
+    SWITCHES,
     cpu_knobs,
     cuda_knobs,
 )
@@ -133,6 +135,7 @@ class OnnxRuntime:
             if name.startswith(PROVIDER_PREFIX) and option in known:
                 provider_options[option] = str(value)
             elif name in SESSION_ENTRIES:
+                _require_entry(name, value)
                 options.add_session_config_entry(name, str(value))
             elif name in SESSION_SETTINGS:
                 _set(options, name, value)
@@ -158,6 +161,13 @@ class OnnxRuntime:
 
 def _kind(target: Target) -> str:
     return target.name.split(":")[0]
+
+
+def _require_entry(name: str, value: Setting) -> None:
+    """Raise Unsupported unless the entry takes the value: ONNX Runtime reads what it does not know as off, in silence."""
+    text = str(value)
+    if (name in SWITCHES and text not in ("0", "1")) or (name in COUNTS and not text.isdigit()):
+        raise Unsupported(f"{name}={text!r} is not a setting of ONNX Runtime", advice="give 0 or 1" if name in SWITCHES else "give a number")
 
 
 def _set(options: Any, name: str, value: Setting) -> None:
@@ -253,18 +263,31 @@ class _BoundRequest:
         self._inputs = {each.name for each in executable.inputs}
         self._order = [each.name for each in executable.outputs]
         self._bound: dict[str, Buffer] = {}
-        self._free = [name for name in self._order]
-        for name in self._free:
-            # Unbound outputs are allocated by the session at each run.
-            self._binding.bind_output(name, "cpu")
+        # Unbound outputs are allocated by the session, which keeps the shape of the first run: a new shape needs a new binding.
+        self._free = set(self._order)
+        self._bind_free()
 
     def bind(self, name: str, buffer: Buffer) -> None:
-        """Share `buffer` with the session; kept alive here, since the binding holds its address only."""
+        """Share `buffer` with the session; kept alive here, since the binding holds its address only.
+
+        Raises:
+            Unsupported: the array is not C-contiguous, so that the library would copy it once and never look again.
+        """
+        if not buffer.flags.c_contiguous:
+            raise Unsupported(f"the array for {name!r} is not C-contiguous, so it cannot be shared")
+        before = self._bound.get(name)
         self._bound[name] = buffer
         if name in self._inputs:
             self._binding.bind_cpu_input(name, buffer)
+            if self._free and before is not None and before.shape != buffer.shape:
+                self._bind_free()
         else:
+            self._free.discard(name)
             self._binding.bind_ortvalue_output(name, _ort().OrtValue.ortvalue_from_numpy(buffer))
+
+    def _bind_free(self) -> None:
+        for name in self._free:
+            self._binding.bind_output(name, "cpu")
 
     def run(self) -> None:
         """Run. No RunOptions: an unset one costs 50 µs inside the library."""

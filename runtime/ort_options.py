@@ -58,12 +58,13 @@ SESSION_SETTINGS = frozenset({
     "enable_cpu_mem_arena", "enable_mem_pattern", "enable_mem_reuse", "execution_mode", "graph_optimization_level",
     "inter_op_num_threads", "intra_op_num_threads",
 })  # fmt: skip
-SESSION_ENTRIES = frozenset({
-    "session.intra_op.allow_spinning", "session.inter_op.allow_spinning", "session.intra_op.spin_duration_us",
-    "session.intra_op.spin_backoff_max", "session.force_spinning_stop", "session.intra_op_thread_affinities",
-    "session.set_denormal_as_zero", "session.disable_prepacking", "session.dynamic_block_base", "session.use_env_allocators",
-    "session.x64quantprecision", "session.qdqisint8allowed", "session.enable_gemm_fastmath_arm64_bfloat16",
+SWITCHES = frozenset({
+    "session.intra_op.allow_spinning", "session.inter_op.allow_spinning", "session.force_spinning_stop", "session.set_denormal_as_zero",
+    "session.disable_prepacking", "session.use_env_allocators", "session.x64quantprecision", "session.qdqisint8allowed",
+    "session.enable_gemm_fastmath_arm64_bfloat16",
 })  # fmt: skip
+COUNTS = frozenset({"session.intra_op.spin_duration_us", "session.intra_op.spin_backoff_max", "session.dynamic_block_base"})
+SESSION_ENTRIES = SWITCHES | COUNTS | {"session.intra_op_thread_affinities"}
 PROVIDER_PREFIX = "provider."  # "provider.use_tf32" is an option of the target's execution provider
 OPTIMIZATION_LEVELS = {"disabled": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
 EXECUTION_MODES = {"sequential": "ORT_SEQUENTIAL", "parallel": "ORT_PARALLEL"}

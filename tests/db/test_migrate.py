@@ -56,7 +56,7 @@ def test_every_time_and_size_says_its_unit_in_its_name() -> None:
     }
 
 
-@pytest.mark.parametrize("statement", [1, 3, 8, 20, 40, 50])
+@pytest.mark.parametrize("statement", [1, 8, 30, 47])  # the version table, some tables and indices, the mark itself
 def test_killed_inside_its_migration_it_opens_the_next_time(tmp_path: Path, child: Child, statement: int) -> None:
     code = """
 import sqlalchemy
@@ -107,7 +107,7 @@ with Database.open(sys.argv[1]) as database:
     database.remember_environment(ENVIRONMENT)
     database.add(outcome(1, who=sys.argv[2]))
 """
-    children = [child(code, location, who) for who in range(5)]
+    children = [child(code, location, who) for who in range(4)]
     for each in children:
         assert each.stdout is not None
         assert each.stdout.readline() == "ready\n"
@@ -119,7 +119,7 @@ with Database.open(sys.argv[1]) as database:
         _, errors = each.communicate()
         assert each.returncode == 0, errors
     with Database.open(location) as database:
-        assert len(database.outcomes()) == 5
+        assert len(database.outcomes()) == 4
         assert database.check() == []
 
 
