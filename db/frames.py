@@ -15,14 +15,26 @@ COLUMNS = (*_KEY, "state", "source", "median_s", "p90_s", "count", "cautions", "
 
 
 def evidence(
-    database: Database, *, kind: Some = None, subject: Some = None, target: Some = None, environment: Some = None, all: bool = False
+    database: Database,
+    *,
+    kind: Some = None,
+    subject: Some = None,
+    target: Some = None,
+    environment: Some = None,
+    all: bool = False,
+    run_id: str | None = None,
 ) -> pd.DataFrame:
     """Return one row a probe, oldest first: `COLUMNS`, then one column a metric, in alphabetical order.
 
     The newest of each key, or with `all` every one ever stored. What a refused or failed probe does not have is missing (NaN), and so
-    is a metric that was not taken; `cautions` are their codes, joined by commas; `config` is JSON.
+    is a metric that was not taken; `cautions` are their codes, joined by commas; `config` is JSON. With `run_id` it is what that run
+    rests on, and the other filters do not apply.
     """
-    entries = database.entries(kind=kind, subject=subject, target=target, environment=environment, all=all)
+    entries = (
+        database.run_entries(run_id)
+        if run_id
+        else database.entries(kind=kind, subject=subject, target=target, environment=environment, all=all)
+    )
     rows = [_row(entry) for entry in entries]
     metrics = sorted({name for row in rows for name in row} - set(COLUMNS))
     frame = pd.DataFrame(rows, columns=[*COLUMNS, *metrics])

@@ -22,7 +22,7 @@ class ModelStore(Store):
         """
         identity = model_id(structure.content, facts.batch)
         with self._writing() as connection:
-            if _facts(connection, identity) != facts or _structure(connection, identity) != structure:
+            if _facts(connection, identity) != facts or load_structure(connection, identity) != structure:
                 _put_model(connection, identity, facts, structure)
                 _put_operators(connection, identity, structure.operators)
                 _put_blocks(connection, identity, structure.blocks)
@@ -31,7 +31,7 @@ class ModelStore(Store):
     def structure(self, content: str, batch: int) -> Structure | None:
         """Return the analysed model with this content hash and batch, or None."""
         with self._reading() as connection:
-            return _structure(connection, model_id(content, batch))
+            return load_structure(connection, model_id(content, batch))
 
     def models(self) -> list[ModelFacts]:
         """Return the facts of all models, the first seen first."""
@@ -123,7 +123,7 @@ def _facts(connection: Connection, identity: str) -> ModelFacts | None:
     return None if facts is None else codec.facts_from_json(facts)
 
 
-def _structure(connection: Connection, identity: str) -> Structure | None:
+def load_structure(connection: Connection, identity: str) -> Structure | None:
     row = connection.execute(select(model).where(model.c.id == identity)).first()
     if row is None:
         return None

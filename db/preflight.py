@@ -98,9 +98,9 @@ def _uri(path: Path) -> str:
     real = Path(os.path.realpath(path))
     log = real.with_name(real.name + "-wal")
     mode = "ro" if log.exists() and log.stat().st_size else "rw"
-    # Path.as_uri() would do, but it gives file://server/share for Windows' network paths, which SQLite does not take.
+    # Not Path.as_uri(): of a Windows network path it makes file://server/share, and SQLite takes no server.
     text = quote(real.as_posix(), safe="/:")
-    return f"file:{text if text.startswith('/') else '/' + text}?mode={mode}"
+    return f"file://{'' if text.startswith('/') else '/'}{text}?mode={mode}"
 
 
 def _damaged(path: Path, why: str) -> DatabaseError:

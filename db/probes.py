@@ -111,6 +111,12 @@ class ProbeStore(Store):
         entries = self.entries(kind=kind, subject=subject, target=target, environment=environment, all=all)
         return [entry.outcome for entry in entries]
 
+    def run_entries(self, run_id: str) -> list[Entry]:
+        """As `run_outcomes`, with ids and times instead of the flag."""
+        with self._reading() as connection:
+            ids = select(run_probe.c.probe_id).where(run_probe.c.run_id == run_id)
+            return [entry for _, entry in self._fetch(connection, _Queries.of(ids))]
+
     def entries(
         self, *, kind: Some = None, subject: Some = None, target: Some = None, environment: Some = None, all: bool = False
     ) -> list[Entry]:

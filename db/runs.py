@@ -11,9 +11,11 @@ from sqlalchemy import Connection, Row, Select, select, update
 from sqlalchemy.exc import IntegrityError
 
 from aivmm.db import codec
+from aivmm.db.models import load_structure
 from aivmm.db.schema import environment, model, plan, probe, proof, run, run_environment, run_probe, study, trial
 from aivmm.db.store import Store, add_missing, now, put
 from aivmm.errors import DatabaseError, UsageError
+from aivmm.models.records import Structure
 from aivmm.planner.records import ProofRecord, RunRecord, TrialRecord
 from aivmm.runtime.config import Config
 from aivmm.runtime.environment import Environment
@@ -184,6 +186,12 @@ class RunStore(Store):
         """Return where a run's bundle was written, or None."""
         with self._reading() as connection:
             return connection.scalars(select(plan.c.path).where(plan.c.run_id == run_id)).first()
+
+    def run_structure(self, run_id: str) -> Structure | None:
+        """Return the analysed model that a run tuned, or None when it is not stored."""
+        with self._reading() as connection:
+            identity = connection.scalars(select(run.c.model_id).where(run.c.id == run_id)).first()
+            return None if identity is None else load_structure(connection, identity)
 
     def _with_configs(self, connection: Connection, query: Select[Any]) -> tuple[Sequence[Row[Any]], Mapping[str, Config]]:
         rows = connection.execute(query).all()

@@ -1,4 +1,4 @@
-"""What analysing a model yields: operators, cut points, blocks. Plain values: stored, planned over and reported without the model at hand."""
+"""What analysing a model yields: operators, cut points, blocks. Plain values, of use without the model at hand."""
 
 from __future__ import annotations
 

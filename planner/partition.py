@@ -46,7 +46,9 @@ def cut_drafts(
     blocks = structure.blocks
     forced = min_segments > 1
     if forced and len(blocks) < min_segments:
-        raise UsageError(f"the model has {len(blocks)} blocks, so it cannot be cut into {min_segments} segments", advice="lower --min-segments")
+        raise UsageError(
+            f"the model has {len(blocks)} blocks, so it cannot be cut into {min_segments} segments", advice="lower --min-segments"
+        )
     complete = all(any((block.index, str(target)) in medians for target in targets) for block in blocks)
     if not complete or len(blocks) < 2:
         if forced:
@@ -54,7 +56,14 @@ def cut_drafts(
             raise Infeasible(f"no target is known to run block {lacking} right, so no cut plan can be made")
         return [], []
     scales = {str(target): _scale(structure, medians, wholes, str(target)) for target in targets}
-    costs = [{str(target): medians[block.index, str(target)] * scales[str(target)] for target in targets if (block.index, str(target)) in medians} for block in blocks]
+    costs = [
+        {
+            str(target): medians[block.index, str(target)] * scales[str(target)]
+            for target in targets
+            if (block.index, str(target)) in medians
+        }
+        for block in blocks
+    ]
     names = [str(target) for target in targets]
     prices = np.array([CUT_S + _crossing_bytes(structure, index) / BYTES_PER_S for index in range(1, len(blocks))])
     width = len(names)
@@ -64,7 +73,8 @@ def cut_drafts(
         return [], []
     by_name = {str(target): target for target in targets}
     pieces = tuple(
-        Piece(target=by_name[name], config=configs.get(name, Config(precision="fp32")), first=first, last=last) for first, last, name in plan.segments
+        Piece(target=by_name[name], config=configs.get(name, Config(precision="fp32")), first=first, last=last)
+        for first, last, name in plan.segments
     )
     return [(Draft(name="cut plan", pieces=pieces, batch=batch), plan.cost_s)], []
 

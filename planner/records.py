@@ -74,5 +74,7 @@ class ProofRecord:
     ratio_low: float | None = None
     ratio_high: float | None = None
     verdict: Verdict | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)  # throughput_per_s, peak_memory_bytes, compile_s, first_inference_s, cosine, ...
+    metrics: Mapping[str, float] = field(
+        default_factory=dict
+    )  # throughput_per_s, peak_memory_bytes, compile_s, first_inference_s, cosine, ...
     cautions: tuple[Caution, ...] = ()

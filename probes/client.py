@@ -1,7 +1,7 @@
 """The parent's side of a worker: start it, ask it, and outlive whatever happens to it.
 
-Messages are lines of JSON over the worker's standard input and output; arrays travel as files. Nothing is pickled: a driver that goes wild in
-the child must not reach the parent through what it sends.
+Messages are lines of JSON over the worker's standard input and output; arrays travel as files. Nothing is pickled: a driver that goes wild
+in the child must not reach the parent through what it sends.
 """
 
 from __future__ import annotations

@@ -49,7 +49,9 @@ def compare(a: Samples, b: Samples, *, scale: float = 1.0, confidence: float = 0
     logs = np.log([scale * mine[each] / theirs[each] for each in shared])
     middle = float(np.median(logs))
     low, high = bootstrap_median(logs, confidence=confidence, seed=seed)
-    return Comparison(ratio=math.exp(middle), low=math.exp(low), high=math.exp(high), pairs=len(shared), verdict=verdict(math.exp(low), math.exp(high)))
+    return Comparison(
+        ratio=math.exp(middle), low=math.exp(low), high=math.exp(high), pairs=len(shared), verdict=verdict(math.exp(low), math.exp(high))
+    )
 
 
 def verdict(low: float, high: float, *, zone: float = INDIFFERENCE) -> Word:
@@ -63,7 +65,9 @@ def verdict(low: float, high: float, *, zone: float = INDIFFERENCE) -> Word:
     return "ambiguous"
 
 
-def bootstrap_median(values: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]], *, confidence: float, seed: int = 0) -> tuple[float, float]:
+def bootstrap_median(
+    values: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]], *, confidence: float, seed: int = 0
+) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the median (Efron 1979). With fewer than 5 values it is their whole range."""
     array = np.asarray(values, dtype=np.float64)
     if array.size < 5:
@@ -84,7 +88,13 @@ def cautions(samples: Samples) -> tuple[Caution, ...]:
     found = []
     spread = (samples.quantile_s(0.75) - samples.quantile_s(0.25)) / samples.median_s
     if spread > 0.15:
-        found.append(Caution(code="spread", message=f"the middle half of the samples spans {spread:.0%} of the median", advice="close other programs, or raise --budget"))
+        found.append(
+            Caution(
+                code="spread",
+                message=f"the middle half of the samples spans {spread:.0%} of the median",
+                advice="close other programs, or raise --budget",
+            )
+        )
     if len(samples.timed_s) < 20:
         found.append(Caution(code="few-samples", message=f"only {len(samples.timed_s)} samples", advice="raise --budget"))
     return tuple(found)

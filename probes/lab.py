@@ -85,7 +85,9 @@ class Lab:
                 found.append(Baseline(name=each["name"], target=target, config=wire.config_in(each["config"]), callers=each["callers"]))
         return tuple(found)
 
-    def prepare(self, source: Path, destination: Path, *, shapes: Mapping[str, tuple[int, ...]], dims: Mapping[str, int], batch: int) -> ModelFacts:
+    def prepare(
+        self, source: Path, destination: Path, *, shapes: Mapping[str, tuple[int, ...]], dims: Mapping[str, int], batch: int
+    ) -> ModelFacts:
         """Prepare a model file in a worker: shape inference is native code."""
         answer = self.worker("models").call(
             "prepare",
@@ -105,10 +107,17 @@ class Lab:
     def make_samples(self, model: Path, specs: tuple[TensorSpec, ...], destinations: Sequence[Path], *, seed: int) -> None:
         """Write sample inputs that suit a model."""
         self.worker("models").call(
-            "samples", limit_s=RUN_LIMIT_S, model=str(model), specs=wire.specs_out(specs), destinations=list(map(str, destinations)), seed=seed
+            "samples",
+            limit_s=RUN_LIMIT_S,
+            model=str(model),
+            specs=wire.specs_out(specs),
+            destinations=list(map(str, destinations)),
+            seed=seed,
         )
 
-    def load(self, model: Path, target: Target, config: Config, *, inputs: Path, reference: Path | None = None, batch: int = 1, callers: int = 1) -> Loaded:
+    def load(
+        self, model: Path, target: Target, config: Config, *, inputs: Path, reference: Path | None = None, batch: int = 1, callers: int = 1
+    ) -> Loaded:
         """Compile a model in its runtime's worker and run it once.
 
         Raises:

@@ -41,7 +41,9 @@ def measuring(timeout_s: float = 600.0) -> Iterator[float]:
             advice=f"wait for it to end, or remove {lock_path()} if none runs",
         ) from error
     except OSError as error:
-        raise UsageError(f"cannot lock {lock_path()} ({error.strerror or error})", advice="set AIVMM_LOCK to a file that you may write") from error
+        raise UsageError(
+            f"cannot lock {lock_path()} ({error.strerror or error})", advice="set AIVMM_LOCK to a file that you may write"
+        ) from error
     try:
         yield time.perf_counter() - started
     finally:
@@ -114,7 +116,13 @@ def machine_cautions(load_cores: float, cores: int) -> tuple[Caution, ...]:
     """Return the reasons to doubt what was measured under `load_cores` of foreign load on a machine of `cores`."""
     found = []
     if load_cores > 0.15 * cores:
-        found.append(Caution(code="machine-busy", message=f"other processes kept {load_cores:.1f} of {cores} cores busy", advice="close them and tune again with --fresh"))
+        found.append(
+            Caution(
+                code="machine-busy",
+                message=f"other processes kept {load_cores:.1f} of {cores} cores busy",
+                advice="close them and tune again with --fresh",
+            )
+        )
     if on_battery():
         found.append(Caution(code="on-battery", message="the machine ran on battery", advice="plug it in and tune again with --fresh"))
     return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -142,10 +143,17 @@ def baselines(state: State, *, targets: list[dict[str, Any]], objective: str, ba
     """List the baselines of the targets."""
     real = [each for each in map(wire.target_in, targets) if isinstance(each, Target)]
     found = [each for name in backends for each in load_backend(name).baselines(real, objective)]
-    return {"baselines": [{"name": each.name, "target": wire.target_out(each.target), "config": wire.config_out(each.config), "callers": each.callers} for each in found]}
+    return {
+        "baselines": [
+            {"name": each.name, "target": wire.target_out(each.target), "config": wire.config_out(each.config), "callers": each.callers}
+            for each in found
+        ]
+    }
 
 
-def prepare(state: State, *, source: str, destination: str, shapes: dict[str, list[int]], dims: dict[str, int], batch: int) -> dict[str, Any]:
+def prepare(
+    state: State, *, source: str, destination: str, shapes: dict[str, list[int]], dims: dict[str, int], batch: int
+) -> dict[str, Any]:
     """Prepare a model file; see `models.prepare`."""
     from aivmm.models.prepare import prepare as prepare_model
 
@@ -173,7 +181,15 @@ def samples(state: State, *, model: str, specs: list[dict[str, Any]], destinatio
 
 
 def compile_model(
-    state: State, *, name: str, model: str, target: dict[str, Any], config: dict[str, Any], inputs: str, reference: str = "", callers: int = 1
+    state: State,
+    *,
+    name: str,
+    model: str,
+    target: dict[str, Any],
+    config: dict[str, Any],
+    inputs: str,
+    reference: str = "",
+    callers: int = 1,
 ) -> dict[str, Any]:
     """Compile a model, run it once, and judge its outputs against `reference` where one is given."""
     where = wire.target_in(target)
@@ -212,7 +228,12 @@ def load_bundle(state: State, *, name: str, bundle: str, inputs: str, reference:
     loaded = time.perf_counter()
     runner = EngineRunner(engine, arrays)
     engine.run(arrays)
-    answer: dict[str, Any] = {"load_s": loaded - started, "compile_s": engine.load_s, "first_inference_s": time.perf_counter() - loaded, "events": engine.events}
+    answer: dict[str, Any] = {
+        "load_s": loaded - started,
+        "compile_s": engine.load_s,
+        "first_inference_s": time.perf_counter() - loaded,
+        "events": engine.events,
+    }
     if reference:
         accuracy = judge(runner.outputs(arrays), load_arrays(reference))
         answer |= {"accuracy": accuracy.metrics(), "problem": accuracy.problem}
@@ -232,7 +253,9 @@ def judge_again(state: State, *, name: str, inputs: str, reference: str) -> dict
     return {"accuracy": accuracy.metrics(), "problem": accuracy.problem}
 
 
-def timed(state: State, *, name: str, seconds: float, least: int = 2, most: int = 10_000, settle: int = 2, each: bool = False) -> dict[str, Any]:
+def timed(
+    state: State, *, name: str, seconds: float, least: int = 2, most: int = 10_000, settle: int = 2, each: bool = False
+) -> dict[str, Any]:
     """Run for `seconds` (and at least `least` times) after `settle` untimed calls or 2 ms of them; return durations of one call.
 
     Steps below 100 µs are timed several at a time and the mean of each such batch is one duration. With several callers all run at once
@@ -296,10 +319,8 @@ def _several(steps: Sequence[Callable[[], object]], seconds: float, least: int) 
     threads = [threading.Thread(target=run, args=(index, step)) for index, step in enumerate(steps)]
     for thread in threads:
         thread.start()
-    try:
+    with contextlib.suppress(threading.BrokenBarrierError):  # a thread failed: its error is raised below
         barrier.wait()
-    except threading.BrokenBarrierError:
-        pass
     for thread in threads:
         thread.join()
     if failures:
@@ -308,7 +329,14 @@ def _several(steps: Sequence[Callable[[], object]], seconds: float, least: int) 
 
 
 def probe(
-    state: State, *, model: str, target: dict[str, Any], config: dict[str, Any], inputs: str = "", reference: str = "", seconds: float = 0.02
+    state: State,
+    *,
+    model: str,
+    target: dict[str, Any],
+    config: dict[str, Any],
+    inputs: str = "",
+    reference: str = "",
+    seconds: float = 0.02,
 ) -> dict[str, Any]:
     """Compile, judge, time and drop one small model (an operator or a segment). Without `inputs` suitable ones are made."""
     path = inputs

@@ -113,10 +113,12 @@ def race(
     tell: Callable[[RaceState], None] | None = None,
     enough: Callable[[int], bool] | None = None,
 ) -> int:
-    """Run rounds until the race is decided, `most_rounds` are done, or `budget_s` is over after at least `least_rounds`; return the next round's number.
+    """Run rounds until the race is decided, `most_rounds` are done, or `budget_s` is over after at least `least_rounds`.
 
-    Before each block the previous worker must have gone quiet, since spinning threads slow their neighbours; the first calls of a block are
-    not timed, and one round before the first is not counted. Hopeless contestants leave early unless `keep`. `enough(rounds)` replaces the
+    Returns the next round's number.
+
+    Before each block the previous worker must have gone quiet, since spinning threads slow their neighbours; the first calls of a block
+    are not timed, and one round before the first is not counted. Hopeless contestants leave early unless `keep`. `enough(rounds)` replaces the
     rule that ends the race when each remaining comparison with the leader is decided.
     """
     order = random.Random(seed)
@@ -127,7 +129,7 @@ def race(
     for count in range(-1 if warmup else 0, most_rounds):
         spent = time.perf_counter() - started - waited
         # A budget that is over ends the race, but not before there is something to compare, unless it is over by far.
-        if count >= least_rounds and spent > budget_s or (count >= 3 and spent > 2 * budget_s + 5):
+        if (count >= least_rounds and spent > budget_s) or (count >= 3 and spent > 2 * budget_s + 5):
             break
         with measuring() as lock_wait:
             waited += lock_wait
@@ -155,7 +157,13 @@ def _drop_hopeless(contestants: Sequence[Contestant], rounds: int) -> None:
     if leader is None or rounds < 5:
         return
     for each in contestants:
-        if each.racing and not each.keep and each is not leader and each.durations and versus(each, leader, confidence=0.99).low > _HOPELESS:
+        if (
+            each.racing
+            and not each.keep
+            and each is not leader
+            and each.durations
+            and versus(each, leader, confidence=0.99).low > _HOPELESS
+        ):
             each.dropped = f"hopeless: {versus(each, leader).ratio:.2f} times the leader's time"
 
 

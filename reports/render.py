@@ -52,7 +52,7 @@ def _context(data: ReportData) -> dict[str, Any]:
         "policy": content_security_policy(script),
         "script": Markup(script),  # our own file
         "style": Markup(_read("report.css")),  # our own file
-        "verdict": summary.verdict(data),
+        "verdict": summary.split_verdict(summary.verdict(data)),
         "answers": summary.answers(data, plan.stages, sum(each.on_plan for each in warned)),
         "figures": summary.key_figures(data),
         "race": race.lay_out(data, colours),

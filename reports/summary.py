@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,12 @@ class Answer:
 def verdict(data: ReportData) -> str:
     """Return the run's own sentence; what can be said from its status where there is none."""
     return str(data.run.summary.get("verdict") or _WITHOUT_VERDICT[data.run.status])
+
+
+def split_verdict(sentence: str) -> tuple[str, str]:
+    """Return the first sentence, which is the news, and the rest. A full stop within a number or a name ends nothing."""
+    first, *rest = re.split(r"(?<=\.)\s+(?=[A-Z])", sentence, maxsplit=1)
+    return first, " ".join(rest)
 
 
 def answers(data: ReportData, stages: Sequence[Stage], cautions: int) -> tuple[Answer, ...]:

@@ -1,7 +1,7 @@
 """The plan bundle on disk: a folder (or the same tree in one zip) that comes from a stranger until it is checked.
 
-Nothing in a bundle is executable Python or a pickle. Every file but `plan.json` is listed there with its SHA-256; `report.html` beside it is
-the one file that may be unlisted, since people put it there to read and the engine never opens it.
+Nothing in a bundle is executable Python or a pickle. Every file but `plan.json` is listed there with its SHA-256; `report.html` beside it
+is the one file that may be unlisted, since people put it there to read and the engine never opens it.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def _check(folder: Path) -> Plan:
         raise BundleError(f"{folder} lacks {missing[0]!r}", advice="copy the bundle again, whole")
     for name, expected in plan.files.items():
         if file_sha256(folder / PurePosixPath(name)) != expected:
-            raise BundleError(f"{folder / name} was changed: its SHA-256 is not the one in the plan", advice="copy the bundle again, or tune again")
+            raise BundleError(
+                f"{folder / name} was changed: its SHA-256 is not the one in the plan", advice="copy the bundle again, or tune again"
+            )
     return plan
 
 
@@ -117,7 +119,9 @@ def _walk(folder: Path) -> set[str]:
             if not stat.S_ISREG(status.st_mode):
                 raise BundleError(f"{folder} holds {name!r}, which is a link or a special file")
             if status.st_nlink > 1 and name not in IGNORED:
-                raise BundleError(f"{folder} holds {name!r}, which is hard-linked from elsewhere", advice="copy the bundle instead of linking it")
+                raise BundleError(
+                    f"{folder} holds {name!r}, which is hard-linked from elsewhere", advice="copy the bundle instead of linking it"
+                )
             found.add(name)
     return found
 
@@ -199,9 +203,13 @@ def check_destination(destination: Path) -> None:
     if destination.is_dir() and any(destination.iterdir()) and not (destination / PLAN_FILE).is_file():
         raise UsageError(f"cannot write the plan to {destination}: the folder holds other things", advice="choose another with -o DIR")
     if not parent.is_dir():
-        raise UsageError(f"cannot write the plan to {destination}: {parent} does not exist", advice="create it, or choose another with -o DIR")
+        raise UsageError(
+            f"cannot write the plan to {destination}: {parent} does not exist", advice="create it, or choose another with -o DIR"
+        )
     try:
         probe = tempfile.mkdtemp(prefix=".aivmm-", dir=parent)
     except OSError as error:
-        raise UsageError(f"cannot write the plan to {destination}: {error.strerror or error}", advice="choose another with -o DIR") from error
+        raise UsageError(
+            f"cannot write the plan to {destination}: {error.strerror or error}", advice="choose another with -o DIR"
+        ) from error
     Path(probe).rmdir()

@@ -124,7 +124,9 @@ class Engine:
             clocks = [lane.clocks[index] for lane in self._lanes]
             recent = np.concatenate([clock.recent_ns() for clock in clocks]) / 1e9
             quantiles = {f"p{q}_s": float(np.quantile(recent, q / 100)) if recent.size else None for q in (50, 90, 99)}
-            stages.append({"target": stage.target, "precision": stage.precision, "count": sum(clock.count for clock in clocks), **quantiles})
+            stages.append(
+                {"target": stage.target, "precision": stage.precision, "count": sum(clock.count for clock in clocks), **quantiles}
+            )
         return {
             "runs": stages[0]["count"],
             "stages": stages,

@@ -46,7 +46,9 @@ def new_buffer(spec: TensorSpec) -> Buffer | None:
 class Lane:
     """Runs the stages one after another. Used by one thread at a time; the engine sees to that."""
 
-    def __init__(self, stages: Sequence[Stage], executables: Sequence[Executable], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], executables: Sequence[Executable], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+    ) -> None:
         self._specs = {each.name: each for each in inputs}
         self._requests: list[Request] = [executable.new_request() for executable in executables]
         self.clocks = [StageClock() for _ in stages]
@@ -57,7 +59,9 @@ class Lane:
         self._bind_boundaries(stages, executables)
         self._steps = [(request.run, clock, late) for request, clock, late in zip(self._requests, self.clocks, self._late, strict=True)]
         self._copied = [
-            (name, buffer, buffer.dtype, buffer.shape) for name, buffer in self._buffers.items() if name in self._specs and name not in self._rebind
+            (name, buffer, buffer.dtype, buffer.shape)
+            for name, buffer in self._buffers.items()
+            if name in self._specs and name not in self._rebind
         ]
         self._direct = [(name, self._specs[name], binders) for name, binders in self._rebind.items()]
         self._readers = [self._reader(each.name, stages) for each in outputs]
@@ -153,10 +157,14 @@ def checked(array: Any, spec: TensorSpec, known: Mapping[str, TensorSpec]) -> Bu
     elif value.dtype != np.dtype(spec.dtype):
         plain = not isinstance(array, np.ndarray)  # Python numbers and lists have no type of their own to insist on
         if not (plain and np.can_cast(value.dtype, spec.dtype, casting="same_kind")):
-            raise UsageError(f"input {spec.name!r} has type {value.dtype}, expected {spec.dtype}", advice=f"convert it with .astype({spec.dtype!r})")
+            raise UsageError(
+                f"input {spec.name!r} has type {value.dtype}, expected {spec.dtype}", advice=f"convert it with .astype({spec.dtype!r})"
+            )
         value = value.astype(spec.dtype)
     if len(value.shape) != len(spec.shape) or any(want not in (None, have) for want, have in zip(spec.shape, value.shape, strict=True)):
-        raise UsageError(f"input {spec.name!r} has shape {list(value.shape)}, expected {spec}", advice="tune for this shape with --shape or --batch")
+        raise UsageError(
+            f"input {spec.name!r} has shape {list(value.shape)}, expected {spec}", advice="tune for this shape with --shape or --batch"
+        )
     if not value.flags.c_contiguous or not value.flags.writeable:
         value = value.copy()  # both runtimes share only contiguous memory, and OpenVINO only writeable
     return value

@@ -42,9 +42,12 @@ def read_interface(model: Path | bytes) -> Interface:
     try:
         if isinstance(model, bytes):
             return _interface(memoryview(model))
-        with Path(model).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            with memoryview(mapped) as view:
-                return _interface(view)
+        with (
+            Path(model).open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as view,
+        ):
+            return _interface(view)
     except (ValueError, IndexError, UnicodeDecodeError) as error:
         raise ModelError(f"{'the model' if isinstance(model, bytes) else model} is not a readable ONNX file ({error})") from error
 

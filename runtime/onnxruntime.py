@@ -108,7 +108,7 @@ class OnnxRuntime:
         return tuple(found)
 
     def compile(self, model: Path | bytes, target: Target, config: Config) -> _Executable:
-        """Compile `model`; see `Backend.compile`. A session with nodes on the CPU beside those on an accelerator says so in its placement."""
+        """Compile `model`; see `Backend.compile`. Nodes left on the CPU beside an accelerator are in its placement."""
         if config.precision is not None and config.precision not in target.precisions:
             raise Unsupported(f"{target} does not run {config.precision} natively", advice=f"it runs {', '.join(target.precisions)}")
         ort = _ort()
@@ -117,7 +117,7 @@ class OnnxRuntime:
         source = model if isinstance(model, bytes) else str(model)
         try:
             session = ort.InferenceSession(source, options, providers=[(provider, provider_options)], enable_fallback=0)
-        except Exception as error:  # noqa: BLE001 - its exceptions share no base: RuntimeError here, Fail and NotImplemented there
+        except Exception as error:
             raise Unsupported(f"ONNX Runtime on {target.name}: {_words(error)}") from error
         if provider not in session.get_providers():
             raise Unsupported(f"ONNX Runtime could not start {provider} and fell back to {session.get_providers()[0]}")
@@ -167,7 +167,9 @@ def _require_entry(name: str, value: Setting) -> None:
     """Raise Unsupported unless the entry takes the value: ONNX Runtime reads what it does not know as off, in silence."""
     text = str(value)
     if (name in SWITCHES and text not in ("0", "1")) or (name in COUNTS and not text.isdigit()):
-        raise Unsupported(f"{name}={text!r} is not a setting of ONNX Runtime", advice="give 0 or 1" if name in SWITCHES else "give a number")
+        raise Unsupported(
+            f"{name}={text!r} is not a setting of ONNX Runtime", advice="give 0 or 1" if name in SWITCHES else "give a number"
+        )
 
 
 def _set(options: Any, name: str, value: Setting) -> None:

@@ -199,13 +199,33 @@ def _cpu_knobs() -> tuple[Knob, ...]:
     cores = usable_cores()
     serving = frozenset({"throughput", "energy"})
     return (
-        Knob("INFERENCE_NUM_THREADS", "int", "more threads pay only while each has enough work", low=1, high=cores, log=cores > 8, default=cores),
+        Knob(
+            "INFERENCE_NUM_THREADS",
+            "int",
+            "more threads pay only while each has enough work",
+            low=1,
+            high=cores,
+            log=cores > 8,
+            default=cores,
+        ),
         Knob("NUM_STREAMS", "int", "streams run requests side by side", low=1, high=cores, log=cores > 8, default=1, objectives=serving),
-        Knob("ENABLE_CPU_PINNING", "choice", "pinned threads keep their caches; a shared machine wants them free", choices=(True, False), default=True),
+        Knob(
+            "ENABLE_CPU_PINNING",
+            "choice",
+            "pinned threads keep their caches; a shared machine wants them free",
+            choices=(True, False),
+            default=True,
+        ),
         Knob("ENABLE_HYPER_THREADING", "choice", "two threads on one core share its vector units", choices=(True, False), default=True),
         Knob("TBB_PARTITIONER", "choice", "how work is divided between threads", choices=("AUTO", "STATIC"), default="STATIC"),
-        Knob("CPU_DENORMALS_OPTIMIZATION", "choice", "denormal numbers are slow; treating them as zero is checked numerically", choices=(False, True), default=False),
-    )  # fmt: skip
+        Knob(
+            "CPU_DENORMALS_OPTIMIZATION",
+            "choice",
+            "denormal numbers are slow; treating them as zero is checked numerically",
+            choices=(False, True),
+            default=False,
+        ),
+    )
 
 
 def _gpu_knobs() -> tuple[Knob, ...]:
@@ -213,15 +233,27 @@ def _gpu_knobs() -> tuple[Knob, ...]:
     return (
         Knob("NUM_STREAMS", "int", "streams overlap copies with compute", low=1, high=4, default=1, objectives=serving),
         Knob("GPU_QUEUE_THROTTLE", "choice", "how eagerly the host polls the queue", choices=("LOW", "MEDIUM", "HIGH"), default="MEDIUM"),
-        Knob("GPU_HOST_TASK_PRIORITY", "choice", "priority of the host threads that feed the device", choices=("LOW", "MEDIUM", "HIGH"), default="MEDIUM"),
-    )  # fmt: skip
+        Knob(
+            "GPU_HOST_TASK_PRIORITY",
+            "choice",
+            "priority of the host threads that feed the device",
+            choices=("LOW", "MEDIUM", "HIGH"),
+            default="MEDIUM",
+        ),
+    )
 
 
 def _npu_knobs() -> tuple[Knob, ...]:
     return (
         Knob("NPU_TURBO", "choice", "raises the clock where the platform allows it", choices=(False, True), default=False),
-        Knob("NPU_COMPILATION_MODE_PARAMS", "choice", "how hard the compiler optimises", choices=("", "optimization-level=2 performance-hint-override=latency"), default=""),
-    )  # fmt: skip
+        Knob(
+            "NPU_COMPILATION_MODE_PARAMS",
+            "choice",
+            "how hard the compiler optimises",
+            choices=("", "optimization-level=2 performance-hint-override=latency"),
+            default="",
+        ),
+    )
 
 
 class _Executable:
@@ -236,7 +268,9 @@ class _Executable:
         if missing:
             raise Unsupported(f"OpenVINO lost the output {missing[0]!r} in conversion")
         self.inputs: Sequence[TensorSpec] = tuple(each for each in interface.inputs if each.name in self.input_ports)
-        self.outputs: Sequence[TensorSpec] = tuple(_refine(each, compiled.outputs[self.output_ports[each.name]]) for each in interface.outputs)
+        self.outputs: Sequence[TensorSpec] = tuple(
+            _refine(each, compiled.outputs[self.output_ports[each.name]]) for each in interface.outputs
+        )
         self.effective_config: Mapping[str, Setting] = self._read_back()
 
     @cached_property
@@ -330,5 +364,3 @@ class _Request:
         tensor = self._request.get_output_tensor(self._outputs[name])
         data: Buffer = tensor.str_data if str(tensor.element_type) == "<Type: 'string'>" else tensor.data
         return data
-
-

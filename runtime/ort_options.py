@@ -1,6 +1,7 @@
 """ONNX Runtime's providers and options in one place: what may be set, and what can be tuned.
 
-ONNX Runtime accepts unknown keys in silence, so a mistyped one would be measured as if it did something. What is not in these tables is refused.
+ONNX Runtime accepts unknown keys in silence, so a mistyped one would be measured as if it did something. What is not in these tables is
+refused.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ PROVIDERS = {
         advice="install TensorRT 10 (pip install tensorrt)",
     ),
     "DirectML": Provider(name="DmlExecutionProvider", indexed=True, options=frozenset({"performance_preference", "device_filter"})),
-    "MIGraphX": Provider(name="MIGraphXExecutionProvider", indexed=True, options=frozenset({"migraphx_fp16_enable", "migraphx_int8_enable"})),
+    "MIGraphX": Provider(
+        name="MIGraphXExecutionProvider", indexed=True, options=frozenset({"migraphx_fp16_enable", "migraphx_int8_enable"})
+    ),
     "QNN": Provider(name="QNNExecutionProvider", options=frozenset({"backend_path", "htp_performance_mode"})),
     "CoreML": Provider(name="CoreMLExecutionProvider", options=frozenset({"ModelFormat", "MLComputeUnits"})),
 }  # fmt: skip
@@ -66,7 +69,12 @@ SWITCHES = frozenset({
 COUNTS = frozenset({"session.intra_op.spin_duration_us", "session.intra_op.spin_backoff_max", "session.dynamic_block_base"})
 SESSION_ENTRIES = SWITCHES | COUNTS | {"session.intra_op_thread_affinities"}
 PROVIDER_PREFIX = "provider."  # "provider.use_tf32" is an option of the target's execution provider
-OPTIMIZATION_LEVELS = {"disabled": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
+OPTIMIZATION_LEVELS = {
+    "disabled": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
 EXECUTION_MODES = {"sequential": "ORT_SEQUENTIAL", "parallel": "ORT_PARALLEL"}
 
 
@@ -77,14 +85,58 @@ def cpu_knobs() -> tuple[Knob, ...]:
     # The library's own default: one thread a physical core, whatever a quota says.
     default = physical if physical and 1 <= physical <= cores and (os.cpu_count() or 0) == cores else None
     return (
-        Knob("intra_op_num_threads", "int", "more threads pay only while each has enough work", low=1, high=cores, log=cores > 8, default=default),
-        Knob("graph_optimization_level", "choice", "a fusion or layout change can cost more than it saves", choices=("all", "extended", "basic"), default="all"),
-        Knob("session.intra_op.allow_spinning", "choice", "spinning threads answer at once and starve their neighbours", choices=("1", "0"), default="1"),
-        Knob("session.force_spinning_stop", "choice", "stops spinning when a run ends, so that neighbours get the cores", choices=("0", "1"), default="0"),
-        Knob("execution_mode", "choice", "branches of the graph can run side by side", choices=("sequential", "parallel"), default="sequential"),
-        Knob("enable_mem_pattern", "choice", "plans all buffers ahead; off can be faster for tiny graphs", choices=(True, False), default=True),
-        Knob("session.set_denormal_as_zero", "choice", "denormal numbers are slow; treating them as zero is checked numerically", choices=("0", "1"), default="0"),
-    )  # fmt: skip
+        Knob(
+            "intra_op_num_threads",
+            "int",
+            "more threads pay only while each has enough work",
+            low=1,
+            high=cores,
+            log=cores > 8,
+            default=default,
+        ),
+        Knob(
+            "graph_optimization_level",
+            "choice",
+            "a fusion or layout change can cost more than it saves",
+            choices=("all", "extended", "basic"),
+            default="all",
+        ),
+        Knob(
+            "session.intra_op.allow_spinning",
+            "choice",
+            "spinning threads answer at once and starve their neighbours",
+            choices=("1", "0"),
+            default="1",
+        ),
+        Knob(
+            "session.force_spinning_stop",
+            "choice",
+            "stops spinning when a run ends, so that neighbours get the cores",
+            choices=("0", "1"),
+            default="0",
+        ),
+        Knob(
+            "execution_mode",
+            "choice",
+            "branches of the graph can run side by side",
+            choices=("sequential", "parallel"),
+            default="sequential",
+        ),
+        Knob(
+            "enable_mem_pattern",
+            "choice",
+            "plans all buffers ahead; off can be faster for tiny graphs",
+            choices=(True, False),
+            default=True,
+        ),
+        Knob(
+            "session.set_denormal_as_zero",
+            "choice",
+            "denormal numbers are slow; treating them as zero is checked numerically",
+            choices=("0", "1"),
+            default="0",
+        ),
+    )
 
 
 def cuda_knobs() -> tuple[Knob, ...]:
@@ -93,7 +145,19 @@ def cuda_knobs() -> tuple[Knob, ...]:
     return (
         Knob(prefix + "prefer_nhwc", "choice", "tensor cores like channels last", choices=("0", "1"), default="0"),
         Knob(prefix + "use_tf32", "choice", "TF32 is faster and less exact; checked numerically", choices=("1", "0"), default="1"),
-        Knob(prefix + "cudnn_conv_algo_search", "choice", "a thorough search can find faster kernels", choices=("EXHAUSTIVE", "HEURISTIC", "DEFAULT"), default="EXHAUSTIVE"),
+        Knob(
+            prefix + "cudnn_conv_algo_search",
+            "choice",
+            "a thorough search can find faster kernels",
+            choices=("EXHAUSTIVE", "HEURISTIC", "DEFAULT"),
+            default="EXHAUSTIVE",
+        ),
         Knob(prefix + "fuse_conv_bias", "choice", "fuses bias and activation into convolutions", choices=("0", "1"), default="0"),
-        Knob("graph_optimization_level", "choice", "a fusion or layout change can cost more than it saves", choices=("all", "extended", "basic"), default="all"),
-    )  # fmt: skip
+        Knob(
+            "graph_optimization_level",
+            "choice",
+            "a fusion or layout change can cost more than it saves",
+            choices=("all", "extended", "basic"),
+            default="all",
+        ),
+    )

@@ -175,7 +175,9 @@ def parse_plan(text: str | bytes, where: str) -> Plan:
         raise BundleError(f"{where} holds {type(raw).__name__}, not an object")
     schema = raw.get("schema")
     if isinstance(schema, int) and not isinstance(schema, bool) and schema > SCHEMA:
-        raise BundleError(f"{where} has schema {schema}; this aivmm knows up to {SCHEMA}", advice="upgrade aivmm, or tune again with this one")
+        raise BundleError(
+            f"{where} has schema {schema}; this aivmm knows up to {SCHEMA}", advice="upgrade aivmm, or tune again with this one"
+        )
     try:
         # Strict mode takes lists for tuples only from JSON, so the checked text goes in again, now known to be finite numbers.
         return Plan.model_validate_json(json.dumps(raw))

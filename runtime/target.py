@@ -54,7 +54,8 @@ class Unavailable:
 def matches(pattern: str, target: str) -> bool:
     """Say whether `pattern` (`openvino`, `openvino:GPU`, `*:CPU`) names `target`: a shorter form matches all that it prefixes.
 
-    `openvino:GPU` matches `openvino:GPU.0` and `onnxruntime:CUDA` matches `onnxruntime:CUDA:0`; `openvino:GPU.1` does not match `openvino:GPU.10`.
+    `openvino:GPU` matches `openvino:GPU.0` and `onnxruntime:CUDA` matches `onnxruntime:CUDA:0`, but `openvino:GPU.1` does not match
+    `openvino:GPU.10`.
     """
     runtime, _, name = pattern.strip().partition(":")
     have_runtime, _, have_name = target.partition(":")

@@ -88,7 +88,11 @@ class Anatomist:
         """Probe each unique operator on each target, the heaviest first, until done or out of budget."""
         structure = self.subject.structure
         order = sorted(structure.operators, key=lambda each: -(each.flops or 0.0) * each.count)
-        wanted = [(operator, target, self._operator_key(operator.signature, operator.data_dependent, target)) for operator in order for target in self.targets]
+        wanted = [
+            (operator, target, self._operator_key(operator.signature, operator.data_dependent, target))
+            for operator in order
+            for target in self.targets
+        ]
         known = self._recall(key for _, _, key in wanted)
         models: OperatorModels | None = None
         built: dict[str, Path | str] = {}
@@ -140,7 +144,9 @@ class Anatomist:
             edges.append((inputs, outputs))
         return edges
 
-    def _probe(self, key: ProbeKey, target: Target, model: Path, *, inputs: Path | None = None, reference: Path | None = None, seconds: float) -> Outcome:
+    def _probe(
+        self, key: ProbeKey, target: Target, model: Path, *, inputs: Path | None = None, reference: Path | None = None, seconds: float
+    ) -> Outcome:
         worker = self.lab.worker(target.runtime)
         for other in self.lab.pids():
             if other != worker.pid:

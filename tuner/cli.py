@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from aivmm.errors import AivmmError, Infeasible, UsageError
+from aivmm.errors import AivmmError, Infeasible
+from aivmm.runtime.target import Target
 from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions, parse_batches, parse_budget, parse_dims, parse_list, parse_shapes
 
 app = typer.Typer(
@@ -30,23 +31,33 @@ Start with `aivmm tune model.onnx`, or with a demo: `aivmm tune demo:squeezenet`
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Make standard output exactly one JSON object.")]
-Db = Annotated[str | None, typer.Option("--db", metavar="PATH|URL", help="Performance database; default: the user's data folder.", envvar="AIVMM_DB")]
+Db = Annotated[
+    str | None, typer.Option("--db", metavar="PATH|URL", help="Performance database; default: the user's data folder.", envvar="AIVMM_DB")
+]
 
 
 @app.command()
 def tune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="An ONNX file, or `demo:NAME` (`demo:` lists them).")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where the plan goes; default `<name>.aivmm`.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where the plan goes; default `<name>.aivmm`.")
+    ] = None,
     db: Db = None,
     objective: Annotated[str, typer.Option(help="`latency` or `throughput`.")] = "latency",
-    constraint: Annotated[list[str] | None, typer.Option(metavar="EXPR", help="A limit such as `latency<10ms, memory<2GB`. Repeatable.")] = None,
-    targets: Annotated[list[str] | None, typer.Option(metavar="PATTERNS", help="Targets that may be used: `openvino`, `*:CPU`, ...")] = None,
+    constraint: Annotated[
+        list[str] | None, typer.Option(metavar="EXPR", help="A limit such as `latency<10ms, memory<2GB`. Repeatable.")
+    ] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERNS", help="Targets that may be used: `openvino`, `*:CPU`, ...")
+    ] = None,
     precisions: Annotated[list[str] | None, typer.Option(metavar="LIST", help="Precisions that may be used: `fp32,bf16`.")] = None,
     batch: Annotated[list[str] | None, typer.Option(metavar="LIST", help="Batch sizes to choose from: `1,8,32`.")] = None,
     shape: Annotated[list[str] | None, typer.Option(metavar="NAME=1x3x224x224", help="The shape of an input. Repeatable.")] = None,
     dim: Annotated[list[str] | None, typer.Option(metavar="NAME=N", help="The extent of a named dimension. Repeatable.")] = None,
     inputs: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Real samples to run with.")] = None,
-    budget: Annotated[str, typer.Option(metavar="TIME", help="Time for measuring and searching; the proof comes on top.")] = f"{DEFAULT_BUDGET_S:.0f}s",
+    budget: Annotated[
+        str, typer.Option(metavar="TIME", help="Time for measuring and searching; the proof comes on top.")
+    ] = f"{DEFAULT_BUDGET_S:.0f}s",
     trials: Annotated[int | None, typer.Option(metavar="N", help="Points to try; default: as the budget allows.")] = None,
     min_segments: Annotated[int, typer.Option(metavar="N", help="Force a cut into at least N segments, for study.")] = 1,
     top: Annotated[int, typer.Option(metavar="K", help="How many finalists are proven.")] = 3,
@@ -114,32 +125,28 @@ def tune(
 
 
 @app.command()
-def devices(
-    as_json: Json = False, backend: Annotated[list[str] | None, typer.Option(hidden=True)] = None
-) -> None:
+def devices(as_json: Json = False, backend: Annotated[list[str] | None, typer.Option(hidden=True)] = None) -> None:
     """List every target that runs here, and everything unavailable with its reason."""
     from aivmm.tuner.inventory import find_devices
 
     targets, unavailable = find_devices(backend)
     if as_json:
-        _print_json({
-            "schema": 1,
-            "targets": [
-                {
-                    "target": str(each), "device": each.device.model, "kind": each.device.kind, "runtime_version": each.runtime_version,
-                    "driver": each.device.driver, "precisions": list(each.precisions), "cores": each.device.cores, "memory_bytes": each.device.memory_bytes,
-                }
-                for each in targets
-            ],
-            "unavailable": [{"target": each.target, "reason": each.reason, "advice": each.advice} for each in unavailable],
-        })  # fmt: skip
+        _print_json(
+            {
+                "schema": 1,
+                "targets": [_target_json(each) for each in targets],
+                "unavailable": [{"target": each.target, "reason": each.reason, "advice": each.advice} for each in unavailable],
+            }
+        )
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("target", "device", "precisions", "runtime"):
         table.add_column(heading, overflow="fold")
     for target in targets:
         cores = f", {target.device.cores} cores" if target.device.cores else ""
-        table.add_row(Text(str(target)), Text(target.device.model + cores), Text(", ".join(target.precisions)), Text(target.runtime_version))
+        table.add_row(
+            Text(str(target)), Text(target.device.model + cores), Text(", ".join(target.precisions)), Text(target.runtime_version)
+        )
     out = Console()
     out.print(table)
     if unavailable:
@@ -152,8 +159,13 @@ def devices(
 
 @app.command()
 def report(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN|MODEL]", help="A run's id (or the beginning of it) or a model's name; default: the newest.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write; default `<model>.report.html`.")] = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN|MODEL]", help="A run's id (or the beginning of it) or a model's name; default: the newest."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write; default `<model>.report.html`.")
+    ] = None,
     db: Db = None,
     as_json: Json = False,
 ) -> None:
@@ -186,7 +198,9 @@ def run_plan(
     if as_json:
         _print_json(result)
         return
-    print(f"{result['model']} on {' + '.join(result['targets'])} ({result['validity']}): median {result['median_s'] * 1e3:.3f} ms of {repeat}")
+    print(
+        f"{result['model']} on {' + '.join(result['targets'])} ({result['validity']}): median {result['median_s'] * 1e3:.3f} ms of {repeat}"
+    )
     for each in result["outputs"]:
         print(f"  {each['name']}: {each['dtype']}{each['shape']}  {each['preview']}")
     for event in result["events"]:
@@ -233,6 +247,20 @@ def _print_error(message: str, advice: str, as_json: bool) -> None:
         _print_json({"schema": 1, "error": {"message": " ".join(message.split()), "advice": " ".join(advice.split())}})
 
 
+def _target_json(target: Target) -> dict[str, Any]:
+    device = target.device
+    return {
+        "target": str(target),
+        "device": device.model,
+        "kind": device.kind,
+        "runtime_version": target.runtime_version,
+        "driver": device.driver,
+        "precisions": list(target.precisions),
+        "cores": device.cores,
+        "memory_bytes": device.memory_bytes,
+    }
+
+
 def _list_demos(as_json: bool) -> None:
     from aivmm.models.demo import demo_names
 
@@ -275,7 +303,12 @@ def _print_outcome(summary: Any, notes: list[str], verbose: bool) -> None:
             interval = f"{each['ci95_s'][0] * 1e3:.3f} to {each['ci95_s'][1] * 1e3:.3f} ms" if each["ci95_s"] else ""
             median = f"{each['median_s'] * 1e3:.3f} ms" if each["median_s"] is not None else "did not run"
             against = f"{each['verdict']}, {each['ratio_to_plan']:.2f}x" if each["verdict"] else each["reason"] or ""
-            table.add_row(Text(each["name"]), median, interval, Text(against if each["eligible"] or not each["reason"] else f"not eligible: {each['reason']}"))
+            table.add_row(
+                Text(each["name"]),
+                median,
+                interval,
+                Text(against if each["eligible"] or not each["reason"] else f"not eligible: {each['reason']}"),
+            )
         console.print(table)
     if verbose:
         for note in notes:

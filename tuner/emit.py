@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -114,5 +113,3 @@ def _conditions(target: Target) -> Conditions:
 def folder_bytes(folder: Path) -> int:
     """Return the size of all files below `folder`."""
     return sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
-
-

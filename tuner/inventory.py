@@ -10,6 +10,6 @@ from aivmm.runtime.target import Target, Unavailable
 
 
 def find_devices(backends: Sequence[str] | None = None) -> tuple[tuple[Target, ...], tuple[Unavailable, ...]]:
-    """Return the targets that run here, and what is unavailable with its reason. A driver that crashes while asked costs its runtime only."""
+    """Return the targets that run here, and what is unavailable and why. A driver that crashes costs its own runtime only."""
     with Lab() as lab:
         return lab.discover(list(backends or default_backends()))

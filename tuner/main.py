@@ -14,7 +14,10 @@ def main(arguments: list[str] | None = None) -> None:
         name = error.name or str(error)
         if name.startswith("aivmm"):
             raise  # a bug of ours
-        print(f"aivmm: the package {name!r} is missing, so nothing can be tuned; install all of aivmm with: pip install aivmm", file=sys.stderr)
+        print(
+            f"aivmm: the package {name!r} is missing, so nothing can be tuned; install all of aivmm with: pip install aivmm",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from error
     raise SystemExit(run(given))
 

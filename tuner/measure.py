@@ -122,7 +122,13 @@ class Measurer:
         return None
 
     def measure(
-        self, candidates: Sequence[Candidate], *, budget_s: float, tell: Tell | None = None, keep: Sequence[Candidate] = (), beside: Sequence[Candidate] = ()
+        self,
+        candidates: Sequence[Candidate],
+        *,
+        budget_s: float,
+        tell: Tell | None = None,
+        keep: Sequence[Candidate] = (),
+        beside: Sequence[Candidate] = (),
     ) -> dict[str, Score | Rejection]:
         """Load and race `candidates` (with the reference and those in `beside`); store what came out; return scores by candidate key."""
         started = time.perf_counter()
@@ -265,9 +271,9 @@ class Measurer:
 
 def _fresh(contestant: Contestant) -> Contestant:
     """Return a contestant for the same loaded model with nothing measured yet."""
-    made = Contestant(contestant.name, contestant.worker, batch=contestant.batch, callers=contestant.callers, expected_s=contestant.expected_s)
+    made = Contestant(
+        contestant.name, contestant.worker, batch=contestant.batch, callers=contestant.callers, expected_s=contestant.expected_s
+    )
     made.keep = contestant.keep
     made.generation = contestant.generation
     return made
-
-

@@ -45,7 +45,8 @@ class Entrant:
     metrics: dict[str, float] = field(default_factory=dict)
     problem: str = ""  # why it cannot be the plan; "" when nothing is against it
     fatal: bool = False  # it could not run at all
-    confirmed: Samples | None = None
+    choosing: Samples | None = None  # of the first race
+    confirmed: Samples | None = None  # of the second, which chose nothing
 
     @property
     def running(self) -> bool:
@@ -96,8 +97,8 @@ class Proof:
             batch=entrant.draft.batch,
             callers=entrant.draft.callers,
             eligible=entrant.eligible and not against,
-            why_not=entrant.problem or against,
-            samples=entrant.confirmed,
+            why_not=entrant.problem or against or (entrant.contestant.dropped if entrant.contestant else ""),
+            samples=entrant.confirmed or entrant.choosing,
             metrics=entrant.metrics,
             cautions=(*(cautions(entrant.confirmed) if entrant.confirmed else ()), *self.cautions),
             **known,
@@ -146,7 +147,12 @@ class Prover:
         entrant.worker = Worker(f"proof of {entrant.draft.name}")
         try:
             answer = entrant.worker.call(
-                "load_bundle", limit_s=COMPILE_LIMIT_S, name="engine", bundle=str(entrant.bundle), inputs=str(entrant.sample), reference=str(entrant.reference)
+                "load_bundle",
+                limit_s=COMPILE_LIMIT_S,
+                name="engine",
+                bundle=str(entrant.bundle),
+                inputs=str(entrant.sample),
+                reference=str(entrant.reference),
             )
             accuracy, problem = answer["accuracy"], answer["problem"]
             for sample, reference in zip(entrant.samples, entrant.references, strict=True):
@@ -173,7 +179,12 @@ class Prover:
             entrant.problem = "; ".join(answer["events"])
         expected = answer["first_inference_s"]
         entrant.contestant = Contestant(
-            "engine", entrant.worker, batch=entrant.draft.batch, callers=entrant.draft.callers, expected_s=expected, keep=entrant.role == "baseline"
+            "engine",
+            entrant.worker,
+            batch=entrant.draft.batch,
+            callers=entrant.draft.callers,
+            expected_s=expected,
+            keep=entrant.role == "baseline",
         )
 
     def _race(self, contestants: list[Contestant]) -> None:
@@ -181,14 +192,24 @@ class Prover:
         load = BackgroundLoad(pids)
         # First to choose among the finalists ...
         next_round = race(
-            contestants, budget_s=SELECT_S, least_rounds=6, seed=self._seed, tell=lambda state: self._tell("choosing among the finalists", state)
+            contestants,
+            budget_s=SELECT_S,
+            least_rounds=6,
+            seed=self._seed,
+            tell=lambda state: self._tell("choosing among the finalists", state),
         )
-        finalists = [each.contestant for each in self._proof.entrants if each.role == "candidate" and each.eligible and each.contestant and each.contestant.racing]
+        finalists = [
+            each.contestant
+            for each in self._proof.entrants
+            if each.role == "candidate" and each.eligible and each.contestant and each.contestant.racing
+        ]
         chosen = leader_of(finalists)
         for each in finalists:
             if each is not chosen:
                 each.dropped = each.dropped or "another candidate was faster"
         # ... then, on samples that chose nothing, to confirm.
+        for entrant in self._proof.entrants:
+            entrant.choosing = entrant.contestant.samples() if entrant.contestant else None
         for each in contestants:
             each.durations.clear()
             each.rounds.clear()
@@ -248,7 +269,11 @@ class Prover:
             # A device name that only OpenVINO resolves at load is the last choice among equals: a plan should say where it runs.
             named = [each for each in baselines if not each.draft.targets.endswith(":AUTO")]
             real = min(named, key=_time, default=None)
-            proof.plan = real if real is not None and (proof.best_baseline is real or not _clearly_slower(real, proof.best_baseline)) else proof.best_baseline
+            proof.plan = (
+                real
+                if real is not None and (proof.best_baseline is real or not _clearly_slower(real, proof.best_baseline))
+                else proof.best_baseline
+            )
         if proof.plan is not None:
             self._tail(proof.plan, wanted=True)
 
@@ -262,7 +287,9 @@ class Prover:
         if median * TAIL_SAMPLES <= (TAIL_ASKED_S if self._asks_tail else TAIL_S):
             # One call a sample: a mean of several calls has no tail.
             try:
-                answer = contestant.worker.call("timed", limit_s=60 + TAIL_ASKED_S, name="engine", seconds=0.0, least=TAIL_SAMPLES, each=True)
+                answer = contestant.worker.call(
+                    "timed", limit_s=60 + TAIL_ASKED_S, name="engine", seconds=0.0, least=TAIL_SAMPLES, each=True
+                )
             except WorkerDied:
                 return  # the confirmed samples stand; the tail is then not known
             durations = answer["durations"]

@@ -13,12 +13,9 @@ from aivmm.reports.data import ReportData
 def report_data(database: Database, run_id: str | None) -> ReportData:
     """Return all that is stored of a run (its id, a unique beginning of it, or a model's name; None is the newest)."""
     run = database.run(run_id)
-    content = None
     plan = database.plan(run.id)
     outcomes = database.run_outcomes(run.id)
-    if plan is not None:
-        content = plan["model"]["content"]
-    structure = database.structure(content, run.model.batch) if content else None
+    structure = database.run_structure(run.id)
     return ReportData(
         run=run,
         generated_at=datetime.now(UTC),
@@ -45,5 +42,7 @@ def write_report(database: Database, run_id: str | None, path: Path) -> Path:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"cannot write the report to {path}: {error.strerror or error}", advice="choose another file with -o FILE") from error
+        raise UsageError(
+            f"cannot write the report to {path}: {error.strerror or error}", advice="choose another file with -o FILE"
+        ) from error
     return path

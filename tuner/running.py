@@ -36,7 +36,8 @@ def run_bundle(plan: Path, inputs: Path | None, output: Path | None, repeat: int
             "median_s": median(durations),
             "load_s": engine.load_s,
             "outputs": [
-                {"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "preview": _preview(array)} for name, array in outputs.items()
+                {"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "preview": _preview(array)}
+                for name, array in outputs.items()
             ],
             "events": list(engine.events),
         }

@@ -225,7 +225,7 @@ class Session:
             seed=self.options.seed,
         )
         usable = self._first_that_runs(pairs)
-        self.known = dict((candidate.key, (candidate, outcome)) for candidate, outcome in self.measurer.recall(self._all_measured_targets(pairs)))
+        self.known = {candidate.key: (candidate, outcome) for candidate, outcome in self.measurer.recall(self._all_measured_targets(pairs))}
         missing = [candidate for _, candidate in usable if candidate.key not in self.known]
         if missing:
             found = self.measurer.measure(missing, budget_s=max(4.0, 0.2 * self.options.budget_s), tell=self._tell_race, keep=missing)
@@ -264,7 +264,7 @@ class Session:
     def _twins(self, usable: Sequence[tuple[Baseline, Candidate]]) -> list[tuple[Baseline, Candidate]]:
         """Where a runtime's default is not fp32 (bf16 on AMX), its fp32 twin is the yardstick for accuracy's sake: measure it too."""
         twins = []
-        for baseline, candidate in usable:
+        for _, candidate in usable:
             loaded = self.measurer.loaded(candidate)
             hint = str(loaded.effective_config.get("INFERENCE_PRECISION_HINT", "float32")) if loaded else "float32"
             lower = hint not in ("float32", "f32", "dynamic") or (len(candidate.target.precisions) > 1 and not loaded)
@@ -300,7 +300,9 @@ class Session:
             if _within(candidate, space):
                 search.tell(candidate, outcome)
                 self._record(search)
-        search.enqueue(Candidate(target=target, config=Config(precision=self._precisions(target)[0]), batch=batches[0]) for target in targets)
+        search.enqueue(
+            Candidate(target=target, config=Config(precision=self._precisions(target)[0]), batch=batches[0]) for target in targets
+        )
         if not self.searched_before and self.options.min_segments == 1:
             self._search_on(search)
         self.measurer.release()
@@ -393,7 +395,9 @@ class Session:
         blocks = len(self.subject.structure.blocks)
         drafts = [(Draft.whole(each.name, candidate, blocks), "baseline") for each, candidate in baselines]
         known = {candidate.key for _, candidate in baselines}
-        yardstick = min((score.ratio for _, candidate in baselines if isinstance(score := self.known[candidate.key][1], Score)), default=None)
+        yardstick = min(
+            (score.ratio for _, candidate in baselines if isinstance(score := self.known[candidate.key][1], Score)), default=None
+        )
         self.predicted: dict[str, float] = {}
         finalists: list[Draft] = []
         for candidate, score in search.best(self.options.top + len(known)):
@@ -441,7 +445,9 @@ class Session:
         if batch not in self._emitters:
             prepared = self.subject.at(batch)
             structure = self.subject.structure_at(batch)
-            self._emitters[batch] = Emitter(prepared.path, prepared.facts, structure, self.folder / f"segments-{batch}", version=version("aivmm"))
+            self._emitters[batch] = Emitter(
+                prepared.path, prepared.facts, structure, self.folder / f"segments-{batch}", version=version("aivmm")
+            )
         return self._emitters[batch]
 
     def _entrant(self, number: int, draft: Draft, role: str) -> Entrant:
@@ -468,7 +474,11 @@ class Session:
         if proof.plan is None:
             return self._emit_nothing(proof)
         accuracy = self._accuracy(proof.plan)
-        note = f"Outputs match {accuracy.reference}: cosine {accuracy.value:.6f} on {accuracy.data} inputs." if accuracy else "Accuracy could not be judged: the model's outputs are random."
+        note = (
+            f"Outputs match {accuracy.reference}: cosine {accuracy.value:.6f} on {accuracy.data} inputs."
+            if accuracy
+            else "Accuracy could not be judged: the model's outputs are random."
+        )
         verdict = sentence(proof, objective=self.options.objective, accuracy_text=note)
         fallbacks = self._fallbacks(proof)
         plan = self._emitter(proof.plan.draft.batch).write(
@@ -496,13 +506,28 @@ class Session:
         return self._finish("infeasible", None, report, verdict, None, None, trouble=reasons)
 
     def _finish(
-        self, status: str, plan_path: Path | None, report: Path, verdict: str, accuracy: Accuracy | None, search: Search | None, *, trouble: Sequence[str] = ()
+        self,
+        status: str,
+        plan_path: Path | None,
+        report: Path,
+        verdict: str,
+        accuracy: Accuracy | None,
+        search: Search | None,
+        *,
+        trouble: Sequence[str] = (),
     ) -> TuneOutcome:
         proof = self.proof
         assert proof is not None
         predicted = self.predicted.get(proof.plan.draft.name) if proof.plan else None
         if proof.plan and predicted is None:
-            predicted = next((outcome.median_s for candidate, outcome in self.known.values() if _same(candidate, proof.plan.draft) and isinstance(outcome, Score)), None)
+            predicted = next(
+                (
+                    outcome.median_s
+                    for candidate, outcome in self.known.values()
+                    if _same(candidate, proof.plan.draft) and isinstance(outcome, Score)
+                ),
+                None,
+            )
         result = summary(
             facts=self.subject.facts,
             given=self.options.model,
@@ -617,7 +642,12 @@ def _within(candidate: Candidate, space: Space) -> bool:
 
 def _same(candidate: Candidate, draft: Draft) -> bool:
     piece = draft.pieces[0]
-    return (candidate.target, candidate.config, candidate.batch, candidate.callers) == (piece.target, piece.config, draft.batch, draft.callers)
+    return (candidate.target, candidate.config, candidate.batch, candidate.callers) == (
+        piece.target,
+        piece.config,
+        draft.batch,
+        draft.callers,
+    )
 
 
 def _nearest(proof: Proof) -> Entrant | None:
@@ -635,4 +665,3 @@ def _expected(plan: Entrant) -> dict[str, Number]:
         if name in plan.metrics:
             found[name] = Number(value=plan.metrics[name], source="measured", samples=count if name == "throughput_per_s" else 0)
     return found
-

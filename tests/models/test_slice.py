@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ import onnx
 import onnxruntime as ort
 import openvino as ov
 import pytest
+from hypothesis import HealthCheck, given, settings
+from onnx import TensorProto, helper, numpy_helper
+
 from aivmm.errors import AivmmError
 from aivmm.models.demo import write_demo
 from aivmm.models.graph import analyse, analyse_graph
 from aivmm.models.order import PreparedGraph
 from aivmm.models.prepare import prepare
 from aivmm.models.slice import Slicer, WeightStore, segment
-from hypothesis import HealthCheck, given, settings
-from onnx import TensorProto, helper, numpy_helper
 
 SHARED = Path(__file__).parents[3] / "shared" / "models"
 HOSTILE = ("../../x", "<script>alert(1)</script>", "two\nlines", "a b", "é/ü", "x" * 300, "'; DROP TABLE probe; --", "{{7*7}}", "\\", "%s")
@@ -53,7 +55,7 @@ def pieces(slicer: Slicer, cuts: Sequence[int], folder: Path, store: WeightStore
     edges = [0, *cuts, len(slicer.prepared.nodes)]
     return [
         slicer.write(first, end - 1, folder / f"{index}_{first}_{end}.onnx", weights=store).path
-        for index, (first, end) in enumerate(zip(edges, edges[1:], strict=False))
+        for index, (first, end) in enumerate(itertools.pairwise(edges))
     ]
 
 
@@ -120,7 +122,15 @@ def check_cuts(path: Path, folder: Path, *, at_most: int | None) -> None:
 
 @pytest.mark.parametrize(
     ("name", "at_most"),
-    [("squeezenet", 6), ("shufflenet", 3), ("encoder", 3), ("lstm", 7), ("ultraface_rfb_320", 6), ("magika_v3_3", 3), ("silero_vad_16k_op15", 4)],
+    [
+        ("squeezenet", 6),
+        ("shufflenet", 3),
+        ("encoder", 3),
+        ("lstm", 7),
+        ("ultraface_rfb_320", 6),
+        ("magika_v3_3", 3),
+        ("silero_vad_16k_op15", 4),
+    ],
 )
 def test_a_model_cut_at_a_sample_of_its_cut_points_answers_as_the_whole(
     prepared: Callable[[str], Path], tmp_path: Path, name: str, at_most: int
@@ -132,14 +142,26 @@ def test_a_model_cut_at_a_sample_of_its_cut_points_answers_as_the_whole(
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "name",
-    ["squeezenet", "shufflenet", "resnet50", "densenet121", "encoder", "recommender"]
-    + ["ultraface_rfb_320", "magika_v3_3", "silero_vad_16k_op15", "super_resolution"],
+    [
+        "squeezenet",
+        "shufflenet",
+        "resnet50",
+        "densenet121",
+        "encoder",
+        "recommender",
+        "ultraface_rfb_320",
+        "magika_v3_3",
+        "silero_vad_16k_op15",
+        "super_resolution",
+    ],
 )
 def test_a_model_cut_at_every_cut_point_answers_as_the_whole(prepared: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     check_cuts(prepared(name), tmp_path, at_most=None)
 
 
-def test_blocks_written_one_by_one_are_what_the_analysis_says_and_load_in_both_runtimes(prepared: Callable[[str], Path], tmp_path: Path) -> None:
+def test_blocks_written_one_by_one_are_what_the_analysis_says_and_load_in_both_runtimes(
+    prepared: Callable[[str], Path], tmp_path: Path
+) -> None:
     path = prepared("shufflenet")
     structure, core = analyse(path), ov.Core()
     store = WeightStore(tmp_path / "weights")
@@ -225,7 +247,7 @@ def test_a_loop_that_reads_outer_values_can_be_cut_off_its_neighbours(tmp_path: 
         helper.make_node("Neg", ["c"], ["y"], name="n3"),
     ]
     trips = numpy_helper.from_array(np.array(3, np.int64), "trips")
-    path = save(helper.make_graph(nodes, "g", [info("x")], [info("y")], [trips]), tmp_path / "loop.onnx")
+    path = save(helper.make_graph(nodes, "g", [info("x")], [info("y")], [trips], value_info=[info("c")]), tmp_path / "loop.onnx")
     feeds = {"x": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)}
     slicer = Slicer(path)
     for position in (1, 2, 3):
@@ -234,7 +256,7 @@ def test_a_loop_that_reads_outer_values_can_be_cut_off_its_neighbours(tmp_path: 
 
 
 def test_hostile_names_are_kept_and_never_name_a_file(tmp_path: Path) -> None:
-    nodes = [helper.make_node("Add", [before, "w"], [after], name=after) for before, after in zip(HOSTILE, HOSTILE[1:], strict=False)]
+    nodes = [helper.make_node("Add", [before, "w"], [after], name=after) for before, after in itertools.pairwise(HOSTILE)]
     graph = helper.make_graph(nodes, HOSTILE[0], [info(HOSTILE[0], (8, 64))], [info(HOSTILE[-1], (8, 64))], [weight("w", (8, 64))])
     folder = tmp_path / "out"
     folder.mkdir()
@@ -417,7 +439,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_any_graph_cut_anywhere_answers_as_the_whole(folder: Path, graph: onnx.GraphProto, flag: bool, data: st.DataObject) -> None:
     path = save(graph, folder / "m.onnx")
     rng = np.random.default_rng(3)
-    feeds = {"x0": rng.standard_normal((2, 3)).astype(np.float32), "x1": rng.standard_normal((2, 3)).astype(np.float32), "flag": np.array(flag)}
+    feeds = {
+        "x0": rng.standard_normal((2, 3)).astype(np.float32),
+        "x1": rng.standard_normal((2, 3)).astype(np.float32),
+        "flag": np.array(flag),
+    }
     expected = run(path, feeds)
     slicer = Slicer(path)
     count = len(slicer.prepared.nodes)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.contracts import BackendContract
 
 from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Backend
 from aivmm.runtime.config import Config
 from aivmm.runtime.onnxruntime import OnnxRuntime
 from aivmm.runtime.target import Target
+from tests.contracts import BackendContract
 
 
 class TestOnnxRuntime(BackendContract):
@@ -62,5 +62,3 @@ def test_runs_with_strings_go_through_a_feed() -> None:
     request.bind("x", np.array(["a", "b"], dtype=object))
     request.run()
     assert list(request.output("y")) == ["a", "b"]
-
-

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from tests.contracts import BackendContract
 
 from aivmm.runtime.backend import Backend
 from aivmm.runtime.openvino import OpenVino
+from tests.contracts import BackendContract
 
 
 class TestOpenVino(BackendContract):
