@@ -198,10 +198,10 @@ def distribution(knob: Knob) -> BaseDistribution:
 
 def _ask_knob(trial: optuna.trial.Trial, name: str, knob: Knob) -> Setting:
     if knob.kind == "int":
-        return trial.suggest_int(name, int(knob.low), int(knob.high), log=knob.log)
+        return int(trial.suggest_int(name, int(knob.low), int(knob.high), log=knob.log))
     if knob.kind == "float":
-        return trial.suggest_float(name, knob.low, knob.high, log=knob.log)
-    value: Setting = trial.suggest_categorical(name, list(knob.choices))  # type: ignore[assignment]
+        return float(trial.suggest_float(name, knob.low, knob.high, log=knob.log))
+    value: Setting = trial.suggest_categorical(name, list(knob.choices))
     return value
 
 

@@ -55,7 +55,7 @@ def judge(outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> Accur
             "relative_l2": max(worst["relative_l2"], one["relative_l2"]),
             "max_abs": max(worst["max_abs"], one["max_abs"]),
         }
-    return Accuracy(**worst)
+    return Accuracy(cosine=worst["cosine"], relative_l2=worst["relative_l2"], max_abs=worst["max_abs"])
 
 
 def _compare_floats(actual: Array, expected: Array) -> dict[str, float] | str:

@@ -51,7 +51,7 @@ class ExecutableRunner:
     def __init__(self, executable: Executable, inputs: Mapping[str, Buffer], callers: int) -> None:
         self.executable = executable
         self._requests = [self._bound(inputs) for _ in range(callers)]
-        self.steps = [request.run for request in self._requests]
+        self.steps: Sequence[Callable[[], object]] = [request.run for request in self._requests]
 
     def _bound(self, inputs: Mapping[str, Buffer]) -> Request:
         request = self.executable.new_request()
@@ -83,7 +83,7 @@ class EngineRunner:
     def __init__(self, engine: Engine, inputs: Mapping[str, Buffer]) -> None:
         self.engine = engine
         arrays = dict(inputs)
-        self.steps = [lambda: engine.run(arrays) for _ in range(engine.plan.callers)]
+        self.steps: Sequence[Callable[[], object]] = [lambda: engine.run(arrays) for _ in range(engine.plan.callers)]
 
     def outputs(self, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
         """Run once on `inputs`."""
@@ -119,7 +119,7 @@ def save_arrays(path: str | Path, arrays: Mapping[str, Buffer]) -> None:
     names = np.frombuffer("\0".join(arrays).encode(), dtype=np.uint8)
     stored = {f"array_{index}": _storable(array) for index, array in enumerate(arrays.values())}
     with Path(path).open("wb") as file:
-        np.savez(file, __names__=names, **stored)
+        np.savez(file, allow_pickle=False, __names__=names, **stored)
 
 
 def _storable(array: Buffer) -> Buffer:

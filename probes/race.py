@@ -118,8 +118,8 @@ def race(
     Returns the next round's number.
 
     Before each block the previous worker must have gone quiet, since spinning threads slow their neighbours; the first calls of a block
-    are not timed, and one round before the first is not counted. Hopeless contestants leave early unless `keep`. `enough(rounds)` replaces the
-    rule that ends the race when each remaining comparison with the leader is decided.
+    are not timed, and one round before the first is not counted. Hopeless contestants leave early unless `keep`. `enough(rounds)`
+    replaces the rule that ends the race when each remaining comparison with the leader is decided.
     """
     order = random.Random(seed)
     started = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,7 +27,7 @@ def specs_out(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
     return [asdict(each) for each in specs]
 
 
-def specs_in(raw: list[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+def specs_in(raw: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
     """Return the descriptions that `specs_out` wrote."""
     return tuple(TensorSpec(name=each["name"], dtype=each["dtype"], shape=tuple(each["shape"])) for each in raw)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import perf_counter_ns
 from typing import Any
 
@@ -132,13 +133,17 @@ class Lane:
         for stage, request in zip(stages, self._requests, strict=True):
             if any(each.name == name for each in stage.outputs):
                 buffer = self._buffers.get(name)
-                return (name, request.output) if buffer is None else (name, lambda _name, buffer=buffer: buffer)
+                return (name, request.output) if buffer is None else (name, partial(_given, buffer))
         raise KeyError(name)  # the plan was checked: each output has a stage
 
     @property
     def buffers(self) -> Mapping[str, Buffer]:
         """The bound buffers by tensor name, for tests that follow pointers."""
         return self._buffers
+
+
+def _given(buffer: Buffer, _name: str) -> Buffer:
+    return buffer
 
 
 def checked(array: Any, spec: TensorSpec, known: Mapping[str, TensorSpec]) -> Buffer:

@@ -73,7 +73,8 @@ def _interface(view: _View) -> Interface:
 
 
 def _value_info(view: _View) -> TensorSpec:
-    name, dtype, shape = "", "unknown", ()
+    name, dtype = "", "unknown"
+    shape: tuple[int | None, ...] = ()
     for field, value in _fields(view):
         if field == 1 and isinstance(value, memoryview):
             name = bytes(value).decode()
@@ -85,7 +86,8 @@ def _value_info(view: _View) -> TensorSpec:
 
 
 def _tensor_type(view: _View) -> tuple[str, tuple[int | None, ...]]:
-    dtype, shape = "unknown", ()
+    dtype = "unknown"
+    shape: tuple[int | None, ...] = ()
     for field, value in _fields(view):
         if field == 1 and isinstance(value, int):
             dtype = ELEMENT_TYPES.get(value, "unknown")

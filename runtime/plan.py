@@ -117,7 +117,7 @@ class Alternative(_Part):
 class Plan(_Part):
     """A decision, with everything needed to run it and to believe it."""
 
-    schema_version: Literal[1] = Field(alias="schema", default=SCHEMA)
+    schema_version: Literal[1] = Field(alias="schema", default=1)
     created_by: str  # "aivmm 0.1.0"
     created_at: str  # ISO 8601, UTC
     model: Model

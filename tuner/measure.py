@@ -101,10 +101,10 @@ class Measurer:
         known: list[tuple[Candidate, Score | Rejection]] = []
         used: list[ProbeKey] = []
         for candidate, key in found.values():
-            outcome = self._known(candidate)
-            if outcome is not None:
-                known.append((candidate, outcome))
-                self.counts.reused += isinstance(outcome, Score) or outcome.state == "pruned"
+            score = self._known(candidate)
+            if score is not None:
+                known.append((candidate, score))
+                self.counts.reused += isinstance(score, Score) or score.state == "pruned"
                 used.append(key)
         self.database.link(self.run_id, used)
         return known

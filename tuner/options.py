@@ -53,9 +53,9 @@ class TuneOptions:
         for name, value, least in (("--trials", self.trials, 1), ("--min-segments", self.min_segments, 1), ("--top", self.top, 1)):
             if value is not None and value < least:
                 raise UsageError(f"{name} {value} is below {least}")
-        for each in self.batches:
-            if each < 1:
-                raise UsageError(f"--batch {each} is below 1")
+        for batch in self.batches:
+            if batch < 1:
+                raise UsageError(f"--batch {batch} is below 1")
         for each in self.precisions:
             if each not in PRECISIONS:
                 raise UsageError(f"unknown precision {each!r}", advice=f"known: {', '.join(PRECISIONS)}")

@@ -56,10 +56,14 @@ def _read(path: Path, specs: tuple[TensorSpec, ...]) -> dict[str, Buffer]:
 def _write(path: Path, outputs: dict[str, Buffer]) -> None:
     odd = next((name for name in outputs if "/" in name or "\\" in name or name == "file"), None)
     # Names from a model become members of an archive here: those that are not plain go by number.
-    stored = outputs if odd is None else {f"output_{index}": array for index, array in enumerate(outputs.values())}
+    stored: dict[str, Any] = outputs if odd is None else {f"output_{index}": array for index, array in enumerate(outputs.values())}
     try:
         with path.open("wb") as file:
-            np.savez(file, **{name: array.astype(str) if array.dtype.kind == "O" else array for name, array in stored.items()})
+            np.savez(
+                file,
+                allow_pickle=False,
+                **{name: array.astype(str) if array.dtype.kind == "O" else array for name, array in stored.items()},
+            )
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}", advice="choose another file with -o") from error
 

@@ -1,0 +1,330 @@
+"""A whole tune from the command line: what it prints, writes, keeps and reuses."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import aivmm
+from aivmm.db.database import Database
+from aivmm.probes.records import Measured
+from aivmm.runtime.bundle import file_sha256
+from tests.tuner.conftest import Tuned
+from tests.tuner.harness import SMALL, TINY, Finished, Place, listing, reference, relative_l2
+
+VERDICTS = {"faster", "slower", "same", "ambiguous"}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def test_the_json_of_a_tune_has_the_keys_and_types_that_the_design_promises(tuned: Tuned, tiny: Path) -> None:
+    found = tuned.summary
+    promised = {
+        "schema",
+        "model",
+        "plan",
+        "report",
+        "objective",
+        "measured",
+        "predicted",
+        "baselines",
+        "accuracy",
+        "probes",
+        "wall_s",
+        "verdict",
+    }
+    assert promised <= found.keys()
+    assert found["schema"] == 1
+    assert found["model"] == {"path": str(tiny), "sha256": file_sha256(tiny), "category": "CNN"}
+    assert found["objective"] == "latency"
+    assert found["plan"]["batch"] == 1
+    assert found["plan"]["stages"]
+    for stage in found["plan"]["stages"]:
+        assert stage["target"] in ("openvino:CPU", "onnxruntime:CPU", "openvino:AUTO")
+        assert isinstance(stage["precision"], str) and isinstance(stage["config"], dict)
+    assert [each["blocks"] for each in found["plan"]["stages"]][0][0] == 0
+    assert is_number(found["predicted"]["median_s"])
+    assert all(is_number(found["probes"][name]) for name in ("measured", "reused", "refused", "failed"))
+    assert found["accuracy"] == {"metric": "cosine", "value": pytest.approx(1.0, abs=1e-4), "limit": 0.999, "data": "synthetic"}
+    assert 0 < found["wall_s"] < 240
+    assert "\n" not in found["verdict"] and found["verdict"].startswith(found["plan"]["stages"][0]["target"])
+
+
+def test_the_measured_numbers_agree_with_each_other(tuned: Tuned) -> None:
+    measured = tuned.summary["measured"]
+    low, high = measured["ci95_s"]
+    assert 0 < low <= measured["median_s"] <= high
+    assert measured["throughput_per_s"] == pytest.approx(1 / measured["median_s"])
+    assert isinstance(measured["samples"], int) and measured["samples"] > 0
+    assert measured["p99_s"] is None or measured["p99_s"] >= measured["median_s"] * 0.5
+
+
+def test_every_baseline_is_there_with_its_verdict(tuned: Tuned) -> None:
+    baselines = {each["name"]: each for each in tuned.summary["baselines"]}
+    assert {"onnxruntime:CPU default", "openvino:CPU default", "openvino:CPU LATENCY hint", "openvino:AUTO"} <= baselines.keys()
+    for each in baselines.values():
+        assert {"name", "target", "config", "median_s", "ci95_s", "ratio_to_plan", "eligible", "verdict"} <= each.keys()
+        assert each["eligible"] is True
+        assert each["verdict"] in VERDICTS
+        assert each["ci95_s"][0] <= each["median_s"] <= each["ci95_s"][1]
+        if each["verdict"] == "faster":
+            assert each["ratio_to_plan"] > 1  # the baseline takes longer than the plan
+        if each["verdict"] == "slower":
+            assert each["ratio_to_plan"] < 1
+    assert baselines["openvino:CPU LATENCY hint"]["config"] == {"PERFORMANCE_HINT": "LATENCY"}
+
+
+def test_the_plan_is_not_slower_than_any_eligible_baseline(tuned: Tuned) -> None:
+    assert [each["name"] for each in tuned.summary["baselines"] if each["eligible"] and each["verdict"] == "slower"] == []
+
+
+def test_progress_that_goes_to_no_terminal_is_plain_lines_with_their_time(tuned: Tuned) -> None:
+    lines = tuned.done.err.splitlines()
+    assert len(lines) >= 4
+    assert [line for line in lines if not re.match(r"\[ *\d+\.\d s\] ", line)] == []
+    assert "\x1b" not in tuned.done.err and "\r" not in tuned.done.err
+    assert "proving" in tuned.done.err
+
+
+def test_the_plan_loads_and_answers_as_onnx_runtime_does(tuned: Tuned, tiny: Path) -> None:
+    inputs = {"input": np.random.default_rng(7).standard_normal((1, 3, 16, 16)).astype(np.float32)}
+    with aivmm.load_plan(tuned.plan) as engine:
+        outputs = engine.run(inputs)
+        assert engine.validity.grade == "exact"
+        assert engine.events == []
+        assert engine.stats()["runs"] == 1
+    assert relative_l2(outputs, reference(tiny, inputs)) <= 1e-4
+
+
+def test_the_plan_file_holds_what_was_printed(tuned: Tuned) -> None:
+    from aivmm.runtime.bundle import Bundle
+
+    with Bundle.open(tuned.plan) as bundle:
+        plan = bundle.plan
+    printed = tuned.summary
+    assert plan.verdict == printed["verdict"]
+    assert plan.model.sha256 == printed["model"]["sha256"]
+    assert plan.expected["median_s"].value == printed["measured"]["median_s"]
+    assert plan.expected["median_s"].source == "measured"
+    assert plan.accuracy is not None and plan.accuracy.value == printed["accuracy"]["value"]
+    assert [each.target for each in plan.stages] == [each["target"] for each in printed["plan"]["stages"]]
+    assert {each.target for each in plan.environments} >= {each.target for each in plan.stages}
+
+
+def test_a_plan_brings_a_fallback_on_the_other_runtime(tuned: Tuned) -> None:
+    from aivmm.runtime.bundle import Bundle
+
+    with Bundle.open(tuned.plan) as bundle:
+        used = {each.target.partition(":")[0] for each in bundle.plan.stages}
+        spare = {stage.target.partition(":")[0] for each in bundle.plan.fallbacks for stage in each.stages}
+    assert used | spare == {"openvino", "onnxruntime"}
+
+
+def test_the_report_lies_in_the_bundle_names_the_plan_and_needs_no_network(tuned: Tuned) -> None:
+    report = tuned.place.work / tuned.summary["report"]
+    assert report == tuned.plan / "report.html"
+    text = report.read_text(encoding="utf-8")
+    assert "tiny" in text and tuned.summary["plan"]["stages"][0]["target"] in text
+    assert re.findall(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", text) == []
+
+
+def test_nothing_but_the_plan_is_left_in_the_current_folder(tuned: Tuned, again: Finished) -> None:
+    assert again.code == 0
+    assert sorted(os.listdir(tuned.place.work)) == ["tiny.aivmm"]
+
+
+def test_the_database_is_sound_and_holds_raw_samples_with_their_environment(tuned: Tuned) -> None:
+    with Database.open(tuned.place.db) as database:
+        assert database.check() == []
+        outcomes = [each for each in database.outcomes(kind="model") if isinstance(each, Measured)]
+        assert len(outcomes) >= 4
+        assert all(len(each.samples.timed_s) >= 3 and each.key.environment for each in outcomes)
+        assert {each.key.target for each in outcomes} >= {"openvino:CPU", "onnxruntime:CPU"}
+
+
+def test_the_run_is_recorded_as_complete_with_its_summary(tuned: Tuned, again: Finished) -> None:
+    with Database.open(tuned.place.db) as database:
+        newest = database.run(None)
+        assert newest.status == "complete"
+        assert newest.summary["verdict"] == again.json["verdict"]
+        assert newest.finished_at is not None and newest.finished_at <= datetime.now(UTC)
+        assert "tune" in newest.command
+        assert database.plan(newest.id) is not None
+        assert {each.role for each in database.proofs(newest.id)} >= {"plan", "baseline"}
+
+
+def test_the_same_command_again_measures_nothing_but_the_proof(tuned: Tuned, again: Finished) -> None:
+    assert again.code == 0
+    assert again.json["probes"]["measured"] == 0
+    assert again.json["probes"]["reused"] >= tuned.summary["probes"]["measured"] > 0
+    assert again.json["measured"]["samples"] > 0
+    assert again.json["model"] == tuned.summary["model"]
+    assert again.json["wall_s"] < 60  # within 20 s on a machine that does nothing else
+
+
+def test_quiet_says_nothing_on_standard_error(again: Finished) -> None:
+    assert again.err == ""
+
+
+def test_fresh_measures_again_and_the_words_for_people_are_the_result(tuned: Tuned, tiny: Path, tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    (tmp_path / "work").mkdir()
+    shutil.copy(tuned.place.db, place.db)
+    # --trials 1 makes another request; what was measured before would be reused all the same.
+    done = place.aivmm(
+        "tune", tiny, *TINY, "--budget", "4s", "--trials", "1", "--fresh", "-v", "-q", "--targets", "onnxruntime", "-o", "p.aivmm"
+    )
+    assert (done.code, done.err) == (0, "")
+    with Database.open(place.db) as database:
+        probes = database.run(None).summary["probes"]
+        assert database.run(None).summary["verdict"].split(".")[0] in " ".join(done.out.split())
+    assert probes["measured"] > 0 and probes["reused"] == 0
+    assert "onnxruntime:CPU default" in done.out
+    assert "openvino" not in done.out  # --targets leaves it out, as a baseline too
+    assert "p.aivmm" in done.out and "aivmm.load_plan" in done.out
+
+
+def test_a_constraint_that_nothing_meets_exits_with_3_names_what_binds_and_still_reports(tuned: Tuned, tiny: Path) -> None:
+    before = listing(tuned.plan)
+    done = tuned.place.aivmm(
+        "tune", tiny, *TINY, "--budget", "4s", "--trials", "1", "--json", "--constraint", "latency<1ns", "-o", "none.aivmm"
+    )
+    try:
+        assert done.code == 3, done.err
+        found = done.json
+        assert found["plan"] is None and found["measured"] is None
+        assert "latency" in found["verdict"] and "1 ns" in found["verdict"]
+        assert all(each["eligible"] is False for each in found["baselines"])
+        report = tuned.place.work / found["report"]
+        assert "latency" in report.read_text(encoding="utf-8")
+        assert not (tuned.place.work / "none.aivmm").exists()
+        assert listing(tuned.plan) == before
+        with Database.open(tuned.place.db) as database:
+            assert database.run(None).status == "infeasible"
+        report.unlink()
+    finally:
+        shutil.rmtree(tuned.place.work / "none.aivmm", ignore_errors=True)
+
+
+def test_a_dry_run_says_what_it_would_measure_and_writes_nothing(place: Place, tiny: Path) -> None:
+    done = place.aivmm("tune", tiny, *TINY, "--dry-run", "--json")
+    assert done.code == 0, done.err
+    found = done.json
+    assert found["dry_run"] is True and found["schema"] == 1
+    assert "input: float32[1, 3, 16, 16]" in found["inputs"]
+    assert {"openvino:CPU", "onnxruntime:CPU"} <= set(found["targets"])
+    assert "onnxruntime:CPU default" in found["baselines"]
+    assert found["blocks"] >= 2 and found["operators"] >= 3
+    assert found["knobs"]["onnxruntime:CPU"]
+    assert listing(place.work) == {}
+    if place.db.exists():
+        with Database.open(place.db) as database:
+            assert list(database.outcomes(all=True)) == []
+
+
+def test_the_demos_are_listed_by_their_prefix(place: Place) -> None:
+    text, as_json = place.aivmm("tune", "demo:"), place.aivmm("tune", "demo:", "--json")
+    assert (text.code, text.err, as_json.code) == (0, "", 0)
+    names = [line.split()[0] for line in text.out.splitlines()]
+    assert names == list(as_json.json["demos"])
+    assert {
+        "demo:squeezenet",
+        "demo:resnet50",
+        "demo:densenet121",
+        "demo:shufflenet",
+        "demo:encoder",
+        "demo:lstm",
+        "demo:recommender",
+    } <= set(names)
+
+
+def test_devices_lists_what_runs_and_why_the_rest_does_not(place: Place) -> None:
+    done = place.aivmm("devices", "--json")
+    assert (done.code, done.err) == (0, "")
+    found = done.json
+    targets = {each["target"]: each for each in found["targets"]}
+    for name in ("openvino:CPU", "onnxruntime:CPU"):
+        assert targets[name]["precisions"][0] == "fp32"
+        assert targets[name]["kind"] == "cpu" and targets[name]["cores"] >= 1
+        assert targets[name]["device"] and targets[name]["runtime_version"]
+    assert all(each["reason"] for each in found["unavailable"])
+
+
+def test_devices_for_people_names_every_target_in_full(place: Place) -> None:
+    done = place.aivmm("devices", COLUMNS="40")
+    assert (done.code, done.err) == (0, "")
+    assert "openvino:CPU" in done.out and "onnxruntime:CPU" in done.out
+
+
+def test_run_answers_as_the_engine_does_and_writes_its_outputs(tuned: Tuned, tiny: Path, tmp_path: Path) -> None:
+    inputs = {"input": np.random.default_rng(3).standard_normal((1, 3, 16, 16)).astype(np.float32)}
+    np.savez(tmp_path / "in.npz", **inputs)
+    done = tuned.place.aivmm("run", tuned.plan, "--inputs", tmp_path / "in.npz", "-o", tmp_path / "out.npz", "--repeat", "3", "--json")
+    assert done.code == 0, done.err
+    assert done.json["runs"] == 3 and done.json["median_s"] > 0
+    assert done.json["outputs"][0]["shape"] == [1, 10]
+    with np.load(tmp_path / "out.npz") as written:
+        assert relative_l2(dict(written), reference(tiny, inputs)) <= 1e-4
+
+
+def test_run_for_people_needs_no_inputs(tuned: Tuned) -> None:
+    done = tuned.place.aivmm("run", "tiny.aivmm")
+    assert (done.code, done.err) == (0, "")
+    assert "median" in done.out and "output: float32[1, 10]" in done.out
+
+
+def test_a_report_is_rendered_again_from_the_database(tuned: Tuned, tmp_path: Path) -> None:
+    done = tuned.place.aivmm("report", "tiny", "-o", tmp_path / "again.html", "--json")
+    assert done.code == 0, done.err
+    assert done.json["report"] == str(tmp_path / "again.html")
+    text = (tmp_path / "again.html").read_text(encoding="utf-8")
+    assert "openvino:CPU" in text and "onnxruntime:CPU" in text
+    with Database.open(tuned.place.db) as database:
+        assert done.json["run"] == database.run("tiny").id
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["tune", "--help"], ["devices", "-h"], ["run", "-h"], ["report", "-h"]])
+def test_help_is_an_answer_on_standard_output(place: Place, arguments: list[str]) -> None:
+    done = place.aivmm(*arguments)
+    assert (done.code, done.err) == (0, "")
+    assert "Usage" in done.out
+
+
+def test_the_options_of_the_design_exist(place: Place) -> None:
+    text = place.aivmm("tune", "--help", COLUMNS="200").out
+    options = ("--output", "--db", "--objective", "--constraint", "--targets", "--precisions", "--batch", "--shape", "--dim", "--inputs", "--budget", "--trials",
+               "--min-segments", "--top", "--seed", "--fresh", "--retry-failed", "--dry-run", "--json", "--quiet", "--verbose")  # fmt: skip
+    assert [each for each in options if each not in text] == []
+
+
+def test_the_console_scripts_are_the_command_line(place: Place) -> None:
+    from tests.tuner.harness import run
+
+    scripts = Path(sys.executable).parent
+    tune = next((scripts / name for name in ("aivmm-tune", "aivmm-tune.exe") if (scripts / name).exists()), None)
+    if tune is None:
+        pytest.skip("the console scripts are not installed beside this Python")
+    done = run([str(tune), "demo:", "--json"], cwd=place.work, env=place.env())
+    assert done.code == 0 and "demo:squeezenet" in done.json["demos"]
+    # A fit of names in the current folder must not matter.
+    (place.work / "onnx.py").write_text("raise RuntimeError('this is not the onnx that was meant')\n")
+    (place.work / "db").mkdir()
+    done = run([str(tune), str(place.work / "missing.onnx")], cwd=place.work, env=place.env())
+    assert done.code == 2 and "missing.onnx" in done.err
+
+
+def test_small_settings_are_small(tuned: Tuned) -> None:
+    """The tests of this folder rest on it: a tune with a small budget ends soon."""
+    assert tuned.summary["wall_s"] < 60
+    assert SMALL[1] == "6s"
