@@ -29,8 +29,8 @@ def cut_drafts(
     min_segments: int,
     uncut_s: float | None,
     batch: int,
-) -> tuple[list[tuple[Draft, float]], list[str]]:
-    """Return cut plans worth proving, each with its predicted seconds, and notes on why there are none.
+) -> list[tuple[Draft, float]]:
+    """Return cut plans worth proving, each with its predicted seconds.
 
     Args:
         medians: (block index, target) -> seconds, for those that run and whose numbers were right.
@@ -54,7 +54,7 @@ def cut_drafts(
         if forced:
             lacking = next(block.index for block in blocks if not any((block.index, str(target)) in medians for target in targets))
             raise Infeasible(f"no target is known to run block {lacking} right, so no cut plan can be made")
-        return [], []
+        return []
     scales = {str(target): _scale(structure, medians, wholes, str(target)) for target in targets}
     costs = [
         {
@@ -70,13 +70,13 @@ def cut_drafts(
     boundary = prices[:, None, None] * (1 - np.eye(width))[None]
     plan = place(costs, boundary, choices=names, cut=prices[:, None] * np.ones(width), min_segments=min_segments)
     if len(plan.segments) == 1 or (not forced and uncut_s is not None and plan.cost_s > _PROMISE * uncut_s):
-        return [], []
+        return []
     by_name = {str(target): target for target in targets}
     pieces = tuple(
         Piece(target=by_name[name], config=configs.get(name, Config(precision="fp32")), first=first, last=last)
         for first, last, name in plan.segments
     )
-    return [(Draft(name="cut plan", pieces=pieces, batch=batch), plan.cost_s)], []
+    return [(Draft(name="cut plan", pieces=pieces, batch=batch), plan.cost_s)]
 
 
 def _scale(structure: Structure, medians: Mapping[tuple[int, str], float], wholes: Mapping[str, float], target: str) -> float:

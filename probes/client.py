@@ -6,6 +6,7 @@ in the child must not reach the parent through what it sends.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -83,10 +84,7 @@ class Worker:
         except (OSError, subprocess.TimeoutExpired):
             process.kill()
             process.wait()
-        finally:
-            for stream in (process.stdout, process.stderr):
-                if stream:
-                    stream.close()
+        # Its pipes are closed by the threads that read them: what the worker itself started may hold them open for longer.
 
     def __enter__(self) -> Worker:
         return self
@@ -121,6 +119,11 @@ class Worker:
             raise self._died(reason) from None
         except OSError:
             line = None  # the pipe broke: it is gone
+        except BaseException:
+            # Interrupted: the answer to this question would be taken for the answer to the next one.
+            process.kill()
+            self.close()
+            raise
         if line is None:
             raise self._died("")
         answer: dict[str, Any] = json.loads(line)
@@ -163,22 +166,18 @@ def _exit_reason(code: int) -> str:
 
 
 def _read_answers(stream: IO[bytes], answers: queue.Queue[bytes | None]) -> None:
-    try:
+    with stream, contextlib.suppress(OSError):
         while line := stream.readline(_LINE_BYTES):
             answers.put(line)
-    except (OSError, ValueError):
-        pass  # closed under us while the parent gives the worker up
     answers.put(None)
 
 
 def _keep_tail(stream: IO[bytes], printed: deque[bytes]) -> None:
     """Read all that a worker prints, so that it never blocks, and keep the end of it."""
     kept = 0
-    try:
+    with stream, contextlib.suppress(OSError):
         while chunk := os.read(stream.fileno(), 1 << 16):
             printed.append(chunk)
             kept += len(chunk)
             while kept - len(printed[0]) >= _OUTPUT_BYTES:
                 kept -= len(printed.popleft())
-    except (OSError, ValueError):
-        pass  # see _read_answers

@@ -13,6 +13,7 @@ from aivmm.probes.records import Caution, Samples
 
 INDIFFERENCE = 0.01  # differences below ±1 % are of no use to anyone
 _RESAMPLES = 2000
+_INTERVAL_RESAMPLES = 500  # each sorts all samples
 Word = Literal["faster", "slower", "same", "ambiguous"]
 
 
@@ -55,12 +56,16 @@ def compare(a: Samples, b: Samples, *, scale: float = 1.0, confidence: float = 0
 
 
 def verdict(low: float, high: float, *, zone: float = INDIFFERENCE) -> Word:
-    """Return the verdict on an interval of the ratio a / b: `same` only when all of it lies within the indifference zone."""
-    if high < 1 - zone:
+    """Return the verdict on an interval of the ratio a / b: `same` only when all of it lies within the indifference zone.
+
+    The zone is symmetric in the logarithm, so that swapping a and b swaps the verdict.
+    """
+    least, most = 1 / (1 + zone), 1 + zone
+    if high < least:
         return "faster"
-    if low > 1 + zone:
+    if low > most:
         return "slower"
-    if low >= 1 - zone and high <= 1 + zone:
+    if low >= least and high <= most:
         return "same"
     return "ambiguous"
 
@@ -79,8 +84,20 @@ def bootstrap_median(
 
 
 def median_interval(samples: Samples, *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Return the interval of the median duration in seconds, from the medians of the rounds."""
-    return bootstrap_median(np.array(list(round_medians(samples).values())), confidence=confidence, seed=seed)
+    """Return the interval of the median duration in seconds: a bootstrap over rounds, whose calls share what the machine was doing."""
+    rounds = samples.rounds or range(len(samples.timed_s))
+    by_round: dict[int, list[float]] = {}
+    for number, duration in zip(rounds, samples.timed_s, strict=True):
+        by_round.setdefault(number, []).append(duration)
+    parts = [np.array(each) for each in by_round.values()]
+    if len(parts) < 5:
+        return min(samples.timed_s), max(samples.timed_s)
+    generator = np.random.default_rng(seed)
+    picks = generator.integers(len(parts), size=(_INTERVAL_RESAMPLES, len(parts)))
+    medians = [float(np.median(np.concatenate([parts[pick] for pick in row]))) for row in picks]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(medians, [tail, 1 - tail])
+    return min(float(low), samples.median_s), max(float(high), samples.median_s)
 
 
 def cautions(samples: Samples) -> tuple[Caution, ...]:

@@ -8,12 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from aivmm.errors import AivmmError
 from aivmm.models.records import ModelFacts
 from aivmm.probes import wire
 from aivmm.probes.client import Worker, WorkerDied
 from aivmm.probes.race import Contestant
 from aivmm.runtime.backend import Baseline
 from aivmm.runtime.config import Config, Knob
+from aivmm.runtime.registry import BACKENDS
 from aivmm.runtime.target import Target, Unavailable
 from aivmm.tensors import TensorSpec
 
@@ -60,6 +62,15 @@ class Lab:
                 answer = self.worker(name).call("discover", limit_s=_DISCOVER_LIMIT_S, backends=[name])
             except WorkerDied as died:
                 absent.append(Unavailable(target=name, reason=f"looking for its devices {died.reason}", advice="check the driver"))
+                continue
+            except AivmmError as error:
+                absent.append(Unavailable(target=name, reason=error.message, advice=error.advice))
+                continue
+            except RuntimeError as error:
+                if name in BACKENDS:
+                    raise  # a bug of ours keeps its traceback; one of a plug-in must not stop the others
+                last = str(error).strip().rpartition("\n")[2]
+                absent.append(Unavailable(target=name, reason=f"its plug-in failed: {last}", advice="report it to the plug-in's authors"))
                 continue
             for each in map(wire.target_in, answer["targets"]):
                 if isinstance(each, Target):

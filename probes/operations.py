@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from aivmm.probes.accuracy import judge
 from aivmm.probes.machine import peak_memory_bytes
 from aivmm.runtime.backend import Buffer, Executable, Request, aligned_empty
 from aivmm.runtime.engine import Engine
+from aivmm.runtime.lane import new_buffer
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
 from aivmm.tensors import TensorSpec
@@ -60,8 +62,9 @@ class ExecutableRunner:
                 raise UsageError(f"no sample for the input {spec.name!r}")
             request.bind(spec.name, _own(inputs[spec.name], spec))
         for spec in self.executable.outputs:
-            if spec.static and spec.dtype not in ("string", "unknown"):
-                request.bind(spec.name, aligned_empty(spec))
+            buffer = new_buffer(spec)
+            if buffer is not None:
+                request.bind(spec.name, buffer)
         return request
 
     def outputs(self, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
@@ -106,25 +109,35 @@ def _own(array: Buffer, spec: TensorSpec) -> Buffer:
 def load_arrays(path: str) -> dict[str, Buffer]:
     """Read arrays that `save_arrays` wrote."""
     with np.load(path, allow_pickle=False) as stored:
-        names = str(stored["__names__"].tobytes().decode()).split("\0") if stored["__names__"].size else []
+        names = json.loads(stored["__names__"].tobytes())
+        shapes = {int(index): shape for index, shape in json.loads(stored["__strings__"].tobytes()).items()}
         arrays = {}
         for index, name in enumerate(names):
             array = stored[f"array_{index}"]
-            arrays[name] = array.astype(object) if array.dtype.kind == "U" else array
+            arrays[name] = _strings(array, shapes[index]) if index in shapes else array
         return arrays
 
 
 def save_arrays(path: str | Path, arrays: Mapping[str, Buffer]) -> None:
-    """Write arrays by name. Names are data: a tensor called `../../x` or `file` must not become a member of the archive."""
-    names = np.frombuffer("\0".join(arrays).encode(), dtype=np.uint8)
-    stored = {f"array_{index}": _storable(array) for index, array in enumerate(arrays.values())}
+    """Write arrays by name. Names are data: a tensor called `../../x` or `file` must not become a member of the archive.
+
+    Strings are written as JSON: NumPy's own kind drops trailing NULs, and takes the room of the longest for each.
+    """
+    values = [np.asarray(array) for array in arrays.values()]
+    strings = {index: array.shape for index, array in enumerate(values) if array.dtype.kind in "OSTU"}
+    stored = {f"array_{index}": _bytes(array.ravel().tolist()) if index in strings else array for index, array in enumerate(values)}
     with Path(path).open("wb") as file:
-        np.savez(file, allow_pickle=False, __names__=names, **stored)
+        np.savez(file, allow_pickle=False, __names__=_bytes(list(arrays)), __strings__=_bytes(strings), **stored)
 
 
-def _storable(array: Buffer) -> Buffer:
-    array = np.asarray(array)
-    return array.astype(str) if array.dtype.kind == "O" else array
+def _bytes(value: object) -> Buffer:
+    return np.frombuffer(json.dumps(value, default=bytes.decode).encode(), dtype=np.uint8)
+
+
+def _strings(stored: Buffer, shape: Sequence[int]) -> Buffer:
+    array = np.empty(tuple(shape), dtype=object)
+    array.ravel()[:] = json.loads(stored.tobytes())
+    return array
 
 
 def discover(state: State, *, backends: list[str]) -> dict[str, Any]:
@@ -343,8 +356,8 @@ def probe(
     name = "\0probe"
     if not path:
         path = _made_inputs(Path(model))
-    answer = compile_model(state, name=name, model=model, target=target, config=config, inputs=path, reference=reference)
     try:
+        answer = compile_model(state, name=name, model=model, target=target, config=config, inputs=path, reference=reference)
         answer |= timed(state, name=name, seconds=seconds, least=3, settle=2)
     finally:
         close(state, name=name)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from aivmm.errors import AivmmError
 from aivmm.probes.client import Worker, WorkerDied
 from aivmm.probes.compare import Comparison, compare
 from aivmm.probes.machine import measuring, wait_until_quiet
@@ -15,6 +16,7 @@ from aivmm.probes.records import Samples
 _BLOCK_CALLS = 8
 _BLOCK_LEAST_S, _BLOCK_MOST_S = 0.02, 0.15
 _SEVERAL_BLOCK_S = 0.12  # with several callers one block gives one duration, so it must hold many calls
+_SLOW_S = 0.02  # one such call settles the caches
 _RUN_LIMIT_S = 120.0
 _HOPELESS = 1.10  # dropped when even the lower end of its interval is this far behind the leader
 
@@ -58,9 +60,13 @@ class Contestant:
             return
         seconds = _SEVERAL_BLOCK_S if self.callers > 1 else min(_BLOCK_MOST_S, max(_BLOCK_LEAST_S, _BLOCK_CALLS * self.expected_s))
         try:
-            answer = self.worker.call("timed", limit_s=_RUN_LIMIT_S + seconds, name=self.name, seconds=seconds)
+            settle = 1 if self.expected_s > _SLOW_S else 2
+            answer = self.worker.call("timed", limit_s=_RUN_LIMIT_S + seconds, name=self.name, seconds=seconds, settle=settle)
         except WorkerDied as died:
             self.failed = died
+            return
+        except AivmmError as error:  # out of memory at run time, say: it costs this contestant and not the race
+            self.failed = WorkerDied(str(error))
             return
         self.memory_bytes = max(self.memory_bytes, answer["memory_bytes"])
         self.expected_s = min(answer["durations"])
@@ -129,7 +135,7 @@ def race(
     for count in range(-1 if warmup else 0, most_rounds):
         spent = time.perf_counter() - started - waited
         # A budget that is over ends the race, but not before there is something to compare, unless it is over by far.
-        if (count >= least_rounds and spent > budget_s) or (count >= 3 and spent > 2 * budget_s + 5):
+        if (count >= least_rounds and spent > budget_s) or (count >= 3 and spent > 1.3 * budget_s + 1):
             break
         with measuring() as lock_wait:
             waited += lock_wait

@@ -25,21 +25,21 @@ _PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Serve until standard input ends."""
-    answers = _take_over_output()
+    answers, requests = _take_over_output(), _take_over_input()
     _die_with(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends us when it is done
     from aivmm.probes.operations import OPERATIONS, State
 
     gc.disable()  # a collection in the middle of a timed block would be measured; workers live for minutes and hold little
     state = State()
-    for line in sys.stdin.buffer:
+    for line in requests:
         request = json.loads(line)
         operation = request.pop("operation")
         if operation == "hello":
             answer: dict[str, Any] = {"result": {"pid": os.getpid()}}
         else:
             answer = _answer(OPERATIONS[operation], state, request)
-        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.write(_encoded(answer))
         answers.flush()
     # Not sys.exit: drivers hang in their destructors, and there is nothing left to save.
     os._exit(0)
@@ -56,6 +56,14 @@ def _answer(function: Callable[..., dict[str, Any]], state: Any, request: dict[s
         return {"error": {"kind": "bug", "traceback": traceback.format_exc()}}
 
 
+def _encoded(answer: dict[str, Any]) -> bytes:
+    try:
+        text = json.dumps(answer)
+    except (TypeError, ValueError):  # a plug-in's setting that is no JSON, say
+        text = json.dumps({"error": {"kind": "bug", "traceback": traceback.format_exc()}})
+    return text.encode() + b"\n"
+
+
 def _kind(error: AivmmError) -> str:
     known = ("Unsupported", "UsageError", "ModelError")
     return next((each.__name__ for each in type(error).__mro__ if each.__name__ in known), "UsageError")
@@ -67,6 +75,15 @@ def _take_over_output() -> IO[bytes]:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return answers
+
+
+def _take_over_input() -> IO[bytes]:
+    """Keep the real standard input for requests: whatever else reads it finds it empty, instead of waiting for and eating one."""
+    requests = os.fdopen(os.dup(0), "rb")
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
+    return requests
 
 
 def _die_with(parent: int) -> None:

@@ -7,11 +7,15 @@ is the one file that may be unlisted, since people put it there to read and the 
 from __future__ import annotations
 
 import hashlib
+import json
+import lzma
 import os
 import shutil
 import stat
+import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -24,6 +28,10 @@ IGNORED = frozenset({"report.html"})
 _MAX_PLAN_BYTES = 64 << 20
 _MAX_ZIP_RATIO = 200  # weights barely compress; a ratio beyond this is a bomb
 _MAX_ZIP_FILES = 10_000
+# What `zipfile` raises for damaged archives besides its own BadZipFile: it lets those of its decompressors and of `struct` through.
+_UNPACKING = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, ValueError, LookupError, RuntimeError, OverflowError,
+)  # fmt: skip
 
 
 class Bundle:
@@ -42,17 +50,24 @@ class Bundle:
             BundleError: missing, damaged, changed, unsafe, or newer than this version.
         """
         path = Path(path)
+        try:
+            return cls._open(path)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read ({error.strerror or error})") from error
+
+    @classmethod
+    def _open(cls, path: Path) -> Bundle:
         if path.is_dir():
             return cls(path, _check(path))
         if not path.exists():
             raise BundleError(f"{path} does not exist", advice="make one with aivmm-tune MODEL -o PATH")
-        if not zipfile.is_zipfile(path):
+        if not path.is_file() or not zipfile.is_zipfile(path):
             raise BundleError(f"{path} is neither a bundle folder nor a zip of one")
         unpacked = tempfile.TemporaryDirectory(prefix="aivmm-")
         try:
             folder = Path(unpacked.name)
             _unzip(path, folder)
-            return cls(folder, _check(folder), unpacked=unpacked)
+            return cls(folder, _check(folder, shown=path), unpacked=unpacked)
         except BaseException:
             unpacked.cleanup()
             raise
@@ -76,37 +91,39 @@ class Bundle:
         self.close()
 
 
-def _check(folder: Path) -> Plan:
+def _check(folder: Path, *, shown: Path | None = None) -> Plan:
+    """Return the checked plan of the bundle in `folder`. `shown` is what its user calls it, when that is a zip."""
+    shown = shown or folder
     plan_path = folder / PLAN_FILE
     if not plan_path.is_file() or plan_path.is_symlink():
-        raise BundleError(f"{folder} holds no {PLAN_FILE}", advice="is this a folder that aivmm-tune wrote?")
+        raise BundleError(f"{shown} holds no {PLAN_FILE}", advice="is this a folder that aivmm-tune wrote?")
     if plan_path.stat().st_size > _MAX_PLAN_BYTES:
-        raise BundleError(f"{plan_path} is larger than {_MAX_PLAN_BYTES >> 20} MiB")
-    plan = parse_plan(plan_path.read_bytes(), str(plan_path))
+        raise BundleError(f"{shown / PLAN_FILE} is larger than {_MAX_PLAN_BYTES >> 20} MiB")
+    plan = parse_plan(plan_path.read_bytes(), str(shown / PLAN_FILE))
     for name in plan.files:
-        _check_name(name, folder)
-    present = _walk(folder)
+        _check_name(name, shown)
+    present = _walk(folder, shown)
     unlisted = sorted(present - set(plan.files) - {PLAN_FILE} - IGNORED)
     if unlisted:
-        raise BundleError(f"{folder} holds {unlisted[0]!r}, which its plan does not list", advice="remove it, or tune again")
+        raise BundleError(f"{shown} holds {unlisted[0]!r}, which its plan does not list", advice="remove it, or tune again")
     missing = sorted(set(plan.files) - present)
     if missing:
-        raise BundleError(f"{folder} lacks {missing[0]!r}", advice="copy the bundle again, whole")
+        raise BundleError(f"{shown} lacks {missing[0]!r}", advice="copy the bundle again, whole")
     for name, expected in plan.files.items():
         if file_sha256(folder / PurePosixPath(name)) != expected:
             raise BundleError(
-                f"{folder / name} was changed: its SHA-256 is not the one in the plan", advice="copy the bundle again, or tune again"
+                f"{shown / name} was changed: its SHA-256 is not the one in the plan", advice="copy the bundle again, or tune again"
             )
     return plan
 
 
-def _check_name(name: str, folder: Path) -> None:
+def _check_name(name: str, shown: Path) -> None:
     path = PurePosixPath(name)
-    if not name or path.is_absolute() or "\\" in name or ":" in name or "\0" in name or str(path) != name or ".." in path.parts:
-        raise BundleError(f"{folder / PLAN_FILE} lists {name!r}, which is not a plain path inside the bundle")
+    if not path.parts or path.is_absolute() or any(each in name for each in "\\:\0") or str(path) != name or ".." in path.parts:
+        raise BundleError(f"{shown} lists {name!r}, which is not a plain path inside the bundle")
 
 
-def _walk(folder: Path) -> set[str]:
+def _walk(folder: Path, shown: Path) -> set[str]:
     """Return the files below `folder`. Links of both kinds are refused: the runtimes read hard-linked external data without a question."""
     found: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=False):
@@ -117,10 +134,10 @@ def _walk(folder: Path) -> set[str]:
             if stat.S_ISDIR(status.st_mode):
                 continue
             if not stat.S_ISREG(status.st_mode):
-                raise BundleError(f"{folder} holds {name!r}, which is a link or a special file")
+                raise BundleError(f"{shown} holds {name!r}, which is a link or a special file")
             if status.st_nlink > 1 and name not in IGNORED:
                 raise BundleError(
-                    f"{folder} holds {name!r}, which is hard-linked from elsewhere", advice="copy the bundle instead of linking it"
+                    f"{shown} holds {name!r}, which is hard-linked from elsewhere", advice="copy the bundle instead of linking it"
                 )
             found.add(name)
     return found
@@ -141,7 +158,7 @@ def _unzip(archive: Path, folder: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with zipped.open(member) as source, target.open("xb") as sink:
                     _copy_at_most(source, sink, member.file_size, archive)
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except _UNPACKING as error:
         raise BundleError(f"{archive} cannot be unpacked ({error})") from error
 
 
@@ -168,7 +185,17 @@ def write_bundle(destination: Path, plan: Plan, files: Mapping[str, Path]) -> Pa
     Raises:
         UsageError: the destination cannot be written, or is something else than a bundle.
     """
+    destination = destination.absolute()
     check_destination(destination)
+    try:
+        return _write(destination, plan, files)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write the plan to {destination}: {error.strerror or error}", advice="choose another with -o DIR"
+        ) from error
+
+
+def _write(destination: Path, plan: Plan, files: Mapping[str, Path]) -> Path:
     staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
     try:
         listed: dict[str, str] = {}
@@ -182,17 +209,28 @@ def write_bundle(destination: Path, plan: Plan, files: Mapping[str, Path]) -> Pa
         parse_plan(text, PLAN_FILE)  # what we write, we can read
         (staging / PLAN_FILE).write_text(text, encoding="utf-8")
         staging.chmod(0o755)  # mkdtemp makes private folders; a bundle is for sharing
-        if destination.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{destination.name}-old-", dir=destination.parent))
-            destination.rename(retired / "bundle")
-            staging.rename(destination)
-            shutil.rmtree(retired)
-        else:
-            staging.rename(destination)
+        _swap_in(staging, destination)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return destination
+
+
+def _swap_in(staging: Path, destination: Path) -> None:
+    """Put `staging` in the place of `destination`. What was there stays there unless the new one is in place."""
+    if not destination.exists():
+        staging.rename(destination)
+        return
+    # A sibling, since a folder that may not be written can be renamed where it is but not moved into another.
+    retired = Path(tempfile.mkdtemp(prefix=f".{destination.name}-old-", dir=destination.parent))
+    retired.rmdir()
+    destination.rename(retired)
+    try:
+        staging.rename(destination)
+    except BaseException:
+        retired.rename(destination)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def check_destination(destination: Path) -> None:
@@ -200,7 +238,7 @@ def check_destination(destination: Path) -> None:
     parent = destination.absolute().parent
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise UsageError(f"cannot write the plan to {destination}: it exists and is not a folder", advice="choose another with -o DIR")
-    if destination.is_dir() and any(destination.iterdir()) and not (destination / PLAN_FILE).is_file():
+    if destination.is_dir() and any(destination.iterdir()) and not _is_all_ours(destination):
         raise UsageError(f"cannot write the plan to {destination}: the folder holds other things", advice="choose another with -o DIR")
     if not parent.is_dir():
         raise UsageError(
@@ -213,3 +251,14 @@ def check_destination(destination: Path) -> None:
             f"cannot write the plan to {destination}: {error.strerror or error}", advice="choose another with -o DIR"
         ) from error
     Path(probe).rmdir()
+
+
+def _is_all_ours(folder: Path) -> bool:
+    """Say whether `folder` holds a bundle, of any version and perhaps incomplete, and nothing else: replacing it then destroys nothing."""
+    try:
+        plan = json.loads((folder / PLAN_FILE).read_bytes())
+        files = set(plan["files"]) if "schema" in plan else set()
+        present = {each.relative_to(folder).as_posix() for each in folder.rglob("*") if not each.is_dir() or each.is_symlink()}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+    return bool(files) and present <= files | {PLAN_FILE} | IGNORED

@@ -30,9 +30,9 @@ def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/
         return None
     quotas: list[float] = []
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
         base = root if not controllers else root / controllers
-        if controllers and "cpu" not in controllers.split(","):
+        if not path or (controllers and "cpu" not in controllers.split(",")):
             continue
         group = base / path.lstrip("/")
         # Inside a container the group's path may name the host's tree; its own limits are then at the root of the mount.
@@ -52,9 +52,10 @@ def _quota_of(folder: Path) -> float | None:
         else:
             limit = (folder / "cpu.cfs_quota_us").read_text().strip()
             period = (folder / "cpu.cfs_period_us").read_text().strip()
-    except (OSError, ValueError):
+        cores = None if limit in ("max", "-1") else float(limit) / float(period)
+    except (OSError, ValueError, ZeroDivisionError):
         return None
-    return None if limit in ("max", "-1") or float(period) <= 0 else float(limit) / float(period)
+    return cores if cores is not None and cores > 0 else None
 
 
 def usable_cores() -> int:

@@ -162,9 +162,13 @@ class Engine:
         """Compile the plan's stages or, loudly, the first fallback that this machine can take."""
         first: AivmmError | None = None
         for name, stages in (("the plan", self.plan.stages), *((each.name, each.stages) for each in self.plan.fallbacks)):
+            executables: list[Executable] = []
             try:
-                executables = [self._compile_stage(stage) for stage in stages]
-            except (Unsupported, BundleError, UsageError) as error:
+                for stage in stages:
+                    executables.append(self._compile_stage(stage))
+            except AivmmError as error:
+                for each in executables:
+                    each.close()
                 first = first or error
                 self._event(f"{name} cannot run here: {error}")
                 continue
@@ -176,10 +180,19 @@ class Engine:
 
     def _compile_stage(self, stage: Stage) -> Executable:
         runtime, _, name = stage.target.partition(":")
-        backend = load_backend(runtime)
+        try:
+            backend = load_backend(runtime)
+        except UsageError as error:  # not installed here, or broken: the plan is not at fault
+            raise Unsupported(f"{stage.target} is not available here: {error.message}", advice=error.advice) from error
         target = self._targets.get(stage.target) or find_target(backend, name)
         self._targets[stage.target] = target
-        return backend.compile(self._bundle.file(stage.model), target, stage.compiled_with)
+        executable = backend.compile(self._bundle.file(stage.model), target, stage.compiled_with)
+        try:
+            _check_interface(stage, executable)
+        except BundleError:
+            executable.close()
+            raise
+        return executable
 
     def _grade(self) -> Validity:
         recorded = {each.target: each for each in self.plan.environments}
@@ -202,3 +215,25 @@ class Engine:
     def _event(self, text: str) -> None:
         self.events.append(text)
         log.warning("%s: %s", self.plan.model.name, text)
+
+
+def _check_interface(stage: Stage, executable: Executable) -> None:
+    """Raise BundleError unless the model behind `stage` is what the plan says: buffers are bound by the plan's word."""
+    for kind, said, found in (("input", stage.inputs, executable.inputs), ("output", stage.outputs, executable.outputs)):
+        specs = {each.name: each.spec for each in said}
+        have = {each.name: each for each in found}
+        # A runtime may drop an input that nothing reads, and a model may have outputs that the plan leaves alone.
+        odd = next(iter(have.keys() - specs.keys() if kind == "input" else specs.keys() - have.keys()), None)
+        if odd is not None:
+            raise BundleError(f"{stage.model} does not fit its plan: the {kind} {odd!r} is not in both")
+        for name in specs.keys() & have.keys():
+            if not _agree(specs[name], have[name]):
+                raise BundleError(f"{stage.model} does not fit its plan: the {kind} {specs[name]} is {have[name]} in the file")
+
+
+def _agree(said: TensorSpec, found: TensorSpec) -> bool:
+    if "unknown" not in (said.dtype, found.dtype) and said.dtype != found.dtype:
+        return False
+    if len(said.shape) != len(found.shape):
+        return not said.shape or not found.shape  # files may leave the rank away
+    return all(a is None or b is None or a == b for a, b in zip(said.shape, found.shape, strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from aivmm.errors import UsageError
+from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.backend import Buffer, Executable, Request, aligned_empty
 from aivmm.runtime.plan import Stage
 from aivmm.tensors import TensorSpec
@@ -41,7 +41,15 @@ class StageClock:
 
 def new_buffer(spec: TensorSpec) -> Buffer | None:
     """Return a buffer for `spec`, or None when only the runtime can allocate it."""
-    return None if not spec.static or spec.dtype in ("string", "unknown") else aligned_empty(spec)
+    return aligned_empty(spec) if spec.static and is_numpy(spec.dtype) else None
+
+
+def is_numpy(dtype: str) -> bool:
+    """Say whether NumPy alone has this type of fixed size: not strings, and bfloat16 and its like only where ml_dtypes was imported."""
+    try:
+        return np.dtype(dtype).kind in "biufc"
+    except TypeError:
+        return False
 
 
 class Lane:
@@ -95,6 +103,8 @@ class Lane:
 
     def _bind_inputs(self, inputs: Sequence[TensorSpec], executables: Sequence[Executable]) -> None:
         for spec in inputs:
+            if spec.dtype != "string" and not is_numpy(spec.dtype):
+                raise Unsupported(f"the input {spec} is of a type that NumPy does not have", advice="cast it inside the model")
             users = [
                 request
                 for request, executable in zip(self._requests, executables, strict=True)
@@ -154,24 +164,50 @@ def checked(array: Any, spec: TensorSpec, known: Mapping[str, TensorSpec]) -> Bu
     """
     if array is None:
         raise UsageError(f"input {spec.name!r} is missing", advice=f"the plan takes {', '.join(map(str, known.values()))}")
-    value = np.asarray(array)
+    try:
+        value = np.asarray(array)
+    except ValueError as error:
+        raise UsageError(f"input {spec.name!r} is not an array ({error})") from error
     if spec.dtype == "string":
-        if value.dtype.kind not in "OSU":
-            raise UsageError(f"input {spec.name!r} has type {value.dtype}, expected strings")
-        value = value.astype(object)
+        value = _strings(value, spec.name)
     elif value.dtype != np.dtype(spec.dtype):
         plain = not isinstance(array, np.ndarray)  # Python numbers and lists have no type of their own to insist on
         if not (plain and np.can_cast(value.dtype, spec.dtype, casting="same_kind")):
             raise UsageError(
                 f"input {spec.name!r} has type {value.dtype}, expected {spec.dtype}", advice=f"convert it with .astype({spec.dtype!r})"
             )
-        value = value.astype(spec.dtype)
+        value = _converted(value, spec)
     if len(value.shape) != len(spec.shape) or any(want not in (None, have) for want, have in zip(spec.shape, value.shape, strict=True)):
         raise UsageError(
             f"input {spec.name!r} has shape {list(value.shape)}, expected {spec}", advice="tune for this shape with --shape or --batch"
         )
-    if not value.flags.c_contiguous or not value.flags.writeable:
+    if not value.flags.c_contiguous or not value.flags.writeable or not value.flags.aligned:
         value = value.copy()  # both runtimes share only contiguous memory, and OpenVINO only writeable
+    return value
+
+
+def _converted(value: Buffer, spec: TensorSpec) -> Buffer:
+    """Return Python numbers in the type wanted; those that do not fit are refused instead of wrapped around."""
+    with np.errstate(over="ignore"):
+        converted = value.astype(spec.dtype)
+    fits = np.array_equal(converted, value) if converted.dtype.kind in "biu" else np.array_equal(np.isinf(converted), np.isinf(value))
+    if not fits:
+        raise UsageError(f"input {spec.name!r} holds numbers that do not fit into {spec.dtype}")
+    return converted
+
+
+def _strings(value: Buffer, name: str) -> Buffer:
+    if value.dtype.kind == "S":
+        try:
+            value = np.char.decode(value, "utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"input {name!r} holds bytes that are not UTF-8", advice="give strings") from error
+    if value.dtype.kind not in "OTU":
+        raise UsageError(f"input {name!r} has type {value.dtype}, expected strings")
+    value = value.astype(object)
+    odd = [each for each in value.flat if not isinstance(each, str)]
+    if odd:
+        raise UsageError(f"input {name!r} holds {type(odd[0]).__name__}, expected strings")
     return value
 
 

@@ -7,6 +7,7 @@ Only the few fields needed are read; weights are skipped over without being touc
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ ELEMENT_TYPES = {
     1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 8: "string", 9: "bool", 10: "float16",
     11: "float64", 12: "uint32", 13: "uint64", 14: "complex64", 15: "complex128", 16: "bfloat16", 17: "float8_e4m3fn",
     18: "float8_e4m3fnuz", 19: "float8_e5m2", 20: "float8_e5m2fnuz", 21: "uint4", 22: "int4", 23: "float4_e2m1fn",
+    24: "float8_e8m0fnu", 25: "uint2", 26: "int2", 27: "float6_e2m3fn", 28: "float6_e3m2fn",
 }  # fmt: skip
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -37,19 +39,34 @@ def read_interface(model: Path | bytes) -> Interface:
     """Return the declared interface of `model`.
 
     Raises:
-        ModelError: the bytes are not an ONNX model.
+        ModelError: the bytes are not an ONNX model, or the file cannot be read.
     """
+    where = "the model" if isinstance(model, bytes) else str(model)
     try:
-        if isinstance(model, bytes):
-            return _interface(memoryview(model))
-        with (
-            Path(model).open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-            memoryview(mapped) as view,
-        ):
-            return _interface(view)
-    except (ValueError, IndexError, UnicodeDecodeError) as error:
-        raise ModelError(f"{'the model' if isinstance(model, bytes) else model} is not a readable ONNX file ({error})") from error
+        found = _try_interface(memoryview(model)) if isinstance(model, bytes) else _of_file(model)
+    except OSError as error:
+        raise ModelError(f"{where} cannot be read ({error.strerror or error})") from error
+    if isinstance(found, str):
+        raise ModelError(f"{where} is not a readable ONNX file ({found})")
+    return found
+
+
+def _of_file(path: Path) -> Interface | str:
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return "it is empty"
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            return _try_interface(memoryview(mapped))
+
+
+def _try_interface(view: _View) -> Interface | str:
+    """Return the interface or what is wrong. Not raised: an error in flight holds views of the file, which then cannot be unmapped."""
+    try:
+        return _interface(view)
+    except IndexError:
+        return "truncated"
+    except ValueError as error:
+        return str(error)
 
 
 def _interface(view: _View) -> Interface:
@@ -64,6 +81,8 @@ def _interface(view: _View) -> Interface:
             continue
         if field == 5:
             initializers.add(_text(value, 8))
+        elif field == 15:  # sparse: their values are a tensor, which carries the name
+            initializers.update(_text(each, 8) for number, each in _fields(value) if number == 1 and isinstance(each, memoryview))
         elif field == 11:
             inputs.append(_value_info(value))
         elif field == 12:
@@ -126,6 +145,8 @@ def _fields(view: _View) -> Iterator[tuple[int, int | _View]]:
             at += size
         elif wire in (_FIXED64, _FIXED32):
             at += 8 if wire == _FIXED64 else 4
+            if at > end:
+                raise ValueError("truncated")
         else:
             raise ValueError(f"wire type {wire} at byte {at}")
 

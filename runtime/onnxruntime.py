@@ -17,6 +17,7 @@ from aivmm.runtime.nvml import nvidia_devices
 from aivmm.runtime.ort_options import (
     COUNTS,
     EXECUTION_MODES,
+    MOST_THREADS,
     OPTIMIZATION_LEVELS,
     PROVIDER_PREFIX,
     PROVIDERS,
@@ -86,6 +87,10 @@ class OnnxRuntime:
 
     def find(self, name: str) -> Target | Unavailable:
         """Return one target by its device's name. The CPU needs no look at the other providers, whose trials can take seconds."""
+        try:
+            _ort()
+        except (ImportError, OSError) as error:
+            return Unavailable(target=f"onnxruntime:{name}", reason=_words(error), advice="pip install onnxruntime")
         if name == "CPU":
             return self._try("CPU", "CPU", cpu_device(), None)
         for each in self.targets():
@@ -183,6 +188,9 @@ def _set(options: Any, name: str, value: Setting) -> None:
         if value not in names:
             raise Unsupported(f"{name}={value!r} is not a setting of ONNX Runtime", advice=f"choose from {', '.join(names)}")
         value = getattr(enumeration, names[str(value)])
+    elif name.endswith("_num_threads") and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_THREADS):
+        # Any number is taken, and as many threads are started: a plan that asks for a million would take the machine down.
+        raise Unsupported(f"{name}={value!r} is not a setting of ONNX Runtime", advice=f"give 0 (its default) to {MOST_THREADS}")
     try:
         setattr(options, name, value)
     except TypeError as error:

@@ -31,6 +31,11 @@ _READ_BACK = (
     "KV_CACHE_PRECISION", "OPTIMAL_NUMBER_OF_INFER_REQUESTS", "MODEL_PRIORITY", "GPU_QUEUE_PRIORITY", "GPU_QUEUE_THROTTLE", "NPU_TURBO",
 )  # fmt: skip
 
+# What a config may set. OpenVINO takes more, but a plan comes from a stranger: CACHE_DIR would write, and load, compiled blobs anywhere.
+_SETTABLE = frozenset(_READ_BACK) - {"OPTIMAL_NUMBER_OF_INFER_REQUESTS"} | {
+    "GPU_HOST_TASK_PRIORITY", "NPU_COMPILATION_MODE_PARAMS", "PERFORMANCE_HINT_NUM_REQUESTS",
+}  # fmt: skip
+
 
 @cache
 def _import_openvino() -> Any:
@@ -92,6 +97,10 @@ class OpenVino:
 
     def find(self, name: str) -> Target | Unavailable:
         """Return one target by its device's name without looking at the others."""
+        try:
+            _core()
+        except (ImportError, RuntimeError, OSError) as error:
+            return Unavailable(target=f"openvino:{name}", reason=_words(error), advice="pip install openvino")
         if name == "AUTO":
             return self._auto()
         device = name.removesuffix(".0") if name.startswith("GPU") and name not in _core().available_devices else name
@@ -123,6 +132,9 @@ class OpenVino:
         """Compile `model`; see `Backend.compile`."""
         core, device = _core(), _device(target)
         properties: dict[str, Any] = dict(config.settings)
+        unknown = next((each for each in properties if each not in _SETTABLE), None)
+        if unknown is not None:
+            raise Unsupported(f"{target} has no setting {unknown!r}", advice="see the target's knobs for what can be set")
         if config.precision is not None:
             if config.precision not in target.precisions:
                 known = ", ".join(target.precisions)

@@ -20,7 +20,7 @@ class Provider:
     """One execution provider: its name in ONNX Runtime, the options it takes, and what to install when it is missing."""
 
     name: str
-    options: frozenset[str] = frozenset()
+    options: frozenset[str] = frozenset()  # none that names a file: a plan comes from a stranger, and some load libraries
     precisions: tuple[str, ...] = ("fp32",)
     indexed: bool = False  # one target per card, with device_id
     advice: str = ""
@@ -44,7 +44,7 @@ PROVIDERS = {
         options=frozenset({
             "trt_fp16_enable", "trt_bf16_enable", "trt_int8_enable", "trt_builder_optimization_level", "trt_cuda_graph_enable",
             "trt_max_workspace_size", "trt_min_subgraph_size", "trt_auxiliary_streams", "trt_sparsity_enable", "trt_engine_cache_enable",
-            "trt_engine_cache_path", "trt_timing_cache_enable", "trt_timing_cache_path", "trt_context_memory_sharing_enable",
+            "trt_timing_cache_enable", "trt_context_memory_sharing_enable",
         }),
         advice="install TensorRT 10 (pip install tensorrt)",
     ),
@@ -52,9 +52,11 @@ PROVIDERS = {
     "MIGraphX": Provider(
         name="MIGraphXExecutionProvider", indexed=True, options=frozenset({"migraphx_fp16_enable", "migraphx_int8_enable"})
     ),
-    "QNN": Provider(name="QNNExecutionProvider", options=frozenset({"backend_path", "htp_performance_mode"})),
+    "QNN": Provider(name="QNNExecutionProvider", options=frozenset({"backend_type", "htp_performance_mode"})),
     "CoreML": Provider(name="CoreMLExecutionProvider", options=frozenset({"ModelFormat", "MLComputeUnits"})),
 }  # fmt: skip
+
+MOST_THREADS = 1024
 
 # Settings of SessionOptions (attributes), and configuration entries by key.
 SESSION_SETTINGS = frozenset({

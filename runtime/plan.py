@@ -16,6 +16,7 @@ SCHEMA = 1
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
+Extent = Annotated[int, Field(ge=0, lt=1 << 48)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Value = Annotated[bool | int | Finite | str, Field(union_mode="smart")]
 
@@ -31,7 +32,7 @@ class Tensor(_Part):
 
     name: str
     dtype: str
-    shape: list[int | None]
+    shape: list[Extent | None]
 
     @classmethod
     def of(cls, spec: TensorSpec) -> Tensor:
@@ -140,15 +141,20 @@ class Plan(_Part):
     def _stages_connect(self) -> Plan:
         for stages in (self.stages, *(each.stages for each in (*self.alternatives, *self.fallbacks))):
             known = {each.name for each in self.model.inputs}
+            made: set[str] = set()
             for stage in stages:
                 if stage.model not in self.files:
                     raise ValueError(f"stage file {stage.model!r} is not listed in files")
                 for each in stage.inputs:
                     if each.name not in known:
                         raise ValueError(f"stage on {stage.target} needs {each.name!r}, which nothing before it makes")
-                known |= {each.name for each in stage.outputs}
+                for each in stage.outputs:
+                    if each.name in made:
+                        raise ValueError(f"two stages make {each.name!r}")
+                    made.add(each.name)
+                known |= made
             for each in self.model.outputs:
-                if each.name not in known:
+                if each.name not in made:
                     raise ValueError(f"no stage makes the output {each.name!r}")
         return self
 
@@ -173,7 +179,9 @@ def parse_plan(text: str | bytes, where: str) -> Plan:
         raise BundleError(f"{where} is not valid JSON ({error})") from error
     if not isinstance(raw, dict):
         raise BundleError(f"{where} holds {type(raw).__name__}, not an object")
-    schema = raw.get("schema")
+    if "schema" not in raw:
+        raise BundleError(f"{where} names no schema", advice="is this a file that aivmm-tune wrote?")
+    schema = raw["schema"]
     if isinstance(schema, int) and not isinstance(schema, bool) and schema > SCHEMA:
         raise BundleError(
             f"{where} has schema {schema}; this aivmm knows up to {SCHEMA}", advice="upgrade aivmm, or tune again with this one"
@@ -181,6 +189,8 @@ def parse_plan(text: str | bytes, where: str) -> Plan:
     try:
         # Strict mode takes lists for tuples only from JSON, so the checked text goes in again, now known to be finite numbers.
         return Plan.model_validate_json(json.dumps(raw))
+    except RecursionError as error:
+        raise BundleError(f"{where} is nested too deeply to be a plan") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(each) for each in first["loc"]) or "the plan"

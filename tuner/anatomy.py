@@ -50,11 +50,12 @@ class Anatomist:
     measure_new: bool = True  # False: only recall what the database has
     skipped: int = 0
     _used: list[ProbeKey] = field(default_factory=list)
+    found: dict[tuple[int, str], Outcome] = field(default_factory=dict)  # (block, target) -> how it came out
     wrong: dict[tuple[int, str], str] = field(default_factory=dict)  # (block, target) -> what is wrong with its numbers
 
-    def blocks(self, *, budget_s: float, tell: Tell) -> dict[tuple[int, str], Outcome]:
-        """Return an outcome for each (block index, target)."""
-        found: dict[tuple[int, str], Outcome] = {}
+    def blocks(self, *, budget_s: float, tell: Tell) -> None:
+        """Probe each block on each target, until done or out of budget; what came out is in `found` and `wrong`."""
+        found = self.found
         wanted = [(block, target, self._block_key(block, target)) for block in self.subject.structure.blocks for target in self.targets]
         known = self._recall(key for _, _, key in wanted)
         edges: list[tuple[Path, Path]] | None = None
@@ -82,7 +83,6 @@ class Anatomist:
             problem = self._wrong(outcome)
             if problem:
                 self.wrong[index, name] = problem
-        return found
 
     def operators(self, *, budget_s: float, tell: Tell) -> None:
         """Probe each unique operator on each target, the heaviest first, until done or out of budget."""

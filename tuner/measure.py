@@ -62,6 +62,7 @@ class Measurer:
     _loaded: dict[str, Loaded] = field(default_factory=dict)
     _races: dict[str, dict[str, Measured]] = field(default_factory=dict)  # race -> key digest -> outcome
     _old: dict[str, Outcome] = field(default_factory=dict)  # candidate key -> newest outcome
+    _rejected: dict[str, Rejection] = field(default_factory=dict)  # refused or failed, in this run or as the database remembers
     _number: int = 0
 
     def key(self, candidate: Candidate) -> ProbeKey:
@@ -136,6 +137,9 @@ class Measurer:
         results: dict[str, Score | Rejection] = {}
         field_: dict[str, tuple[Candidate, Loaded]] = {}
         for candidate in dict.fromkeys((self.reference, *beside, *candidates)):
+            if candidate.key in self._rejected:
+                results[candidate.key] = self._rejected[candidate.key]
+                continue
             outcome = self._load(candidate)
             if isinstance(outcome, Loaded):
                 field_[candidate.key] = (candidate, outcome)
@@ -180,18 +184,25 @@ class Measurer:
         self._loaded[candidate.key] = loaded
         return loaded
 
-    def try_load(self, candidate: Candidate) -> Refused | Failed | None:
-        """Load a candidate if the target takes it; return the refusal or failure, stored, if not."""
-        outcome = self._load(candidate)
-        if isinstance(outcome, Loaded):
-            return None
-        self._reject(candidate, outcome)
-        return outcome
+    def try_load(self, candidate: Candidate) -> Rejection | None:
+        """Load a candidate if the target takes it; otherwise return why not, stored once."""
+        if candidate.key not in self._rejected:
+            old = self._known(candidate)
+            if isinstance(old, Rejection) and old.state in ("refused", "failed"):
+                self._rejected[candidate.key] = old
+            else:
+                outcome = self._load(candidate)
+                if isinstance(outcome, Loaded):
+                    return None
+                self._reject(candidate, outcome)
+        return self._rejected[candidate.key]
 
     def _reject(self, candidate: Candidate, outcome: Refused | Failed) -> Rejection:
         self.database.add(outcome, run_id=self.run_id)
         self.counts.add(outcome, reused=False)
-        return Rejection(state="refused" if isinstance(outcome, Refused) else "failed", reason=outcome.reason)
+        rejection = Rejection(state="refused" if isinstance(outcome, Refused) else "failed", reason=outcome.reason)
+        self._rejected[candidate.key] = rejection
+        return rejection
 
     def _store(
         self,

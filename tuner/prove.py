@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,8 +22,8 @@ from aivmm.probes.race import Contestant, RaceState, leader_of, per_sample_s, ra
 from aivmm.probes.records import Caution, Samples
 from aivmm.runtime.cpu import usable_cores
 
-SELECT_S = 6.0
-CONFIRM_S = 7.0
+PROOF_S = 20.0  # loading, choosing and confirming; the tail and the report come on top
+_LEAST_S = 8.0  # for racing, however long loading took
 TAIL_SAMPLES = 500  # below this a 99th percentile is not given
 TAIL_S = 4.0
 TAIL_ASKED_S = 40.0  # when a constraint asks for it
@@ -124,6 +125,7 @@ class Prover:
         self._seed = seed
         self._tell = tell
         self._forced = forced
+        self._started = time.perf_counter()
         self._asks_tail = any(constraint.metric == "p99" for constraint in constraints)
 
     def run(self) -> Proof:
@@ -190,23 +192,24 @@ class Prover:
     def _race(self, contestants: list[Contestant]) -> None:
         pids = [each.worker.pid for each in contestants]
         load = BackgroundLoad(pids)
-        # First to choose among the finalists ...
-        next_round = race(
-            contestants,
-            budget_s=SELECT_S,
-            least_rounds=6,
-            seed=self._seed,
-            tell=lambda state: self._tell("choosing among the finalists", state),
-        )
         finalists = [
-            each.contestant
-            for each in self._proof.entrants
-            if each.role == "candidate" and each.eligible and each.contestant and each.contestant.racing
+            each.contestant for each in self._proof.entrants if each.role == "candidate" and each.eligible and each.contestant is not None
         ]
-        chosen = leader_of(finalists)
-        for each in finalists:
-            if each is not chosen:
-                each.dropped = each.dropped or "another candidate was faster"
+        next_round = 0
+        if len(finalists) > 1:
+            # First to choose among the finalists ...
+            next_round = race(
+                finalists,
+                budget_s=0.4 * max(_LEAST_S, PROOF_S - (time.perf_counter() - self._started)),
+                least_rounds=6,
+                most_rounds=20,
+                seed=self._seed,
+                tell=lambda state: self._tell("choosing among the finalists", state),
+            )
+            chosen = leader_of(finalists)
+            for each in finalists:
+                if each is not chosen:
+                    each.dropped = each.dropped or "another candidate was faster"
         # ... then, on samples that chose nothing, to confirm.
         for entrant in self._proof.entrants:
             entrant.choosing = entrant.contestant.samples() if entrant.contestant else None
@@ -215,11 +218,11 @@ class Prover:
             each.rounds.clear()
         race(
             contestants,
-            budget_s=CONFIRM_S,
+            budget_s=max(0.5 * _LEAST_S, PROOF_S - (time.perf_counter() - self._started)),
             least_rounds=10,
+            most_rounds=40,
             seed=self._seed + 1,
             first_round=next_round,
-            warmup=False,
             tell=lambda state: self._tell("proving the plan against the baselines", state),
         )
         self._proof.cautions = machine_cautions(load.read(pids), usable_cores())

@@ -156,10 +156,11 @@ def test_a_cut_through_a_tensor_of_unknown_size_is_listed_without_a_size_and_avo
         helper.make_node("NonZero", ["a"], ["b"]),
         helper.make_node("Cast", ["b"], ["c"], to=TensorProto.FLOAT),
         helper.make_node("ReduceSum", ["c"], ["d"], keepdims=0),
-        helper.make_node("Exp", ["d"], ["y"]),
+        helper.make_node("Add", ["x", "d"], ["y"]),
     ]
-    structure = analyse(save(tmp_path / "m.onnx", nodes, outputs=[info("y", ())]))
+    structure = analyse(save(tmp_path / "m.onnx", nodes))
     assert [cut.bytes for cut in structure.cut_points] == [64, None, None, 4]
+    assert [block.first for block in analyse(tmp_path / "m.onnx", max_blocks=3).blocks] == [0, 1, 4]
     assert structure.data_dependent
     assert [operator.op_type for operator in structure.operators if operator.data_dependent] == ["NonZero", "Cast", "ReduceSum"]
 
@@ -274,3 +275,8 @@ def test_narrow_places_alone_serve_where_they_share_the_work_evenly() -> None:
 def test_of_places_with_no_work_between_them_the_one_with_fewest_bytes_stays() -> None:
     places = {at: Place(level=1, bytes=size) for at, size in ((1, 9), (2, 4), (3, 4))}
     assert partition([10.0, 0.0, 0.0, 10.0], places, 24) == [(0, 1), (2, 3)]
+
+
+def test_of_cuts_of_equal_weight_the_widest_goes_first() -> None:
+    places = {1: Place(level=1, bytes=1), 2: Place(level=3, bytes=1), 3: Place(level=1, bytes=1)}
+    assert partition([10.0] * 4, places, 3) == [(0, 0), (1, 2), (3, 3)]

@@ -123,6 +123,17 @@ def test_optional_inputs_and_outputs_that_are_missing_stay_missing(tmp_path: Pat
     assert [each.name for each in loaded.get_outputs()] == ["output_2"]
 
 
+def test_outputs_left_out_at_the_end_are_as_good_as_never_named(tmp_path: Path) -> None:
+    def build(outputs: Sequence[str]) -> bytes:
+        nodes = [helper.make_node("LSTM", ["x", "w", "r"], list(outputs), hidden_size=4)]
+        weights = [array("w", np.ones((1, 16, 3))), array("r", np.ones((1, 16, 4)))]
+        edges = {"inputs": [info("x", (5, 1, 3))], "outputs": [info("y", (5, 1, 1, 4))]}
+        models = OperatorModels(save(tmp_path / "m.onnx", nodes, weights, **edges))
+        return models.signatures[0].encode() + models.build(models.signatures[0])
+
+    assert build(["y"]) == build(["y", "", ""])
+
+
 def test_what_a_branch_captures_becomes_an_input_or_a_constant(tmp_path: Path) -> None:
     bodies = [helper.make_graph([helper.make_node(op, ["a", "k"], ["r"])], op, [], [info("r")]) for op in ("Add", "Mul")]
     nodes = [helper.make_node("Relu", ["x"], ["a"]), helper.make_node("If", ["flag"], ["y"], then_branch=bodies[0], else_branch=bodies[1])]

@@ -10,6 +10,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import openvino as ov
 import pytest
@@ -25,6 +26,7 @@ from aivmm.models.slice import Slicer, WeightStore, segment
 
 SHARED = Path(__file__).parents[3] / "shared" / "models"
 HOSTILE = ("../../x", "<script>alert(1)</script>", "two\nlines", "a b", "é/ü", "x" * 300, "'; DROP TABLE probe; --", "{{7*7}}", "\\", "%s")
+FILES = ("ultraface_rfb_320", "magika_v3_3", "silero_vad_16k_op15", "super_resolution")  # of ../shared/models
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
@@ -84,7 +86,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         destination = folder / f"{name}.prepared.onnx"
         if not destination.exists():
-            source = SHARED / f"{name}.onnx" if "_" in name else write_demo(name, folder)
+            source = SHARED / f"{name}.onnx" if name in FILES else write_demo(name, folder)
             if not source.exists():
                 pytest.skip(f"{source.name} is not in ../shared/models")
             try:
@@ -140,21 +142,7 @@ def test_a_model_cut_at_a_sample_of_its_cut_points_answers_as_the_whole(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "squeezenet",
-        "shufflenet",
-        "resnet50",
-        "densenet121",
-        "encoder",
-        "recommender",
-        "ultraface_rfb_320",
-        "magika_v3_3",
-        "silero_vad_16k_op15",
-        "super_resolution",
-    ],
-)
+@pytest.mark.parametrize("name", ["squeezenet", "shufflenet", "resnet50", "densenet121", "encoder", "recommender", *FILES])
 def test_a_model_cut_at_every_cut_point_answers_as_the_whole(prepared: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     check_cuts(prepared(name), tmp_path, at_most=None)
 
@@ -354,6 +342,17 @@ def test_weights_are_stored_once_aligned_and_named_without_a_folder(tmp_path: Pa
     assert stored["wide"][1] % 4096 == 0
     assert (tmp_path / "store.bin").stat().st_size == stored["wide"][1] + 64 * 8192 * 4
     assert part.weights == (tmp_path / "store.bin",)
+
+
+def test_a_store_starts_anew_fills_gaps_with_zeros_and_aligns_by_size(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    path.write_bytes(b"left from another run")
+    odd, other, large = (ir.tensor(np.full(size, value, np.uint8)) for value, size in ((1, 1030), (2, 1030), (3, 1 << 20)))
+    store = WeightStore(path)
+    offsets = [store.put(tensor, name)[0] for name, tensor in (("odd", odd), ("other", other), ("large", large), ("other", other))]
+    assert offsets == [0, 1088, 4096, 1088]
+    assert path.read_bytes() == b"\1" * 1030 + bytes(58) + b"\2" * 1030 + bytes(4096 - 2118) + b"\3" * (1 << 20)
+    assert store.nbytes == path.stat().st_size
 
 
 def test_a_segment_of_small_weights_needs_no_second_file(tmp_path: Path) -> None:

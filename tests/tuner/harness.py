@@ -145,7 +145,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 
 def write_tiny(path: Path, *, layers: int = 3, width: int = 32) -> Path:
-    """Write a small convolutional network: `input` [batch, 3, side, side] of float32, `output` [batch, 10]; takes well below a millisecond."""
+    """Write a small convolutional network, `input` [batch, 3, side, side] to `output` [batch, 10]; a run takes under a millisecond."""
     generator = np.random.default_rng(0)
     nodes, weights, tensor, channels = [], [], "input", 3
     for index in range(layers):

@@ -1,0 +1,463 @@
+"""Bundles on disk: written whole or not at all, and not believed before they are checked."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import stat
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from aivmm.errors import AivmmError, BundleError, UsageError
+from aivmm.runtime.bundle import Bundle, check_destination, file_sha256, write_bundle
+from aivmm.runtime.plan import Plan
+from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle
+
+links = pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege on Windows")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    parts = [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4)]
+    return make_bundle(tmp_path_factory.mktemp("made") / "m.aivmm", chain_model(width=16), parts, conditions=False)
+
+
+@pytest.fixture
+def bundle(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "m.aivmm"))
+
+
+def zipped(folder: Path, destination: Path, *, compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(destination, "w", compression) as archive:
+        for each in sorted(folder.rglob("*")):
+            archive.write(each, each.relative_to(folder).as_posix())
+    return destination
+
+
+def refused(path: Path, match: str = "") -> None:
+    before = snapshot(path.parent)
+    with pytest.raises(BundleError, match=match) as caught:
+        Bundle.open(path).close()
+    assert "\n" not in str(caught.value)
+    assert snapshot(path.parent) == before
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(each): each.read_bytes() if each.is_file() else None for each in sorted(folder.rglob("*"))}
+
+
+def edit_plan(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    plan = json.loads((bundle / "plan.json").read_text())
+    change(plan)
+    (bundle / "plan.json").write_text(json.dumps(plan))
+
+
+def list_as(bundle: Path, name: str) -> None:
+    """List one more file, with the digest of a file that does exist."""
+    edit_plan(bundle, lambda plan: plan["files"].update({name: next(iter(plan["files"].values()))}))
+
+
+# --- what opens ---
+
+
+def test_a_folder_opens_with_its_plan_and_files(bundle: Path) -> None:
+    with Bundle.open(bundle) as opened:
+        assert [stage.target for stage in opened.plan.stages] == [OPENVINO, ONNXRUNTIME]
+        assert set(opened.plan.files) == {stage.model for stage in opened.plan.stages} | {"segments/weights.bin"}
+        for name, digest in opened.plan.files.items():
+            assert file_sha256(opened.file(name)) == digest
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_zip_is_unpacked_and_its_copy_removed_when_closed(bundle: Path, tmp_path: Path, compression: int) -> None:
+    opened = Bundle.open(zipped(bundle, tmp_path / "m.zip", compression=compression))
+    with Bundle.open(bundle) as folder:
+        assert opened.plan == folder.plan
+    copy = opened.folder
+    assert opened.file(opened.plan.stages[0].model).is_file()
+    opened.close()
+    opened.close()
+    assert not copy.exists()
+
+
+def test_a_report_beside_the_plan_is_ignored(bundle: Path) -> None:
+    (bundle / "report.html").write_text("<script>anything</script>")
+    Bundle.open(bundle).close()
+
+
+def test_a_bundle_that_may_not_be_written_opens(bundle: Path) -> None:
+    everything = [bundle, *bundle.rglob("*")]
+    for each in everything:
+        each.chmod(stat.S_IREAD | stat.S_IEXEC if each.is_dir() else stat.S_IREAD)
+    try:
+        before = snapshot(bundle)
+        Bundle.open(bundle).close()
+        assert snapshot(bundle) == before
+    finally:
+        for each in everything:
+            each.chmod(stat.S_IRWXU)
+
+
+def test_a_file_that_is_not_listed_cannot_be_asked_for(bundle: Path) -> None:
+    with Bundle.open(bundle) as opened:
+        for name in ("plan.json", "../m.aivmm/plan.json", "", "segments"):
+            with pytest.raises(BundleError):
+                opened.file(name)
+
+
+# --- what does not ---
+
+
+@pytest.mark.parametrize("at", [0, 100, -1])
+@pytest.mark.parametrize("suffix", [".onnx", ".bin"])
+def test_a_changed_byte_is_noticed(bundle: Path, suffix: str, at: int) -> None:
+    file = next(bundle.glob(f"segments/*{suffix}"))
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+    refused(bundle, r"was changed.*copy the bundle again")
+
+
+def test_a_missing_file_is_named(bundle: Path) -> None:
+    (bundle / "segments" / "weights.bin").unlink()
+    refused(bundle, "lacks 'segments/weights.bin'")
+
+
+@pytest.mark.parametrize("name", ["extra", "segments/extra.onnx", "REPORT.HTML", "segments/report.html", ".hidden", "plan.json~"])
+def test_an_unlisted_file_is_named(bundle: Path, name: str) -> None:
+    (bundle / name).write_text("x")
+    refused(bundle, "which its plan does not list")
+
+
+@links
+@pytest.mark.parametrize("name", ["segments/weights.bin", "plan.json", "report.html", "segments"])
+def test_symbolic_links_are_refused_wherever_they_lead(bundle: Path, name: str) -> None:
+    aside = bundle.parent / "aside"
+    if (bundle / name).exists():
+        (bundle / name).rename(aside)
+    else:
+        aside.write_text("x")
+    (bundle / name).symlink_to(aside)
+    refused(bundle)
+
+
+@links
+def test_hard_links_are_refused(bundle: Path) -> None:
+    os.link(bundle / "segments" / "weights.bin", bundle.parent / "elsewhere")
+    refused(bundle, "hard-linked from elsewhere")
+
+
+@links
+def test_special_files_are_refused_without_being_opened(bundle: Path) -> None:
+    os.mkfifo(bundle / "pipe")
+    with pytest.raises(BundleError, match="special file"):
+        Bundle.open(bundle)
+    (bundle / "plan.json").unlink()
+    os.mkfifo(bundle / "plan.json")
+    with pytest.raises(BundleError, match="holds no plan"):
+        Bundle.open(bundle)
+    with pytest.raises(BundleError, match="neither"):
+        Bundle.open(bundle / "pipe")
+
+
+OUTSIDE = [
+    "../secret", "segments/../../secret", "segments/../segments/weights.bin", "/etc/passwd", "segments\\weights.bin", "C:/secret", "C:secret",
+    "segments/weights.bin:stream", "./segments/weights.bin", "segments//weights.bin", "segments/weights.bin/", "", ".", "..", "a\0b", "//host/share",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_listed_name_that_is_no_plain_path_is_refused(bundle: Path, name: str) -> None:
+    (bundle.parent / "secret").write_bytes(next(bundle.glob("segments/*.onnx")).read_bytes())
+    list_as(bundle, name)
+    refused(bundle, "not a plain path inside the bundle")
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_zip_writes_nothing_outside_itself(bundle: Path, tmp_path: Path, name: str) -> None:
+    if "\0" in name or not name:
+        pytest.skip("a zip cannot hold this name")
+    if name.endswith("/"):
+        pytest.skip("a zip holds folders under such names, and makes none")
+    archive = zipped(bundle, tmp_path / "m.zip")
+    with zipfile.ZipFile(archive, "a") as opened:
+        info = zipfile.ZipInfo("x")
+        info.filename = name
+        opened.writestr(info, b"slipped")
+    if os.sep == "/" and name == "/etc/passwd":
+        before = Path(name).read_bytes()
+        refused(archive, "not a plain path")
+        assert Path(name).read_bytes() == before
+    else:
+        refused(archive, "not a plain path")
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(bundle: Path, tmp_path: Path) -> None:
+    archive = zipped(bundle, tmp_path / "m.zip")
+    with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED, compresslevel=9) as opened:
+        opened.writestr("segments/zeros", bytes(64 << 20))
+    refused(archive, "more than 200 times its size")
+
+
+def test_a_zip_of_too_many_files_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as opened:
+        for number in range(10_001):
+            opened.writestr(f"f{number}", b"")
+    refused(tmp_path / "m.zip", "10001 files")
+
+
+@pytest.mark.parametrize("size", [10, 0])
+def test_a_zip_that_lies_about_sizes_is_refused(bundle: Path, tmp_path: Path, size: int) -> None:
+    archive = zipped(bundle, tmp_path / "m.zip")
+    with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as opened:
+        opened.writestr("segments/zeros", bytes(8 << 20))
+    data = archive.read_bytes()
+    assert data.count(struct.pack("<I", 8 << 20)) == 2
+    archive.write_bytes(data.replace(struct.pack("<I", 8 << 20), struct.pack("<I", size)))
+    refused(archive)
+
+
+def test_a_zip_that_holds_a_name_twice_is_refused(bundle: Path, tmp_path: Path) -> None:
+    archive = zipped(bundle, tmp_path / "m.zip")
+    with zipfile.ZipFile(archive, "a") as opened, pytest.warns(UserWarning, match="Duplicate name"):
+        opened.writestr("plan.json", b"{}")
+    refused(archive, "cannot be unpacked")
+
+
+def test_links_in_a_zip_are_not_followed(bundle: Path, tmp_path: Path) -> None:
+    archive = zipped(bundle, tmp_path / "m.zip")
+    with zipfile.ZipFile(archive, "a") as opened:
+        info = zipfile.ZipInfo("report.html")
+        info.external_attr = (stat.S_IFLNK | 0o777) << 16
+        opened.writestr(info, "/etc/passwd")
+    with Bundle.open(archive) as opened_bundle:
+        assert (opened_bundle.folder / "report.html").read_text() == "/etc/passwd"
+        assert not (opened_bundle.folder / "report.html").is_symlink()
+
+
+def test_a_refused_zip_is_called_by_its_own_name(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "extra").write_text("x")
+    refused(zipped(bundle, tmp_path / "mine.zip"), r"mine\.zip holds 'extra'")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"PK\x05\x06" + bytes(18), b"<html>", b"\0" * 100])
+def test_a_file_that_is_no_zip_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.aivmm").write_bytes(content)
+    refused(tmp_path / "m.aivmm")
+
+
+def test_a_missing_path_an_empty_folder_and_an_absurd_name_are_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "missing.aivmm", "does not exist")
+    refused(tmp_path / "x\0y")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "holds no plan.json")
+    with pytest.raises(BundleError):
+        Bundle.open(tmp_path / ("x" * 5000))
+
+
+def test_an_enormous_plan_is_refused_unread(bundle: Path) -> None:
+    with (bundle / "plan.json").open("r+b") as file:
+        file.truncate((64 << 20) + 1)
+    with pytest.raises(BundleError, match="larger than 64 MiB"):
+        Bundle.open(bundle)
+
+
+def test_a_newer_schema_and_a_nested_plan_are_refused(bundle: Path) -> None:
+    edit_plan(bundle, lambda plan: plan.update(schema=99))
+    refused(bundle, "upgrade aivmm")
+    (bundle / "plan.json").write_text("[" * 100_000)
+    refused(bundle, "not valid JSON")
+
+
+# --- anything else ---
+
+
+def opens_or_is_refused(path: Path) -> None:
+    try:
+        with Bundle.open(path) as opened:
+            inside = opened.folder.resolve()
+            assert all(opened.file(name).resolve().is_relative_to(inside) for name in opened.plan.files)
+    except AivmmError as error:
+        assert "\n" not in str(error)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_plan_opens_or_is_refused(data: st.DataObject, made: Path) -> None:
+    original = (made / "plan.json").read_bytes()
+    damaged = bytearray(original)
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(damaged) - 1))
+        damaged[start : start + data.draw(st.integers(0, 8))] = data.draw(
+            st.one_of(
+                st.binary(max_size=8), st.sampled_from([b"../", b"null", b"NaN", b"-1", b'"', b"{", b"/etc/passwd", b"\\u0000", b"1e999"])
+            )
+        )
+    try:
+        (made / "plan.json").write_bytes(damaged)
+        opens_or_is_refused(made)
+    finally:
+        (made / "plan.json").write_bytes(original)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_zip_opens_or_is_refused(data: st.DataObject, made: Path, tmp_path: Path) -> None:
+    packed = data.draw(st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2]))
+    damaged = bytearray(zipped(made, tmp_path / "m.zip", compression=packed).read_bytes())
+    end = len(damaged)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.one_of(st.integers(0, end - 1), st.integers(max(0, end - 400), end - 1), st.integers(0, 100)))
+        damaged[at] = data.draw(st.integers(0, 255))
+    (tmp_path / "m.zip").write_bytes(damaged[: data.draw(st.one_of(st.just(end), st.integers(0, end)))])
+    opens_or_is_refused(tmp_path / "m.zip")
+
+
+# --- writing ---
+
+
+@pytest.fixture
+def plan(made: Path) -> Plan:
+    with Bundle.open(made) as opened:
+        return opened.plan
+
+
+@pytest.fixture
+def files(made: Path, plan: Plan) -> dict[str, Path]:
+    return {name: made / name for name in plan.files}
+
+
+def test_what_is_written_opens_and_leaves_nothing_beside(tmp_path: Path, plan: Plan, files: dict[str, Path]) -> None:
+    write_bundle(tmp_path / "new.aivmm", plan, files)
+    with Bundle.open(tmp_path / "new.aivmm") as opened:
+        assert opened.plan == plan
+    assert os.listdir(tmp_path) == ["new.aivmm"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
+def test_a_bundle_can_be_read_by_others(tmp_path: Path, plan: Plan, files: dict[str, Path]) -> None:
+    assert stat.S_IMODE(write_bundle(tmp_path / "new.aivmm", plan, files).stat().st_mode) == 0o755
+
+
+def test_an_earlier_bundle_is_replaced_whole(bundle: Path, plan: Plan, files: dict[str, Path]) -> None:
+    (bundle / "report.html").write_text("old")
+    (bundle / "segments" / "weights.bin").unlink()  # a damaged one may be replaced as well
+    write_bundle(bundle, plan.model_copy(update={"verdict": "new"}), files)
+    with Bundle.open(bundle) as opened:
+        assert opened.plan.verdict == "new"
+    assert not (bundle / "report.html").exists()
+    assert os.listdir(bundle.parent) == [bundle.name]
+
+
+def test_a_bundle_of_a_newer_version_may_be_replaced(bundle: Path, plan: Plan, files: dict[str, Path]) -> None:
+    edit_plan(bundle, lambda raw: raw.update(schema=7, unknown={}))
+    write_bundle(bundle, plan, files)
+    Bundle.open(bundle).close()
+
+
+def test_an_empty_folder_may_be_written_to_also_by_a_relative_name(
+    tmp_path: Path, plan: Plan, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    write_bundle(Path("here"), plan, {name: path.absolute() for name, path in files.items()})
+    Bundle.open(tmp_path / "here").close()
+
+
+@pytest.mark.parametrize(
+    "plan_text", [None, "{}", '{"format_version": "1.2", "files": {}}', '{"schema": 1, "files": {"a": "b"}}', "not json", "[]"]
+)
+def test_a_folder_that_is_not_a_bundle_is_left_alone(tmp_path: Path, plan: Plan, files: dict[str, Path], plan_text: str | None) -> None:
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "chapter.tex").write_text("years of work")
+    if plan_text is not None:
+        (folder / "plan.json").write_text(plan_text)
+    before = snapshot(tmp_path)
+    with pytest.raises(UsageError, match="holds other things; choose another with -o DIR"):
+        write_bundle(folder, plan, files)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_bundle_with_a_users_file_in_it_is_left_alone(bundle: Path, plan: Plan, files: dict[str, Path]) -> None:
+    (bundle / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds other things"):
+        write_bundle(bundle, plan, files)
+    assert (bundle / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_in_the_way_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "m.aivmm").write_text("x")
+    with pytest.raises(UsageError, match="exists and is not a folder"):
+        check_destination(tmp_path / "m.aivmm")
+
+
+@links
+def test_a_link_in_the_way_is_left_alone(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(bundle)
+    with pytest.raises(UsageError, match="not a folder"):
+        check_destination(tmp_path / "link")
+
+
+def test_a_missing_parent_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="missing does not exist"):
+        check_destination(tmp_path / "missing" / "m.aivmm")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_an_unwritable_parent_is_named() -> None:
+    with pytest.raises(UsageError, match="choose another with -o DIR"):
+        check_destination(Path("/proc/m.aivmm"))
+
+
+def test_a_write_that_fails_leaves_the_earlier_bundle_and_nothing_else(bundle: Path, plan: Plan, files: dict[str, Path]) -> None:
+    before = snapshot(bundle.parent)
+    with pytest.raises(UsageError, match="cannot write the plan"):
+        write_bundle(bundle, plan, files | {"segments/weights.bin": bundle / "missing"})
+    with pytest.raises(BundleError, match="not a plain path"):
+        write_bundle(bundle, plan, files | {"../out": next(iter(files.values()))})
+    with pytest.raises(BundleError, match="not listed in files"):
+        write_bundle(bundle, plan, {})
+    assert snapshot(bundle.parent) == before
+
+
+READER = """
+import sys, aivmm
+from aivmm.runtime.bundle import Bundle
+print("ready", flush=True)
+seen, missing, broken = set(), 0, 0
+import select
+while not select.select([sys.stdin], [], [], 0)[0]:
+    try:
+        with Bundle.open(sys.argv[1]) as bundle:
+            seen.add(bundle.plan.verdict)
+    except aivmm.BundleError as error:
+        missing += 1
+print(len(seen))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not replace what others read")
+def test_a_reader_sees_the_old_bundle_or_the_new_one_and_never_a_mixture(bundle: Path, plan: Plan, files: dict[str, Path]) -> None:
+    with subprocess.Popen([sys.executable, "-c", READER, str(bundle)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout and reader.stdout.readline() == "ready\n"
+        for number in range(30):
+            write_bundle(bundle, plan.model_copy(update={"verdict": str(number)}), files)
+        out, _ = reader.communicate("stop\n", timeout=30)
+    assert reader.returncode == 0
+    assert int(out) > 1
+
+
+def test_a_zip_reads_the_same_from_memory_as_from_disk(bundle: Path, tmp_path: Path) -> None:
+    assert zipfile.is_zipfile(io.BytesIO(zipped(bundle, tmp_path / "m.zip").read_bytes()))

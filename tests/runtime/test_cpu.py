@@ -1,0 +1,101 @@
+"""The cores that may really be used: control-group files as the kernel writes them, and affinity."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aivmm.runtime.cpu import cgroup_quota, cpu_device, host_memory_bytes, usable_cores
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "cgroup"
+    folder.mkdir()
+    return folder
+
+
+def member(root: Path, *lines: str) -> Path:
+    file = root.parent / "membership"
+    file.write_text("".join(f"{line}\n" for line in lines))
+    return file
+
+
+def group(root: Path, path: str, **files: str) -> None:
+    folder = root / path
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{text}\n")
+
+
+def test_version_2_grants_limit_over_period(root: Path) -> None:
+    group(root, "app", cpu__max="150000 100000")
+    assert cgroup_quota(root, member(root, "0::/app")) == 1.5
+
+
+def test_version_2_takes_the_tightest_of_the_group_and_its_parents(root: Path) -> None:
+    group(root, "", cpu__max="900000 100000")
+    group(root, "slice", cpu__max="200000 100000")
+    group(root, "slice/app", cpu__max="400000 100000")
+    assert cgroup_quota(root, member(root, "0::/slice/app")) == 2.0
+
+
+def test_no_limit_is_none(root: Path) -> None:
+    group(root, "app", cpu__max="max 100000")
+    assert cgroup_quota(root, member(root, "0::/app")) is None
+
+
+def test_inside_a_container_the_limit_at_the_mounts_root_counts(root: Path) -> None:
+    group(root, "", cpu__max="300000 100000")
+    assert cgroup_quota(root, member(root, "0::/docker/on-the-host")) == 3.0
+
+
+def test_version_1_reads_the_cpu_controller_and_no_other(root: Path) -> None:
+    group(root, "cpu,cpuacct/app", cpu__cfs_quota_us="50000", cpu__cfs_period_us="100000")
+    group(root, "memory/app", cpu__cfs_quota_us="1000", cpu__cfs_period_us="100000")
+    lines = ("12:memory:/app", "5:cpuset:/app", "4:cpu,cpuacct:/app", "1:name=systemd:/app")
+    assert cgroup_quota(root, member(root, *lines)) == 0.5
+
+
+def test_version_1_without_a_limit_is_none(root: Path) -> None:
+    group(root, "cpu/app", cpu__cfs_quota_us="-1", cpu__cfs_period_us="100000")
+    assert cgroup_quota(root, member(root, "4:cpu:/app")) is None
+
+
+def test_a_machine_without_control_groups_has_no_quota(tmp_path: Path) -> None:
+    assert cgroup_quota(tmp_path, tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize("text", ["", "max", "100000", "a b", "100000 0", "100000 x", "-5 100000", "1 2 3", "0 100000"])
+def test_a_limit_that_makes_no_sense_is_no_limit(root: Path, text: str) -> None:
+    group(root, "app", cpu__max=text)
+    assert cgroup_quota(root, member(root, "0::/app")) is None
+
+
+@pytest.mark.parametrize("line", ["", "nonsense", "0:", "4:cpu", "::", "0::/../../../etc"])
+def test_a_membership_that_makes_no_sense_is_no_limit(root: Path, line: str) -> None:
+    assert cgroup_quota(root, member(root, line)) is None
+
+
+def test_usable_cores_are_between_one_and_the_machines() -> None:
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="affinity can be set on Linux only")
+def test_affinity_limits_the_cores() -> None:
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from aivmm.runtime.cpu import usable_cores, cpu_device; print(usable_cores(), cpu_device().cores)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1"]
+
+
+def test_the_cpu_is_described() -> None:
+    device = cpu_device()
+    assert device.kind == "cpu" and device.model and device.cores == usable_cores()
+    assert host_memory_bytes() > 1 << 28

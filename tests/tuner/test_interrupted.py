@@ -1,0 +1,99 @@
+"""A tune that is stopped in the middle: what was measured is kept, nothing is left running, and the next run goes on from there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from aivmm.db.database import Database
+from tests.tuner.harness import TINY, Finished, Place, living, workers_of
+
+ARGUMENTS = (*TINY, "--budget", "8s", "--trials", "3", "--top", "1", "--json")
+
+
+def measured(place: Place) -> int:
+    """Return how many measured probes are on disk, read as anybody could."""
+    if not place.db.exists():
+        return 0
+    try:
+        with closing(sqlite3.connect(f"file:{place.db}?mode=ro", uri=True, timeout=5)) as connection:
+            return int(connection.execute("SELECT count(*) FROM probe WHERE samples IS NOT NULL").fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0  # it is being made
+
+
+def until_measured(place: Place, process: subprocess.Popen[str], least: int, limit_s: float = 90.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while measured(place) < least:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "nothing was measured"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_a_killed_tune_keeps_what_it_measured_leaves_no_worker_and_is_continued(place: Place, tiny: Path) -> None:
+    with place.started("tune", tiny, *ARGUMENTS) as process:
+        until_measured(place, process, 4)
+        workers = workers_of(process.pid)
+        assert workers
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(timeout=30)
+        assert living(workers) == []
+    kept = measured(place)
+    assert kept >= 4
+    with Database.open(place.db) as database:
+        assert database.check() == []
+    assert list(place.work.iterdir()) == []
+
+    done = place.aivmm("tune", tiny, *ARGUMENTS)
+    assert done.code == 0, done.err
+    assert done.json["probes"]["reused"] >= 4
+    assert (place.work / "tiny.aivmm" / "plan.json").is_file()
+    with Database.open(place.db) as database:
+        assert database.check() == []
+        assert database.run(None).status == "complete"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+def test_ctrl_c_ends_it_with_130_one_line_and_no_orphans(place: Place, tiny: Path) -> None:
+    with place.started("tune", tiny, *ARGUMENTS) as process:
+        until_measured(place, process, 1)
+        workers = workers_of(process.pid)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        done = Finished(process.returncode, out, err)
+    assert done.code == 130, done.err
+    assert time.monotonic() - started < 30
+    assert len(done.error_lines) == 1 and "interrupted" in done.error_lines[0] and "kept" in done.error_lines[0]
+    assert done.json["error"]["message"].startswith("interrupted")
+    assert living(workers) == []
+    assert list(place.work.iterdir()) == []
+    with Database.open(place.db) as database:
+        assert database.check() == []
+        assert database.run(None).status == "interrupted"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_killed_three_times_it_then_completes_with_all_that_was_measured(place: Place, tiny: Path) -> None:
+    for least in (2, 6, 10):
+        with place.started("tune", tiny, *ARGUMENTS) as process:
+            until_measured(place, process, least)
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait(timeout=30)
+    kept = measured(place)
+    done = place.aivmm("tune", tiny, *ARGUMENTS)
+    assert done.code == 0, done.err
+    assert done.json["probes"]["reused"] > 0
+    with Database.open(place.db) as database:
+        assert database.check() == []
+    assert measured(place) >= kept

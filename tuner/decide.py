@@ -1,0 +1,183 @@
+"""Deciding: who is proven, and what the proof makes the plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from aivmm.planner.candidates import Candidate, Draft, Score
+from aivmm.planner.partition import cut_drafts
+from aivmm.runtime.plan import Accuracy, Number
+from aivmm.tuner.anatomy import Anatomist, medians
+from aivmm.tuner.emit import folder_bytes
+from aivmm.tuner.explore import Explorer
+from aivmm.tuner.prove import Entrant, Proof, interval_s
+from aivmm.tuner.subject import Prepared
+from aivmm.tuner.verdict import describe, sentence
+from aivmm.tuner.work import Work
+
+_WORTH_PROVING = 1.02  # a finalist this far behind the best baseline would only cost time
+
+
+class Decider:
+    """Turns what was explored into entrants of the proof, and a proof into a plan."""
+
+    def __init__(self, work: Work, explorer: Explorer, anatomist: Anatomist) -> None:
+        self.work = work
+        self.explorer = explorer
+        self.anatomist = anatomist
+        self._predicted: dict[str, float] = {}  # draft name -> seconds of one call
+
+    def entrants(self) -> list[Entrant]:
+        """Choose who is proven: every baseline, the best few of the search, and cut plans that are forced or promise to win."""
+        baselines, search = self.explorer.baselines, self.explorer.search
+        blocks = len(self.work.subject.structure.blocks)
+        drafts = [(Draft.whole(each.name, candidate, blocks), "baseline") for each, candidate in baselines]
+        known = {candidate.key for _, candidate in baselines}
+        yardstick = min(
+            (score.ratio for _, candidate in baselines if isinstance(score := self.explorer.outcome(candidate), Score)), default=None
+        )
+        finalists: list[Draft] = []
+        for candidate, score in search.best(self.work.options.top + len(known)):
+            worth = yardstick is None or score.ratio <= _WORTH_PROVING * yardstick
+            if candidate.key in known or not worth or len(finalists) >= self.work.options.top or self.work.options.min_segments > 1:
+                continue
+            draft = Draft.whole(f"candidate {len(finalists) + 1}", candidate, blocks)
+            self._predicted[draft.name] = score.median_s
+            finalists.append(draft)
+        finalists += self._cuts()
+        # Batching alone is no merit of ours: whoever may batch gets the defaults at the same batch as a yardstick.
+        for batch in sorted({draft.batch for draft in finalists} - {self.work.subject.base_batch}):
+            for each, candidate in baselines:
+                if each.callers == 1 and not each.config.settings:
+                    drafts.append((Draft.whole(f"{each.name}, batch {batch}", replace(candidate, batch=batch), blocks), "baseline"))
+        drafts += [(draft, "candidate") for draft in finalists]
+        return [self._entrant(number, draft, role) for number, (draft, role) in enumerate(drafts)]
+
+    def _cuts(self) -> list[Draft]:
+        """Return the cut plans worth proving, with the best config known for each target."""
+        baselines, search = self.explorer.baselines, self.explorer.search
+        best_config = {str(candidate.target): candidate.config for _, candidate in reversed(baselines)}
+        best_config |= {str(candidate.target): candidate.config for candidate, _ in reversed(search.best(1000)) if candidate.callers == 1}
+        uncut = min((outcome.median_s for _, outcome in self.explorer.known.values() if isinstance(outcome, Score)), default=None)
+        wholes: dict[str, float] = {}
+        for candidate, outcome in self.explorer.known.values():
+            if isinstance(outcome, Score) and candidate.callers == 1 and candidate.batch == self.work.subject.base_batch:
+                name = str(candidate.target)
+                wholes[name] = min(wholes.get(name, outcome.median_s), outcome.median_s)
+        drafts = cut_drafts(
+            self.work.subject.structure,
+            self.work.targets,
+            medians(self.anatomist.found, self.anatomist.wrong),
+            configs=best_config,
+            wholes=wholes,
+            min_segments=self.work.options.min_segments,
+            uncut_s=uncut,
+            batch=self.work.subject.base_batch,
+        )
+        for draft, predicted in drafts:
+            self._predicted[draft.name] = predicted
+        return [draft for draft, _ in drafts]
+
+    def _entrant(self, number: int, draft: Draft, role: str) -> Entrant:
+        prepared: Prepared = self.work.subject.at(draft.batch)
+        bundle = self.work.folder / f"entrant-{number}.aivmm"
+        if len(draft.pieces) == 1:  # blocks of another batch may be numbered differently; the whole is the whole
+            last = len(self.work.subject.structure_at(draft.batch).blocks) - 1
+            draft = replace(draft, pieces=(replace(draft.pieces[0], first=0, last=last),))
+        self.work.emitter(draft.batch).write(draft, bundle, objective=self.work.options.objective)
+        return Entrant(
+            draft=draft,
+            role=role,
+            bundle=bundle,
+            size_bytes=folder_bytes(bundle),
+            sample=prepared.samples[-1],
+            reference=prepared.references[-1],
+            samples=prepared.samples[:-1],
+            references=prepared.references[:-1],
+        )
+
+    def predicted_s(self, proof: Proof) -> float | None:
+        """Return the seconds of one call that the search expected of the plan, or None when it never measured it."""
+        if proof.plan is None:
+            return None
+        draft = proof.plan.draft
+        known = [
+            outcome.median_s
+            for candidate, outcome in self.explorer.known.values()
+            if _same(candidate, draft) and isinstance(outcome, Score)
+        ]
+        return self._predicted.get(draft.name, known[0] if known else None)
+
+    def verdict(self, proof: Proof) -> tuple[str, list[str]]:
+        """Return the verdict in words, and what stands in the way of a plan (nothing, when there is one)."""
+        if proof.plan is not None:
+            accuracy = self.accuracy(proof.plan)
+            note = "Accuracy could not be judged: the model's outputs differ each time it runs."
+            if accuracy is not None:
+                note = f"Outputs match {accuracy.reference}: cosine {accuracy.value:.6f} on {accuracy.data} inputs."
+            return sentence(proof, objective=self.work.options.objective, accuracy_text=note), []
+        nearest = _nearest(proof)
+        asked = ", ".join(self.work.options.constraints) or f"cosine>={self.work.cosine_limit:g}"
+        if nearest is None:
+            reasons = [f"{each.draft.name}: {each.problem}" for each in proof.entrants if each.problem][:3]
+            return f"No plan meets the constraints ({asked}). {'; '.join(reasons)}", reasons
+        reasons = [each.sentence for each in proof.violations[nearest.draft.name]]
+        return f"No plan meets the constraints ({asked}). The nearest is {describe(nearest.draft)}: {'; '.join(reasons)}.", reasons
+
+    def accuracy(self, plan: Entrant) -> Accuracy | None:
+        """Return how close the plan's outputs are to the reference; None when that cannot be judged."""
+        if not self.work.subject.deterministic or "cosine" not in plan.metrics:
+            return None
+        return Accuracy(
+            metric="cosine",
+            value=plan.metrics["cosine"],
+            limit=self.work.cosine_limit,
+            data="real" if self.work.subject.real_data else "synthetic",
+            reference=self.work.subject.reference_name,
+        )
+
+    def fallbacks(self, proof: Proof) -> list[Draft]:
+        """Return uncut plans for the other runtimes and devices, best first: what to run where the plan's own target is missing."""
+        assert proof.plan
+        have = {str(piece.target) for piece in proof.plan.draft.pieces}
+        others: dict[str, Entrant] = {}
+        for each in proof.entrants:
+            piece = each.draft.pieces[0]
+            name = str(piece.target)
+            usable = each.eligible and each.confirmed and len(each.draft.pieces) == 1 and each.draft.batch == proof.plan.draft.batch
+            if not usable or piece.target.name == "AUTO" or (name in have and len(have) == 1) or each.draft.name in proof.violations:
+                continue
+            assert each.confirmed
+            held = others.get(name)
+            if held is None or (held.confirmed and each.confirmed.median_s < held.confirmed.median_s):
+                others[name] = each
+        ranked = sorted(others.values(), key=lambda each: each.confirmed.median_s if each.confirmed else 0.0)
+        return [replace(each.draft, name=f"{each.draft.targets} instead") for each in ranked]
+
+
+def _same(candidate: Candidate, draft: Draft) -> bool:
+    piece = draft.pieces[0]
+    return (candidate.target, candidate.config, candidate.batch, candidate.callers) == (
+        piece.target,
+        piece.config,
+        draft.batch,
+        draft.callers,
+    )
+
+
+def _nearest(proof: Proof) -> Entrant | None:
+    """Return the entrant whose worst violation is the smallest."""
+    judged = [each for each in proof.entrants if each.draft.name in proof.violations]
+    return min(judged, key=lambda each: max(violation.percent for violation in proof.violations[each.draft.name]), default=None)
+
+
+def expected(plan: Entrant) -> dict[str, Number]:
+    """Return the numbers that the proof found, as the plan holds them."""
+    assert plan.confirmed
+    low, high = interval_s(plan)
+    count = len(plan.confirmed.timed_s)
+    found = {"median_s": Number(value=plan.confirmed.median_s, low=low, high=high, source="measured", samples=count)}
+    for name in ("p99_s", "throughput_per_s", "peak_memory_bytes", "compile_s", "first_inference_s"):
+        if name in plan.metrics:
+            found[name] = Number(value=plan.metrics[name], source="measured", samples=count if name == "throughput_per_s" else 0)
+    return found

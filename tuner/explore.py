@@ -1,0 +1,228 @@
+"""Exploring: the baselines first, then the search around them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+from aivmm.errors import ModelError
+from aivmm.planner.candidates import Candidate, Rejection, Score
+from aivmm.planner.search import Search, Space
+from aivmm.runtime.backend import Baseline
+from aivmm.runtime.config import Config
+from aivmm.runtime.environment import environment_of
+from aivmm.runtime.target import Target
+from aivmm.tuner.measure import Measurer
+from aivmm.tuner.work import Work
+
+SEARCH_UNTIL = 0.62  # the share of the budget by which the search has to end, counted from the start
+_BASELINES = 0.15  # the share for racing the baselines
+_GROUP = 3  # candidates asked for at once: they share a race, and its reference
+_GROUP_S = 4.0
+_PATIENCE = 12  # trials without an improvement of 1 % after which a search without --trials ends
+_LEAST_TRIALS = 10
+_HOPELESS = {"latency": 2.0, "throughput": 3.0}  # a target this far behind with its defaults is not searched
+
+
+class Explorer:
+    """Measures the baselines and searches. What it knows afterwards is in `known`, `baselines`, `search` and `measurer`."""
+
+    known: dict[str, tuple[Candidate, Score | Rejection]]
+    baselines: list[tuple[Baseline, Candidate]]
+    aliases: list[tuple[Baseline, Candidate]]
+    search: Search
+    measurer: Measurer
+
+    def __init__(self, work: Work, *, searched_before: bool) -> None:
+        self.work = work
+        self.searched_before = searched_before
+
+    def run(self) -> None:
+        """Explore."""
+        self.baselines = self._baselines()
+        self.search = self._search(self.baselines)
+
+    def _baselines(self) -> list[tuple[Baseline, Candidate]]:
+        """Measure the baselines; they are the first candidates and the yardstick. Those that no target takes are noted and left out."""
+        self.work.progress.phase("measuring what you would run without us")
+        known = self.work.lab.baselines(self.work.targets, self.work.options.objective)
+        pairs = [(each, self._candidate(each)) for each in known]
+        for each in known:  # AUTO exists only here
+            self.work.database.remember_environment(environment_of(each.target))
+            self.work.database.remember_target(each.target)
+        pairs.sort(key=lambda pair: str(pair[0].target) != "onnxruntime:CPU")  # the reference comes first: the same one in every run
+        self.measurer = Measurer(
+            lab=self.work.lab,
+            subject=self.work.subject,
+            database=self.work.database,
+            run_id=self.work.run_id,
+            reference=pairs[0][1],
+            cosine_limit=self.work.cosine_limit,
+            fresh=self.work.options.fresh,
+            retry_failed=self.work.options.retry_failed,
+            seed=self.work.options.seed,
+        )
+        recalled = self.measurer.recall(self._all_measured_targets(pairs))
+        usable = self._first_that_runs(pairs)
+        self.known = {candidate.key: (candidate, outcome) for candidate, outcome in recalled}
+        usable = self._leave_aliases(usable)
+        missing = [candidate for _, candidate in usable if candidate.key not in self.known]
+        if missing:
+            found = self.measurer.measure(
+                missing, budget_s=max(4.0, _BASELINES * self.work.options.budget_s), tell=self.work.tell_race, keep=missing
+            )
+            for _, candidate in usable:
+                if candidate.key in found:
+                    self.known[candidate.key] = (candidate, found[candidate.key])
+        usable += self._twins(usable)
+        for baseline, candidate in usable:
+            outcome = self.known.get(candidate.key, (candidate, None))[1]
+            if isinstance(outcome, Rejection) and outcome.state != "pruned":
+                self.work.note(f"{baseline.name} cannot run this model: {outcome.reason}")
+        ran = [(each, candidate) for each, candidate in usable if _ran(self.known.get(candidate.key))]
+        return ran + [pair for pair in self.aliases if any(pair[1].target.runtime == candidate.target.runtime for _, candidate in ran)]
+
+    def _candidate(self, baseline: Baseline) -> Candidate:
+        return Candidate(target=baseline.target, config=baseline.config, batch=self.work.subject.base_batch, callers=baseline.callers)
+
+    def outcome(self, candidate: Candidate) -> Score | Rejection | None:
+        """Return how a candidate came out, or None when it was not measured (an alias)."""
+        known = self.known.get(candidate.key)
+        return None if known is None else known[1]
+
+    def _all_measured_targets(self, pairs: Sequence[tuple[Baseline, Candidate]]) -> list[Target]:
+        return list(dict.fromkeys((*self.work.targets, *(candidate.target for _, candidate in pairs))))
+
+    def _first_that_runs(self, pairs: list[tuple[Baseline, Candidate]]) -> list[tuple[Baseline, Candidate]]:
+        """Make sure that the reference runs: try the baselines in order, and leave the refused ones out.
+
+        Raises:
+            ModelError: none runs.
+        """
+        reasons = []
+        for index, (baseline, candidate) in enumerate(pairs):
+            outcome = self.measurer.try_load(candidate)
+            if outcome is None:
+                self.measurer.reference = candidate
+                return pairs[index:]
+            reasons.append(f"{baseline.name}: {outcome.reason}")
+            self.work.note(f"{baseline.name} cannot run this model: {outcome.reason}")
+        raise ModelError(f"no target takes {self.work.subject.facts.name}: {'; '.join(reasons)}")
+
+    def _leave_aliases(self, pairs: list[tuple[Baseline, Candidate]]) -> list[tuple[Baseline, Candidate]]:
+        """Set aside AUTO, and hints that resolve to the default: they teach the search nothing. They are proven all the same."""
+        self.aliases = []
+        seen: dict[tuple[str, int, str], Baseline] = {}
+        kept = []
+        for baseline, candidate in pairs:
+            if candidate.target.name == "AUTO":
+                self.aliases.append((baseline, candidate))
+                continue
+            if self.measurer.try_load(candidate) is not None:
+                kept.append((baseline, candidate))  # refused: noted with its reason later
+                continue
+            loaded = self.measurer.loaded(candidate)
+            effective = json.dumps(dict(loaded.effective_config), sort_keys=True, default=str) if loaded else ""
+            same = seen.setdefault((str(candidate.target), candidate.callers, effective), baseline)
+            if same is baseline:
+                kept.append((baseline, candidate))
+            else:
+                self.aliases.append((baseline, candidate))
+        return kept
+
+    def _twins(self, usable: Sequence[tuple[Baseline, Candidate]]) -> list[tuple[Baseline, Candidate]]:
+        """Where a runtime's default is not fp32 (bf16 on AMX), its fp32 twin is the yardstick for accuracy's sake: measure it too."""
+        twins = []
+        for _, candidate in usable:
+            loaded = self.measurer.loaded(candidate)
+            hint = str(loaded.effective_config.get("INFERENCE_PRECISION_HINT", "float32")) if loaded else "float32"
+            lower = hint not in ("float32", "f32", "dynamic") or (len(candidate.target.precisions) > 1 and not loaded)
+            if lower and candidate.config.precision is None and not candidate.config.settings and candidate.target.name != "AUTO":
+                config = replace(candidate.config, precision="fp32")
+                twin = Baseline(name=f"{candidate.target} fp32", target=candidate.target, config=config, callers=candidate.callers)
+                twins.append((twin, self._candidate(twin)))
+        missing = [candidate for _, candidate in twins if candidate.key not in self.known]
+        if missing:
+            for key, outcome in self.measurer.measure(missing, budget_s=4.0, tell=self.work.tell_race, keep=missing).items():
+                for candidate in missing:
+                    if candidate.key == key:
+                        self.known[key] = (candidate, outcome)
+        return twins
+
+    def _search(self, baselines: Sequence[tuple[Baseline, Candidate]]) -> Search:
+        """Search the knobs of the targets that are worth it, until the budget's share is spent or nothing improves."""
+        self.work.progress.phase("searching settings")
+        targets = self._worth_searching(baselines)
+        batches, callers = self.work.batches(), 1
+        if self.work.options.objective == "throughput":
+            callers = max(2, *(2 * (target.device.cores or 2) for target in targets))
+        space = Space(
+            targets=targets,
+            knobs={str(target): self.work.lab.knobs(target) for target in targets},
+            objective=self.work.options.objective,
+            precisions={str(target): self.work.precisions(target) for target in targets},
+            batches=batches,
+            most_callers=min(callers, 32),
+        )
+        search = Search(space=space, seed=self.work.options.seed)
+        for candidate, outcome in self.known.values():
+            if _within(candidate, space):
+                search.tell(candidate, outcome)
+                self._record(search)
+        search.enqueue(
+            Candidate(target=target, config=Config(precision=self.work.precisions(target)[0]), batch=batches[0]) for target in targets
+        )
+        if not self.searched_before and self.work.options.min_segments == 1:
+            self._search_on(search)
+        self.measurer.release()
+        return search
+
+    def _worth_searching(self, baselines: Sequence[tuple[Baseline, Candidate]]) -> list[Target]:
+        best: dict[Target, float] = {}
+        for _, candidate in baselines:
+            outcome = self.outcome(candidate)
+            if isinstance(outcome, Score | Rejection) and outcome.ratio is not None and candidate.target in self.work.targets:
+                best[candidate.target] = min(best.get(candidate.target, outcome.ratio), outcome.ratio)
+        least = min(best.values())
+        worth = [target for target in best if best[target] <= _HOPELESS[self.work.options.objective] * least]
+        for target in best:
+            if target not in worth:
+                self.work.note(f"{target} was not searched: its defaults take {best[target] / least:.1f} times as long as the best ones")
+        return worth
+
+    def _search_on(self, search: Search) -> None:
+        deadline = SEARCH_UNTIL * self.work.options.budget_s
+        trials = stale = 0
+        best = min((score.ratio for _, score in search.best(1)), default=float("inf"))
+        while not search.exhausted and self.work.elapsed() < deadline:
+            if self.work.options.trials is not None and trials >= self.work.options.trials:
+                break
+            if self.work.options.trials is None and trials >= _LEAST_TRIALS and stale >= _PATIENCE:
+                break
+            count = _GROUP if self.work.options.trials is None else min(_GROUP, self.work.options.trials - trials)
+            asked = search.ask(count)
+            if not asked:
+                break
+            left = max(1.5, min(_GROUP_S, deadline - self.work.elapsed()))
+            incumbent = [candidate for candidate, _ in search.best(1)]
+            found = self.measurer.measure(asked, budget_s=left, tell=self.work.tell_race, beside=incumbent)
+            for candidate in asked:
+                search.tell(candidate, found[candidate.key])
+                self._record(search)
+            trials += len(asked)
+            now = min((score.ratio for _, score in search.best(1)), default=best)
+            stale = 0 if now < 0.99 * best else stale + len(asked)
+            best = min(best, now)
+
+    def _record(self, search: Search) -> None:
+        self.work.database.add_trial(self.work.run_id, search.records[-1])
+
+
+def _ran(known: tuple[Candidate, Score | Rejection] | None) -> bool:
+    """True when the baseline gave a time, even one whose accuracy makes it ineligible."""
+    return known is not None and (isinstance(known[1], Score) or known[1].ratio is not None)
+
+
+def _within(candidate: Candidate, space: Space) -> bool:
+    return candidate.target in space.targets and candidate.batch in space.batches and candidate.callers <= space.most_callers

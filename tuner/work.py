@@ -1,0 +1,86 @@
+"""The workplace of one tuning: what all of its parts share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from aivmm.db.database import Database
+from aivmm.planner.constraints import Constraint
+from aivmm.probes.lab import Lab
+from aivmm.probes.race import RaceState
+from aivmm.runtime.target import Target, Unavailable
+from aivmm.tuner.emit import Emitter
+from aivmm.tuner.options import DEFAULT_BATCHES, TuneOptions
+from aivmm.tuner.progress import Progress
+from aivmm.tuner.subject import Subject
+from aivmm.tuner.verdict import time_text
+
+
+@dataclass(slots=True, kw_only=True)
+class Work:
+    """One tuning under way. `run_id` names its row in the database; `notes` are what its reader should know."""
+
+    options: TuneOptions
+    progress: Progress
+    started: float  # of time.perf_counter
+    database: Database
+    lab: Lab
+    folder: Path
+    subject: Subject
+    targets: Sequence[Target]
+    all_targets: Sequence[Target]
+    unavailable: Sequence[Unavailable]
+    constraints: Sequence[Constraint]
+    cosine_limit: float
+    run_id: str
+    notes: list[str] = field(default_factory=list)
+    _emitters: dict[int, Emitter] = field(default_factory=dict)
+
+    def elapsed(self) -> float:
+        """Return seconds since the start."""
+        return time.perf_counter() - self.started
+
+    def note(self, text: str) -> None:
+        """Tell the user something, now and in the report."""
+        if text not in self.notes:
+            self.notes.append(text)
+            self.progress.note(text)
+
+    def tell_race(self, state: RaceState) -> None:
+        """Show how a race goes."""
+        best = f"best so far {time_text(min(state.leader.durations))}" if state.leader else ""
+        self.progress.detail(f"round {state.round}, {state.racing} candidates", best=best, left_s=self.options.budget_s - self.elapsed())
+
+    def precisions(self, target: Target) -> list[str | None]:
+        """Return the precisions that may be searched on a target."""
+        wanted = [each for each in target.precisions if not self.options.precisions or each in self.options.precisions]
+        return list(wanted)
+
+    def batches(self) -> tuple[int, ...]:
+        """Return the batches that may be searched."""
+        if self.options.objective != "throughput":
+            if len(self.options.batches) > 1:
+                self.note(f"latency is tuned for batch {self.subject.base_batch}; use --objective throughput to search several")
+            return (self.subject.base_batch,)
+        if not self.subject.facts.batchable:
+            return (self.subject.base_batch,)
+        return self.options.batches or DEFAULT_BATCHES
+
+    def emitter(self, batch: int) -> Emitter:
+        """Return the writer of bundles at a batch."""
+        if batch not in self._emitters:
+            prepared = self.subject.at(batch)
+            structure = self.subject.structure_at(batch)
+            self._emitters[batch] = Emitter(
+                prepared.path, prepared.facts, structure, self.folder / f"segments-{batch}", version=version("aivmm")
+            )
+        return self._emitters[batch]
+
+    def close(self) -> None:
+        """Let go of the model's files."""
+        for emitter in self._emitters.values():
+            emitter.close()
