@@ -23,7 +23,7 @@ from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
 from aivmm.tensors import TensorSpec
 
-_BATCH_BELOW_S = 100e-6  # steps shorter than this are timed several at a time, so that the clock does not matter
+BATCH_BELOW_S = 100e-6  # steps shorter than this are timed several at a time, so that the clock does not matter
 _BATCH_OF_S = 200e-6
 _SETTLE_S = 2e-3
 
@@ -286,7 +286,7 @@ def timed(
         step()
         last = time.perf_counter() - before
         done += 1
-    inner = 1 if each or last >= _BATCH_BELOW_S else max(1, round(_BATCH_OF_S / max(last, 1e-6)))
+    inner = 1 if each or last >= BATCH_BELOW_S else max(1, round(_BATCH_OF_S / max(last, 1e-6)))
     return {"durations": _one(step, seconds, least, most, inner), "memory_bytes": peak_memory_bytes()}
 
 

@@ -58,7 +58,7 @@ class Contestant:
         if self.worker.generation != self.generation or self.worker.pid == 0:
             self.failed = WorkerDied("lost with its worker, which died during another candidate")
             return
-        seconds = _SEVERAL_BLOCK_S if self.callers > 1 else min(_BLOCK_MOST_S, max(_BLOCK_LEAST_S, _BLOCK_CALLS * self.expected_s))
+        seconds = block_s(self.expected_s, self.callers)
         try:
             settle = 1 if self.expected_s > _SLOW_S else 2
             answer = self.worker.call("timed", limit_s=_RUN_LIMIT_S + seconds, name=self.name, seconds=seconds, settle=settle)
@@ -75,6 +75,13 @@ class Contestant:
         else:
             self.durations.extend(answer["durations"])
             self.rounds.extend([number] * len(answer["durations"]))
+
+
+def block_s(expected_s: float, callers: int) -> float:
+    """Return how long one block of calls that take `expected_s` each should be timed."""
+    if callers > 1:
+        return max(_SEVERAL_BLOCK_S, 3 * expected_s)
+    return min(_BLOCK_MOST_S, max(_BLOCK_LEAST_S, _BLOCK_CALLS * expected_s))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

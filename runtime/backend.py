@@ -53,7 +53,11 @@ class Request(Protocol):
         """
 
     def run(self) -> None:
-        """Run once. Return when the device is idle and the outputs are written."""
+        """Run once. Return when the device is idle and the outputs are written.
+
+        Raises:
+            Unsupported: the runtime cannot run the model on what is bound, in its own words.
+        """
 
     def output(self, name: str) -> Buffer:
         """Return an output of the last run: the bound buffer itself, or the runtime's array, which the next run may overwrite."""

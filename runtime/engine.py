@@ -19,7 +19,7 @@ from aivmm.runtime.backend import Backend, Buffer, Executable
 from aivmm.runtime.bundle import Bundle
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.lane import Lane
-from aivmm.runtime.plan import Plan, Stage
+from aivmm.runtime.plan import Plan, Stage, agree
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target, Unavailable
 from aivmm.tensors import TensorSpec
@@ -227,13 +227,5 @@ def _check_interface(stage: Stage, executable: Executable) -> None:
         if odd is not None:
             raise BundleError(f"{stage.model} does not fit its plan: the {kind} {odd!r} is not in both")
         for name in specs.keys() & have.keys():
-            if not _agree(specs[name], have[name]):
+            if not agree(specs[name], have[name]):
                 raise BundleError(f"{stage.model} does not fit its plan: the {kind} {specs[name]} is {have[name]} in the file")
-
-
-def _agree(said: TensorSpec, found: TensorSpec) -> bool:
-    if "unknown" not in (said.dtype, found.dtype) and said.dtype != found.dtype:
-        return False
-    if len(said.shape) != len(found.shape):
-        return not said.shape or not found.shape  # files may leave the rank away
-    return all(a is None or b is None or a == b for a, b in zip(said.shape, found.shape, strict=True))

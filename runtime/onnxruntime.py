@@ -273,9 +273,7 @@ class _BoundRequest:
         self._inputs = {each.name for each in executable.inputs}
         self._order = [each.name for each in executable.outputs]
         self._bound: dict[str, Buffer] = {}
-        # Unbound outputs are allocated by the session, which keeps the shape of the first run: a new shape needs a new binding.
         self._free = set(self._order)
-        self._bind_free()
 
     def bind(self, name: str, buffer: Buffer) -> None:
         """Share `buffer` with the session; kept alive here, since the binding holds its address only.
@@ -285,23 +283,22 @@ class _BoundRequest:
         """
         if not buffer.flags.c_contiguous:
             raise Unsupported(f"the array for {name!r} is not C-contiguous, so it cannot be shared")
-        before = self._bound.get(name)
         self._bound[name] = buffer
         if name in self._inputs:
             self._binding.bind_cpu_input(name, buffer)
-            if self._free and before is not None and before.shape != buffer.shape:
-                self._bind_free()
         else:
             self._free.discard(name)
             self._binding.bind_ortvalue_output(name, _ort().OrtValue.ortvalue_from_numpy(buffer))
 
-    def _bind_free(self) -> None:
-        for name in self._free:
-            self._binding.bind_output(name, "cpu")
-
     def run(self) -> None:
         """Run. No RunOptions: an unset one costs 50 µs inside the library."""
-        self._session.run_with_iobinding(self._binding)
+        # Unbound outputs are allocated by the session, which then insists on that shape in the next run: bind them anew.
+        for name in self._free:
+            self._binding.bind_output(name, "cpu")
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # noqa: BLE001 - see OnnxRuntime.compile
+            raise Unsupported(f"ONNX Runtime while running: {_words(error)}") from error
 
     def output(self, name: str) -> Buffer:
         """Return the output's array."""
@@ -329,7 +326,10 @@ class _FeedRequest:
     def run(self) -> None:
         """Run, and copy into the bound outputs."""
         feed = {name: array for name, array in self._bound.items() if name in self._inputs}
-        self._last = dict(zip(self._order, self._session.run(self._order, feed), strict=True))
+        try:
+            self._last = dict(zip(self._order, self._session.run(self._order, feed), strict=True))
+        except Exception as error:  # noqa: BLE001 - see OnnxRuntime.compile
+            raise Unsupported(f"ONNX Runtime while running: {_words(error)}") from error
         for name in self._order:
             if name in self._bound:
                 self._bound[name][...] = self._last[name]

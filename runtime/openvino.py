@@ -8,6 +8,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Baseline, Buffer, Placement, Request
 from aivmm.runtime.config import Config, Knob, Setting
@@ -358,7 +360,8 @@ class _Request:
         if buffer.dtype.kind in "OSU":
             tensor = self._tensor(buffer)
         else:
-            tensor = self._tensor(buffer, shared_memory=True)
+            # C's `long long` is the same as `long` to NumPy's eyes, and unknown to OpenVINO's.
+            tensor = self._tensor(buffer.view(np.dtype(buffer.dtype.name)), shared_memory=True)
         if name in self._inputs:
             self._request.set_input_tensor(self._inputs[name], tensor)
         else:
@@ -366,7 +369,10 @@ class _Request:
 
     def run(self) -> None:
         """Run. The synchronous call: waking a parked thread for the asynchronous one costs 100 µs on an idle machine."""
-        self._request.infer(share_outputs=True)
+        try:
+            self._request.infer(share_outputs=True)
+        except RuntimeError as error:
+            raise Unsupported(f"OpenVINO while running: {_words(error)}") from error
 
     def output(self, name: str) -> Buffer:
         """Return the output's array."""

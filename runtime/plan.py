@@ -118,7 +118,7 @@ class Alternative(_Part):
 class Plan(_Part):
     """A decision, with everything needed to run it and to believe it."""
 
-    schema_version: Literal[1] = Field(alias="schema", default=1)
+    schema_version: int = Field(alias="schema", default=SCHEMA, ge=1, le=SCHEMA)
     created_by: str  # "aivmm 0.1.0"
     created_at: str  # ISO 8601, UTC
     model: Model
@@ -140,22 +140,26 @@ class Plan(_Part):
     @model_validator(mode="after")
     def _stages_connect(self) -> Plan:
         for stages in (self.stages, *(each.stages for each in (*self.alternatives, *self.fallbacks))):
-            known = {each.name for each in self.model.inputs}
-            made: set[str] = set()
+            known = {each.name: each.spec for each in self.model.inputs}
+            if len(known) != len(self.model.inputs):
+                raise ValueError("two inputs of the model have one name")
+            made: dict[str, TensorSpec] = {}
             for stage in stages:
                 if stage.model not in self.files:
                     raise ValueError(f"stage file {stage.model!r} is not listed in files")
                 for each in stage.inputs:
                     if each.name not in known:
                         raise ValueError(f"stage on {stage.target} needs {each.name!r}, which nothing before it makes")
+                    _require_agreement(each.spec, known[each.name])
                 for each in stage.outputs:
                     if each.name in made:
                         raise ValueError(f"two stages make {each.name!r}")
-                    made.add(each.name)
+                    made[each.name] = each.spec
                 known |= made
             for each in self.model.outputs:
                 if each.name not in made:
                     raise ValueError(f"no stage makes the output {each.name!r}")
+                _require_agreement(each.spec, made[each.name])
         return self
 
     def targets(self) -> tuple[str, ...]:
@@ -165,6 +169,20 @@ class Plan(_Part):
     def to_json(self) -> str:
         """Return the text of `plan.json`."""
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=True) + "\n"
+
+
+def agree(a: TensorSpec, b: TensorSpec) -> bool:
+    """Say whether two descriptions of one tensor can both be right. An empty shape may stand for an unknown rank."""
+    if "unknown" not in (a.dtype, b.dtype) and a.dtype != b.dtype:
+        return False
+    if len(a.shape) != len(b.shape):
+        return not a.shape or not b.shape
+    return all(one is None or other is None or one == other for one, other in zip(a.shape, b.shape, strict=True))
+
+
+def _require_agreement(a: TensorSpec, b: TensorSpec) -> None:
+    if not agree(a, b):
+        raise ValueError(f"{a} is {b} elsewhere in the plan")
 
 
 def parse_plan(text: str | bytes, where: str) -> Plan:

@@ -45,10 +45,11 @@ class Decider:
             self._predicted[draft.name] = score.median_s
             finalists.append(draft)
         finalists += self._cuts()
-        # Batching alone is no merit of ours: whoever may batch gets the defaults at the same batch as a yardstick.
-        for batch in sorted({draft.batch for draft in finalists} - {self.work.subject.base_batch}):
+        # Batching alone is no merit of ours: whoever may batch gets the defaults at the best finalist's batch as a yardstick.
+        batch = finalists[0].batch if finalists else self.work.subject.base_batch
+        if batch != self.work.subject.base_batch:
             for each, candidate in baselines:
-                if each.callers == 1 and not each.config.settings:
+                if not each.config.settings and each.callers == 1 and each.target.name != "AUTO":
                     drafts.append((Draft.whole(f"{each.name}, batch {batch}", replace(candidate, batch=batch), blocks), "baseline"))
         drafts += [(draft, "candidate") for draft in finalists]
         return [self._entrant(number, draft, role) for number, (draft, role) in enumerate(drafts)]

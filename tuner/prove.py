@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,14 +17,17 @@ from aivmm.probes.client import Worker, WorkerDied
 from aivmm.probes.compare import Comparison, cautions, compare, median_interval
 from aivmm.probes.lab import COMPILE_LIMIT_S
 from aivmm.probes.machine import BackgroundLoad, machine_cautions
-from aivmm.probes.race import Contestant, RaceState, leader_of, per_sample_s, race, versus
+from aivmm.probes.operations import BATCH_BELOW_S
+from aivmm.probes.race import Contestant, RaceState, block_s, leader_of, per_sample_s, race, versus
 from aivmm.probes.records import Caution, Samples
 from aivmm.runtime.cpu import usable_cores
 
-PROOF_S = 20.0  # loading, choosing and confirming; the tail and the report come on top
-_LEAST_S = 8.0  # for racing, however long loading took
+# Seconds of racing: as many as the entrants' own speed asks for, within these. Loading, the tail and the report come on top.
+_LEAST_S, _MOST_S = 6.0, 15.0
+_ROUNDS = 15
+_SWITCH_S = 0.03  # between two workers: until the one before has stopped spinning
 TAIL_SAMPLES = 500  # below this a 99th percentile is not given
-TAIL_S = 4.0
+TAIL_S = 3.0
 TAIL_ASKED_S = 40.0  # when a constraint asks for it
 
 
@@ -125,7 +127,6 @@ class Prover:
         self._seed = seed
         self._tell = tell
         self._forced = forced
-        self._started = time.perf_counter()
         self._asks_tail = any(constraint.metric == "p99" for constraint in constraints)
 
     def run(self) -> Proof:
@@ -200,7 +201,7 @@ class Prover:
             # First to choose among the finalists ...
             next_round = race(
                 finalists,
-                budget_s=0.4 * max(_LEAST_S, PROOF_S - (time.perf_counter() - self._started)),
+                budget_s=0.6 * _racing_s(finalists),
                 least_rounds=6,
                 most_rounds=20,
                 seed=self._seed,
@@ -218,7 +219,7 @@ class Prover:
             each.rounds.clear()
         race(
             contestants,
-            budget_s=max(0.5 * _LEAST_S, PROOF_S - (time.perf_counter() - self._started)),
+            budget_s=_racing_s([each for each in contestants if each.racing]),
             least_rounds=10,
             most_rounds=40,
             seed=self._seed + 1,
@@ -286,18 +287,15 @@ class Prover:
         if not wanted or contestant is None or entrant.draft.callers > 1 or entrant.confirmed is None:
             return
         median = entrant.confirmed.median_s
-        durations: list[float] = []
-        if median * TAIL_SAMPLES <= (TAIL_ASKED_S if self._asks_tail else TAIL_S):
-            # One call a sample: a mean of several calls has no tail.
+        # Below 100 µs the durations of a race are means of several calls, and a mean has no tail.
+        durations = list(entrant.confirmed.timed_s) if median >= BATCH_BELOW_S else []
+        missing = TAIL_SAMPLES - len(durations)
+        if missing > 0 and median * missing <= (TAIL_ASKED_S if self._asks_tail else TAIL_S):
             try:
-                answer = contestant.worker.call(
-                    "timed", limit_s=60 + TAIL_ASKED_S, name="engine", seconds=0.0, least=TAIL_SAMPLES, each=True
-                )
+                answer = contestant.worker.call("timed", limit_s=60 + TAIL_ASKED_S, name="engine", seconds=0.0, least=missing, each=True)
             except WorkerDied:
                 return  # the confirmed samples stand; the tail is then not known
-            durations = answer["durations"]
-        elif len(entrant.confirmed.timed_s) >= TAIL_SAMPLES:
-            durations = list(entrant.confirmed.timed_s)
+            durations += answer["durations"]
         if len(durations) >= TAIL_SAMPLES:
             entrant.metrics["p99_s"] = Samples(timed_s=tuple(durations)).quantile_s(0.99)
 
@@ -315,6 +313,11 @@ def constraint_metrics(entrant: Entrant) -> dict[str, float]:
         "cosine": "cosine",
     }
     return {ours: entrant.metrics[theirs] for ours, theirs in names.items() if theirs in entrant.metrics}
+
+
+def _racing_s(contestants: Sequence[Contestant]) -> float:
+    """Return how long to race: so many rounds as make an interval, within limits that keep the whole proof below 30 s."""
+    return min(_MOST_S, max(_LEAST_S, _ROUNDS * sum(block_s(each.expected_s, each.callers) + _SWITCH_S for each in contestants)))
 
 
 def interval_s(entrant: Entrant) -> tuple[float, float]:

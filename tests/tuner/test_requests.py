@@ -22,8 +22,8 @@ def test_a_forced_cut_of_real_inputs_runs_right(shared: Place, tiny: Path, tmp_p
     images = np.random.default_rng(11).random((3, 1, 3, 16, 16), dtype=np.float32)
     np.savez(tmp_path / "images.npz", input=images)
     done = shared.aivmm(
-        "tune", tiny, "--shape", "input=1x3x16x16", "--inputs", tmp_path / "images.npz", "--min-segments", "2", "--budget", "6s", "--trials", "1",
-        "--json", "-q", "-o", "cut.aivmm",
+        "tune", tiny, "--shape", "input=1x3x16x16", "--inputs", tmp_path / "images.npz", "--min-segments", "2", "--budget", "6s",
+        "--trials", "1", "--json", "-q", "-o", "cut.aivmm",
     )  # fmt: skip
     assert (done.code, done.err) == (0, "")
     found = done.json
@@ -78,8 +78,8 @@ def test_throughput_chooses_a_batch_of_those_allowed(shared: Place, tiny: Path) 
 
 def test_targets_that_a_constraint_leaves_out_are_neither_measured_nor_used(place: Place, tiny: Path) -> None:
     done = place.aivmm(
-        "tune", tiny, *TINY, "--constraint", "targets in (onnxruntime:CPU), latency<10s", "--constraint", "cosine>=0.9999", "--budget", "4s",
-        "--trials", "2", "--top", "1", "--json",
+        "tune", tiny, *TINY, "--constraint", "targets in (onnxruntime:CPU), latency<10s", "--constraint", "cosine>=0.9999",
+        "--budget", "4s", "--trials", "2", "--top", "1", "--json",
     )  # fmt: skip
     assert done.code == 0, done.err
     found = done.json

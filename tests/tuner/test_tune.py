@@ -163,6 +163,17 @@ def test_the_run_is_recorded_as_complete_with_its_summary(tuned: Tuned, again: F
         assert {each.role for each in database.proofs(newest.id)} >= {"plan", "baseline"}
 
 
+def test_the_search_tries_as_many_points_as_it_was_told_and_the_second_run_none(tuned: Tuned, again: Finished) -> None:
+    assert again.code == 0
+    with Database.open(tuned.place.db) as database:
+        second, first = (database.trials(each.id) for each in (database.run(None), database.runs()[-1]))
+    searched = [each for each in first if not each.reused and each.config.precision]  # a baseline leaves the precision to the runtime
+    assert len(searched) == 3
+    assert len({(each.target, each.config.key()) for each in searched}) == 3
+    assert [each for each in second if not each.reused] == []
+    assert {(each.target, each.config.key()) for each in searched} <= {(each.target, each.config.key()) for each in second}
+
+
 def test_the_same_command_again_measures_nothing_but_the_proof(tuned: Tuned, again: Finished) -> None:
     assert again.code == 0
     assert again.json["probes"]["measured"] == 0

@@ -1,0 +1,125 @@
+"""What the probes' tests share: a plug-in backend that does everything wrong that native code can do, installed for workers only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aivmm.probes import wire
+from aivmm.probes.client import Worker
+from aivmm.runtime.target import Device, Target
+
+WILD = """
+import ctypes, os, sys, time
+import numpy as np
+from aivmm.runtime.backend import Placement
+from aivmm.runtime.config import Config
+from aivmm.runtime.target import Device, Target
+from aivmm.tensors import TensorSpec
+
+def misbehave(how):
+    if how == "segfault": ctypes.string_at(0)
+    if how == "abort": os.abort()
+    if how == "exit": sys.exit(7)
+    if how == "vanish": os._exit(9)
+    if how == "busy":
+        while True: pass
+    if how == "idle": time.sleep(3600)
+    if how == "raise": raise KeyError("a bug of the plug-in")
+    if how == "memory": raise MemoryError("no more")
+    if how == "read": sys.stdout.write(repr(sys.stdin.read()) + repr(os.read(0, 10)))
+    if how == "print":
+        line = b"x" * 9999 + b"\\n"
+        for number in range(5000):
+            os.write(1, line)
+            os.write(2, line)
+        print("the end")
+        ctypes.CDLL(None).puts(b"native too") if os.name == "posix" else None
+    if how == "print and die":
+        print("x" * 1000000 + "last words", file=sys.stderr, flush=True)
+        os.abort()
+    if how == "child and die":
+        if os.fork() == 0:
+            time.sleep(30)
+            os._exit(0)
+        os.abort()
+
+class Request:
+    def __init__(self, how): self.how = how; self.bound = {}
+    def bind(self, name, buffer): self.bound[name] = buffer
+    def run(self):
+        misbehave(self.how.removeprefix("run "))
+        self.bound["y"][...] = np.nan if self.how == "nan" else self.bound["x"]
+    def output(self, name): return self.bound[name]
+
+class Executable:
+    inputs = [TensorSpec(name="x", dtype="float32", shape=(4,))]
+    outputs = [TensorSpec(name="y", dtype="float32", shape=(4,))]
+    placement = Placement(devices=("0",), nodes={"0": 1})
+    def __init__(self, how):
+        self.how = how
+        self.effective_config = {"odd": np.float32(1)} if how == "not json" else {}
+    def new_request(self): return Request(self.how)
+    def close(self): pass
+
+class Wild:
+    name = "wild"
+    def targets(self):
+        misbehave(os.environ.get("WILD_DISCOVERY", ""))
+        return [Target(runtime="wild", name="0", device=Device(kind="other", model="wild"), runtime_version="1")]
+    def knobs(self, target): return []
+    def baselines(self, targets, objective): return []
+    def compile(self, model, target, config):
+        how = dict(config.settings).get("how", "")
+        misbehave(how)
+        return Executable(how)
+"""
+TARGET = Target(runtime="wild", name="0", device=Device(kind="other", model="wild"), runtime_version="1")
+
+
+@pytest.fixture(autouse=True)
+def own_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine-wide lock is for measurements; tests would wait for each other's."""
+    monkeypatch.setenv("AIVMM_LOCK", str(tmp_path / "measuring.lock"))
+
+
+@pytest.fixture
+def wild(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Install the wild backend for the processes started from here, as pip would, and return where."""
+    site = tmp_path / "site"
+    info = site / "wild_runtime-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "wild_runtime.py").write_text(WILD)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: wild-runtime\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[aivmm.backends]\nwild = wild_runtime:Wild\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")])))
+    return site
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    with Worker("test") as started:
+        yield started
+
+
+@pytest.fixture
+def compile_wild(wild: Path, worker: Worker, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Ask the worker to compile with the wild backend, which misbehaves as told."""
+    import numpy as np
+
+    from aivmm.probes.operations import save_arrays
+
+    save_arrays(tmp_path / "x.npz", {"x": np.ones(4, dtype=np.float32)})
+
+    def ask(how: str, *, limit_s: float = 30.0, **more: Any) -> dict[str, Any]:
+        config = {"settings": {"how": how}, "precision": None}
+        inputs = str(tmp_path / "x.npz")
+        return worker.call(
+            "compile", limit_s=limit_s, name="m", model="none", target=wire.target_out(TARGET), config=config, inputs=inputs, **more
+        )
+
+    return ask
