@@ -2,9 +2,10 @@
 
     python benchmarks/never_slower.py [--budget 60s] [--repeats 3] [--out benchmarks/results/main_job.md] MODEL ...
 
-Tunes each model, then `--repeats` times measures the plan, through `engine.run`, against each eligible baseline, called as a user
-calls the runtime itself: `InferenceSession(path).run(None, feed)` and `compile_model(path)(inputs)` with default settings, each in a process of its own.
-Rounds are interleaved in random order. Also compares `engine.run` with ONNX Runtime in fp32 on inputs that the tuning never saw.
+Tunes each model, then `--repeats` times measures the plan, through `engine.run`, against each eligible baseline, called as a user calls
+the runtime itself: `InferenceSession(path).run(None, feed)` and OpenVINO's `infer` of a model compiled with default settings, each in a
+process of its own. Rounds are interleaved in random order. Also compares `engine.run` with ONNX Runtime in fp32 on inputs that the tuning
+never saw.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -23,6 +24,7 @@ from aivmm.errors import AivmmError, ModelError, Unsupported, UsageError
 
 START_LIMIT_S = 60.0
 _OUTPUT_BYTES = 8 << 10  # how much of what a worker prints is kept
+_LOOK_S = 1.0  # how often a worker that says nothing is looked at
 _LINE_BYTES = 64 << 20  # the longest answer taken
 _ERRORS: dict[str, type[AivmmError]] = {"Unsupported": Unsupported, "UsageError": UsageError, "ModelError": ModelError}
 
@@ -112,7 +114,7 @@ class Worker:
         try:
             process.stdin.write(json.dumps(message).encode() + b"\n")
             process.stdin.flush()
-            line = self._answers.get(timeout=limit_s)
+            line = self._wait(process, limit_s)
         except queue.Empty:
             reason = f"took longer than {limit_s:.0f} s and was stopped"
             process.kill()
@@ -128,6 +130,20 @@ class Worker:
             raise self._died("")
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def _wait(self, process: subprocess.Popen[bytes], limit_s: float) -> bytes | None:
+        """Return the next answer, or None when there will be none. Raises queue.Empty at the limit."""
+        end = time.monotonic() + limit_s
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._answers.get(timeout=max(0.0, min(end - time.monotonic(), _LOOK_S)))
+            if process.poll() is not None:
+                # Its pipe need not have ended with it: what it forked may hold that open.
+                with contextlib.suppress(queue.Empty):
+                    return self._answers.get(timeout=0.2)
+                return None
+            if time.monotonic() >= end:
+                raise queue.Empty
 
     def _died(self, reason: str) -> WorkerDied:
         process = self._process

@@ -297,7 +297,7 @@ class _BoundRequest:
             self._binding.bind_output(name, "cpu")
         try:
             self._session.run_with_iobinding(self._binding)
-        except Exception as error:  # noqa: BLE001 - see OnnxRuntime.compile
+        except Exception as error:
             raise Unsupported(f"ONNX Runtime while running: {_words(error)}") from error
 
     def output(self, name: str) -> Buffer:
@@ -328,7 +328,7 @@ class _FeedRequest:
         feed = {name: array for name, array in self._bound.items() if name in self._inputs}
         try:
             self._last = dict(zip(self._order, self._session.run(self._order, feed), strict=True))
-        except Exception as error:  # noqa: BLE001 - see OnnxRuntime.compile
+        except Exception as error:
             raise Unsupported(f"ONNX Runtime while running: {_words(error)}") from error
         for name in self._order:
             if name in self._bound:

@@ -276,7 +276,7 @@ def test_arrays_travel_under_any_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "array",
     [
-        np.array(1.5), np.array(True), np.zeros((0, 3), dtype=np.int8), np.arange(6).reshape(2, 3).T, np.float16([1, np.nan, np.inf]),
+        np.array(1.5), np.array(True), np.zeros((0, 3), dtype=np.int8), np.arange(6).reshape(2, 3).T, np.full(2, np.nan, np.float16),
         np.array(["a", "größe", "", "nul\0", "\0"], dtype=object), np.array("scalar", dtype=object), np.empty((0, 2), dtype=object),
         np.array([["a"], ["bb"]]), np.array([1 + 2j]), np.array([2**63], dtype=np.uint64),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import subprocess
@@ -32,9 +33,10 @@ Load = Callable[..., Engine]
 def load(tmp_path: Path) -> Iterator[Load]:
     """Write a bundle and load it; closed at the end of the test."""
     engines: list[Engine] = []
+    numbers = itertools.count()
 
     def make(model: Any, parts: Sequence[Part], **fields: Any) -> Engine:
-        engines.append(aivmm.load_plan(make_bundle(tmp_path / f"{len(engines)}.aivmm", model, parts, **fields)))
+        engines.append(aivmm.load_plan(make_bundle(tmp_path / f"{next(numbers)}.aivmm", model, parts, **fields)))
         return engines[-1]
 
     yield make
@@ -100,7 +102,7 @@ def test_boundaries_are_shared_between_the_runtimes_without_a_copy(load: Load) -
         address = lane.buffers[name].ctypes.data
         assert address % 4096 == 0
         assert lane._requests[producer].output(name).ctypes.data == address
-        assert lane._requests[consumer]._bound[name].ctypes.data == address  # type: ignore[attr-defined]
+        assert lane._requests[consumer]._bound[name].ctypes.data == address
     before = {name: buffer.ctypes.data for name, buffer in lane.buffers.items()}
     engine.run({"x": normal(2, 32, seed=1)})
     assert {name: buffer.ctypes.data for name, buffer in lane.buffers.items()} == before
@@ -164,7 +166,10 @@ def strings() -> Any:
     return onnx_model([helper.make_node("Identity", ["x"], ["y"])], [("x", kind, (2,))], [("y", kind, (2,))])
 
 
-@pytest.mark.parametrize("x", [["a", "größe"], np.array(["a", "größe"]), np.array(["a", "größe"], dtype=object), np.char.encode(["a", "größe"], "utf-8")], ids=lambda x: str(getattr(x, "dtype", "list")))  # fmt: skip
+WORDS = ["a", "größe"]
+
+
+@pytest.mark.parametrize("x", [WORDS, np.array(WORDS), np.array(WORDS, dtype=object), np.char.encode(WORDS, "utf-8")], ids=str)
 def test_strings_in_every_form_numpy_has(load: Load, x: Any) -> None:
     found = load(strings(), [Part(ONNXRUNTIME)]).run({"x": x})["y"]
     assert found.tolist() == ["a", "größe"]
@@ -176,6 +181,13 @@ def test_strings_in_every_form_numpy_has(load: Load, x: Any) -> None:
 def test_what_is_no_string_is_refused(load: Load, x: Any) -> None:
     with pytest.raises(UsageError, match=r"input 'x' (has type int64, expected strings|holds)"):
         load(strings(), [Part(ONNXRUNTIME)]).run({"x": x})
+
+
+@BOTH
+def test_integers_that_c_calls_long_long_are_taken(load: Load, target: str) -> None:
+    model = onnx_model([helper.make_node("Neg", ["x"], ["y"])], [("x", I64, (9000,))], [("y", I64, (9000,))])
+    x = np.arange(9000, dtype=np.longlong)
+    np.testing.assert_array_equal(load(model, [Part(target)]).run({"x": x})["y"], -x)
 
 
 @BOTH
@@ -260,7 +272,7 @@ def test_large_inputs_are_bound_where_they_are(load: Load, target: str) -> None:
     engine = load(big(), [Part(target)])
     x = normal(128, 128)
     engine.run({"x": x})
-    assert engine._lanes[0]._requests[0]._bound["x"] is x  # type: ignore[attr-defined]
+    assert engine._lanes[0]._requests[0]._bound["x"] is x
     assert "x" not in engine._lanes[0].buffers
     x *= -1  # the same array with other contents gives another answer
     close_to(engine.run({"x": x}), {"y": np.maximum(x, 0) + 1, "v": x.ravel()})

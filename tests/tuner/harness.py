@@ -136,7 +136,8 @@ def living(processes: Sequence[psutil.Process], *, within_s: float = 10.0) -> li
     while waited < within_s and (alive := [each for each in alive if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]):
         psutil.wait_procs(alive, timeout=0.2)
         waited += 0.2
-    return list(alive)
+    found: list[psutil.Process] = list(alive)
+    return found
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -187,4 +188,4 @@ def reference(model: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
 def relative_l2(mine: Mapping[str, Array], theirs: Mapping[str, Array]) -> float:
     """Return the largest relative L2 error over all outputs."""
     assert mine.keys() == theirs.keys()
-    return max(float(np.linalg.norm(mine[name] - theirs[name]) / max(np.linalg.norm(theirs[name]), 1e-30)) for name in theirs)
+    return max(float(np.linalg.norm(mine[name] - theirs[name])) / max(float(np.linalg.norm(theirs[name])), 1e-30) for name in theirs)

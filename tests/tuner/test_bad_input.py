@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -201,6 +202,12 @@ def test_a_shape_that_does_not_fit_is_refused(place: Place, tiny: Path, tune: At
 # --- targets and precisions: known once the machine was looked at ----------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What `aivmm devices` finds on this machine."""
+    return Place.at(tmp_path_factory.mktemp("devices")).aivmm("devices", "--json").json
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -215,16 +222,16 @@ def test_an_unknown_target_is_refused_with_the_known_ones(
     assert_error_object(tune(tiny, *TINY, *arguments), *words)
 
 
-def test_a_target_that_is_absent_here_is_refused_with_the_reason(tiny: Path, attempt: Attempt, tune: Attempt) -> None:
-    absent = attempt("devices").json["unavailable"]
+def test_a_target_that_is_absent_here_is_refused_with_the_reason(tiny: Path, here: Any, tune: Attempt) -> None:
+    absent = here["unavailable"]
     if not absent:
         pytest.skip("every target that a user could ask for is available here")
     done = tune(tiny, *TINY, "--targets", absent[0]["target"])
     assert_error_object(done, absent[0]["target"], absent[0]["reason"][:40])
 
 
-def test_a_precision_that_nothing_here_runs_is_refused_with_those_it_runs(tiny: Path, attempt: Attempt, tune: Attempt) -> None:
-    known = {precision for each in attempt("devices").json["targets"] for precision in each["precisions"]}
+def test_a_precision_that_nothing_here_runs_is_refused_with_those_it_runs(tiny: Path, here: Any, tune: Attempt) -> None:
+    known = {precision for each in here["targets"] for precision in each["precisions"]}
     lacking = sorted({"bf16", "fp16"} - known)
     if not lacking:
         pytest.skip("this machine runs every precision that can be asked for")

@@ -16,7 +16,7 @@ import pytest
 from aivmm.db.database import Database
 from tests.tuner.harness import TINY, Finished, Place, living, workers_of
 
-ARGUMENTS = (*TINY, "--budget", "8s", "--trials", "3", "--top", "1", "--json")
+ARGUMENTS = (*TINY, "--targets", "onnxruntime", "--budget", "8s", "--trials", "3", "--top", "1", "--json")
 
 
 def measured(place: Place) -> int:

@@ -1,0 +1,102 @@
+"""How close outputs are to a reference, and what makes them unusable."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aivmm.probes.accuracy import judge
+
+X = np.array([1.0, -2.0, 3.0], dtype=np.float32)
+
+
+def one(actual: Any, expected: Any) -> Any:
+    return judge({"y": np.asarray(actual)}, {"y": np.asarray(expected)})
+
+
+def test_equal_outputs_are_perfect() -> None:
+    found = one(X, X)
+    assert (found.cosine, found.relative_l2, found.max_abs, found.problem) == (pytest.approx(1.0), 0.0, 0.0, "")
+    assert set(found.metrics()) == {"cosine", "relative_l2", "max_abs"}
+
+
+def test_known_errors_are_measured_as_defined() -> None:
+    found = one([3.0, 4.0], [3.0, 0.0])
+    assert found.relative_l2 == pytest.approx(4 / 3) and found.max_abs == 4 and found.cosine == pytest.approx(0.6)
+    assert (
+        one(-X, X).cosine == pytest.approx(-1)
+        and one(2 * X, X).cosine == pytest.approx(1)
+        and one(2 * X, X).relative_l2 == pytest.approx(1)
+    )
+
+
+def test_the_worst_output_counts() -> None:
+    found = judge({"a": X, "b": -X, "more": X}, {"a": X, "b": X})
+    assert found.cosine == pytest.approx(-1) and found.relative_l2 == pytest.approx(2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_a_number_is_a_problem_unless_the_reference_has_it_too(bad: float) -> None:
+    assert "NaN or infinity" in one([1.0, bad], [1.0, 2.0]).problem
+    assert "differs from the reference" in one([1.0, 2.0], [1.0, bad]).problem
+    assert "differs from the reference" in one([1.0, -math.inf], [1.0, math.inf]).problem
+    assert one([1.0, bad], [1.0, bad]).problem == "" and one([bad], [bad]).cosine == 1.0
+    unusable = one([1.0, bad], [1.0, 2.0])
+    assert unusable.cosine == -1 and unusable.relative_l2 == math.inf and unusable.metrics() == {"cosine": -1.0}
+
+
+def test_missing_outputs_and_other_shapes_are_problems() -> None:
+    assert judge({}, {"y": X}).problem == "the output 'y' is missing"
+    assert one(X[None], X).problem == "output 'y' has shape [1, 3], the reference has [3]"
+    assert "strings" in one(np.array(["1", "2", "3"], dtype=object), X).problem
+
+
+def test_zeros() -> None:
+    assert one([0.0, 0.0], [0.0, 0.0]).cosine == 1.0
+    assert one([3.0, 4.0], [0.0, 0.0]).cosine == 0.0 and one([3.0, 4.0], [0.0, 0.0]).relative_l2 == pytest.approx(5)
+    assert one([0.0, 0.0], [3.0, 4.0]).cosine == 0.0 and one([0.0, 0.0], [3.0, 4.0]).relative_l2 == 1
+    assert one(np.zeros((0, 2)), np.zeros((0, 2))).cosine == 1.0
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "share"),
+    [
+        ([1, 2, 3, 4], [1, 2, 3, 4], 0.0),
+        ([1, 2, 3, 9], [1, 2, 3, 4], 0.25),
+        ([True, False], [True, True], 0.5),
+        (np.array(["a", "b"], dtype=object), np.array(["a", "c"], dtype=object), 0.5),
+        (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), 0.0),
+        (np.array(3), np.array(4), 1.0),
+    ],
+)
+def test_integers_booleans_and_strings_have_to_be_equal(actual: Any, expected: Any, share: float) -> None:
+    found = one(actual, expected)
+    assert found.relative_l2 == pytest.approx(share) and found.cosine == pytest.approx(1 - share) and found.problem == ""
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-40, 1.0, 1e38, 1e300])
+def test_no_magnitude_makes_the_wrong_look_right(scale: float) -> None:
+    right, wrong = np.array([1.0, 2.0]) * scale, np.array([2.0, -1.0]) * scale
+    assert one(right, right).cosine == pytest.approx(1) and one(right, right).relative_l2 == 0
+    assert one(wrong, right).cosine == pytest.approx(0, abs=1e-9) and one(wrong, right).relative_l2 == pytest.approx(2**0.5)
+
+
+def test_complex_numbers_are_compared_in_both_parts() -> None:
+    assert one([1 + 2j], [1 + 2j]).relative_l2 == 0
+    assert one([1 - 2j], [1 + 2j]).relative_l2 == pytest.approx(4 / 5**0.5)
+    assert one([1.0], [1 + 2j]).problem
+
+
+FLOATS = st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=8)
+
+
+@given(x=FLOATS, data=st.data())
+def test_cosine_is_a_cosine_and_errors_are_not_negative(x: list[float], data: st.DataObject) -> None:
+    r = data.draw(st.lists(st.floats(-1e30, 1e30), min_size=len(x), max_size=len(x)))
+    found = one(x, r)
+    assert -1 <= found.cosine <= 1 and found.relative_l2 >= 0 and found.max_abs >= 0 and found.problem == ""
