@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-SECONDS = 20.0  # for all trials of one model together
+SECONDS = 8.0  # for all trials of one model together
 _ELEMENTS = 2**26  # inputs larger than this are not tried
 
 

@@ -41,7 +41,7 @@ def cut_drafts(
         uncut_s: the best uncut plan.
 
     Raises:
-        Infeasible: cuts were asked for, and there is no such plan.
+        UsageError: cuts were asked for, and there is no such plan.
     """
     blocks = structure.blocks
     forced = min_segments > 1
@@ -53,7 +53,7 @@ def cut_drafts(
     if not complete or len(blocks) < 2:
         if forced:
             lacking = next(block.index for block in blocks if not any((block.index, str(target)) in medians for target in targets))
-            raise Infeasible(f"no target is known to run block {lacking} right, so no cut plan can be made")
+            raise UsageError(f"no target is known to run block {lacking} right, so no cut plan can be made", advice="drop --min-segments")
         return []
     scales = {str(target): _scale(structure, medians, wholes, str(target)) for target in targets}
     costs = [
@@ -68,7 +68,12 @@ def cut_drafts(
     prices = np.array([CUT_S + _crossing_bytes(structure, index) / BYTES_PER_S for index in range(1, len(blocks))])
     width = len(names)
     boundary = prices[:, None, None] * (1 - np.eye(width))[None]
-    plan = place(costs, boundary, choices=names, cut=prices[:, None] * np.ones(width), min_segments=min_segments)
+    try:
+        plan = place(costs, boundary, choices=names, cut=prices[:, None] * np.ones(width), min_segments=min_segments)
+    except Infeasible as error:
+        raise UsageError(
+            f"the model cannot be cut into {min_segments} segments here: {error.message}", advice="lower --min-segments"
+        ) from error
     if len(plan.segments) == 1 or (not forced and uncut_s is not None and plan.cost_s > _PROMISE * uncut_s):
         return []
     by_name = {str(target): target for target in targets}

@@ -63,6 +63,7 @@ class Search:
     _study: optuna.Study = field(init=False)
     _known: dict[str, tuple[Candidate, Score | Rejection]] = field(default_factory=dict)
     _open: dict[str, list[optuna.trial.Trial]] = field(default_factory=dict)
+    _inside: set[str] = field(default_factory=set)  # keys of the points of the space that were asked for or told
 
     def __post_init__(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -76,7 +77,9 @@ class Search:
     def enqueue(self, candidates: Iterable[Candidate]) -> None:
         """Have these asked for first: defaults, and the best that is known of similar models."""
         for candidate in candidates:
-            self._study.enqueue_trial(self._params(candidate), skip_if_exists=True)
+            params = self._params(candidate)
+            if params is not None and self._canonical(candidate, params).key not in self._known:
+                self._study.enqueue_trial(params, skip_if_exists=True)
 
     def ask(self, count: int) -> list[Candidate]:
         """Return up to `count` candidates that are not known yet; fewer when the space is exhausted."""
@@ -85,33 +88,68 @@ class Search:
         while len(found) < count and not self.exhausted:
             trial = self._study.ask()
             candidate = self._suggest(trial)
-            if candidate.key in self._known:
-                self._tell_one(trial, self._known[candidate.key][1])
+            known = self._known.get(candidate.key)
+            if known is not None or candidate.key in self._open:
                 repeats += 1
-                self.exhausted = repeats >= _DUPLICATES_IN_A_ROW or len(self._known) >= self.space.size()
+                self.exhausted = repeats >= _DUPLICATES_IN_A_ROW
+                if known is None:
+                    self._open[candidate.key].append(trial)
+                else:
+                    self._tell_one(trial, known[1])
                 continue
             repeats = 0
-            if candidate.key not in self._open:
-                found.append(candidate)
-            self._open.setdefault(candidate.key, []).append(trial)
-            self.exhausted = len(self._known) + len(self._open) >= self.space.size()
+            self._inside.add(candidate.key)
+            found.append(candidate)
+            self._open[candidate.key] = [trial]
+            self.exhausted = len(self._inside) >= self.space.size()
         return found
 
     def tell(self, candidate: Candidate, outcome: Score | Rejection) -> None:
         """Report how a candidate came out. One that was never asked for is added as known (a baseline, a row of the database)."""
+        params = self._params(candidate)
+        for key in {candidate.key, *([self._canonical(candidate, params).key] if params is not None else [])}:
+            # A default and the same thing spelled out are one point: neither is measured again.
+            self._known.setdefault(key, (candidate, outcome))
+            if params is not None and key not in self._open:
+                self._inside.add(key)
         self._known[candidate.key] = (candidate, outcome)
         self._record(candidate, outcome)
         trials = self._open.pop(candidate.key, None)
-        if trials is None and candidate.target in self.space.targets:
-            params = self._params(candidate)
-            self._study.enqueue_trial(params)
-            trials = [self._study.ask()]
-            if self._suggest(trials[0]).key != candidate.key:
-                # A point outside the space (another batch, a knob that was removed): worth a record, but nothing to learn from.
-                self._study.tell(trials[0], state=TrialState.PRUNED)
-                return
-        for trial in trials or ():
-            self._tell_one(trial, outcome)
+        if trials is not None:
+            for trial in trials:
+                self._tell_one(trial, outcome)
+        elif params is not None:
+            self._add(params, candidate.target, outcome)
+
+    def _add(self, params: dict[str, Any], target: Target, outcome: Score | Rejection) -> None:
+        """Add a point that was never asked for to the study."""
+        known = self._distributions(target)
+        if set(params) != set(known):
+            return  # a knob whose default is the library's secret: worth a record, but there is no point to learn from
+        complete = isinstance(outcome, Score)
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.COMPLETE if complete else TrialState.PRUNED,
+                value=math.log(outcome.ratio) if isinstance(outcome, Score) else None,
+                params=params,
+                distributions=known,
+            )
+        )
+
+    def _distributions(self, target: Target) -> dict[str, BaseDistribution]:
+        """Return the distributions of the parameters that a point on `target` has."""
+        space, name = self.space, str(target)
+        known: dict[str, BaseDistribution] = {}
+        if len(space.targets) > 1:
+            known["target"] = CategoricalDistribution([str(each) for each in space.targets])
+        known |= {f"{name} {knob.name}": distribution(knob) for knob in space.knobs_of(target)}
+        if len(space.precisions[name]) > 1:
+            known[f"{name} precision"] = CategoricalDistribution(list(space.precisions[name]))
+        if len(space.batches) > 1:
+            known["batch index"] = IntDistribution(0, len(space.batches) - 1)
+        if space.most_callers > 1:
+            known["callers"] = IntDistribution(1, space.most_callers)
+        return known
 
     def best(self, count: int) -> list[tuple[Candidate, Score]]:
         """Return the best candidates known, best first."""
@@ -167,24 +205,56 @@ class Search:
         callers = 1 if self.space.most_callers == 1 else trial.suggest_int("callers", 1, self.space.most_callers)
         return Candidate(target=target, config=Config.of(settings, precision=precision), batch=batch, callers=callers)
 
-    def _params(self, candidate: Candidate) -> dict[str, Any]:
-        name = str(candidate.target)
-        params: dict[str, Any] = {}
-        if len(self.space.targets) > 1:
-            params["target"] = name
-        if candidate.target in self.space.targets:
-            for knob in self.space.knobs_of(candidate.target):
-                value = candidate.config.get(knob.name)
-                value = knob.default if value is None else value
-                if value is not None:
-                    params[f"{name} {knob.name}"] = value
-            if len(self.space.precisions[name]) > 1:
-                params[f"{name} precision"] = candidate.config.precision
-        if len(self.space.batches) > 1 and candidate.batch in self.space.batches:
-            params["batch index"] = list(self.space.batches).index(candidate.batch)
-        if self.space.most_callers > 1:
+    def _params(self, candidate: Candidate) -> dict[str, Any] | None:
+        """Return a candidate as parameters, without those that only the library knows; None when it lies outside the space."""
+        space, name = self.space, str(candidate.target)
+        if (
+            candidate.target not in space.targets
+            or candidate.batch not in space.batches
+            or not 1 <= candidate.callers <= space.most_callers
+        ):
+            return None
+        precisions = list(space.precisions[name])
+        # Where a target runs one precision only, leaving the choice to the runtime and asking for that one are the same.
+        precision = precisions[0] if candidate.config.precision is None and len(precisions) == 1 else candidate.config.precision
+        knobs = {knob.name: knob for knob in space.knobs_of(candidate.target)}
+        if precision not in precisions or any(setting not in knobs for setting, _ in candidate.config.settings):
+            return None
+        params: dict[str, Any] = {"target": name} if len(space.targets) > 1 else {}
+        for knob in knobs.values():
+            value = candidate.config.get(knob.name)
+            value = knob.default if value is None else value
+            if value is None:
+                continue
+            if not _fits(knob, value):
+                return None
+            params[f"{name} {knob.name}"] = value
+        if len(precisions) > 1:
+            params[f"{name} precision"] = precision
+        if len(space.batches) > 1:
+            params["batch index"] = list(space.batches).index(candidate.batch)
+        if space.most_callers > 1:
             params["callers"] = candidate.callers
         return params
+
+    def _canonical(self, candidate: Candidate, params: dict[str, Any]) -> Candidate:
+        """Return the candidate as `_suggest` would spell it."""
+        name = str(candidate.target)
+        settings = {}
+        for knob in self.space.knobs_of(candidate.target):
+            value = params.get(f"{name} {knob.name}")
+            if value is not None and value != knob.default:
+                settings[knob.name] = value
+        precisions = list(self.space.precisions[name])
+        precision = precisions[0] if len(precisions) == 1 else params[f"{name} precision"]
+        config = Config.of(settings, precision=precision)
+        return Candidate(target=candidate.target, config=config, batch=candidate.batch, callers=candidate.callers)
+
+
+def _fits(knob: Knob, value: Setting) -> bool:
+    if knob.kind == "choice":
+        return value in knob.choices
+    return isinstance(value, int | float) and knob.low <= value <= knob.high
 
 
 def distribution(knob: Knob) -> BaseDistribution:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+_ROUNDING = 1e-4  # fp32 runtimes differ by this much in deep models; a limit of cosine>=1 does not ask for less
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,20 @@ class Accuracy:
         """Return the finite measures by name."""
         found = {"cosine": self.cosine, "relative_l2": self.relative_l2, "max_abs": self.max_abs}
         return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def over_limit(cosine: float, relative_l2: float, limit: float) -> str:
+    """Say why outputs are too far from the reference, or return "".
+
+    The cosine alone is blind to scale, and to everything in an output of one element. For vectors of equal norm a cosine c means a relative
+    L2 error of sqrt(2 (1 - c)), so that error is the limit's second half.
+    """
+    if cosine < limit:
+        return f"cosine {cosine:.5f} is below the limit of {limit:g}"
+    most = math.sqrt(2 * max(0.0, 1 - limit)) + 1e-9
+    if relative_l2 > max(most, _ROUNDING):
+        return f"the relative error {relative_l2:.3g} is above {most:.3g}, what a cosine of {limit:g} allows"
+    return ""
 
 
 def judge(outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> Accuracy:

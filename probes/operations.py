@@ -307,24 +307,22 @@ def _one(step: Callable[[], object], seconds: float, least: int, most: int, inne
 def _several(steps: Sequence[Callable[[], object]], seconds: float, least: int) -> float:
     """Run all steps at once, each in a thread of its own, and return elapsed seconds per completed call.
 
-    Each thread counts the calls that it completed before the end and when the last of those ended, so that a call cut off by the end of
-    the block is not counted as if it had taken no time.
+    One window for all: from when every thread has run once to the last call that ended before the end. Were each thread to count in a
+    window of its own, the last calls would run with fewer and fewer beside them, and the rate would come out too high.
     """
     clock = time.perf_counter
     barrier = threading.Barrier(len(steps) + 1)
-    rates = [0.0] * len(steps)
+    stop = threading.Event()
+    ended: list[list[float]] = [[] for _ in steps]
     failures: list[BaseException] = []
 
     def run(index: int, step: Callable[[], object]) -> None:
         try:
             step()
             barrier.wait()
-            started = clock()
-            count = 0
-            while count < least or clock() - started < seconds:
+            while not stop.is_set():
                 step()
-                count += 1
-            rates[index] = count / (clock() - started)
+                ended[index].append(clock())
         except BaseException as error:  # noqa: BLE001 - carried over to the calling thread
             failures.append(error)
             barrier.abort()
@@ -332,13 +330,20 @@ def _several(steps: Sequence[Callable[[], object]], seconds: float, least: int) 
     threads = [threading.Thread(target=run, args=(index, step)) for index, step in enumerate(steps)]
     for thread in threads:
         thread.start()
+    started = clock()
     with contextlib.suppress(threading.BrokenBarrierError):  # a thread failed: its error is raised below
         barrier.wait()
+        started = clock()
+        while not failures and (clock() - started < seconds or min(map(len, ended)) < least):
+            stop.wait(0.001)
+    end = clock()
+    stop.set()
     for thread in threads:
         thread.join()
     if failures:
-        raise failures[0]
-    return 1.0 / sum(rates)
+        raise next((each for each in failures if not isinstance(each, threading.BrokenBarrierError)), failures[0])
+    times = [each for some in ended for each in some if each <= end]
+    return (max(times) - started) / len(times)
 
 
 def probe(

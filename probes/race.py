@@ -17,6 +17,7 @@ _BLOCK_CALLS = 8
 _BLOCK_LEAST_S, _BLOCK_MOST_S = 0.02, 0.15
 _SEVERAL_BLOCK_S = 0.12  # with several callers one block gives one duration, so it must hold many calls
 _SLOW_S = 0.02  # one such call settles the caches
+_VERY_SLOW_S = 0.2  # one such call is a block
 _RUN_LIMIT_S = 120.0
 _HOPELESS = 1.10  # dropped when even the lower end of its interval is this far behind the leader
 
@@ -37,6 +38,7 @@ class Contestant:
     memory_bytes: int = 0
     dropped: str = ""  # why it left the race early
     failed: WorkerDied | None = None
+    lost: bool = False  # failed through no fault of its own: another contestant took its worker down
     generation: int = 0
 
     def __post_init__(self) -> None:
@@ -57,11 +59,13 @@ class Contestant:
         """Time one block and keep its durations under the round `number`."""
         if self.worker.generation != self.generation or self.worker.pid == 0:
             self.failed = WorkerDied("lost with its worker, which died during another candidate")
+            self.lost = True
             return
         seconds = block_s(self.expected_s, self.callers)
         try:
             settle = 1 if self.expected_s > _SLOW_S else 2
-            answer = self.worker.call("timed", limit_s=_RUN_LIMIT_S + seconds, name=self.name, seconds=seconds, settle=settle)
+            least = 1 if self.expected_s > _VERY_SLOW_S else 2
+            answer = self.worker.call("timed", limit_s=_RUN_LIMIT_S + seconds, name=self.name, seconds=seconds, settle=settle, least=least)
         except WorkerDied as died:
             self.failed = died
             return
@@ -138,7 +142,7 @@ def race(
     started = time.perf_counter()
     waited = 0.0
     number = first_round
-    before: Worker | None = None
+    before: Contestant | None = None
     for count in range(-1 if warmup else 0, most_rounds):
         spent = time.perf_counter() - started - waited
         # A budget that is over ends the race, but not before there is something to compare, unless it is over by far.
@@ -149,10 +153,10 @@ def race(
             for each in order.sample(list(contestants), len(contestants)):
                 if not each.racing:
                     continue
-                if before is not None and before is not each.worker and before.pid:
-                    wait_until_quiet(before.pid)
+                if before is not None and before is not each and before.worker.pid:
+                    wait_until_quiet(before.worker.pid)
                 each.block(number, warmup=count < 0)
-                before = each.worker
+                before = each
         if count < 0:
             continue
         number += 1

@@ -127,7 +127,8 @@ class _Table:
         self._found: dict[tuple[str, Lane], Outcome] = {}
         for outcome in of_kind:
             if outcome.key.batch == self.batch:
-                place = (outcome.key.subject, _lane(outcome))
+                # What depends on data is keyed by more than its hash: by the input too.
+                place = (outcome.key.subject.partition("@")[0], _lane(outcome))
                 if place not in self._found or self._rank(outcome) < self._rank(self._found[place]):
                     self._found[place] = outcome
         measured = {lane for (_, lane), outcome in self._found.items() if isinstance(outcome, Measured)}

@@ -59,6 +59,10 @@ class Validity:
     differences: Mapping[str, tuple[object, object]] = field(default_factory=dict)  # "target.field" -> (here, in the plan)
 
 
+def _closed() -> UsageError:
+    return UsageError("this engine is closed", advice="load the plan again")
+
+
 class Engine:
     """A plan, compiled and ready. Thread-safe: up to `plan.callers` threads run at once, further ones wait for their turn."""
 
@@ -109,10 +113,12 @@ class Engine:
         Raises:
             UsageError: an input is missing, unknown, or of another type or shape.
         """
+        if self._closed:
+            raise _closed()
         lane = self._free.get()
         try:
-            if self._closed:
-                raise UsageError("this engine is closed", advice="load the plan again")
+            if self._closed:  # while waiting
+                raise _closed()
             return lane.run(inputs)
         finally:
             self._free.put(lane)
@@ -143,8 +149,11 @@ class Engine:
                 return
             self._closed = True
         taken = [self._free.get() for _ in self._lanes]
+        for lane in taken:
+            lane.close()
         for executable in self._executables:
             executable.close()
+        self._executables = []
         for lane in taken:  # whoever still waits in `run` wakes up and is told
             self._free.put(lane)
         self._bundle.close()

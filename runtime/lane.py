@@ -101,6 +101,13 @@ class Lane:
             last = now
         return {name: read(name).copy() for name, read in self._readers}
 
+    def close(self) -> None:
+        """Let go of requests and buffers: as long as a request lives, so does what the runtime holds for it. The clocks stay."""
+        self._requests, self._steps, self._readers, self._copied, self._direct = [], [], [], [], []
+        self._rebind.clear()
+        self._late.clear()
+        self._buffers.clear()
+
     def _bind_inputs(self, inputs: Sequence[TensorSpec], executables: Sequence[Executable]) -> None:
         for spec in inputs:
             if spec.dtype != "string" and not is_numpy(spec.dtype):

@@ -41,10 +41,11 @@ PROVIDERS = {
     "TensorRT": Provider(
         name="TensorrtExecutionProvider",
         indexed=True,
+        # No caches: without a path of ours they read and write engines in the current folder, on the word of a stranger's plan.
         options=frozenset({
             "trt_fp16_enable", "trt_bf16_enable", "trt_int8_enable", "trt_builder_optimization_level", "trt_cuda_graph_enable",
-            "trt_max_workspace_size", "trt_min_subgraph_size", "trt_auxiliary_streams", "trt_sparsity_enable", "trt_engine_cache_enable",
-            "trt_timing_cache_enable", "trt_context_memory_sharing_enable",
+            "trt_max_workspace_size", "trt_min_subgraph_size", "trt_auxiliary_streams", "trt_sparsity_enable",
+            "trt_context_memory_sharing_enable",
         }),
         advice="install TensorRT 10 (pip install tensorrt)",
     ),

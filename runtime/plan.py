@@ -63,7 +63,9 @@ class Stage(_Part):
     target: str
     precision: str  # "fp32"; "default" leaves it to the runtime
     config: dict[str, Value] = {}
-    replicas: Count = 1
+    replicas: Literal[1] = (
+        1  # several copies of a stage come with a later version; a plan that asks for them must not be run as if it did not
+    )
     blocks: tuple[int, int]  # first and last block of the model, both included
     inputs: list[Tensor]
     outputs: list[Tensor]
@@ -125,7 +127,7 @@ class Plan(_Part):
     objective: str
     constraints: list[str] = []
     batch: Count
-    callers: Count = 1  # requests in flight for which the numbers hold
+    callers: Annotated[int, Field(ge=1, le=1024)] = 1  # requests in flight for which the numbers hold
     stages: list[Stage] = Field(min_length=1)
     expected: dict[str, Number] = {}  # metric -> number: "latency_s", "throughput_per_s", ...
     accuracy: Accuracy | None = None

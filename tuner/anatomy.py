@@ -49,6 +49,7 @@ class Anatomist:
     retry_failed: bool = False
     measure_new: bool = True  # False: only recall what the database has
     skipped: int = 0
+    _waited: float = 0.0  # for the machine-wide lock: no part of the budget
     _used: list[ProbeKey] = field(default_factory=list)
     found: dict[tuple[int, str], Outcome] = field(default_factory=dict)  # (block, target) -> how it came out
     wrong: dict[tuple[int, str], str] = field(default_factory=dict)  # (block, target) -> what is wrong with its numbers
@@ -59,13 +60,13 @@ class Anatomist:
         wanted = [(block, target, self._block_key(block, target)) for block in self.subject.structure.blocks for target in self.targets]
         known = self._recall(key for _, _, key in wanted)
         edges: list[tuple[Path, Path]] | None = None
-        started = time.perf_counter()
+        started, self._waited = time.perf_counter(), 0.0
         for number, (block, target, key) in enumerate(wanted):
             tell("blocks", number, len(wanted))
             if key in known:
                 found[block.index, str(target)] = self._reuse(known[key])
                 continue
-            if not self.measure_new or time.perf_counter() - started > budget_s:
+            if not self.measure_new or time.perf_counter() - started - self._waited > budget_s:
                 self.skipped += 1
                 continue
             edges = edges or self._edges()
@@ -96,13 +97,13 @@ class Anatomist:
         known = self._recall(key for _, _, key in wanted)
         models: OperatorModels | None = None
         built: dict[str, Path | str] = {}
-        started = time.perf_counter()
+        started, self._waited = time.perf_counter(), 0.0
         for number, (operator, target, key) in enumerate(wanted):
             tell("operators", number, len(wanted))
             if key in known:
                 self._reuse(known[key])
                 continue
-            if not self.measure_new or time.perf_counter() - started > budget_s:
+            if not self.measure_new or time.perf_counter() - started - self._waited > budget_s:
                 self.skipped += 1
                 continue
             models = models or OperatorModels(self.subject.path)
@@ -136,10 +137,10 @@ class Anatomist:
             save_arrays(inputs, {each.name: values[each.name] for each in segment.inputs})
             try:
                 loaded = self.lab.load(segment.path, target, Config(precision="fp32"), inputs=inputs)
+                self.lab.outputs(loaded.contestant, inputs, outputs)
+                self.lab.unload(loaded.contestant)
             except (AivmmError, WorkerDied):
                 break
-            self.lab.outputs(loaded.contestant, inputs, outputs)
-            self.lab.unload(loaded.contestant)
             values |= load_arrays(str(outputs))
             edges.append((inputs, outputs))
         return edges
@@ -151,8 +152,9 @@ class Anatomist:
         for other in self.lab.pids():
             if other != worker.pid:
                 wait_until_quiet(other)
-        try:
-            with measuring():
+        with measuring() as waited:
+            self._waited += waited
+            try:
                 answer = worker.call(
                     "probe",
                     limit_s=_PROBE_LIMIT_S,
@@ -163,16 +165,16 @@ class Anatomist:
                     reference=str(reference or ""),
                     seconds=seconds,
                 )
-        except AivmmError as error:
-            return Refused(key=key, reason=error.message)
-        except WorkerDied as died:
-            return Failed(key=key, reason=died.reason, output=died.output)
+            except AivmmError as error:
+                return Refused(key=key, reason=error.message)
+            except WorkerDied as died:
+                return Failed(key=key, reason=died.reason, output=died.output)
         samples = Samples(timed_s=tuple(answer["durations"]))
         metrics = {"compile_s": answer["compile_s"], "first_inference_s": answer["first_inference_s"]}
-        content = self.subject.structure.content[:16]
-        metrics |= {f"{name}@{content}": value for name, value in answer.get("accuracy", {}).items()}
+        judged = self.subject.judged
+        metrics |= {f"{name}@{judged}": value for name, value in answer.get("accuracy", {}).items()}
         if answer.get("problem"):
-            metrics[f"unusable@{content}"] = 1.0
+            metrics[f"unusable@{judged}"] = 1.0
         return Measured(
             key=key,
             samples=samples,
@@ -185,18 +187,17 @@ class Anatomist:
     def _wrong(self, outcome: Outcome) -> str:
         if not isinstance(outcome, Measured):
             return outcome.reason
-        content = self.subject.structure.content[:16]
-        if f"unusable@{content}" in outcome.metrics:
+        if f"unusable@{self.subject.judged}" in outcome.metrics:
             return "its outputs are unusable"
-        error = outcome.metrics.get(f"relative_l2@{content}")
+        error = outcome.metrics.get(f"relative_l2@{self.subject.judged}")
         # A block shared with another model was judged on other weights; the proof judges the whole again.
         return f"its outputs differ by {error:.2g}" if error is not None and error > _TOLERANCE else ""
 
     def _block_key(self, block: Block, target: Target) -> ProbeKey:
-        return self._key("segment", block.content if block.data_dependent else block.structure, target)
+        return self._key("segment", f"{block.content}@{self.subject.judged}" if block.data_dependent else block.structure, target)
 
     def _operator_key(self, signature: str, data_dependent: bool, target: Target) -> ProbeKey:
-        subject = f"{signature}@{self.subject.structure.content[:16]}" if data_dependent else signature
+        subject = f"{signature}@{self.subject.judged}" if data_dependent else signature
         return self._key("operator", subject, target)
 
     def _key(self, kind: Any, subject: str, target: Target) -> ProbeKey:

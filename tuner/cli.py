@@ -15,8 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from aivmm.errors import AivmmError, Infeasible
+from aivmm.probes.client import WorkerDied
 from aivmm.runtime.target import Target
 from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions, parse_batches, parse_budget, parse_dims, parse_list, parse_shapes
+from aivmm.tuner.text import printable
 
 app = typer.Typer(
     name="aivmm",
@@ -141,7 +143,7 @@ def devices(as_json: Json = False, backend: Annotated[list[str] | None, typer.Op
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("target", "device", "precisions", "runtime"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == "target")
     for target in targets:
         cores = f", {target.device.cores} cores" if target.device.cores else ""
         table.add_row(
@@ -225,6 +227,10 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     except typer.Abort:
         status = 130
+    except WorkerDied as died:
+        # Those that cost one probe never get here; this one held what everything else needs.
+        _print_error(f"a worker process {died.reason}", "run the same command again; what was measured is kept", wants_json)
+        return 2
     except BrokenPipeError:
         return 1
     if status == 130:
@@ -241,7 +247,7 @@ def _print_json(value: Any) -> None:
 
 
 def _print_error(message: str, advice: str, as_json: bool) -> None:
-    line = " ".join(f"aivmm: {message}{f'; {advice}' if advice else ''}".split())
+    line = printable(f"aivmm: {message}{f'; {advice}' if advice else ''}")
     Console(stderr=True, soft_wrap=True, highlight=False).print(Text(line, style="red"))
     if as_json:
         _print_json({"schema": 1, "error": {"message": " ".join(message.split()), "advice": " ".join(advice.split())}})

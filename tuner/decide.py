@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from aivmm.planner.candidates import Candidate, Draft, Score
+from aivmm.planner.constraints import check
 from aivmm.planner.partition import cut_drafts
 from aivmm.runtime.plan import Accuracy, Number
 from aivmm.tuner.anatomy import Anatomist, medians
 from aivmm.tuner.emit import folder_bytes
 from aivmm.tuner.explore import Explorer
-from aivmm.tuner.prove import Entrant, Proof, interval_s
+from aivmm.tuner.prove import Entrant, Proof, call_s, interval_s
 from aivmm.tuner.subject import Prepared
 from aivmm.tuner.verdict import describe, sentence
 from aivmm.tuner.work import Work
@@ -33,38 +34,43 @@ class Decider:
         blocks = len(self.work.subject.structure.blocks)
         drafts = [(Draft.whole(each.name, candidate, blocks), "baseline") for each, candidate in baselines]
         known = {candidate.key for _, candidate in baselines}
-        yardstick = min(
-            (score.ratio for _, candidate in baselines if isinstance(score := self.explorer.outcome(candidate), Score)), default=None
-        )
+        scored = [(candidate, score) for _, candidate in baselines if isinstance(score := self.explorer.outcome(candidate), Score)]
+        yardstick = min((score.ratio for candidate, score in scored if self._keeps(candidate, score)), default=None)
         finalists: list[Draft] = []
-        for candidate, score in search.best(self.work.options.top + len(known)):
+        for candidate, score in search.best(1000):
             worth = yardstick is None or score.ratio <= _WORTH_PROVING * yardstick
-            if candidate.key in known or not worth or len(finalists) >= self.work.options.top or self.work.options.min_segments > 1:
+            if candidate.key in known or not worth or not self._keeps(candidate, score):
                 continue
+            if len(finalists) >= self.work.options.top or self.work.options.min_segments > 1:
+                break
             draft = Draft.whole(f"candidate {len(finalists) + 1}", candidate, blocks)
             self._predicted[draft.name] = score.median_s
             finalists.append(draft)
         finalists += self._cuts()
         # Batching alone is no merit of ours: whoever may batch gets the defaults at the best finalist's batch as a yardstick.
-        batch = finalists[0].batch if finalists else self.work.subject.base_batch
-        if batch != self.work.subject.base_batch:
+        for batch in sorted({draft.batch for draft in finalists} - {self.work.subject.base_batch}):
             for each, candidate in baselines:
-                if not each.config.settings and each.callers == 1 and each.target.name != "AUTO":
+                if not each.config.settings and each.target.name != "AUTO":
                     drafts.append((Draft.whole(f"{each.name}, batch {batch}", replace(candidate, batch=batch), blocks), "baseline"))
         drafts += [(draft, "candidate") for draft in finalists]
         return [self._entrant(number, draft, role) for number, (draft, role) in enumerate(drafts)]
+
+    def _keeps(self, candidate: Candidate, score: Score) -> bool:
+        """True unless what the search saw of a candidate already breaks a constraint."""
+        metrics = {"latency": score.median_s * candidate.callers, "throughput": candidate.batch / score.median_s}
+        return not check(self.work.constraints, metrics, targets=[str(candidate.target)])
 
     def _cuts(self) -> list[Draft]:
         """Return the cut plans worth proving, with the best config known for each target."""
         baselines, search = self.explorer.baselines, self.explorer.search
         best_config = {str(candidate.target): candidate.config for _, candidate in reversed(baselines)}
-        best_config |= {str(candidate.target): candidate.config for candidate, _ in reversed(search.best(1000)) if candidate.callers == 1}
-        uncut = min((outcome.median_s for _, outcome in self.explorer.known.values() if isinstance(outcome, Score)), default=None)
+        base = self.work.subject.base_batch
+        alone = [(candidate, score) for candidate, score in search.best(1000) if candidate.callers == 1 and candidate.batch == base]
+        best_config |= {str(candidate.target): candidate.config for candidate, _ in reversed(alone)}
         wholes: dict[str, float] = {}
-        for candidate, outcome in self.explorer.known.values():
-            if isinstance(outcome, Score) and candidate.callers == 1 and candidate.batch == self.work.subject.base_batch:
-                name = str(candidate.target)
-                wholes[name] = min(wholes.get(name, outcome.median_s), outcome.median_s)
+        for candidate, score in alone:
+            name = str(candidate.target)
+            wholes[name] = min(wholes.get(name, score.median_s), score.median_s)
         drafts = cut_drafts(
             self.work.subject.structure,
             self.work.targets,
@@ -72,8 +78,8 @@ class Decider:
             configs=best_config,
             wholes=wholes,
             min_segments=self.work.options.min_segments,
-            uncut_s=uncut,
-            batch=self.work.subject.base_batch,
+            uncut_s=min(wholes.values(), default=None),
+            batch=base,
         )
         for draft, predicted in drafts:
             self._predicted[draft.name] = predicted
@@ -89,6 +95,7 @@ class Decider:
         return Entrant(
             draft=draft,
             role=role,
+            problem=self._not_allowed(draft),
             bundle=bundle,
             size_bytes=folder_bytes(bundle),
             sample=prepared.samples[-1],
@@ -96,6 +103,17 @@ class Decider:
             samples=prepared.samples[:-1],
             references=prepared.references[:-1],
         )
+
+    def _not_allowed(self, draft: Draft) -> str:
+        """Say why a baseline may be shown but must not be the plan, by what the user allowed; "" when nothing is against it."""
+        target, precision = draft.pieces[0].target, draft.pieces[0].config.precision
+        if target.name == "AUTO" and any(
+            each.runtime == target.runtime and each not in self.work.targets for each in self.work.all_targets
+        ):
+            return "AUTO may use devices outside --targets"
+        if self.work.options.precisions and precision is None and len(target.precisions) > 1:
+            return "its default may use a precision outside --precisions"
+        return ""
 
     def predicted_s(self, proof: Proof) -> float | None:
         """Return the seconds of one call that the search expected of the plan, or None when it never measured it."""
@@ -107,7 +125,8 @@ class Decider:
             for candidate, outcome in self.explorer.known.values()
             if _same(candidate, draft) and isinstance(outcome, Score)
         ]
-        return self._predicted.get(draft.name, known[0] if known else None)
+        period = self._predicted.get(draft.name, known[0] if known else None)
+        return None if period is None else period * draft.callers
 
     def verdict(self, proof: Proof) -> tuple[str, list[str]]:
         """Return the verdict in words, and what stands in the way of a plan (nothing, when there is one)."""
@@ -177,7 +196,7 @@ def expected(plan: Entrant) -> dict[str, Number]:
     assert plan.confirmed
     low, high = interval_s(plan)
     count = len(plan.confirmed.timed_s)
-    found = {"median_s": Number(value=plan.confirmed.median_s, low=low, high=high, source="measured", samples=count)}
+    found = {"median_s": Number(value=call_s(plan), low=low, high=high, source="measured", samples=count)}
     for name in ("p99_s", "throughput_per_s", "peak_memory_bytes", "compile_s", "first_inference_s"):
         if name in plan.metrics:
             found[name] = Number(value=plan.metrics[name], source="measured", samples=count if name == "throughput_per_s" else 0)

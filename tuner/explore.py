@@ -18,6 +18,7 @@ from aivmm.tuner.work import Work
 
 SEARCH_UNTIL = 0.62  # the share of the budget by which the search has to end, counted from the start
 _BASELINES = 0.15  # the share for racing the baselines
+_LEAST_SEARCH = 0.35  # the share that the search has in any case
 _GROUP = 3  # candidates asked for at once: they share a race, and its reference
 _GROUP_S = 4.0
 _PATIENCE = 12  # trials without an improvement of 1 % after which a search without --trials ends
@@ -63,8 +64,11 @@ class Explorer:
             retry_failed=self.work.options.retry_failed,
             seed=self.work.options.seed,
         )
+        first = self.measurer.reference
         recalled = self.measurer.recall(self._all_measured_targets(pairs))
         usable = self._first_that_runs(pairs)
+        if self.measurer.reference != first:  # scores are ratios to the reference: ask again for those to the new one
+            recalled = self.measurer.recall(self._all_measured_targets(pairs))
         self.known = {candidate.key: (candidate, outcome) for candidate, outcome in recalled}
         usable = self._leave_aliases(usable)
         missing = [candidate for _, candidate in usable if candidate.key not in self.known]
@@ -184,6 +188,10 @@ class Explorer:
             outcome = self.outcome(candidate)
             if isinstance(outcome, Score | Rejection) and outcome.ratio is not None and candidate.target in self.work.targets:
                 best[candidate.target] = min(best.get(candidate.target, outcome.ratio), outcome.ratio)
+        best = {target: ratio for target, ratio in best.items() if self.work.precisions(target)}
+        if not best:
+            reasons = "; ".join(f"{each.name}: {_reason(self.outcome(candidate))}" for each, candidate in baselines)
+            raise ModelError(f"no baseline of {self.work.subject.facts.name} could be measured ({reasons})", advice="try --retry-failed")
         least = min(best.values())
         worth = [target for target in best if best[target] <= _HOPELESS[self.work.options.objective] * least]
         for target in best:
@@ -192,7 +200,8 @@ class Explorer:
         return worth
 
     def _search_on(self, search: Search) -> None:
-        deadline = SEARCH_UNTIL * self.work.options.budget_s
+        # The time that reading the model and looking for devices took is no part of a short budget.
+        deadline = max(SEARCH_UNTIL * self.work.options.budget_s, self.work.elapsed() + _LEAST_SEARCH * self.work.options.budget_s)
         trials = stale = 0
         best = min((score.ratio for _, score in search.best(1)), default=float("inf"))
         while not search.exhausted and self.work.elapsed() < deadline:
@@ -225,4 +234,10 @@ def _ran(known: tuple[Candidate, Score | Rejection] | None) -> bool:
 
 
 def _within(candidate: Candidate, space: Space) -> bool:
-    return candidate.target in space.targets and candidate.batch in space.batches and candidate.callers <= space.most_callers
+    if candidate.target not in space.targets or candidate.batch not in space.batches or candidate.callers > space.most_callers:
+        return False
+    return candidate.config.precision in (None, *space.precisions[str(candidate.target)])
+
+
+def _reason(outcome: Score | Rejection | None) -> str:
+    return outcome.reason if isinstance(outcome, Rejection) else "not measured"

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aivmm.db.database import Database
-from aivmm.errors import Unsupported, UsageError
+from aivmm.errors import ModelError, Unsupported, UsageError
 from aivmm.planner.candidates import Candidate, Rejection, Score
+from aivmm.probes.accuracy import over_limit
 from aivmm.probes.client import WorkerDied
 from aivmm.probes.compare import cautions, compare
 from aivmm.probes.lab import Lab, Loaded
@@ -79,6 +80,7 @@ class Measurer:
 
     def recall(self, targets: Iterable[Target]) -> list[tuple[Candidate, Score | Rejection]]:
         """Return what the database knows of this model on these targets under today's conditions, newest first, each candidate once."""
+        self.counts.reused = 0
         if self.fresh:
             return []
         by_environment = {environment_of(target).fingerprint: target for target in targets}
@@ -136,9 +138,12 @@ class Measurer:
         load = BackgroundLoad(self.lab.pids())
         results: dict[str, Score | Rejection] = {}
         field_: dict[str, tuple[Candidate, Loaded]] = {}
-        for candidate in dict.fromkeys((self.reference, *beside, *candidates)):
+        everyone = tuple(dict.fromkeys((self.reference, *beside, *candidates)))
+        for candidate in (*everyone, *everyone):
+            # Twice over: a candidate that crashes its worker takes with it what was loaded there before.
             if candidate.key in self._rejected:
                 results[candidate.key] = self._rejected[candidate.key]
+                field_.pop(candidate.key, None)
                 continue
             outcome = self._load(candidate)
             if isinstance(outcome, Loaded):
@@ -146,9 +151,10 @@ class Measurer:
                 outcome.contestant.keep = candidate in keep or candidate == self.reference or candidate in beside
             else:
                 results[candidate.key] = self._reject(candidate, outcome)
+                field_.pop(candidate.key, None)
         if self.reference.key not in field_:
             self._unload_except(())
-            return results
+            return _complete(results, candidates)
         contestants = [_fresh(loaded.contestant) for _, loaded in field_.values()]
         by_name = {each.name: each for each in contestants}
         self._number += 1
@@ -158,7 +164,7 @@ class Measurer:
         extra = machine_cautions(load.read(self.lab.pids()), usable_cores())
         self._store(field_, by_name, extra, results, spent)
         self._unload_except({self.reference.key, *(each.key for each in keep), *(each.key for each in beside)})
-        return results
+        return _complete(results, candidates)
 
     def _load(self, candidate: Candidate) -> Loaded | Refused | Failed:
         held = self._loaded.get(candidate.key)
@@ -177,7 +183,7 @@ class Measurer:
                 batch=candidate.batch,
                 callers=candidate.callers,
             )
-        except (Unsupported, UsageError) as error:
+        except (Unsupported, UsageError, ModelError) as error:
             return Refused(key=key, reason=error.message)
         except WorkerDied as died:
             return Failed(key=key, reason=died.reason, output=died.output)
@@ -217,6 +223,11 @@ class Measurer:
         for key, (candidate, loaded) in raced.items():
             contestant = contestants[loaded.contestant.name]
             samples = contestant.samples()
+            if contestant.lost or (contestant.failed is None and samples is None):
+                # No fault of its own: it says nothing about this candidate, so nothing is stored.
+                results[key] = Rejection(state="pruned", reason="lost when another candidate crashed its worker")
+                self._loaded.pop(key, None)
+                continue
             if contestant.failed is not None or samples is None:
                 died = contestant.failed or WorkerDied("no call ended within the budget")
                 results[key] = self._reject(candidate, Failed(key=self.key(candidate), reason=died.reason, output=died.output))
@@ -239,27 +250,26 @@ class Measurer:
                 results[key] = self._score(raced[key][0], outcome, reference, reused=False, seconds=seconds, loaded=raced[key][1])
 
     def _metrics(self, loaded: Loaded) -> dict[str, float]:
-        # Numerical verdicts hold for one content only, while times hold for the structure: their names carry which.
-        content = self.subject.structure.content[:16]
-        judged = {f"{name}@{content}": value for name, value in loaded.accuracy.items()}
+        # Numerical verdicts hold for one content and one input only, while times hold for the structure: their names carry which.
+        judged = {f"{name}@{self.subject.judged}": value for name, value in loaded.accuracy.items()}
         if loaded.problem:
-            judged[f"unusable@{content}"] = 1.0
+            judged[f"unusable@{self.subject.judged}"] = 1.0
         return {"compile_s": loaded.compile_s, "first_inference_s": loaded.first_inference_s, **judged}
 
     def _score(
         self, candidate: Candidate, mine: Measured, reference: Measured, *, reused: bool, seconds: float = 0.0, loaded: Loaded | None = None
     ) -> Score | Rejection:
         found = compare(mine.samples, reference.samples, scale=reference.key.batch / mine.key.batch)
-        content = self.subject.structure.content[:16]
-        cosine = mine.metrics.get(f"cosine@{content}")
+        judged = self.subject.judged
+        cosine = mine.metrics.get(f"cosine@{judged}")
         shared = {"seconds": seconds, "reused": reused, "median_s": mine.samples.median_s}
-        if self.cosine_limit is not None and self.subject.deterministic:
-            if f"unusable@{content}" in mine.metrics:
-                reason = loaded.problem if loaded and loaded.problem else "its outputs are unusable"
-                return Rejection(state="pruned", reason=reason, ratio=found.ratio, **shared)  # type: ignore[arg-type]
-            if cosine is not None and cosine < self.cosine_limit:
-                reason = f"cosine {cosine:.5f} is below the limit of {self.cosine_limit:g}"
-                return Rejection(state="pruned", reason=reason, ratio=found.ratio, **shared)  # type: ignore[arg-type]
+        problem = ""
+        if f"unusable@{judged}" in mine.metrics:
+            problem = loaded.problem if loaded and loaded.problem else "its outputs are unusable"
+        elif self.cosine_limit is not None and self.subject.deterministic and cosine is not None:
+            problem = over_limit(cosine, mine.metrics.get(f"relative_l2@{judged}", 0.0), self.cosine_limit)
+        if problem:
+            return Rejection(state="pruned", reason=problem, ratio=found.ratio, **shared)  # type: ignore[arg-type]
         return Score(ratio=found.ratio, low=found.low, high=found.high, cosine=cosine, **shared)  # type: ignore[arg-type]
 
     def loaded(self, candidate: Candidate) -> Loaded | None:
@@ -278,6 +288,13 @@ class Measurer:
     def release(self) -> None:
         """Unload everything."""
         self._unload_except(())
+
+
+def _complete(results: dict[str, Score | Rejection], candidates: Iterable[Candidate]) -> dict[str, Score | Rejection]:
+    """Give an outcome to each candidate that has none because the reference was lost in its race."""
+    for candidate in candidates:
+        results.setdefault(candidate.key, Rejection(state="pruned", reason="the reference was lost in its race"))
+    return results
 
 
 def _fresh(contestant: Contestant) -> Contestant:

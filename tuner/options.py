@@ -48,6 +48,8 @@ class TuneOptions:
             raise UsageError(f"unknown objective {self.objective!r}", advice=f"choose from {', '.join(OBJECTIVES)}")
         if self.objective == "energy":
             raise UsageError("energy cannot be measured yet, so it cannot be an objective", advice="choose latency or throughput")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed {self.seed} is not between 0 and 4294967295")
         if not 0 < self.budget_s < 1e6:
             raise UsageError(f"a budget of {self.budget_s} s cannot be spent", advice="give one such as --budget 120s")
         for name, value, least in (("--trials", self.trials, 1), ("--min-segments", self.min_segments, 1), ("--top", self.top, 1)):

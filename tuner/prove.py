@@ -7,18 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from aivmm.errors import AivmmError
 from aivmm.planner.candidates import Draft
 from aivmm.planner.constraints import Constraint, Violation, check, unjudged
 from aivmm.planner.records import ProofRecord
+from aivmm.probes.accuracy import over_limit
 from aivmm.probes.client import Worker, WorkerDied
-from aivmm.probes.compare import Comparison, cautions, compare, median_interval
+from aivmm.probes.compare import Comparison, cautions, compare, median_interval, round_medians
 from aivmm.probes.lab import COMPILE_LIMIT_S
-from aivmm.probes.machine import BackgroundLoad, machine_cautions
+from aivmm.probes.machine import BackgroundLoad, machine_cautions, measuring, wait_until_quiet
 from aivmm.probes.operations import BATCH_BELOW_S
-from aivmm.probes.race import Contestant, RaceState, block_s, leader_of, per_sample_s, race, versus
+from aivmm.probes.race import Contestant, RaceState, block_s, leader_of, race, versus
 from aivmm.probes.records import Caution, Samples
 from aivmm.runtime.cpu import usable_cores
 
@@ -134,7 +136,9 @@ class Prover:
         entrants = self._proof.entrants
         try:
             self._tell("loading the finalists and the baselines", None)
-            with ThreadPoolExecutor(max_workers=2) as pool:
+            # Two at a time to save time, but one at a time where what loading takes is a constraint.
+            alone = any(constraint.metric in ("compile", "first_inference") for constraint in self._constraints)
+            with ThreadPoolExecutor(max_workers=1 if alone else 2) as pool:
                 list(pool.map(self._load, entrants))
             contestants = [each.contestant for each in entrants if each.contestant is not None]
             if contestants:
@@ -173,12 +177,10 @@ class Prover:
             "size_bytes": float(entrant.size_bytes),
             **accuracy,
         }
-        if self._cosine_limit is not None:
-            if problem:
-                entrant.problem = problem
-            elif accuracy["cosine"] < self._cosine_limit:
-                entrant.problem = f"cosine {accuracy['cosine']:.5f} is below the limit of {self._cosine_limit:g}"
-        if answer["events"] and any("fallback" in event for event in answer["events"]):
+        entrant.problem = entrant.problem or problem
+        if self._cosine_limit is not None and not entrant.problem:
+            entrant.problem = over_limit(accuracy.get("cosine", -1.0), accuracy.get("relative_l2", math.inf), self._cosine_limit)
+        if any("fallback" in event for event in answer["events"]):
             entrant.problem = "; ".join(answer["events"])
         expected = answer["first_inference_s"]
         entrant.contestant = Contestant(
@@ -193,24 +195,8 @@ class Prover:
     def _race(self, contestants: list[Contestant]) -> None:
         pids = [each.worker.pid for each in contestants]
         load = BackgroundLoad(pids)
-        finalists = [
-            each.contestant for each in self._proof.entrants if each.role == "candidate" and each.eligible and each.contestant is not None
-        ]
-        next_round = 0
-        if len(finalists) > 1:
-            # First to choose among the finalists ...
-            next_round = race(
-                finalists,
-                budget_s=0.6 * _racing_s(finalists),
-                least_rounds=6,
-                most_rounds=20,
-                seed=self._seed,
-                tell=lambda state: self._tell("choosing among the finalists", state),
-            )
-            chosen = leader_of(finalists)
-            for each in finalists:
-                if each is not chosen:
-                    each.dropped = each.dropped or "another candidate was faster"
+        finalists = [each for each in self._proof.entrants if each.role == "candidate" and each.eligible]
+        next_round = self._choose(finalists) if len(finalists) > 1 else 0
         # ... then, on samples that chose nothing, to confirm.
         for entrant in self._proof.entrants:
             entrant.choosing = entrant.contestant.samples() if entrant.contestant else None
@@ -234,70 +220,113 @@ class Prover:
                 entrant.problem, entrant.fatal = entrant.contestant.failed.reason, True
                 continue
             entrant.confirmed = entrant.contestant.samples()
-            self._measure(entrant)
+            self._measure(entrant, entrant.confirmed)
 
-    def _measure(self, entrant: Entrant) -> None:
-        if entrant.confirmed is None or entrant.contestant is None:
+    def _choose(self, finalists: Sequence[Entrant]) -> int:
+        """Race the finalists, and drop all but the fastest of those that keep the constraints; return the next round's number."""
+        contestants = [each.contestant for each in finalists if each.contestant is not None]
+        next_round = race(
+            contestants,
+            budget_s=0.6 * _racing_s(contestants),
+            least_rounds=6,
+            most_rounds=20,
+            seed=self._seed,
+            tell=lambda state: self._tell("choosing among the finalists", state),
+        )
+        for each in finalists:
+            self._measure(each, each.contestant.samples() if each.contestant else None)
+        keeping = [each.contestant for each in finalists if each.running and each.contestant and not self._violations(each)]
+        chosen = leader_of(keeping) or leader_of(contestants)
+        for contestant in contestants:
+            if contestant is not chosen:
+                contestant.dropped = contestant.dropped or "another candidate was faster, or kept the constraints"
+        return next_round
+
+    def _violations(self, entrant: Entrant) -> tuple[Violation, ...]:
+        targets = [str(piece.target) for piece in entrant.draft.pieces]
+        return check(self._constraints, constraint_metrics(entrant), targets=targets)
+
+    def _measure(self, entrant: Entrant, samples: Samples | None) -> None:
+        if samples is None or entrant.contestant is None:
             return
-        samples = entrant.confirmed
         entrant.metrics |= {
-            "latency_s": samples.median_s * (entrant.draft.callers if entrant.draft.callers > 1 else 1),
+            "latency_s": samples.median_s * entrant.draft.callers,
             "throughput_per_s": entrant.draft.batch / samples.median_s,
             "peak_memory_bytes": float(entrant.contestant.memory_bytes),
         }
 
     def _decide(self) -> None:
-        proof = self._proof
-        measured = [each for each in proof.entrants if each.eligible and each.confirmed is not None]
+        """Choose the plan; again without it, should it die while its tail is measured."""
+        measured = [each for each in self._proof.entrants if each.eligible and each.confirmed is not None]
+        if self._asks_tail:
+            for each in measured:
+                self._tail(each)
         for each in measured:
-            self._tail(each, wanted=self._asks_tail)
-            metrics, targets = constraint_metrics(each), [str(piece.target) for piece in each.draft.pieces]
-            found = check(self._constraints, metrics, targets=targets)
-            for missing in unjudged(self._constraints, metrics, targets=targets):
-                sentence = f"{missing.metric} could not be measured in the time there is, so {missing} is not shown to hold"
-                found = (*found, Violation(constraint=missing, value=math.nan, percent=math.inf, sentence=sentence))
-            if found:
-                proof.violations[each.draft.name] = found
-        allowed = [each for each in measured if each.draft.name not in proof.violations]
+            self._judge(each)
+        while True:
+            plan = self._pick()
+            self._proof.plan = plan
+            if plan is None or self._tail(plan):
+                return
+
+    def _judge(self, entrant: Entrant) -> None:
+        """Note which constraints an entrant breaks, or cannot be shown to keep."""
+        metrics, targets = constraint_metrics(entrant), [str(piece.target) for piece in entrant.draft.pieces]
+        found = self._violations(entrant)
+        for missing in unjudged(self._constraints, metrics, targets=targets):
+            sentence = f"{missing.metric} could not be measured in the time there is, so {missing} is not shown to hold"
+            found = (*found, Violation(constraint=missing, value=math.nan, percent=math.inf, sentence=sentence))
+        if found:
+            self._proof.violations[entrant.draft.name] = found
+
+    def _pick(self) -> Entrant | None:
+        proof = self._proof
+        allowed = [each for each in proof.entrants if each.eligible and each.confirmed and each.draft.name not in proof.violations]
         baselines = [each for each in allowed if each.role == "baseline"]
         candidates = [each for each in allowed if each.role == "candidate"]
-        proof.best_baseline = min(baselines, key=_time, default=None)
         best = min(candidates, key=_time, default=None)
+        if self._forced:
+            return best  # a cut was asked for: an uncut plan is no answer, however fast
+        proof.best_baseline = _unbeaten(baselines)
+        proof.challenger, proof.beaten = None, False
         if best is not None and proof.best_baseline is not None:
-            assert best.contestant and proof.best_baseline.contestant
-            proof.challenger = versus(best.contestant, proof.best_baseline.contestant)
+            proof.challenger = _versus(best, proof.best_baseline)
             proof.beaten = proof.challenger.verdict == "faster"
-        if best is not None and (proof.best_baseline is None or proof.beaten or self._forced):
-            proof.plan = best
-        else:
-            # A device name that only OpenVINO resolves at load is the last choice among equals: a plan should say where it runs.
-            named = [each for each in baselines if not each.draft.targets.endswith(":AUTO")]
-            real = min(named, key=_time, default=None)
-            proof.plan = (
-                real
-                if real is not None and (proof.best_baseline is real or not _clearly_slower(real, proof.best_baseline))
-                else proof.best_baseline
-            )
-        if proof.plan is not None:
-            self._tail(proof.plan, wanted=True)
+        if best is not None and (proof.best_baseline is None or proof.beaten):
+            return best
+        # A device that only OpenVINO resolves at load is the last choice among equals: a plan should say where it runs.
+        named = _unbeaten([each for each in baselines if not each.draft.targets.endswith(":AUTO")])
+        if named is not None and proof.best_baseline is not None and _versus(named, proof.best_baseline).verdict != "slower":
+            return named
+        return proof.best_baseline
 
-    def _tail(self, entrant: Entrant, *, wanted: bool) -> None:
-        """Run on until there are enough samples for a 99th percentile, where that takes seconds only."""
+    def _tail(self, entrant: Entrant) -> bool:
+        """Run on until there are enough samples for a 99th percentile, where that takes seconds only. False when it died of it."""
         contestant = entrant.contestant
-        if not wanted or contestant is None or entrant.draft.callers > 1 or entrant.confirmed is None:
-            return
-        median = entrant.confirmed.median_s
+        if contestant is None or entrant.draft.callers > 1 or entrant.confirmed is None or "p99_s" in entrant.metrics:
+            return True
+        typical = entrant.confirmed.median_s
         # Below 100 µs the durations of a race are means of several calls, and a mean has no tail.
-        durations = list(entrant.confirmed.timed_s) if median >= BATCH_BELOW_S else []
+        durations = list(entrant.confirmed.timed_s) if typical >= BATCH_BELOW_S else []
         missing = TAIL_SAMPLES - len(durations)
-        if missing > 0 and median * missing <= (TAIL_ASKED_S if self._asks_tail else TAIL_S):
+        if missing > 0 and typical * missing <= (TAIL_ASKED_S if self._asks_tail else TAIL_S):
+            for other in self._proof.entrants:
+                if other.worker is not None and other is not entrant and other.worker.pid:
+                    wait_until_quiet(other.worker.pid)
             try:
-                answer = contestant.worker.call("timed", limit_s=60 + TAIL_ASKED_S, name="engine", seconds=0.0, least=missing, each=True)
-            except WorkerDied:
-                return  # the confirmed samples stand; the tail is then not known
+                with measuring():
+                    answer = contestant.worker.call(
+                        "timed", limit_s=60 + TAIL_ASKED_S, name="engine", seconds=0.0, least=missing, each=True
+                    )
+            except (WorkerDied, AivmmError) as error:
+                entrant.problem = error.reason if isinstance(error, WorkerDied) else error.message
+                entrant.fatal = True
+                contestant.failed = WorkerDied(entrant.problem)
+                return False
             durations += answer["durations"]
         if len(durations) >= TAIL_SAMPLES:
             entrant.metrics["p99_s"] = Samples(timed_s=tuple(durations)).quantile_s(0.99)
+        return True
 
 
 def constraint_metrics(entrant: Entrant) -> dict[str, float]:
@@ -320,21 +349,34 @@ def _racing_s(contestants: Sequence[Contestant]) -> float:
     return min(_MOST_S, max(_LEAST_S, _ROUNDS * sum(block_s(each.expected_s, each.callers) + _SWITCH_S for each in contestants)))
 
 
+def call_s(entrant: Entrant) -> float:
+    """Return the median duration of one call: with several callers the time between two completions holds one of each."""
+    assert entrant.confirmed
+    return entrant.confirmed.median_s * entrant.draft.callers
+
+
 def interval_s(entrant: Entrant) -> tuple[float, float]:
     """Return the 95 % interval of the median duration of one call."""
     assert entrant.confirmed
-    return median_interval(entrant.confirmed)
+    low, high = median_interval(entrant.confirmed)
+    return low * entrant.draft.callers, high * entrant.draft.callers
 
 
 def _time(entrant: Entrant) -> float:
-    assert entrant.contestant
-    return per_sample_s(entrant.contestant)
+    """Return seconds per sample: the median over rounds. A slow round holds fewer calls, and must not weigh less for that."""
+    assert entrant.confirmed
+    return float(median(round_medians(entrant.confirmed).values())) / entrant.draft.batch
 
 
-def _clearly_slower(entrant: Entrant, other: Entrant | None) -> bool:
-    if other is None or other.contestant is None or entrant.contestant is None:
-        return False
-    return versus(entrant.contestant, other.contestant).verdict == "slower"
+def _versus(a: Entrant, b: Entrant) -> Comparison:
+    assert a.contestant and b.contestant
+    return versus(a.contestant, b.contestant)
+
+
+def _unbeaten(entrants: Sequence[Entrant]) -> Entrant | None:
+    """Return the fastest of those that no other one beats when compared round by round."""
+    unbeaten = [each for each in entrants if not any(_versus(each, other).verdict == "slower" for other in entrants if other is not each)]
+    return min(unbeaten or entrants, key=_time, default=None)
 
 
 def _worse(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 import time
 import uuid
@@ -33,7 +34,7 @@ from aivmm.tuner.prove import Proof, Prover
 from aivmm.tuner.reporting import write_report
 from aivmm.tuner.subject import Subject
 from aivmm.tuner.verdict import summary
-from aivmm.tuner.work import Work
+from aivmm.tuner.work import Work, remove_orphans
 
 # Shares of the budget by which blocks and operators have to end, counted from the start.
 _BLOCKS_UNTIL, _OPERATORS_UNTIL = 0.80, 1.0
@@ -78,7 +79,13 @@ class Session:
         """
         if not self.options.dry_run:
             check_destination(self.output)
-        with Database.open(self.options.db) as database, Lab() as lab, tempfile.TemporaryDirectory(prefix="aivmm-") as folder:
+        with (
+            Database.open(self.options.db) as database,
+            # Outlives the workers, which map files in it. A folder that cannot be removed is no reason to lose a finished tuning.
+            tempfile.TemporaryDirectory(prefix=f"aivmm-{os.getpid()}-", ignore_cleanup_errors=True) as folder,
+            Lab() as lab,
+        ):
+            remove_orphans(Path(folder).parent)
             work = self._prepare(database, lab, Path(folder))
             try:
                 if self.options.dry_run:
@@ -160,7 +167,8 @@ class Session:
             seed=self.options.seed,
             aivmm_version=version("aivmm"),
         )
-        earlier = None if self.options.fresh else database.last_run(record.request, ("searched", "complete", "infeasible"))
+        anew = self.options.fresh or self.options.retry_failed
+        earlier = None if anew else database.last_run(record.request, ("searched", "complete", "infeasible"))
         self._searched_before = earlier is not None
         database.start_run(record, unavailable=work.unavailable, model_id=model_id)
         database.link_environments(record.id, [environment_of(target).fingerprint for target in work.targets])
@@ -242,7 +250,9 @@ class Session:
         accuracy = decider.accuracy(proof.plan) if proof.plan else None
         plan_path = self.output if proof.plan else None
         report = (
-            self.output / "report.html" if proof.plan else self.output.with_name(f"{self.output.name.removesuffix('.aivmm')}.report.html")
+            self.output / "report.html"
+            if proof.plan
+            else self.output.absolute().with_name(f"{self.output.absolute().name.removesuffix('.aivmm')}.report.html")
         )
         if proof.plan is not None:
             plan = work.emitter(proof.plan.draft.batch).write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from aivmm.errors import ModelError, Unsupported, UsageError
+from aivmm.errors import AivmmError, ModelError, UsageError
 from aivmm.models.records import ModelFacts, Structure
 from aivmm.probes.accuracy import judge
 from aivmm.probes.client import WorkerDied
@@ -22,6 +23,8 @@ from aivmm.runtime.target import Target
 from aivmm.tuner.options import TuneOptions
 
 PROOF_SAMPLES = 4  # inputs that the search never saw, on which the proof judges accuracy
+
+MOST_SAMPLES = 64  # of those that a user gives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,7 @@ class Subject:
         self.deterministic = True
         self.reference_name = ""
         self._by_name: dict[str, Target] = {}
+        self._sample_digest = ""
 
     @property
     def path(self) -> Path:
@@ -60,8 +64,13 @@ class Subject:
 
     @property
     def subject(self) -> str:
-        """What keys times: the structure, or the content where values decide how long a run takes."""
-        return self.structure.content if self.structure.data_dependent else self.structure.structure
+        """What keys times: the structure, or the content and the input where values decide how long a run takes."""
+        return f"{self.structure.content}@{self._sample_digest}" if self.structure.data_dependent else self.structure.structure
+
+    @property
+    def judged(self) -> str:
+        """What numerical verdicts hold for: this content, on this input."""
+        return f"{self.structure.content[:16]}.{self._sample_digest}"
 
     def make_reference(self, targets: Sequence[Target]) -> None:
         """Make samples and the fp32 reference at the base batch, on ONNX Runtime's CPU or else on the first target that takes the model.
@@ -71,6 +80,7 @@ class Subject:
         """
         facts = self.facts
         samples = self._base_samples(facts)
+        self._sample_digest = _digest(load_arrays(str(samples[0])))
         # ONNX Runtime's CPU is the reference even when it may not be part of the plan.
         order = sorted(targets, key=lambda each: (str(each) != "onnxruntime:CPU", each.device.kind != "cpu"))
         reasons = []
@@ -78,13 +88,14 @@ class Subject:
             try:
                 precision = "fp32" if "fp32" in target.precisions else None
                 loaded = self._lab.load(self.path, target, Config(precision=precision), inputs=samples[0])
-            except (Unsupported, WorkerDied) as error:
-                reasons.append(f"{target}: {error.message if isinstance(error, Unsupported) else error.reason}")
+                references = self._refer(loaded, samples)
+            except (AivmmError, WorkerDied) as error:
+                reasons.append(f"{target}: {error.message if isinstance(error, AivmmError) else error.reason}")
                 continue
             self.reference_name = f"{target} fp32"
             if reasons:
                 self.notes.append(f"the reference outputs come from {target}, since {reasons[0]}")
-            self._at[self.base_batch] = Prepared(path=self.path, facts=facts, samples=samples, references=self._refer(loaded, samples))
+            self._at[self.base_batch] = Prepared(path=self.path, facts=facts, samples=samples, references=references)
             return
         raise ModelError(f"no target here takes {self.facts.name}: {'; '.join(reasons)}")
 
@@ -168,6 +179,7 @@ class Subject:
         return analyse(self.path)
 
     def _base_samples(self, facts: ModelFacts) -> tuple[Path, ...]:
+        """Write the samples: the first for the search, further ones for the proof."""
         paths = tuple(self._folder / f"sample-{self.base_batch}-{index}.npz" for index in range(1 + PROOF_SAMPLES))
         if self._options.inputs is None:
             self._lab.make_samples(self.path, facts.inputs, paths, seed=self._options.seed)
@@ -175,7 +187,11 @@ class Subject:
         from aivmm.models.inputs import load_inputs
 
         given = load_inputs(self._options.inputs, facts.inputs)
-        used = paths[: max(2, min(len(given), len(paths)))]
+        if len(given) == 1:
+            self.notes.append("one sample was given, so the search and the proof judge accuracy on the same one")
+        elif len(given) > MOST_SAMPLES:
+            self.notes.append(f"{len(given)} samples were given; accuracy is judged on the first {MOST_SAMPLES}")
+        used = tuple(self._folder / f"sample-{self.base_batch}-{index}.npz" for index in range(max(2, min(len(given), MOST_SAMPLES))))
         for index, path in enumerate(used):
             save_arrays(path, given[index % len(given)])
         return used
@@ -197,6 +213,15 @@ class Subject:
             return tuple(paths)
         finally:
             self._lab.unload(loaded.contestant)
+
+
+def _digest(arrays: Mapping[str, Any]) -> str:
+    """Return 8 hexadecimal digits that tell inputs apart."""
+    total = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        total.update(repr((name, array.dtype.str, array.shape)).encode())
+        total.update(repr(array.tolist()).encode() if array.dtype.kind == "O" else np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()[:8]
 
 
 def _stacked(samples: Sequence[Mapping[str, Any]], first: int, facts: ModelFacts, batch: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from aivmm.planner.constraints import human
 from aivmm.probes.compare import Comparison
 from aivmm.runtime.config import Config
 from aivmm.tuner.measure import Counts
-from aivmm.tuner.prove import Entrant, Proof, interval_s
+from aivmm.tuner.prove import Entrant, Proof, call_s, interval_s
 
 _THREADS = {"INFERENCE_NUM_THREADS": "thread", "intra_op_num_threads": "thread", "NUM_STREAMS": "stream"}
 
@@ -49,6 +49,8 @@ def factor_text(found: Comparison) -> str:
     if found.verdict == "slower":
         return f"{found.ratio:.1f}x slower than" if found.ratio >= 1.3 else f"{(found.ratio - 1) * 100:.0f} % slower than"
     width = max(found.high - 1, 1 - found.low) * 100
+    if found.low > 1 or found.high < 1:
+        return f"within {max(1.0, width):.0f} % of"
     return f"the same within noise (±{max(1.0, width):.0f} %) as"
 
 
@@ -59,21 +61,34 @@ def sentence(proof: Proof, *, objective: str, accuracy_text: str) -> str:
     if objective == "throughput":
         figure = f"{human(plan.metrics['throughput_per_s'], 'throughput')} samples"
     else:
-        figure = time_text(plan.confirmed.median_s)
+        figure = time_text(call_s(plan))
     text = f"{describe(plan.draft)}: {figure}"
     clauses = []
     others = [each for each in proof.entrants if each.role == "baseline" and each is not plan and each.confirmed and each.eligible]
     for each in _worth_telling(plan, others, proof):
         found = proof.against(each)
         assert found and each.confirmed
-        tail = f" ({time_text(each.confirmed.median_s)})" if objective == "latency" and found.verdict in ("faster", "slower") else ""
+        tail = f" ({time_text(call_s(each))})" if objective == "latency" and found.verdict in ("faster", "slower") else ""
         clauses.append(f"{factor_text(found)} {each.draft.name}{tail}")
     if clauses:
         text += ", " + " and ".join([", ".join(clauses[:-1]), clauses[-1]] if len(clauses) > 2 else clauses)
     text += "."
-    if plan.role == "baseline" and not proof.beaten:
-        text += f" The baseline won: nothing that was tried is faster than {plan.draft.name} beyond noise."
+    if plan.role == "baseline":
+        text += f" {_why_baseline(plan, proof)}"
     return text + (f" {accuracy_text}" if accuracy_text else "")
+
+
+def _why_baseline(plan: Entrant, proof: Proof) -> str:
+    """Say why the plan is what a user would have run anyway, and no more than was seen."""
+    tried = [each for each in proof.entrants if each.role == "candidate"]
+    broken = [each for each in tried if each.draft.name in proof.violations or each.problem]
+    if proof.challenger is not None:
+        return f"The baseline won: nothing that was tried is faster than {plan.draft.name} beyond noise."
+    if broken:
+        first = broken[0]
+        reason = first.problem or proof.violations[first.draft.name][0].sentence
+        return f"The baseline won: of what was tried, {describe(first.draft)} is out ({reason})."
+    return "The baseline won: the search found nothing that promised to be faster."
 
 
 def _worth_telling(plan: Entrant, baselines: Sequence[Entrant], proof: Proof) -> list[Entrant]:
@@ -140,7 +155,7 @@ def summary(
         low, high = interval_s(plan)
         result["plan"] = {"path": plan_path, "batch": plan.draft.batch, "callers": plan.draft.callers, "stages": stages_json(plan.draft)}
         result["measured"] = {
-            "median_s": plan.confirmed.median_s,
+            "median_s": call_s(plan),
             "ci95_s": [low, high],
             "p99_s": plan.metrics.get("p99_s"),
             "throughput_per_s": plan.metrics["throughput_per_s"],
@@ -158,7 +173,7 @@ def _baseline_json(each: Entrant, proof: Proof) -> dict[str, Any]:
         "name": each.draft.name,
         "target": str(piece.target),
         "config": piece.config.as_dict(),
-        "median_s": each.confirmed.median_s if each.confirmed else None,
+        "median_s": call_s(each) if each.confirmed else None,
         "ci95_s": interval,
         "ratio_to_plan": 1 / found.ratio if found else None,
         "eligible": each.eligible and not against,

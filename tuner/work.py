@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+
+import psutil
 
 from aivmm.db.database import Database
 from aivmm.planner.constraints import Constraint
@@ -17,6 +20,7 @@ from aivmm.tuner.emit import Emitter
 from aivmm.tuner.options import DEFAULT_BATCHES, TuneOptions
 from aivmm.tuner.progress import Progress
 from aivmm.tuner.subject import Subject
+from aivmm.tuner.text import printable
 from aivmm.tuner.verdict import time_text
 
 
@@ -46,6 +50,7 @@ class Work:
 
     def note(self, text: str) -> None:
         """Tell the user something, now and in the report."""
+        text = printable(text)
         if text not in self.notes:
             self.notes.append(text)
             self.progress.note(text)
@@ -84,3 +89,11 @@ class Work:
         """Let go of the model's files."""
         for emitter in self._emitters.values():
             emitter.close()
+
+
+def remove_orphans(parent: Path) -> None:
+    """Remove the working folders of tunings on this machine that were killed: they hold copies of models."""
+    for folder in parent.glob("aivmm-*-*"):
+        pid = folder.name.split("-")[1]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)  # another user's cannot be removed, and is not ours to worry about
