@@ -153,7 +153,7 @@ def race(
             for each in order.sample(list(contestants), len(contestants)):
                 if not each.racing:
                     continue
-                if before is not None and before is not each and before.worker.pid:
+                if before is not None and before is not each and before.worker.pid > 0:
                     wait_until_quiet(before.worker.pid)
                 each.block(number, warmup=count < 0)
                 before = each

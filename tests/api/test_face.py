@@ -48,7 +48,7 @@ print(json.dumps({
         "kind": type(frame).__name__, "rows": len(frame), "medians": frame["median_s"].dropna().tolist(),
         "kinds": sorted(set(frame["kind"])), "targets": sorted(set(frame["target"])),
     },
-    "all_evidence": len(aivmm.evidence(result.database)),
+    "all_evidence": len(aivmm.evidence(result.database, all=True)),
     "outputs": outputs["output"].tolist(),
     "runs": stats["runs"],
     "devices": [str(each) for each in aivmm.devices()],

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from aivmm.errors import Infeasible, UsageError
+from aivmm.errors import UsageError
 from aivmm.models.records import Block, CutPoint, Structure
 from aivmm.planner.candidates import Draft
 from aivmm.planner.partition import BYTES_PER_S, CUT_S, cut_drafts
@@ -133,7 +133,7 @@ def test_a_block_runs_only_where_it_is_known_to_run_right() -> None:
 def test_a_block_that_nothing_runs_right_leaves_no_cut_and_a_forced_one_says_which() -> None:
     costs = {CPU: [MS, None, MS], GPU: [MS, None, MS]}
     assert cuts(costs, uncut_s=100 * MS) == []
-    with pytest.raises(Infeasible, match="block 1"):
+    with pytest.raises(UsageError, match="block 1"):
         cuts(costs, min_segments=2)
 
 
