@@ -156,16 +156,6 @@ class Search:
         scored = [(candidate, outcome) for candidate, outcome in self._known.values() if isinstance(outcome, Score)]
         return sorted(scored, key=lambda each: each[1].ratio)[:count]
 
-    def importance(self) -> dict[str, float]:
-        """Return how much of the variance each knob explains (fANOVA); empty when too few trials are complete."""
-        complete = [each for each in self._study.get_trials(deepcopy=False) if each.state == TrialState.COMPLETE]
-        if len(complete) < 8 or len({each.value for each in complete}) < 3:
-            return {}
-        try:
-            return dict(optuna.importance.get_param_importances(self._study))
-        except (ValueError, RuntimeError, ZeroDivisionError):
-            return {}  # no knob is shared by all complete trials
-
     def _tell_one(self, trial: optuna.trial.Trial, outcome: Score | Rejection) -> None:
         if isinstance(outcome, Score):
             self._study.tell(trial, math.log(outcome.ratio))

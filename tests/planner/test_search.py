@@ -232,19 +232,6 @@ def test_the_record_of_a_trial_holds_what_was_found() -> None:
     assert (record.seconds, record.reused) == (1.5, True)
 
 
-def test_the_importance_names_the_knob_that_matters() -> None:
-    search = Search(space(THREADS, LEVEL), seed=1)
-    drive(search, lambda candidate: scored(1 + 0.2 * abs(int(candidate.config.get("threads") or 4) - 6)))
-    importance = search.importance()
-    assert importance["toy:CPU threads"] > 0.9 > 0.1 > importance["toy:CPU level"]
-
-
-def test_too_few_trials_have_no_importance() -> None:
-    search = Search(space(THREADS))
-    drive(search, by_threads, trials=3)
-    assert search.importance() == {}
-
-
 # --- the optimum ---------------------------------------------------------------------------------------------------------------------
 
 
