@@ -98,6 +98,10 @@ def _what(plan: ProofRecord, stages: Sequence[Stage]) -> Answer:
 def _how_much(data: ReportData) -> Answer:
     label = "How much better"
     rival = best_baseline(data)
+    own = data.planned
+    if own is not None and any(dig(each, "name") == own.name for each in data.run.summary.get("baselines") or ()):
+        others = (f"{fmt.ratio(rival.ratio)} the speed of {rival.name}, the next best",) if rival is not None and rival.ratio else ()
+        return Answer(label=label, value="a baseline won", support=("this is what you would have run anyway", *others))
     if rival is None or rival.ratio is None:
         return Answer(label=label, value="–", support=("no eligible baseline ran, so there is nothing to compare with",))
     worst = max((p for p in data.proofs if p.role == "baseline" and p.eligible and p.ratio is not None), key=lambda p: p.ratio or 0)
