@@ -32,7 +32,7 @@ from aivmm.probes.operations import load_arrays
 from aivmm.probes.records import Samples
 from aivmm.runtime.cpu import cpu_device
 
-ROUNDS = 24
+ROUNDS = 16
 BLOCK_S = 0.04
 _ORT = "onnxruntime-gpu" if platform.machine() in ("x86_64", "AMD64") else "onnxruntime"
 
