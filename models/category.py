@@ -112,7 +112,7 @@ def _verdicts(facts: _Facts) -> Iterator[Category]:
         yield Category(name="scientific/graph", reason=f"{seen}: numerical computing, not a usual network")
     if facts.conv and facts.conv >= facts.scatter:
         without = "" if facts.attention else ", no attention"
-        yield Category(name="CNN", reason=f"{seen}{without}: CNN")
+        yield Category(name="CNN", reason=f"{seen}{without}")
     if facts.scatter >= 2 or (facts.scatter and facts.loose_gather):
         yield Category(name="scientific/graph", reason=f"{seen}: values go to and come from computed places, as over a graph")
     if facts.tables and (facts.tables >= 2 or facts.dense_input) and facts.dense:

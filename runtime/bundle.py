@@ -68,7 +68,7 @@ class Bundle:
             folder = Path(unpacked.name)
             _unzip(path, folder)
             return cls(folder, _check(folder, shown=path), unpacked=unpacked)
-        except BaseException:
+        except BaseException:  # not handled, only cleaned up: nothing else knows of the folder
             unpacked.cleanup()
             raise
 
@@ -210,7 +210,7 @@ def _write(destination: Path, plan: Plan, files: Mapping[str, Path]) -> Path:
         (staging / PLAN_FILE).write_text(text, encoding="utf-8")
         staging.chmod(0o755)  # mkdtemp makes private folders; a bundle is for sharing
         _swap_in(staging, destination)
-    except BaseException:
+    except BaseException:  # not handled, only cleaned up: whole or not at all
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return destination
@@ -227,7 +227,7 @@ def _swap_in(staging: Path, destination: Path) -> None:
     destination.rename(retired)
     try:
         staging.rename(destination)
-    except BaseException:
+    except BaseException:  # not handled: the old bundle goes back first
         retired.rename(destination)
         raise
     shutil.rmtree(retired, ignore_errors=True)

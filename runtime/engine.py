@@ -93,7 +93,7 @@ class Engine:
         bundle = Bundle.open(path)
         try:
             return cls(bundle)
-        except BaseException:
+        except BaseException:  # not handled, only cleaned up: nobody else could close it
             bundle.close()
             raise
 

@@ -96,7 +96,7 @@ class Session:
                 except KeyboardInterrupt:
                     _end(work, record, "interrupted")
                     raise
-                except BaseException:
+                except BaseException:  # not handled, only recorded: the run's row must not say that it still runs
                     _end(work, record, "failed")
                     raise
             finally:
@@ -320,7 +320,10 @@ def _dry_run(work: Work) -> dict[str, Any]:
         "targets": [str(each) for each in work.targets],
         "unavailable": [str(each) for each in work.unavailable],
         "baselines": [each.name for each in baselines],
-        "knobs": {str(target): [knob.name for knob in work.lab.knobs(target)] for target in work.targets},
+        "knobs": {
+            str(target): [knob.name for knob in work.lab.knobs(target) if work.options.objective in knob.objectives]
+            for target in work.targets
+        },
         "batches": list(work.batches()),
         "blocks": len(structure.blocks),
         "operators": len(structure.operators),
