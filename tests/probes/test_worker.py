@@ -233,6 +233,7 @@ def test_a_parent_that_just_ends_leaves_no_orphans() -> None:
 def test_ctrl_c_reaches_the_parent_and_not_its_workers() -> None:
     code = PARENT + textwrap.dedent("""
         try:
+            print("ready", flush=True)  # within the try: an interrupt that comes between the two would be nobody's
             time.sleep(60)
         except KeyboardInterrupt:
             print(*(worker.call("memory", limit_s=10)["peak_bytes"] > 0 for worker in workers), *(worker.generation for worker in workers))
@@ -240,6 +241,7 @@ def test_ctrl_c_reaches_the_parent_and_not_its_workers() -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
         assert parent.stdout
         parent.stdout.readline()
+        assert parent.stdout.readline() == "ready\n"
         os.killpg(parent.pid, signal.SIGINT)  # the terminal sends it to the whole group
         assert parent.stdout.readline().split() == ["True", "True", "1", "1"]
 
