@@ -49,7 +49,7 @@ def tune(
     *,
     output: str | Path | None = None,
     db: str | Path | None = None,
-    objective: str = "latency",
+    objective: str | None = None,
     constraints: str | Sequence[str] = (),
     targets: str | Sequence[str] = (),
     precisions: str | Sequence[str] = (),
@@ -57,6 +57,9 @@ def tune(
     shapes: Mapping[str, Sequence[int]] | None = None,
     dims: Mapping[str, int] | None = None,
     inputs: str | Path | None = None,
+    dataset: str | Path | None = None,
+    metric: str | None = None,
+    service_level: str | None = None,
     budget_s: float | None = None,
     trials: int | None = None,
     min_segments: int = 1,
@@ -72,23 +75,28 @@ def tune(
         AivmmError: something the caller can fix: the model, an option, the database, the output folder.
         Infeasible: no plan meets the constraints; the message says which binds and what comes nearest. The report is written all the same.
     """
+    from aivmm.planner.levels import goal
     from aivmm.result import TuneResult
     from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions
     from aivmm.tuner.progress import make_progress
     from aivmm.tuner.session import Session, TuneOutcome
 
+    objective, limits = goal(service_level, objective, (constraints,) if isinstance(constraints, str) else tuple(constraints))
     options = TuneOptions(
         model=str(model),
         output=None if output is None else Path(output),
         db=None if db is None else str(db),
         objective=objective,
-        constraints=(constraints,) if isinstance(constraints, str) else tuple(constraints),
+        constraints=limits,
         targets=(targets,) if isinstance(targets, str) else tuple(targets),
         precisions=(precisions,) if isinstance(precisions, str) else tuple(precisions),
         batches=tuple(sorted(set(batches))),
         shapes={name: tuple(shape) for name, shape in (shapes or {}).items()},
         dims=dict(dims or {}),
         inputs=None if inputs is None else Path(inputs),
+        dataset=None if dataset is None else str(dataset),
+        metric=metric,
+        service_level=service_level,
         budget_s=DEFAULT_BUDGET_S if budget_s is None else budget_s,
         trials=trials,
         min_segments=min_segments,

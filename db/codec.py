@@ -11,9 +11,9 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import lru_cache
+from json.encoder import encode_basestring_ascii as _quote
 from typing import Any
-
-import numpy as np
 
 from aivmm.models.records import Category, CutPoint, ModelFacts
 from aivmm.probes.records import Caution, ProbeKey, Samples
@@ -34,13 +34,23 @@ def new_id() -> str:
 
     Time-ordered, so that the newest row of a key is the greatest, and inserts append to the B-tree instead of splitting its pages.
     """
+    return new_ids(1)[0]
+
+
+def new_ids(count: int) -> list[str]:
+    """Return `count` ids as `new_id` makes them, in order."""
     global _last_id
+    milliseconds, nanoseconds = divmod(time.time_ns(), 1_000_000)
     with _id_lock:
-        milliseconds, nanoseconds = divmod(time.time_ns(), 1_000_000)
-        stamp = (milliseconds << 12) | (nanoseconds << 12) // 1_000_000  # the 12 bits after the milliseconds: method 3 of §6.2
-        _last_id = stamp = max(stamp, _last_id + 1)
-    value = (stamp >> 12) << 80 | 0x7 << 76 | (stamp & 0xFFF) << 64 | 0b10 << 62 | int.from_bytes(os.urandom(8), "big") >> 2
-    return f"{value:032x}"
+        stamp = max(
+            (milliseconds << 12) | (nanoseconds << 12) // 1_000_000, _last_id + 1
+        )  # 12 bits after the milliseconds: method 3 of §6.2
+        _last_id = stamp + count - 1
+    entropy = memoryview(os.urandom(8 * count)).cast("Q")
+    return [
+        f"{each >> 12:012x}7{each & 0xFFF:03x}{0b10 << 62 | noise >> 2:016x}"
+        for each, noise in zip(range(stamp, stamp + count), entropy, strict=True)
+    ]
 
 
 def digest(*parts: object) -> str:
@@ -50,7 +60,10 @@ def digest(*parts: object) -> str:
 
 def key_digest(key: ProbeKey, config_digest: str = "") -> str:
     """Return what a probe is looked up by: the digest of all fields of its key. `config_digest` saves making that of its config again."""
-    return digest(key.kind, key.subject, key.target, key.environment, config_digest or key.config.digest(), key.batch, key.callers)
+    quoted = f"{_quote(key.kind)},{_quote(key.subject)},{_quote(key.target)},{_quote(key.environment)}"
+    config = _quote(config_digest or key.config.digest())
+    # The text that `digest` makes of these parts, without a walk through an encoder: a test holds the two together.
+    return hashlib.sha256(f"[{quoted},{config},{key.batch:d},{key.callers:d}]".encode()).hexdigest()[:32]
 
 
 def dump_json(value: object) -> str:
@@ -78,18 +91,11 @@ def clean(text: str) -> str:
 
 def pack_samples(samples: Samples) -> bytes:
     """Return a header of four uint32 (layout, counts), then float64 timed_s, float64 warmup_s, uint32 rounds, all little-endian."""
+    timed, rounds, warmup = len(samples.timed_s), len(samples.rounds), len(samples.warmup_s)
     try:
-        rounds = np.array(samples.rounds, dtype="<u4")
-    except OverflowError as error:
-        raise ValueError(f"rounds are counted from 0 to 2**32 - 1: {error}") from error
-    return b"".join(
-        (
-            _HEADER.pack(_LAYOUT, len(samples.timed_s), len(samples.rounds), len(samples.warmup_s)),
-            np.array(samples.timed_s, dtype="<f8").tobytes(),
-            np.array(samples.warmup_s, dtype="<f8").tobytes(),
-            rounds.tobytes(),
-        )
-    )
+        return _packer(timed, rounds, warmup).pack(_LAYOUT, timed, rounds, warmup, *samples.timed_s, *samples.warmup_s, *samples.rounds)
+    except struct.error as error:
+        raise ValueError(f"durations are floats, and rounds are counted from 0 to 2**32 - 1: {error}") from error
 
 
 def unpack_samples(blob: bytes) -> Samples:
@@ -99,9 +105,13 @@ def unpack_samples(blob: bytes) -> Samples:
     layout, timed, rounds, warmup = _HEADER.unpack_from(blob)
     if layout != _LAYOUT or len(blob) != _HEADER.size + 8 * (timed + warmup) + 4 * rounds:
         raise ValueError(f"{len(blob)} bytes do not hold {timed} + {warmup} durations and {rounds} rounds of layout {layout}")
-    floats = np.frombuffer(blob, dtype="<f8", count=timed + warmup, offset=_HEADER.size).tolist()
-    numbers = np.frombuffer(blob, dtype="<u4", count=rounds, offset=_HEADER.size + 8 * (timed + warmup)).tolist()
-    return Samples(timed_s=tuple(floats[:timed]), rounds=tuple(numbers), warmup_s=tuple(floats[timed:]))
+    values = _packer(timed, rounds, warmup).unpack(blob)[4:]
+    return Samples(timed_s=values[:timed], rounds=values[timed + warmup :], warmup_s=values[timed : timed + warmup])
+
+
+@lru_cache(maxsize=1024)
+def _packer(timed: int, rounds: int, warmup: int) -> struct.Struct:
+    return struct.Struct(f"<IIII{timed + warmup}d{rounds}I")
 
 
 def spec_to_json(spec: TensorSpec) -> list[Any]:

@@ -7,17 +7,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine
 
-from aivmm.db import migrate, preflight
-from aivmm.db.codec import unpack_samples
+from aivmm.db import audit, migrate, preflight
 from aivmm.db.engine import explained, make_engine, transaction, use_wal
 from aivmm.db.location import Location
 from aivmm.db.machines import MachineStore
 from aivmm.db.models import ModelStore
 from aivmm.db.probes import Entry, ProbeStore
 from aivmm.db.runs import RunStore
-from aivmm.db.schema import probe, proof
 
 __all__ = ["Database", "Entry"]
 
@@ -62,20 +60,11 @@ class Database(MachineStore, ModelStore, ProbeStore, RunStore):
         self.close()
 
     def check(self) -> list[str]:
-        """Return what is wrong, one line each; an empty list means that pages, references and samples are sound. Reads everything."""
-        problems: list[str] = []
+        """Return what is wrong, one line each; an empty list means that pages, references, types, samples and digests are sound.
+
+        Reads everything."""
         with self._reading() as connection:
-            if connection.dialect.name == "sqlite":
-                problems += [str(line) for (line,) in connection.exec_driver_sql("PRAGMA integrity_check") if line != "ok"]
-                for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
-                    problems.append(f"{table}: row {row} refers to a missing {parent}")
-            for table in (probe, proof):
-                for row in connection.execute(select(table.c.id, table.c.samples).where(table.c.samples.is_not(None))):
-                    try:
-                        unpack_samples(row.samples)
-                    except ValueError as error:
-                        problems.append(f"{table.name} {row.id}: {error}")
-        return problems
+            return audit.check(connection)
 
 
 def _make_ready(engine: Engine, place: Location, *, current: bool, timeout_s: float) -> None:

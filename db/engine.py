@@ -6,16 +6,18 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from aivmm.db.codec import dump_json
 from aivmm.db.location import Location
+from aivmm.db.presence import Presence
 from aivmm.errors import DatabaseError
 
 WRITES = "aivmm_writes"  # execution option of a connection: its next transaction will write
+_PRESENCE = "aivmm_presence"  # execution option of an engine: the file it has open
 
 
 def make_engine(location: Location, *, timeout_s: float) -> Engine:
@@ -35,9 +37,23 @@ def make_engine(location: Location, *, timeout_s: float) -> Engine:
             advice="pip install 'psycopg[binary]', or give a path with --db",
         ) from error
     if location.path:
+        presence = Presence(location.path)
+        event.listen(engine, "do_connect", lambda *_: presence.refuse())
+        event.listen(engine, "connect", lambda *_: presence.opened())
+        event.listen(engine, "close", lambda *_: presence.closed())
+        event.listen(engine, "close_detached", lambda *_: presence.closed())
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
+        engine.update_execution_options(**{_PRESENCE: presence})
+    else:
+        event.listen(engine, "connect", lambda connection, _: _set_up_postgres(connection, timeout_s))
     return engine
+
+
+def _set_up_postgres(connection: Any, timeout_s: float) -> None:
+    # Without it a row or a migration that another process holds would be waited for without end; 0 would mean that.
+    connection.execute(f"SET lock_timeout = {max(1, round(timeout_s * 1000))}")
+    connection.commit()
 
 
 def _set_up_sqlite(connection: sqlite3.Connection, _record: object) -> None:
@@ -75,12 +91,31 @@ def use_wal(engine: Engine, *, timeout_s: float) -> None:
 
 @contextmanager
 def transaction(engine: Engine, *, writes: bool) -> Iterator[Connection]:
-    """Give a connection in a transaction that commits at the end, or is undone when the body raises."""
+    """Give a connection in a transaction that commits at the end, or is undone when the body raises.
+
+    A reader sees one moment, however many queries it asks. What a writer wrote is stored, in the file of that name, when this returns.
+
+    Raises:
+        DatabaseError: a SQLite file was removed or replaced while it was open; what it held is saved (`Presence`).
+    """
+    presence: Presence | None = engine.get_execution_options().get(_PRESENCE)
     with engine.connect() as connection:
         if writes:
             connection = connection.execution_options(**{WRITES: True})
+        elif engine.dialect.name == "postgresql":  # by default each query of a transaction there sees a moment of its own
+            connection = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        if presence and writes:
+            presence.require(_driver(connection))
         with connection.begin():
+            if presence and writes:
+                presence.began()
             yield connection
+        if presence and writes:
+            presence.require(_driver(connection))  # again: it may have gone while the body ran
+
+
+def _driver(connection: Connection) -> sqlite3.Connection:
+    return cast(sqlite3.Connection, connection.connection.driver_connection)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Alembic is imported when there is something to do, and only then: it is slow, an
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, inspect, text
@@ -16,6 +17,22 @@ from aivmm.errors import DatabaseError
 VERSION_TABLE = "aivmm_version"
 REVISIONS = ("0001",)  # every one released, oldest first; a test compares them with migrations/versions
 HEAD = REVISIONS[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """The steps to migrate by: Alembic's folder of them, and their revisions, oldest first."""
+
+    scripts: Path
+    revisions: tuple[str, ...]
+
+    @property
+    def head(self) -> str:
+        """The newest revision."""
+        return self.revisions[-1]
+
+
+RELEASED = History(scripts=Path(__file__).parent / "migrations", revisions=REVISIONS)
 
 _POSTGRES_LOCK = 0x6169766D6D  # "aivmm": any number that others do not take
 _alembic_lock = threading.Lock()  # alembic.context is one global per process
@@ -36,8 +53,10 @@ def revision_of(connection: Connection) -> str | None:
     return connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()
 
 
-def upgrade(engine: Engine, *, location: str) -> None:
-    """Migrate to HEAD. Several processes may do so at once: the first does the work, the others wait and find it done.
+def upgrade(engine: Engine, *, location: str, history: History = RELEASED) -> None:
+    """Migrate to the newest revision. Several processes may do so at once: the first does the work, the others wait and find it done.
+
+    All steps or none: when one fails, or the process is killed, the database is as it was.
 
     Raises:
         DatabaseError: the database is from a newer aivmm, or a server's schema holds tables of ours that aivmm did not make.
@@ -52,12 +71,12 @@ def upgrade(engine: Engine, *, location: str) -> None:
             if engine.dialect.name == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _POSTGRES_LOCK})
             revision = revision_of(connection)
-            if revision is not None and revision not in REVISIONS:
+            if revision is not None and revision not in history.revisions:
                 raise newer(location, revision)
             if revision is None:
                 _refuse_foreign(connection, location)
-            if revision != HEAD:
-                _run_steps(connection)
+            if revision != history.head:
+                _run_steps(connection, history)
 
 
 def _refuse_foreign(connection: Connection, location: str) -> None:
@@ -71,12 +90,12 @@ def _refuse_foreign(connection: Connection, location: str) -> None:
         )
 
 
-def _run_steps(connection: Connection) -> None:
+def _run_steps(connection: Connection, history: History) -> None:
     from alembic import command
     from alembic.config import Config
 
     config = Config()  # no alembic.ini: the scripts are part of the installed package
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.set_main_option("script_location", str(history.scripts).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     with _alembic_lock:
@@ -84,4 +103,4 @@ def _run_steps(connection: Connection) -> None:
     if connection.dialect.name == "sqlite":
         broken = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
         if broken:
-            raise RuntimeError(f"the migration to {HEAD} leaves {len(broken)} rows without what they refer to, so it was undone")
+            raise RuntimeError(f"the migration to {history.head} leaves {len(broken)} rows without what they refer to, so it was undone")

@@ -27,23 +27,32 @@ def is_current(path: Path, *, timeout_s: float) -> bool:
         DatabaseError: not ours, newer, damaged, not writable, or locked for longer than `timeout_s`.
     """
     _check_access(path)
-    if not path.exists() or path.stat().st_size == 0:
+    size = path.stat().st_size if path.exists() else 0
+    if size == 0:
         return False
-    with path.open("rb") as file:
-        if file.read(len(_MAGIC)) != _MAGIC:
-            raise DatabaseError(f"{path} is not a SQLite database", advice=f"move it away, or {_OTHER}")
+    if size == 1:  # which SQLite takes for empty, since it once wrote such files itself
+        raise _foreign(path)
     start = time.monotonic()
     deadline = start + timeout_s
     while True:
         try:
             return _look(path, max(0.0, deadline - time.monotonic()))
         except sqlite3.DatabaseError as error:
+            if (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_NOTADB and not _begins_as_sqlite(path):
+                raise _foreign(path) from error
             # Another process that opens or closes the file at this moment makes and removes its side files under us.
             code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
             patience_s = timeout_s if busy(error) else 2.0 if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY) else 0.0
             if time.monotonic() >= start + min(timeout_s, patience_s):
                 raise explain(error, str(path)) from error
             time.sleep(0.02)
+
+
+def _begins_as_sqlite(path: Path) -> bool:
+    """Read the first bytes. Only of what SQLite cannot open: closing a file takes from this whole process the locks (POSIX) that its other
+    connections have on it, and another process, believing itself alone, would then remove the log under them with all that is in it."""
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
 
 
 def _check_access(path: Path) -> None:
@@ -101,6 +110,10 @@ def _uri(path: Path) -> str:
     # Not Path.as_uri(): of a Windows network path it makes file://server/share, and SQLite takes no server.
     text = quote(real.as_posix(), safe="/:")
     return f"file://{'' if text.startswith('/') else '/'}{text}?mode={mode}"
+
+
+def _foreign(path: Path) -> DatabaseError:
+    return DatabaseError(f"{path} is not a SQLite database", advice=f"move it away, or {_OTHER}")
 
 
 def _damaged(path: Path, why: str) -> DatabaseError:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Table, select
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.pool import PoolProxiedConnection
 
 from aivmm.db.engine import explained, transaction
 from aivmm.db.location import Location
@@ -32,6 +34,23 @@ class Store:
     def location(self) -> str:
         """Where the database is: an absolute path, or a URL without its password."""
         return self._location.shown
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None for a server."""
+        return self._location.path
+
+    def reading(self) -> AbstractContextManager[Connection]:
+        """One consistent view for the other modules of `db/`, however many queries it takes."""
+        return self._reading()
+
+    def writing(self) -> AbstractContextManager[Connection]:
+        """One transaction for the other modules of `db/`: all of it or nothing, on disk when it is left."""
+        return self._writing()
+
+    def raw_connection(self) -> PoolProxiedConnection:
+        """A connection without a transaction, for what cannot be done within one; close it."""
+        return self._engine.raw_connection()
 
     @contextmanager
     def _reading(self) -> Iterator[Connection]:

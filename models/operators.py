@@ -11,12 +11,15 @@ import onnx_ir as ir
 from aivmm.errors import Unsupported
 from aivmm.models.flops import bytes_moved, flops
 from aivmm.models.hashing import Hasher, weight_bytes
-from aivmm.models.order import Boundary, PreparedGraph, dtype_name, shape_of, static_shape, subgraphs
+from aivmm.models.order import Boundary, PreparedGraph, dtype_name, elements, nbytes, shape_of, static_shape, subgraphs
 from aivmm.models.records import Operator
 from aivmm.models.wire import node_proto, tensor_proto, value_proto
 
 MAX_CONSTANT_BYTES = 1 << 30  # a model in memory must stay below protobuf's 2 GiB, and a probe below the machine
 MAX_IR_VERSION = 10  # what every runtime in use reads
+_FEW = 64  # elements: scales, thresholds and ranges are no longer; activations mostly are
+_QUANTISED = frozenset((ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4))
+_MAX_VALUES_BYTES = 1 << 26  # of one tensor whose values are wanted
 
 _BY_VALUES = frozenset(("NonZero", "Loop", "Scan", "If", "NonMaxSuppression", "Unique", "Compress", "StringSplit", "RegexFullMatch"))
 
@@ -95,10 +98,32 @@ class OperatorModels:
         for node in self._prepared.nodes:
             self._nodes.setdefault(hasher.signature(node), node)
 
+    def close(self) -> None:
+        """Let go of the model's files."""
+        self._prepared.close()
+
     @property
     def signatures(self) -> Sequence[str]:
         """The signatures that can be asked for, in the order of `find_operators`."""
         return tuple(self._nodes)
+
+    def values_needed(self, signature: str) -> dict[str, str]:
+        """Return, for each input of the operator's own model whose values may decide what it does, the tensor of the whole model it stands for.
+
+        Those are indices, extents, axes, pads, conditions, strings, a few floats (scales, ranges, thresholds), and whatever an operator reads
+        whose work depends on data. Made-up values would be refused (a Reshape to random extents), or lead to other work than the model's.
+
+        Raises:
+            KeyError: no operator of this model has this signature.
+        """
+        node = self._nodes[signature]
+        names = {} if any(True for _ in subgraphs(node)) else _names_by_place(node)
+        reads = (value for value in self._prepared.reads(node) if not value.is_initializer())
+        return {names.get(value.name, value.name): value.name for value in reads if _decides(value) or self._depends(node, value)}
+
+    @staticmethod
+    def _depends(node: ir.Node, value: ir.Value) -> bool:
+        return data_dependent(node) and (nbytes(value) or 0) <= _MAX_VALUES_BYTES
 
     def build(self, signature: str) -> bytes:
         """Return an ONNX model of the one node: its constants as initializers with their data, all else it reads as inputs.
@@ -144,6 +169,16 @@ class OperatorModels:
 
     def _opsets(self) -> Mapping[str, int]:
         return dict(sorted(self._prepared.model.opset_imports.items()))
+
+
+def _decides(value: ir.Value) -> bool:
+    """Say whether a tensor's values may decide the work of whoever reads it, by its type and size."""
+    shape = static_shape(value)
+    if value.dtype is None or (nbytes(value) or 0) > _MAX_VALUES_BYTES:
+        return False
+    if value.dtype.is_floating_point() or value.dtype in _QUANTISED:
+        return shape is not None and elements(shape) <= _FEW
+    return True
 
 
 def _is_typed(value: ir.Value) -> bool:

@@ -167,8 +167,15 @@ class _Binding:
                 self.values[key] = batch
                 self.source[key] = f"batch {batch}"
                 self.notes.append(f"{self.axes[key]} taken for the batch and bound to {batch}")
-        if batch > 1 and not self.batch_keys:
-            raise UsageError(f"batch {batch} is not possible: the model has no open batch dimension", advice="use batch 1")
+        fixed = self._fixed_batch()
+        if not self.batch_keys and batch not in (1, fixed):
+            raise UsageError(f"batch {batch} is not possible: the model has no open batch dimension", advice=f"use batch {fixed}")
+
+    def _fixed_batch(self) -> int:
+        """Return the batch of a model that leaves none open: what its images have in front, all the same; else 1."""
+        leading = {given.dims[0] for given in self.inputs.values() if given.image_like and given.dims}
+        first = next(iter(leading), 1)
+        return first if len(leading) == 1 and isinstance(first, int) and first > 0 else 1
 
     def _is_batch(self, axis: _Axis) -> bool:
         if axis.symbol and _BATCH.search(axis.symbol):
@@ -300,7 +307,7 @@ class _Binding:
         return Bound(
             shapes=self._shapes(),
             symbols=named,
-            batch=batches.pop() if len(batches) == 1 else 1,
+            batch=batches.pop() if len(batches) == 1 else self._fixed_batch() if not batches else 1,
             batchable=bool(self.batch_keys) and len({self.values[key] for key in self.batch_keys}) == 1,
             notes=tuple(self.notes),
         )

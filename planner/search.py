@@ -206,7 +206,8 @@ class Search:
             return None
         precisions = list(space.precisions[name])
         # Where a target runs one precision only, leaving the choice to the runtime and asking for that one are the same.
-        precision = precisions[0] if candidate.config.precision is None and len(precisions) == 1 else candidate.config.precision
+        native = candidate.target.precisions
+        precision = native[0] if candidate.config.precision is None and len(native) == 1 else candidate.config.precision
         knobs = {knob.name: knob for knob in space.knobs_of(candidate.target)}
         if precision not in precisions or any(setting not in knobs for setting, _ in candidate.config.settings):
             return None

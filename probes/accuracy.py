@@ -1,16 +1,23 @@
-"""How close outputs are to a reference."""
+"""How close outputs are to a reference.
+
+SQNR is 20 log10(||r|| / ||x - r||) in dB. Top-k agreement is the share of rows of a classifier's output (floats [rows, classes]) in
+which the reference's first class is among the k first of the output: all that a caller who takes the best class would notice.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+_MEANS = ("top1_agreement", "top5_agreement")  # over several samples the mean counts; of all else the worst
+_MORE_IS_BETTER = ("cosine", "sqnr")
+_BEST_SQNR = 200.0  # dB; equal outputs would give infinity, which neither JSON nor a database has
 _ROUNDING = 1e-4  # fp32 runtimes differ by this much in deep models; a limit of cosine>=1 does not ask for less
 
 
@@ -21,11 +28,19 @@ class Accuracy:
     cosine: float
     relative_l2: float
     max_abs: float
+    agreement: Mapping[str, float] = field(default_factory=dict)  # top1_agreement, top5_agreement; empty when no output is a classifier's
     problem: str = ""
 
     def metrics(self) -> dict[str, float]:
         """Return the finite measures by name."""
-        found = {"cosine": self.cosine, "relative_l2": self.relative_l2, "max_abs": self.max_abs}
+        sqnr = -20 * math.log10(self.relative_l2) if self.relative_l2 > 0 else math.inf
+        found = {
+            "cosine": self.cosine,
+            "relative_l2": self.relative_l2,
+            "max_abs": self.max_abs,
+            "sqnr": min(sqnr, _BEST_SQNR),
+            **self.agreement,
+        }
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
@@ -50,6 +65,7 @@ def judge(outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> Accur
     the share of unequal elements is then their relative L2, and 1 minus it their cosine.
     """
     worst = {"cosine": 1.0, "relative_l2": 0.0, "max_abs": 0.0}
+    agreement: dict[str, float] = {}
     for name, expected in reference.items():
         if name not in outputs:
             return _unusable(f"the output {name!r} is missing")
@@ -67,12 +83,40 @@ def judge(outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> Accur
             if isinstance(found, str):
                 return _unusable(f"output {name!r} {found}")
             one = found
+            for measure, share in _agreement(actual, expected).items():
+                agreement[measure] = min(agreement.get(measure, 1.0), share)
         worst = {
             "cosine": min(worst["cosine"], one["cosine"]),
             "relative_l2": max(worst["relative_l2"], one["relative_l2"]),
             "max_abs": max(worst["max_abs"], one["max_abs"]),
         }
-    return Accuracy(cosine=worst["cosine"], relative_l2=worst["relative_l2"], max_abs=worst["max_abs"])
+    return Accuracy(cosine=worst["cosine"], relative_l2=worst["relative_l2"], max_abs=worst["max_abs"], agreement=agreement)
+
+
+def combined(samples: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the measures over several samples: the mean of agreements, the worst of all else."""
+    names = dict.fromkeys(name for each in samples for name in each)
+    found: dict[str, float] = {}
+    for name in names:
+        values = [each[name] for each in samples if name in each]
+        if name in _MEANS:
+            found[name] = sum(values) / len(values)
+        else:
+            found[name] = min(values) if name in _MORE_IS_BETTER else max(values)
+    return found
+
+
+def _agreement(actual: Array, expected: Array) -> dict[str, float]:
+    if expected.ndim < 2 or any(extent != 1 for extent in expected.shape[2:]) or expected.shape[1] < 3 or not expected.shape[0]:
+        return {}
+    rows, classes = expected.shape[:2]
+    x, r = (np.nan_to_num(each.reshape(rows, classes).astype(np.float64)) for each in (actual, expected))
+    first = r.argmax(axis=1)
+    found = {"top1_agreement": float(np.mean(x.argmax(axis=1) == first))}
+    if classes > 5:
+        best = np.argpartition(-x, 5, axis=1)[:, :5]
+        found["top5_agreement"] = float(np.mean((best == first[:, None]).any(axis=1)))
+    return found
 
 
 def _compare_floats(actual: Array, expected: Array) -> dict[str, float] | str:

@@ -1,15 +1,18 @@
 """The parent's side of a worker: start it, ask it, and outlive whatever happens to it.
 
 Messages are lines of JSON over the worker's standard input and output; arrays travel as files. Nothing is pickled: a driver that goes wild
-in the child must not reach the parent through what it sends.
+in the child must not reach the parent through what it sends. What it may do is crash, hang, take all memory, write rubbish where its
+answers go, close its pipes and leave children behind: each of these ends in `WorkerDied` with a reason, and in a process that is gone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -20,22 +23,69 @@ from functools import cache
 from types import TracebackType
 from typing import IO, Any
 
+import psutil
+
 from aivmm.errors import AivmmError, ModelError, Unsupported, UsageError
+from aivmm.probes import guard, phases
+from aivmm.probes.watch import MemoryWatch, ending
 
 START_LIMIT_S = 60.0
+_COMPILE_LIMIT_S = 300.0  # compilations of minutes are real on NPUs
+_RUN_LIMIT_S = 120.0
 _OUTPUT_BYTES = 8 << 10  # how much of what a worker prints is kept
-_LOOK_S = 1.0  # how often a worker that says nothing is looked at
-_LINE_BYTES = 64 << 20  # the longest answer taken
+_LINE_BYTES = 16 << 20  # the longest answer taken
+_UNREAD = 8  # how many answers may wait: one is asked for at a time, so more are rubbish
+_LAST_WORDS_S = 0.3  # for a worker that hangs to say where
+# What uses something that was loaded before: it makes no sense in a fresh worker.
+_NEEDS_LOADED = frozenset({"judge", "outputs", "timed"})
 _ERRORS: dict[str, type[AivmmError]] = {"Unsupported": Unsupported, "UsageError": UsageError, "ModelError": ModelError}
 
 
+def compile_limit_s() -> float:
+    """Return how long a worker may take to compile a model: 300 s, or `AIVMM_COMPILE_LIMIT` seconds.
+
+    Raises:
+        UsageError: the variable is no time.
+    """
+    return _limit_s("AIVMM_COMPILE_LIMIT", _COMPILE_LIMIT_S)
+
+
+def run_limit_s() -> float:
+    """Return how long a worker may take for anything else that it is asked: 120 s, or `AIVMM_RUN_LIMIT` seconds.
+
+    Raises:
+        UsageError: the variable is no time.
+    """
+    return _limit_s("AIVMM_RUN_LIMIT", _RUN_LIMIT_S)
+
+
+def _limit_s(name: str, default: float) -> float:
+    given = os.environ.get(name)
+    if not given:
+        return default
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"{name} is {given!r}, which is no number of seconds", advice="set it to one such as 600, or unset it")
+    return seconds
+
+
 class WorkerDied(Exception):
-    """The worker crashed, hung or was killed. `reason` is for people; `output` is the last it printed."""
+    """The worker crashed, hung or was killed, or a plug-in's own code broke in it.
+
+    `reason` is for people; `output` is the last that it printed.
+    """
 
     def __init__(self, reason: str, output: str = "") -> None:
         super().__init__(reason)
         self.reason = reason
         self.output = output
+
+
+class WorkerLost(WorkerDied):
+    """The worker had died before it was asked, or was not to be trusted any more: no fault of what was asked now."""
 
 
 class Worker:
@@ -48,33 +98,36 @@ class Worker:
         self._answers: queue.Queue[bytes | None] = queue.Queue()
         self._printed: deque[bytes] = deque()
         self._drain: threading.Thread | None = None
+        self._asked = 0
 
     @property
     def pid(self) -> int:
         """The process's id; 0 when it does not run."""
         return self._process.pid if self._process and self._process.poll() is None else 0
 
-    def call(self, operation: str, *, limit_s: float, **arguments: Any) -> dict[str, Any]:
-        """Ask the worker for one thing and wait at most `limit_s` seconds.
+    def call(self, operation: str, *, limit_s: float, run_limit_s: float | None = None, **arguments: Any) -> dict[str, Any]:
+        """Ask the worker for one thing and wait at most `limit_s` seconds; where it says that it runs what it compiled, `run_limit_s` more.
 
         Raises:
-            WorkerDied: it crashed, or was killed for taking longer.
+            WorkerDied: it crashed, or was killed for taking longer or for using more memory than the machine can spare; or a plug-in broke.
+            WorkerLost: what is asked needs what was loaded in it, and it had died before.
             AivmmError: it refused, in the class it refused with.
             RuntimeError: a bug in the worker's own Python code, with its traceback.
         """
-        if self.pid == 0:
-            self._start()
-        answer = self._ask({"operation": operation, **arguments}, limit_s)
+        self._ensure(operation)
+        answer = self._ask({"operation": operation, **arguments}, limit_s, run_limit_s)
         if "result" in answer:
             result: dict[str, Any] = answer["result"]
             return result
         error = answer["error"]
         if error["kind"] in _ERRORS:
             raise _ERRORS[error["kind"]](error["message"], advice=error.get("advice", ""))
+        if error["kind"] == "plug-in":
+            raise WorkerDied(error["message"], error["traceback"][-_OUTPUT_BYTES:].strip())
         raise RuntimeError(f"in worker {self.name}, {operation}:\n{error['traceback']}")
 
     def close(self) -> None:
-        """End the process: gently first, since a driver may want to clean up."""
+        """End the process, gently first, since a driver may want to clean up; then whatever it has started."""
         process = self._process
         if process is None:
             return
@@ -84,9 +137,10 @@ class Worker:
                 process.stdin.close()
             process.wait(timeout=2.0)
         except (OSError, subprocess.TimeoutExpired):
-            process.kill()
+            _kill(process)
             process.wait()
-        # Its pipes are closed by the threads that read them: what the worker itself started may hold them open for longer.
+        _kill_group(process.pid)
+        # Its pipes are closed by the threads that read them.
 
     def __enter__(self) -> Worker:
         return self
@@ -94,70 +148,108 @@ class Worker:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def _ensure(self, operation: str) -> None:
+        """Have a process that runs and that has not said anything out of turn: who wrote that is not known, so nobody is blamed for it."""
+        talks = self.pid != 0 and not self._answers.empty()
+        if operation in _NEEDS_LOADED and self.generation and (talks or self.pid == 0):
+            if talks or self._process is None:
+                self._end_now()
+                raise WorkerLost("what was loaded here is gone: the worker ended, or wrote rubbish where its answers go")
+            died = self._died("")
+            raise WorkerLost(f"{died.reason} after its last answer", died.output)
+        if talks:
+            self._end_now()
+        if self.pid == 0:
+            self._start()
+
     def _start(self) -> None:
         self.close()
         self.generation += 1
-        self._answers = queue.Queue()
+        self._answers = queue.Queue(_UNREAD)
         self._printed = deque()
         # -P: the current folder may hold an onnx.py, or our own source folders.
         command = [sys.executable, "-P", "-m", "aivmm.probes.worker", str(os.getpid())]
         self._process = _spawner().submit(_spawn, command).result()
+        guard.watch(self._process.pid)
         assert self._process.stdout and self._process.stderr
         threading.Thread(target=_read_answers, args=(self._process.stdout, self._answers), daemon=True).start()
         self._drain = threading.Thread(target=_keep_tail, args=(self._process.stderr, self._printed), daemon=True)
         self._drain.start()
-        self._ask({"operation": "hello"}, START_LIMIT_S)
+        self._ask({"operation": "hello"}, START_LIMIT_S, None)
 
-    def _ask(self, message: dict[str, Any], limit_s: float) -> dict[str, Any]:
+    def _ask(self, message: dict[str, Any], limit_s: float, run_limit_s: float | None) -> dict[str, Any]:
         process = self._process
         assert process and process.stdin
+        self._asked += 1
         try:
-            process.stdin.write(json.dumps(message).encode() + b"\n")
+            # Requests are shorter than a pipe's buffer, so writing one does not wait for a worker that does not read.
+            process.stdin.write(json.dumps({"id": self._asked, **message}).encode() + b"\n")
             process.stdin.flush()
-            line = self._wait(process, limit_s)
-        except queue.Empty:
-            reason = f"took longer than {limit_s:.0f} s and was stopped"
-            process.kill()
-            raise self._died(reason) from None
+            return self._wait(process, limit_s, run_limit_s)
         except OSError:
-            line = None  # the pipe broke: it is gone
+            raise self._died("") from None  # the pipe broke: it is gone
+        except WorkerDied:
+            raise
         except BaseException:
             # Interrupted: the answer to this question would be taken for the answer to the next one.
-            process.kill()
-            self.close()
+            self._end_now()
             raise
-        if line is None:
-            raise self._died("")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
-    def _wait(self, process: subprocess.Popen[bytes], limit_s: float) -> bytes | None:
-        """Return the next answer, or None when there will be none. Raises queue.Empty at the limit."""
-        end = time.monotonic() + limit_s
+    def _wait(self, process: subprocess.Popen[bytes], limit_s: float, run_limit_s: float | None) -> dict[str, Any]:
+        """Return the answer to the last question. Sleeps meanwhile: the one that is measured shares the machine with us."""
+        memory = MemoryWatch(process.pid)
+        end, pause, doing = time.monotonic() + limit_s, memory.look(), ""
         while True:
-            with contextlib.suppress(queue.Empty):
-                return self._answers.get(timeout=max(0.0, min(end - time.monotonic(), _LOOK_S)))
-            if process.poll() is not None:
-                # Its pipe need not have ended with it: what it forked may hold that open.
-                with contextlib.suppress(queue.Empty):
-                    return self._answers.get(timeout=0.2)
-                return None
-            if time.monotonic() >= end:
-                raise queue.Empty
+            try:
+                line = self._answers.get(timeout=max(0.0, min(end - time.monotonic(), pause)))
+            except queue.Empty:
+                if process.poll() is not None:
+                    # Its pipe need not have ended with it: what it forked may hold that open.
+                    try:
+                        line = self._answers.get(timeout=0.2)
+                    except queue.Empty:
+                        raise self._died("") from None
+                else:
+                    if time.monotonic() >= end:
+                        _say_where(process)
+                        raise self._died(f"took longer than {limit_s:g} s{doing} and was stopped") from None
+                    pause = memory.look()
+                    if pause == 0.0:
+                        raise self._died(memory.reason) from None
+                    continue
+            if line is None:
+                raise self._died("")
+            answer = _parsed(line, self._asked)
+            if answer is None:
+                raise self._died("wrote rubbish where its answers go and was stopped")
+            if "phase" not in answer:
+                return answer
+            if answer["phase"] == phases.RUN and run_limit_s is not None:
+                end, limit_s, doing = time.monotonic() + run_limit_s, run_limit_s, " to run"
 
     def _died(self, reason: str) -> WorkerDied:
+        """End what is left of the process; return why it ended, `reason` or what its exit status says."""
         process = self._process
         assert process
+        if reason:
+            _kill(process)
         try:
-            code = process.wait(timeout=5.0)
+            code = process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
-            process.kill()
+            reason = "closed the pipe of its answers and was stopped"
+            _kill(process)
             code = process.wait()
+        _kill_group(process.pid)
         if self._drain:
             self._drain.join(timeout=1.0)
         output = b"".join(self._printed)[-_OUTPUT_BYTES:].decode(errors="replace").strip()
         self.close()
-        return WorkerDied(reason or _exit_reason(code), output)
+        return WorkerDied(reason or ending(code), output)
+
+    def _end_now(self) -> None:
+        if self._process is not None:
+            _kill(self._process)
+        self.close()
 
 
 @cache
@@ -167,25 +259,61 @@ def _spawner() -> ThreadPoolExecutor:
 
 
 def _spawn(command: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # In a session, and so a process group, of its own: what a driver starts ends with its worker, and a terminal's Ctrl-C reaches neither.
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
-def _exit_reason(code: int) -> str:
-    if code < 0:
-        import signal
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a worker with all that it has started."""
+    if sys.platform == "win32":
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
+    elif process.poll() is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
-        try:
-            return f"crashed ({signal.Signals(-code).name})"
-        except ValueError:
-            return f"crashed (signal {-code})"
-    return f"exited with status {code}"
+
+def _kill_group(pid: int) -> None:
+    """Kill what a worker that has ended, and has been waited for, left in its group."""
+    if sys.platform == "win32":
+        return
+    guard.forget(pid)
+    # While members are left, no new process gets the number; if one has it, none were.
+    if not psutil.pid_exists(pid):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def _say_where(process: subprocess.Popen[bytes]) -> None:
+    """Let a worker that hangs print its Python stack, which becomes the end of its output."""
+    if sys.platform != "win32":
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            process.send_signal(signal.SIGUSR1)
+            process.wait(timeout=_LAST_WORDS_S)
+
+
+def _parsed(line: bytes, number: int) -> dict[str, Any] | None:
+    """Return the message in a line if it belongs to question `number`, or else None."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(message, dict) or message.get("id") != number:
+        return None
+    found = [isinstance(message.get("phase"), str), isinstance(message.get("result"), dict), isinstance(message.get("error"), dict)]
+    return message if any(found) else None
 
 
 def _read_answers(stream: IO[bytes], answers: queue.Queue[bytes | None]) -> None:
-    with stream, contextlib.suppress(OSError):
+    """Put each line into `answers`, and None at the end. A worker that floods us is not read on: its first line shows what it is."""
+    with stream, contextlib.suppress(OSError, queue.Full):
         while line := stream.readline(_LINE_BYTES):
-            answers.put(line)
-    answers.put(None)
+            answers.put_nowait(line)
+    with contextlib.suppress(queue.Full):
+        answers.put_nowait(None)
 
 
 def _keep_tail(stream: IO[bytes], printed: deque[bytes]) -> None:

@@ -9,10 +9,12 @@ from types import TracebackType
 from typing import Any
 
 from aivmm.errors import AivmmError
+from aivmm.models.lowering import Recipe
 from aivmm.models.records import ModelFacts
 from aivmm.probes import wire
 from aivmm.probes.client import Worker, WorkerDied
 from aivmm.probes.race import Contestant
+from aivmm.probes.user_code import ask
 from aivmm.runtime.backend import Baseline
 from aivmm.runtime.config import Config, Knob
 from aivmm.runtime.registry import BACKENDS
@@ -22,6 +24,8 @@ from aivmm.tensors import TensorSpec
 COMPILE_LIMIT_S = 300.0  # compilations of minutes are real on NPUs
 RUN_LIMIT_S = 120.0
 _DISCOVER_LIMIT_S = 120.0
+_LOWER_LIMIT_S = 900.0
+_USER_CODE_LIMIT_S = 300.0  # of a function that the user names: reading a data set may take a while
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +40,27 @@ class Loaded:
     stray: tuple[str, ...]
     accuracy: Mapping[str, float]
     problem: str  # what makes the outputs unusable, or ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """A lowered model: its file, and what its reader should know."""
+
+    path: Path
+    nodes: int  # operators that were lowered
+    weight_bytes: int
+    duration_s: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """A user's samples as files of arrays: those to calibrate with, those to judge with, and what else the data set says of the latter."""
+
+    calibration: tuple[Path, ...]
+    validation: tuple[Path, ...]
+    extras: tuple[Path | None, ...]  # beside `validation`
+    notes: tuple[str, ...]
 
 
 class Lab:
@@ -126,6 +151,69 @@ class Lab:
             seed=seed,
         )
 
+    def lower(self, model: Path, folder: Path, recipe: Recipe, *, category: str, samples: Sequence[Path], content: str) -> Made:
+        """Lower a prepared model; what was made before is taken from `folder`. The worker ends with it: the tools leave gigabytes behind.
+
+        Raises:
+            Unsupported: the recipe does not apply.
+            WorkerDied: the tool crashed or hung.
+        """
+        worker = Worker("lowering")
+        try:
+            answer = worker.call(
+                "lower",
+                limit_s=_LOWER_LIMIT_S,
+                model=str(model),
+                folder=str(folder),
+                precision=recipe.precision,
+                recipe=recipe.name,
+                category=category,
+                samples=list(map(str, samples)),
+                content=content,
+            )
+        finally:
+            worker.close()
+        return Made(**{**answer, "path": Path(answer["path"]), "notes": tuple(answer["notes"])})
+
+    def rebatch(self, lowered: Path, base: Path, prepared: Path, destination: Path) -> None:
+        """Carry a model lowered at one batch over to another. Raises as `lower`."""
+        self.worker("models").call(
+            "rebatch", limit_s=COMPILE_LIMIT_S, lowered=str(lowered), base=str(base), prepared=str(prepared), destination=str(destination)
+        )
+
+    def read_dataset(self, given: str, specs: tuple[TensorSpec, ...], folder: Path, *, most: int, seed: int) -> Data:
+        """Read a user's data set, which may be a function of theirs, in a worker of its own.
+
+        Raises:
+            UsageError: it cannot be read, does not fit the model, raised, crashed, or never ended.
+        """
+        answer = self._user_code("dataset", given=given, specs=wire.specs_out(specs), folder=str(folder), most=most, seed=seed)
+        extras = answer["extras"]
+        return Data(
+            calibration=tuple(map(Path, answer["calibration"])),
+            validation=tuple(map(Path, answer["validation"])),
+            extras=tuple(Path(extras[each]) if extras.get(each) else None for each in answer["validation"]),
+            notes=tuple(answer["notes"]),
+        )
+
+    def check_metric(self, function: str) -> None:
+        """Import a user's metric, so that a misspelt name is found before anything is measured. Raises as `read_dataset`."""
+        self._user_code("check_metric", function=function)
+
+    def metric(self, function: str, samples: Sequence[Path], extras: Sequence[Path | None], outputs: Sequence[Path]) -> float:
+        """Return what a user's metric says of outputs. Raises as `read_dataset`."""
+        answer = self._user_code(
+            "metric",
+            function=function,
+            samples=list(map(str, samples)),
+            extras=[str(each or "") for each in extras],
+            outputs=list(map(str, outputs)),
+        )
+        return float(answer["value"])
+
+    def _user_code(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        return ask(self.worker("user code"), operation, limit_s=_USER_CODE_LIMIT_S, **arguments)
+
     def load(
         self, model: Path, target: Target, config: Config, *, inputs: Path, reference: Path | None = None, batch: int = 1, callers: int = 1
     ) -> Loaded:
@@ -144,7 +232,7 @@ class Lab:
             name=name,
             model=str(model),
             target=wire.target_out(target),
-            config=wire.config_out(config),
+            config=wire.config_out(config.compiled),
             inputs=str(inputs),
             reference=str(reference) if reference else "",
             callers=callers,

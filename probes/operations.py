@@ -15,7 +15,9 @@ import numpy as np
 from aivmm.errors import UsageError
 from aivmm.probes import wire
 from aivmm.probes.accuracy import judge
+from aivmm.probes.lowering import lower, rebatch
 from aivmm.probes.machine import peak_memory_bytes
+from aivmm.probes.user_code import check_metric, dataset, metric
 from aivmm.runtime.backend import Buffer, Executable, Request, aligned_empty
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.lane import new_buffer
@@ -397,17 +399,27 @@ def memory(state: State) -> dict[str, Any]:
 
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "baselines": baselines,
+    "check_metric": check_metric,
     "close": close,
     "compile": compile_model,
+    "dataset": dataset,
     "demo": demo,
     "discover": discover,
     "judge": judge_again,
     "knobs": knobs,
     "load_bundle": load_bundle,
+    "lower": lower,
     "memory": memory,
+    "metric": metric,
     "outputs": outputs,
     "prepare": prepare,
     "probe": probe,
+    "rebatch": rebatch,
     "samples": samples,
     "timed": timed,
 }
+
+
+from aivmm.probes import operator_probes  # noqa: E402 - the lead moves this into the table above (operators helper)
+
+OPERATIONS |= operator_probes.OPERATIONS

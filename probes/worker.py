@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import json
 import os
@@ -15,10 +16,13 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import IO, Any
 
 from aivmm.errors import AivmmError
+from aivmm.probes import phases
 
 _PR_SET_PDEATHSIG = 1
 
@@ -28,19 +32,26 @@ def main() -> None:
     answers, requests = _take_over_output(), _take_over_input()
     _die_with(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends us when it is done
+    _say_where_we_end()
+    _be_the_first_to_go()
     from aivmm.probes.operations import OPERATIONS, State
 
     gc.disable()  # a collection in the middle of a timed block would be measured; workers live for minutes and hold little
     state = State()
     for line in requests:
         request = json.loads(line)
-        operation = request.pop("operation")
+        number, operation = request.pop("id"), request.pop("operation")
+
+        def send(message: Mapping[str, Any], number: int = number) -> None:
+            answers.write(_encoded({"id": number, **message}))
+            answers.flush()
+
+        phases.listen(lambda phase, send=send: send({"phase": phase}))
         if operation == "hello":
             answer: dict[str, Any] = {"result": {"pid": os.getpid()}}
         else:
             answer = _answer(OPERATIONS[operation], state, request)
-        answers.write(_encoded(answer))
-        answers.flush()
+        send(answer)
     # Not sys.exit: drivers hang in their destructors, and there is nothing left to save.
     os._exit(0)
 
@@ -52,16 +63,38 @@ def _answer(function: Callable[..., dict[str, Any]], state: Any, request: dict[s
         return {"error": {"kind": _kind(error), "message": error.message, "advice": error.advice}}
     except MemoryError as error:
         return {"error": {"kind": "Unsupported", "message": f"out of memory ({error})"}}
-    except Exception:  # noqa: BLE001 - the parent raises it again, with this traceback
-        return {"error": {"kind": "bug", "traceback": traceback.format_exc()}}
+    except Exception as error:  # noqa: BLE001 - the parent raises it again, with this traceback
+        return {"error": _broken(error)}
 
 
-def _encoded(answer: dict[str, Any]) -> bytes:
+def _broken(error: Exception) -> dict[str, str]:
+    """Describe an exception that should not have come: a plug-in's costs one probe, one of ours is a bug."""
+    text = "".join(traceback.format_exception(error))
+    last = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if _plug_in_modules() & {frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)}:
+        return {"kind": "plug-in", "message": f"failed in its plug-in ({last})", "traceback": text}
+    return {"kind": "bug", "traceback": text}
+
+
+def _plug_in_modules() -> set[str]:
+    """Return the top-level modules of the installed plug-ins, less ours."""
+    return {entry.module.partition(".")[0] for entry in entry_points(group="aivmm.backends")} - {"aivmm"}
+
+
+def _encoded(answer: Mapping[str, Any]) -> bytes:
     try:
-        text = json.dumps(answer)
-    except (TypeError, ValueError):  # a plug-in's setting that is no JSON, say
-        text = json.dumps({"error": {"kind": "bug", "traceback": traceback.format_exc()}})
+        text = json.dumps(answer, default=_plain)
+    except (TypeError, ValueError) as error:  # a plug-in's setting that is no JSON: ours are
+        message = f"answered with something that cannot be sent ({error})"
+        text = json.dumps({"id": answer["id"], "error": {"kind": "plug-in", "message": message, "traceback": traceback.format_exc()}})
     return text.encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """Return a NumPy scalar as Python's own; runtimes read settings back as such."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"a {type(value).__name__} is no JSON")
 
 
 def _kind(error: AivmmError) -> str:
@@ -84,6 +117,19 @@ def _take_over_input() -> IO[bytes]:
     os.dup2(empty, 0)
     os.close(empty)
     return requests
+
+
+def _say_where_we_end() -> None:
+    """Print the Python stack when we crash, and when our parent asks before it stops us: in native code, nothing else could."""
+    faulthandler.enable(all_threads=False)
+    if sys.platform != "win32":
+        faulthandler.register(signal.SIGUSR1)
+
+
+def _be_the_first_to_go() -> None:
+    """Ask the system to end us, and not the user's programs, should memory run out faster than our parent looks."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _die_with(parent: int) -> None:

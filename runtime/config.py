@@ -10,6 +10,8 @@ from typing import Literal
 
 Setting = str | int | float | bool
 
+LOWERED = ("int8", "int4")  # precisions that are written into the model itself; the others are asked for by a hint
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -38,6 +40,16 @@ class Config:
     def digest(self) -> str:
         """Return 16 hexadecimal digits of the key's SHA-256."""
         return hashlib.sha256(self.key().encode()).hexdigest()[:16]
+
+    @property
+    def lowered(self) -> str | None:
+        """The precision that the model itself has to be lowered to, or None when the model stays as it is."""
+        return self.precision if self.precision in LOWERED else None
+
+    @property
+    def compiled(self) -> Config:
+        """What a runtime is asked for: a precision that is in the model needs no hint, and what stays of fp32 in it may run as it likes."""
+        return Config(self.settings) if self.lowered else self
 
     def __str__(self) -> str:
         shown = ", ".join(f"{name}={value}" for name, value in self.settings) or "defaults"

@@ -1,43 +1,140 @@
-"""NVIDIA's management library: which cards there are. Absent drivers are a reason, not an error."""
+"""NVIDIA's management library: which cards there are, and how one is doing. Absent drivers are a reason, not an error."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
+from aivmm.errors import Unsupported
 from aivmm.runtime.target import Device
+
+# NVML's bits (nvml.h, nvmlClocksEventReasons): only those that mean that the card was slowed down, and by what.
+_SLOWED_BY = {0x08: "hardware slowdown", 0x20: "software thermal limit", 0x40: "hardware thermal limit", 0x80: "power brake"}
+# NVML's counters of time lost (nvmlPerfPolicyType_t). That of the board's own limit grows on an idle card as well, so it says nothing.
+_LOST_TO = {0: "power", 1: "thermal"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardState:
+    """One card at one moment; None where it does not tell. `lost_s` are counters: only their growth means something."""
+
+    uid: str
+    sm_mhz: int | None
+    most_sm_mhz: int | None
+    temperature_c: int | None
+    power_w: float | None
+    slowed_by: tuple[str, ...] = ()  # reasons that hold just now
+    lost_s: tuple[tuple[str, float], ...] = ()  # seconds for which clocks were held down since the driver was loaded, by cause
 
 
 @cache
 def nvidia_devices() -> tuple[tuple[Device, ...], str]:
     """Return the NVIDIA cards in NVML's order, and, when there are none, the reason."""
     try:
+        with _nvml() as nvml:
+            driver = nvml.nvmlSystemGetDriverVersion()
+            return tuple(_device(nvml, index, driver) for index in range(nvml.nvmlDeviceGetCount())), ""
+    except Unsupported as error:
+        return (), error.message
+
+
+def card_state(uid: str) -> CardState:
+    """Return how the card is doing.
+
+    Raises:
+        Unsupported: no driver, or no such card; with the reason.
+    """
+    with _card(uid) as (nvml, card):
+        reasons = _asked(nvml, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, card) or 0
+        power = _asked(nvml, nvml.nvmlDeviceGetPowerUsage, card)
+        lost = {name: _asked(nvml, nvml.nvmlDeviceGetViolationStatus, card, policy) for policy, name in _LOST_TO.items()}
+        return CardState(
+            uid=uid,
+            sm_mhz=_asked(nvml, nvml.nvmlDeviceGetClockInfo, card, nvml.NVML_CLOCK_SM),
+            most_sm_mhz=_asked(nvml, nvml.nvmlDeviceGetMaxClockInfo, card, nvml.NVML_CLOCK_SM),
+            temperature_c=_asked(nvml, nvml.nvmlDeviceGetTemperature, card, nvml.NVML_TEMPERATURE_GPU),
+            power_w=None if power is None else power / 1000,
+            slowed_by=tuple(text for bit, text in _SLOWED_BY.items() if reasons & bit),
+            lost_s=tuple((name, each.violationTime / 1e9) for name, each in lost.items() if each is not None),
+        )
+
+
+def total_energy_j(uid: str) -> float:
+    """Return the joules that the card has used since its driver was loaded. The counter moves every 100 ms.
+
+    Raises:
+        Unsupported: no driver, no such card, or one older than Volta; with the reason.
+    """
+    with _card(uid) as (nvml, card):
+        return float(nvml.nvmlDeviceGetTotalEnergyConsumption(card)) / 1000
+
+
+def process_memory_bytes(uid: str, pid: int) -> int:
+    """Return the device memory in bytes that a process holds on the card; 0 when it does not use it.
+
+    Raises:
+        Unsupported: NVML does not tell; with the reason. In containers it names processes by the host's ids, or none at all.
+    """
+    with _card(uid) as (nvml, card):
+        found = [*nvml.nvmlDeviceGetComputeRunningProcesses(card), *nvml.nvmlDeviceGetGraphicsRunningProcesses(card)]
+        mine = [each.usedGpuMemory for each in found if each.pid == pid]
+        if any(each is None for each in mine):
+            raise Unsupported(
+                "the NVIDIA driver does not tell how much memory a process holds (it never does on Windows' own driver model)"
+            )
+        if not mine and found:
+            raise Unsupported(f"NVML lists no process {pid}; in a container it knows processes by the host's ids")
+        return max(mine, default=0)  # one that computes and draws is listed twice
+
+
+@contextmanager
+def _nvml() -> Iterator[Any]:
+    """Give the library, initialised. It counts its users, so this may be nested.
+
+    Raises:
+        Unsupported: it is missing or fails, in whatever is done inside too.
+    """
+    try:
         import pynvml
     except ImportError as error:
-        return (), f"nvidia-ml-py is not installed ({error})"
+        raise Unsupported(f"nvidia-ml-py is not installed ({error})") from error
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        return (), f"no NVIDIA driver ({error})"
+        raise Unsupported(f"no NVIDIA driver ({error})") from error
     try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        return tuple(_device(pynvml, index, driver) for index in range(pynvml.nvmlDeviceGetCount())), ""
+        yield pynvml
     except pynvml.NVMLError as error:
-        return (), f"NVML failed ({error})"
+        raise Unsupported(f"NVML failed ({error})") from error
     finally:
         pynvml.nvmlShutdown()
 
 
-def _device(pynvml: object, index: int, driver: str) -> Device:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)  # type: ignore[attr-defined]
+@contextmanager
+def _card(uid: str) -> Iterator[tuple[Any, Any]]:
+    with _nvml() as nvml:
+        yield nvml, nvml.nvmlDeviceGetHandleByUUID(uid)
+
+
+def _asked(nvml: Any, ask: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what NVML answers, or None when this card does not tell."""
     try:
-        limit = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000  # type: ignore[attr-defined]
-    except pynvml.NVMLError:  # type: ignore[attr-defined]
-        limit = None  # virtual cards do not tell
+        return ask(*arguments)
+    except nvml.NVMLError:
+        return None
+
+
+def _device(nvml: Any, index: int, driver: str) -> Device:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    limit = _asked(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, handle)  # virtual cards do not tell
     return Device(
         kind="gpu",
-        model=pynvml.nvmlDeviceGetName(handle),  # type: ignore[attr-defined]
-        uid=pynvml.nvmlDeviceGetUUID(handle),  # type: ignore[attr-defined]
+        model=nvml.nvmlDeviceGetName(handle),
+        uid=nvml.nvmlDeviceGetUUID(handle),
         driver=driver,
-        memory_bytes=pynvml.nvmlDeviceGetMemoryInfo(handle).total,  # type: ignore[attr-defined]
-        power_limit_w=limit,
+        memory_bytes=nvml.nvmlDeviceGetMemoryInfo(handle).total,
+        power_limit_w=None if limit is None else limit / 1000,
     )

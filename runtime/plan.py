@@ -61,7 +61,7 @@ class Stage(_Part):
 
     model: str  # a file of the bundle: "segments/<hash>.onnx"
     target: str
-    precision: str  # "fp32"; "default" leaves it to the runtime
+    precision: str  # "fp32"; "default" leaves it to the runtime; "int8" is in the model itself
     config: dict[str, Value] = {}
     replicas: Literal[1] = (
         1  # several copies of a stage come with a later version; a plan that asks for them must not be run as if it did not
@@ -72,8 +72,8 @@ class Stage(_Part):
 
     @property
     def compiled_with(self) -> Config:
-        """The config to compile with."""
-        return Config.of(dict(self.config), precision=None if self.precision == "default" else self.precision)
+        """The config to compile with. What the stage's model was lowered to needs no hint."""
+        return Config.of(dict(self.config), precision=None if self.precision == "default" else self.precision).compiled
 
 
 class Number(_Part):

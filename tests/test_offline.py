@@ -46,8 +46,11 @@ def guarded(tmp_path: Path) -> tuple[Place, dict[str, str], Path]:
 def test_a_whole_tune_its_report_and_its_plan_open_no_socket(guarded: tuple[Place, dict[str, str], Path]) -> None:
     place, env, reached = guarded
     model = write_tiny(place.folder / "tiny.onnx")
-    done = run(command("tune", model, *TINY, "--budget", "5s", "--trials", "2", "--top", "1", "--json"), cwd=place.work, env=env)
+    asked = ("--precisions", "fp32,int8", "--constraint", "cosine>=0.5", "--budget", "5s", "--trials", "2", "--top", "1", "--json")
+    done = run(command("tune", model, *TINY, *asked), cwd=place.work, env=env)
     assert done.code == 0, done.err
+    lowered = [path for path in (place.folder / "cache" / "lowered").iterdir() if path.suffix == ".onnx"]
+    assert lowered, "the lowering is a part of what is proved here"
     shown = run(command("run", "tiny.aivmm"), cwd=place.work, env=env)
     assert shown.code == 0, shown.err
     processes = reached.with_name("reached.processes").read_text().split()

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aivmm.db.database import Database
-from aivmm.errors import AivmmError, Unsupported
-from aivmm.models.operators import OperatorModels
+from aivmm.errors import AivmmError
 from aivmm.models.records import Block
 from aivmm.probes import wire
 from aivmm.probes.client import WorkerDied
@@ -24,11 +23,11 @@ from aivmm.runtime.environment import environment_of
 from aivmm.runtime.target import Target
 from aivmm.tuner.emit import Emitter
 from aivmm.tuner.measure import Counts
+from aivmm.tuner.operators import OperatorProber
 from aivmm.tuner.subject import Subject
 
 _PROBE_LIMIT_S = 120.0
 _BLOCK_S = 0.03
-_OPERATOR_S = 0.008
 _TOLERANCE = 1e-2  # relative L2 of a block against the reference chain: beyond it the runtime computes something else
 Tell = Callable[[str, int, int], None]
 
@@ -40,7 +39,7 @@ class Anatomist:
     lab: Lab
     subject: Subject
     database: Database
-    run_id: str
+    run_id: str | None  # None: what is measured belongs to no run
     targets: Sequence[Target]
     emitter: Emitter
     folder: Path
@@ -86,42 +85,21 @@ class Anatomist:
                 self.wrong[index, name] = problem
 
     def operators(self, *, budget_s: float, tell: Tell) -> None:
-        """Probe each unique operator on each target, the heaviest first, until done or out of budget."""
-        structure = self.subject.structure
-        order = sorted(structure.operators, key=lambda each: -(each.flops or 0.0) * each.count)
-        wanted = [
-            (operator, target, self._operator_key(operator.signature, operator.data_dependent, target))
-            for operator in order
-            for target in self.targets
-        ]
-        known = self._recall(key for _, _, key in wanted)
-        models: OperatorModels | None = None
-        built: dict[str, Path | str] = {}
-        started, self._waited = time.perf_counter(), 0.0
-        for number, (operator, target, key) in enumerate(wanted):
-            tell("operators", number, len(wanted))
-            if key in known:
-                self._reuse(known[key])
-                continue
-            if not self.measure_new or time.perf_counter() - started - self._waited > budget_s:
-                self.skipped += 1
-                continue
-            models = models or OperatorModels(self.subject.path)
-            if operator.signature not in built:
-                built[operator.signature] = self._build(models, operator.signature)
-            model = built[operator.signature]
-            outcome = Refused(key=key, reason=model) if isinstance(model, str) else self._probe(key, target, model, seconds=_OPERATOR_S)
-            known[key] = outcome
-            self._keep(outcome)
-        self._link_reused()
-
-    def _build(self, models: OperatorModels, signature: str) -> Path | str:
-        path = self.folder / f"operator-{signature[:32]}.onnx"
-        try:
-            path.write_bytes(models.build(signature))
-        except Unsupported as error:
-            return error.message
-        return path
+        """Probe each unique operator on each target in each native precision, the heaviest first, until done or out of budget."""
+        prober = OperatorProber(
+            lab=self.lab,
+            subject=self.subject,
+            database=self.database,
+            run_id=self.run_id,
+            targets=self.targets,
+            folder=self.folder,
+            counts=self.counts,
+            fresh=self.fresh,
+            retry_failed=self.retry_failed,
+            measure_new=self.measure_new,
+        )
+        prober.run(budget_s=budget_s, tell=tell)
+        self.skipped += prober.skipped
 
     def _edges(self) -> list[tuple[Path, Path]]:
         """Return for each block files with its inputs and its reference outputs, from the chain run on the reference target."""
@@ -196,10 +174,6 @@ class Anatomist:
     def _block_key(self, block: Block, target: Target) -> ProbeKey:
         return self._key("segment", f"{block.content}@{self.subject.judged}" if block.data_dependent else block.structure, target)
 
-    def _operator_key(self, signature: str, data_dependent: bool, target: Target) -> ProbeKey:
-        subject = f"{signature}@{self.subject.judged}" if data_dependent else signature
-        return self._key("operator", subject, target)
-
     def _key(self, kind: Any, subject: str, target: Target) -> ProbeKey:
         return ProbeKey(
             kind=kind,
@@ -222,7 +196,8 @@ class Anatomist:
         return outcome
 
     def _link_reused(self) -> None:
-        self.database.link(self.run_id, self._used)
+        if self.run_id is not None:
+            self.database.link(self.run_id, self._used)
         self._used.clear()
 
     def _keep(self, outcome: Outcome) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aivmm.errors import AivmmError, Infeasible
+from aivmm.planner.levels import goal
 from aivmm.probes.client import WorkerDied
 from aivmm.runtime.target import Target
 from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions, parse_batches, parse_budget, parse_dims, parse_list, parse_shapes
@@ -45,18 +46,32 @@ def tune(
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where the plan goes; default `<name>.aivmm`.")
     ] = None,
     db: Db = None,
-    objective: Annotated[str, typer.Option(help="`latency` or `throughput`.")] = "latency",
+    objective: Annotated[str | None, typer.Option(help="`latency` (the default) or `throughput`.")] = None,
+    service_level: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A named goal: `interactive`, `batch`, `low-power`, `production`; it says what it stands for."),
+    ] = None,
     constraint: Annotated[
         list[str] | None, typer.Option(metavar="EXPR", help="A limit such as `latency<10ms, memory<2GB`. Repeatable.")
     ] = None,
     targets: Annotated[
         list[str] | None, typer.Option(metavar="PATTERNS", help="Targets that may be used: `openvino`, `*:CPU`, ...")
     ] = None,
-    precisions: Annotated[list[str] | None, typer.Option(metavar="LIST", help="Precisions that may be used: `fp32,bf16`.")] = None,
+    precisions: Annotated[list[str] | None, typer.Option(metavar="LIST", help="Precisions that may be used: `fp32,bf16,int8`.")] = None,
     batch: Annotated[list[str] | None, typer.Option(metavar="LIST", help="Batch sizes to choose from: `1,8,32`.")] = None,
     shape: Annotated[list[str] | None, typer.Option(metavar="NAME=1x3x224x224", help="The shape of an input. Repeatable.")] = None,
     dim: Annotated[list[str] | None, typer.Option(metavar="NAME=N", help="The extent of a named dimension. Repeatable.")] = None,
     inputs: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Real samples to run with.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|MODULE:FUNCTION",
+            help="Real samples to calibrate int8 with and to judge accuracy on: an `.npz`, a folder, or a function.",
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help='Your own measure of accuracy, for `--constraint "metric>=0.9"`.')
+    ] = None,
     budget: Annotated[
         str, typer.Option(metavar="TIME", help="Time for measuring and searching; the proof comes on top.")
     ] = f"{DEFAULT_BUDGET_S:.0f}s",
@@ -85,18 +100,22 @@ def tune(
     if model == "demo:":
         _list_demos(as_json)
         return
+    objective, constraints = goal(service_level, objective, tuple(constraint or ()))
     options = TuneOptions(
         model=model,
         output=output,
         db=db,
         objective=objective,
-        constraints=tuple(constraint or ()),
+        constraints=constraints,
         targets=parse_list(targets or ()),
         precisions=parse_list(precisions or ()),
         batches=parse_batches(batch or ()),
         shapes=parse_shapes(shape or ()),
         dims=parse_dims(dim or ()),
         inputs=inputs,
+        dataset=dataset,
+        metric=metric,
+        service_level=service_level,
         budget_s=parse_budget(budget),
         trials=trials,
         min_segments=min_segments,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from aivmm.planner.candidates import Candidate, Draft, Score
-from aivmm.planner.constraints import check
+from aivmm.planner.constraints import ACCURACY, check
 from aivmm.planner.partition import cut_drafts
 from aivmm.runtime.plan import Accuracy, Number
 from aivmm.tuner.anatomy import Anatomist, medians
 from aivmm.tuner.emit import folder_bytes
 from aivmm.tuner.explore import Explorer
+from aivmm.tuner.options import DEFAULT_COSINE
 from aivmm.tuner.prove import Entrant, Proof, call_s, interval_s
 from aivmm.tuner.subject import Prepared
-from aivmm.tuner.verdict import describe, sentence
+from aivmm.tuner.verdict import accuracy_text, describe, sentence
 from aivmm.tuner.work import Work
 
 _WORTH_PROVING = 1.02  # a finalist this far behind the best baseline would only cost time
@@ -46,6 +48,7 @@ class Decider:
             draft = Draft.whole(f"candidate {len(finalists) + 1}", candidate, blocks)
             self._predicted[draft.name] = score.median_s
             finalists.append(draft)
+        finalists += self._others(finalists, yardstick, known)
         finalists += self._cuts()
         # Batching alone is no merit of ours: whoever may batch gets the defaults at the best finalist's batch as a yardstick.
         for batch in sorted({draft.batch for draft in finalists} - {self.work.subject.base_batch}):
@@ -54,6 +57,18 @@ class Decider:
                     drafts.append((Draft.whole(f"{each.name}, batch {batch}", replace(candidate, batch=batch), blocks), "baseline"))
         drafts += [(draft, "candidate") for draft in finalists]
         return [self._entrant(number, draft, role) for number, (draft, role) in enumerate(drafts)]
+
+    def _others(self, finalists: Sequence[Draft], yardstick: float | None, known: Collection[str]) -> list[Draft]:
+        """Return the best candidate in the model's own precision, if lowered ones left it no room: those may yet fail on accuracy."""
+        if not finalists or not all(draft.pieces[0].config.lowered for draft in finalists):
+            return []
+        for candidate, score in self.explorer.search.best(1000):
+            worth = yardstick is None or score.ratio <= _WORTH_PROVING * yardstick
+            if candidate.config.lowered is None and candidate.key not in known and worth and self._keeps(candidate, score):
+                draft = Draft.whole(f"candidate {len(finalists) + 1}", candidate, len(self.work.subject.structure.blocks))
+                self._predicted[draft.name] = score.median_s
+                return [draft]
+        return []
 
     def _keeps(self, candidate: Candidate, score: Score) -> bool:
         """True unless what the search saw of a candidate already breaks a constraint."""
@@ -65,7 +80,11 @@ class Decider:
         baselines, search = self.explorer.baselines, self.explorer.search
         best_config = {str(candidate.target): candidate.config for _, candidate in reversed(baselines)}
         base = self.work.subject.base_batch
-        alone = [(candidate, score) for candidate, score in search.best(1000) if candidate.callers == 1 and candidate.batch == base]
+        alone = [
+            (candidate, score)
+            for candidate, score in search.best(1000)
+            if candidate.callers == 1 and candidate.batch == base and candidate.config.lowered is None
+        ]
         best_config |= {str(candidate.target): candidate.config for candidate, _ in reversed(alone)}
         wholes: dict[str, float] = {}
         for candidate, score in alone:
@@ -102,6 +121,7 @@ class Decider:
             reference=prepared.references[-1],
             samples=prepared.samples[:-1],
             references=prepared.references[:-1],
+            extras=prepared.extras[:-1],
         )
 
     def _not_allowed(self, draft: Draft) -> str:
@@ -111,7 +131,8 @@ class Decider:
             each.runtime == target.runtime and each not in self.work.targets for each in self.work.all_targets
         ):
             return "AUTO may use devices outside --targets"
-        if self.work.options.precisions and precision is None and len(target.precisions) > 1:
+        wanted = self.work.options.precisions
+        if wanted and precision is None and not set(target.precisions) <= set(wanted):
             return "its default may use a precision outside --precisions"
         return ""
 
@@ -134,10 +155,10 @@ class Decider:
             accuracy = self.accuracy(proof.plan)
             note = "Accuracy could not be judged: the model's outputs differ each time it runs."
             if accuracy is not None:
-                note = f"Outputs match {accuracy.reference}: cosine {accuracy.value:.6f} on {accuracy.data} inputs."
+                note = accuracy_text(accuracy, samples=len(proof.plan.samples) + 1)
             return sentence(proof, objective=self.work.options.objective, accuracy_text=note), []
         nearest = _nearest(proof)
-        asked = ", ".join(self.work.options.constraints) or f"cosine>={self.work.cosine_limit:g}"
+        asked = ", ".join(self.work.options.constraints) or f"cosine>={DEFAULT_COSINE:g}"
         if nearest is None:
             reasons = [f"{each.draft.name}: {each.problem}" for each in proof.entrants if each.problem][:3]
             return f"No plan meets the constraints ({asked}). {'; '.join(reasons)}", reasons
@@ -146,12 +167,16 @@ class Decider:
 
     def accuracy(self, plan: Entrant) -> Accuracy | None:
         """Return how close the plan's outputs are to the reference; None when that cannot be judged."""
-        if not self.work.subject.deterministic or "cosine" not in plan.metrics:
+        limits = {each.metric: each.limit for each in self.work.constraints if each.metric in ACCURACY}
+        if self.work.cosine_limit is not None:
+            limits["cosine"] = self.work.cosine_limit
+        metric = next((each for each in ACCURACY if each in limits and each in plan.metrics), None)
+        if not self.work.subject.deterministic or metric is None:
             return None
         return Accuracy(
-            metric="cosine",
-            value=plan.metrics["cosine"],
-            limit=self.work.cosine_limit,
+            metric=metric,
+            value=plan.metrics[metric],
+            limit=limits[metric],
             data="real" if self.work.subject.real_data else "synthetic",
             reference=self.work.subject.reference_name,
         )

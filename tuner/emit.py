@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,13 +21,25 @@ _UNKNOWN_DIGEST = "0" * 64  # replaced by the real one when the bundle is writte
 class Emitter:
     """Writes bundles for one model at one batch. Segments are sliced once, however many drafts use them."""
 
-    def __init__(self, prepared: Path, facts: ModelFacts, structure: Structure, folder: Path, *, version: str) -> None:
+    def __init__(
+        self,
+        prepared: Path,
+        facts: ModelFacts,
+        structure: Structure,
+        folder: Path,
+        *,
+        version: str,
+        lowered: Callable[[str], Path] | None = None,
+    ) -> None:
+        """Write for the model at `prepared`; `lowered` gives the file of the same model lowered to a precision."""
         self._facts = facts
         self._structure = structure
         self._folder = folder
         self._version = version
         self._slicer = Slicer(prepared)
         self._segments: dict[tuple[int, int], Segment] = {}
+        self._lowered = lowered
+        self._lowered_segments: dict[str, Segment] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._weights = WeightStore(folder / "weights.bin")
 
@@ -89,8 +101,28 @@ class Emitter:
         """Let go of the model's files."""
         self._slicer.close()
 
+    def _lowered_whole(self, precision: str) -> Segment:
+        """Return the whole model in a lowered form, as one segment."""
+        assert self._lowered is not None
+        if precision not in self._lowered_segments:
+            partial = self._folder / "partial.onnx"
+            with Slicer(self._lowered(precision)) as slicer:
+                made = slicer.write_whole(partial, weights=WeightStore(self._folder / f"weights-{precision}.bin"))
+            final = self._folder / f"{made.content[:32]}.onnx"
+            partial.replace(final)
+            self._lowered_segments[precision] = replace(made, path=final)
+        return self._lowered_segments[precision]
+
+    def _segment_of(self, piece: Piece) -> Segment:
+        lowered = piece.config.lowered
+        if lowered is None:
+            return self.segment(piece.first, piece.last)
+        if (piece.first, piece.last) != (0, len(self._structure.blocks) - 1):
+            raise ValueError(f"blocks {piece.first} to {piece.last} in {lowered}: only whole models are lowered")
+        return self._lowered_whole(lowered)
+
     def _stage(self, piece: Piece, files: dict[str, Path]) -> Stage:
-        segment = self.segment(piece.first, piece.last)
+        segment = self._segment_of(piece)
         for path in (segment.path, *segment.weights):
             files[f"segments/{path.name}"] = path
         return Stage(

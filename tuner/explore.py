@@ -38,6 +38,7 @@ class Explorer:
     def __init__(self, work: Work, *, searched_before: bool) -> None:
         self.work = work
         self.searched_before = searched_before
+        self._inaccurate: dict[tuple[Target, str | None], Rejection] = {}  # lowered precisions that are over the limit, or refused
 
     def run(self) -> None:
         """Explore."""
@@ -175,7 +176,9 @@ class Explorer:
                 search.tell(candidate, outcome)
                 self._record(search)
         search.enqueue(
-            Candidate(target=target, config=Config(precision=self.work.precisions(target)[0]), batch=batches[0]) for target in targets
+            Candidate(target=target, config=Config(precision=precision), batch=batches[0])
+            for target in targets
+            for precision in dict.fromkeys((self.work.precisions(target)[0], *self.work.subject.lowered_precisions))
         )
         if not self.searched_before and self.work.options.min_segments == 1:
             self._search_on(search)
@@ -215,14 +218,33 @@ class Explorer:
                 break
             left = max(1.5, min(_GROUP_S, deadline - self.work.elapsed()))
             incumbent = [candidate for candidate, _ in search.best(1)]
-            found = self.measurer.measure(asked, budget_s=left, tell=self.work.tell_race, beside=incumbent)
+            # How close a lowered model comes does not hang on threads: once it is out on a target, its other settings are too.
+            found = {each.key: self._inaccurate[each.target, each.config.precision] for each in asked if self._is_out(each)}
+            wanted = [each for each in asked if each.key not in found]
+            if wanted:
+                found |= self.measurer.measure(wanted, budget_s=left, tell=self.work.tell_race, beside=incumbent)
             for candidate in asked:
-                search.tell(candidate, found[candidate.key])
+                outcome = found[candidate.key]
+                search.tell(candidate, outcome)
                 self._record(search)
+                if candidate.config.lowered and isinstance(outcome, Rejection) and outcome.state in ("pruned", "refused"):
+                    self._leave_out(candidate, outcome)
             trials += len(asked)
             now = min((score.ratio for _, score in search.best(1)), default=best)
             stale = 0 if now < 0.99 * best else stale + len(asked)
             best = min(best, now)
+
+    def _is_out(self, candidate: Candidate) -> bool:
+        return (candidate.target, candidate.config.precision) in self._inaccurate
+
+    def _leave_out(self, candidate: Candidate, outcome: Rejection) -> None:
+        """Do not try the precision of a lowered candidate again on its target, unless it is only one setting that was refused."""
+        default = not candidate.config.settings
+        if self._is_out(candidate) or not (default or outcome.ratio is not None):
+            return
+        reason = f"{candidate.config.precision} is out on {candidate.target}: {outcome.reason}"
+        self._inaccurate[candidate.target, candidate.config.precision] = Rejection(state="pruned", reason=reason)
+        self.work.note(reason)
 
     def _record(self, search: Search) -> None:
         self.work.database.add_trial(self.work.run_id, search.records[-1])

@@ -70,7 +70,7 @@ class Measurer:
         """Return the database key of a candidate."""
         return ProbeKey(
             kind="model",
-            subject=self.subject.subject,
+            subject=self.subject.subject_of(candidate.config.lowered),
             target=str(candidate.target),
             environment=environment_of(candidate.target).fingerprint,
             config=candidate.config,
@@ -85,10 +85,11 @@ class Measurer:
             return []
         by_environment = {environment_of(target).fingerprint: target for target in targets}
         found: dict[str, tuple[Candidate, ProbeKey]] = {}
+        subjects = [self.subject.subject_of(each) for each in (None, *self.subject.lowered_precisions)]
         outcomes = [
             outcome
             for fingerprint in by_environment
-            for outcome in self.database.outcomes(kind="model", subject=self.subject.subject, environment=fingerprint, all=True)
+            for outcome in self.database.outcomes(kind="model", subject=subjects, environment=fingerprint, all=True)
         ]
         for outcome in outcomes:
             key = outcome.key
@@ -96,6 +97,8 @@ class Measurer:
             if key.target != str(target):
                 continue
             candidate = Candidate(target=target, config=key.config, batch=key.batch, callers=key.callers)
+            if self.key(candidate) != key:
+                continue  # lowered in another way
             found[candidate.key] = (candidate, key)
             if isinstance(outcome, Measured):
                 self._races.setdefault(outcome.race, {})[candidate.key] = outcome
@@ -175,7 +178,7 @@ class Measurer:
         try:
             prepared = self.subject.at(candidate.batch)
             loaded = self.lab.load(
-                prepared.path,
+                self.subject.variant(candidate.batch, candidate.config.lowered),
                 candidate.target,
                 candidate.config,
                 inputs=prepared.samples[0],
@@ -235,7 +238,7 @@ class Measurer:
             outcomes[key] = Measured(
                 key=self.key(candidate),
                 samples=samples,
-                metrics=self._metrics(loaded),
+                metrics=self._metrics(candidate, loaded),
                 cautions=(*cautions(samples), *extra),
                 effective_config=loaded.effective_config,
                 placement=loaded.nodes,
@@ -249,18 +252,19 @@ class Measurer:
             if reference is not None:
                 results[key] = self._score(raced[key][0], outcome, reference, reused=False, seconds=seconds, loaded=raced[key][1])
 
-    def _metrics(self, loaded: Loaded) -> dict[str, float]:
+    def _metrics(self, candidate: Candidate, loaded: Loaded) -> dict[str, float]:
         # Numerical verdicts hold for one content and one input only, while times hold for the structure: their names carry which.
-        judged = {f"{name}@{self.subject.judged}": value for name, value in loaded.accuracy.items()}
+        holds_for = self.subject.judged_of(candidate.config.lowered)
+        judged = {f"{name}@{holds_for}": value for name, value in loaded.accuracy.items()}
         if loaded.problem:
-            judged[f"unusable@{self.subject.judged}"] = 1.0
+            judged[f"unusable@{holds_for}"] = 1.0
         return {"compile_s": loaded.compile_s, "first_inference_s": loaded.first_inference_s, **judged}
 
     def _score(
         self, candidate: Candidate, mine: Measured, reference: Measured, *, reused: bool, seconds: float = 0.0, loaded: Loaded | None = None
     ) -> Score | Rejection:
         found = compare(mine.samples, reference.samples, scale=reference.key.batch / mine.key.batch)
-        judged = self.subject.judged
+        judged = self.subject.judged_of(candidate.config.lowered)
         cosine = mine.metrics.get(f"cosine@{judged}")
         shared = {"seconds": seconds, "reused": reused, "median_s": mine.samples.median_s}
         problem = ""

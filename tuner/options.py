@@ -10,9 +10,11 @@ from typing import Any
 
 from aivmm.errors import UsageError
 from aivmm.planner.constraints import Constraint, parse
+from aivmm.planner.levels import SERVICE_LEVELS
+from aivmm.runtime.config import LOWERED
 
 OBJECTIVES = ("latency", "throughput", "energy")
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32)
 DEFAULT_BUDGET_S = 60.0
 DEFAULT_COSINE = 0.999
@@ -33,6 +35,9 @@ class TuneOptions:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     dims: Mapping[str, int] = field(default_factory=dict)
     inputs: Path | None = None
+    dataset: str | None = None  # a path, or "module:function"
+    metric: str | None = None  # "module:function"
+    service_level: str | None = None  # already resolved into objective and constraints; kept for the record
     budget_s: float = DEFAULT_BUDGET_S
     trials: int | None = None
     min_segments: int = 1
@@ -61,7 +66,21 @@ class TuneOptions:
         for each in self.precisions:
             if each not in PRECISIONS:
                 raise UsageError(f"unknown precision {each!r}", advice=f"known: {', '.join(PRECISIONS)}")
+        if self.service_level is not None and self.service_level not in SERVICE_LEVELS:
+            raise UsageError(f"unknown service level {self.service_level!r}", advice=f"choose from {', '.join(SERVICE_LEVELS)}")
+        self._check_data()
         self.parsed_constraints()
+
+    def _check_data(self) -> None:
+        if self.inputs is not None and self.dataset is not None:
+            raise UsageError("--inputs and --dataset both give samples", advice="keep one of them: a dataset also calibrates int8")
+        if self.metric is None and any(each.metric == "metric" for each in self.parsed_constraints()):
+            raise UsageError("a constraint limits metric, and there is none", advice="name your function with --metric MODULE:FUNCTION")
+
+    @property
+    def lowered_precisions(self) -> tuple[str, ...]:
+        """The precisions named that a model has to be lowered to."""
+        return tuple(each for each in self.precisions if each in LOWERED)
 
     def parsed_constraints(self) -> tuple[Constraint, ...]:
         """Return the constraints, parsed."""

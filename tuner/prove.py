@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 
 from aivmm.errors import AivmmError
 from aivmm.planner.candidates import Draft
-from aivmm.planner.constraints import Constraint, Violation, check, unjudged
+from aivmm.planner.constraints import ACCURACY, Constraint, Violation, check, unjudged
 from aivmm.planner.records import ProofRecord
-from aivmm.probes.accuracy import over_limit
+from aivmm.probes.accuracy import combined, over_limit
 from aivmm.probes.client import Worker, WorkerDied
 from aivmm.probes.compare import Comparison, cautions, compare, median_interval, round_medians
 from aivmm.probes.lab import COMPILE_LIMIT_S
@@ -28,6 +29,7 @@ from aivmm.runtime.cpu import usable_cores
 _LEAST_S, _MOST_S = 6.0, 15.0
 _ROUNDS = 15
 _SWITCH_S = 0.03  # between two workers: until the one before has stopped spinning
+Metric = Callable[[Sequence[Path], Sequence[Path | None], Sequence[Path]], float]  # samples, extras, outputs
 TAIL_SAMPLES = 500  # below this a 99th percentile is not given
 TAIL_S = 3.0
 TAIL_ASKED_S = 40.0  # when a constraint asks for it
@@ -45,6 +47,7 @@ class Entrant:
     reference: Path
     samples: Sequence[Path] = ()
     references: Sequence[Path] = ()
+    extras: Sequence[Path | None] = ()  # what the user's data set says of `samples`
     worker: Worker | None = None
     contestant: Contestant | None = None
     metrics: dict[str, float] = field(default_factory=dict)
@@ -122,6 +125,7 @@ class Prover:
         seed: int,
         tell: Callable[[str, RaceState | None], None],
         forced: bool = False,
+        metric: Metric | None = None,
     ) -> None:
         self._proof = Proof(entrants=list(entrants))
         self._constraints = constraints
@@ -129,6 +133,8 @@ class Prover:
         self._seed = seed
         self._tell = tell
         self._forced = forced
+        self._metric = metric
+        self._asking = threading.Lock()
         self._asks_tail = any(constraint.metric == "p99" for constraint in constraints)
 
     def run(self) -> Proof:
@@ -161,11 +167,14 @@ class Prover:
                 inputs=str(entrant.sample),
                 reference=str(entrant.reference),
             )
-            accuracy, problem = answer["accuracy"], answer["problem"]
+            problem, judged = answer["problem"], [answer["accuracy"]]
             for sample, reference in zip(entrant.samples, entrant.references, strict=True):
                 again = entrant.worker.call("judge", limit_s=COMPILE_LIMIT_S, name="engine", inputs=str(sample), reference=str(reference))
                 problem = problem or again["problem"]
-                accuracy = _worse(accuracy, again["accuracy"])
+                judged.append(again["accuracy"])
+            accuracy = combined(judged)
+            if self._metric is not None and not problem:
+                accuracy["metric"] = self._ask_metric(entrant, self._metric)
         except (WorkerDied, AivmmError) as error:
             entrant.problem = f"{error.reason}" if isinstance(error, WorkerDied) else error.message
             entrant.fatal = True
@@ -191,6 +200,15 @@ class Prover:
             expected_s=expected,
             keep=entrant.role == "baseline",
         )
+
+    def _ask_metric(self, entrant: Entrant, metric: Metric) -> float:
+        """Return what the user's metric says of an entrant's outputs."""
+        assert entrant.worker is not None
+        outputs = [entrant.bundle.with_name(f"{entrant.bundle.name}.outputs-{index}.npz") for index in range(len(entrant.samples))]
+        for sample, path in zip(entrant.samples, outputs, strict=True):
+            entrant.worker.call("outputs", limit_s=COMPILE_LIMIT_S, name="engine", inputs=str(sample), destination=str(path))
+        with self._asking:  # two entrants are loaded at a time, and one process holds the user's code
+            return metric(entrant.samples, entrant.extras or [None] * len(outputs), outputs)
 
     def _race(self, contestants: list[Contestant]) -> None:
         pids = [each.worker.pid for each in contestants]
@@ -274,7 +292,8 @@ class Prover:
         metrics, targets = constraint_metrics(entrant), [str(piece.target) for piece in entrant.draft.pieces]
         found = self._violations(entrant)
         for missing in unjudged(self._constraints, metrics, targets=targets):
-            sentence = f"{missing.metric} could not be measured in the time there is, so {missing} is not shown to hold"
+            why = "there is no output that is a classifier's" if "agreement" in missing.metric else "there was no time to measure it"
+            sentence = f"{missing.metric} is not known ({why}), so {missing} is not shown to hold"
             found = (*found, Violation(constraint=missing, value=math.nan, percent=math.inf, sentence=sentence))
         if found:
             self._proof.violations[entrant.draft.name] = found
@@ -339,7 +358,7 @@ def constraint_metrics(entrant: Entrant) -> dict[str, float]:
         "size": "size_bytes",
         "compile": "compile_s",
         "first_inference": "first_inference_s",
-        "cosine": "cosine",
+        **dict(zip(ACCURACY, ACCURACY, strict=True)),
     }
     return {ours: entrant.metrics[theirs] for ours, theirs in names.items() if theirs in entrant.metrics}
 
@@ -377,11 +396,3 @@ def _unbeaten(entrants: Sequence[Entrant]) -> Entrant | None:
     """Return the fastest of those that no other one beats when compared round by round."""
     unbeaten = [each for each in entrants if not any(_versus(each, other).verdict == "slower" for other in entrants if other is not each)]
     return min(unbeaten or entrants, key=_time, default=None)
-
-
-def _worse(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
-    worst = {}
-    for name in a.keys() | b.keys():
-        pick = min if name == "cosine" else max
-        worst[name] = pick(a.get(name, math.nan), b.get(name, math.nan)) if name in a and name in b else a.get(name, b.get(name, math.nan))
-    return worst

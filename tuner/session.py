@@ -11,17 +11,20 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from aivmm.db.database import Database
 from aivmm.errors import UsageError
-from aivmm.planner.constraints import Constraint
+from aivmm.planner.constraints import ACCURACY, Constraint
+from aivmm.planner.levels import SERVICE_LEVELS
 from aivmm.planner.records import RunRecord
 from aivmm.probes.lab import Lab
 from aivmm.probes.race import RaceState
 from aivmm.runtime.bundle import check_destination
+from aivmm.runtime.config import LOWERED
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.registry import default_backends
 from aivmm.runtime.target import Target, Unavailable, select
@@ -62,7 +65,9 @@ class Session:
         self.started = time.perf_counter()
         self.constraints: tuple[Constraint, ...] = options.parsed_constraints()
         cosine = [each.limit for each in self.constraints if each.metric == "cosine"]
-        self.cosine_limit = max(cosine, default=DEFAULT_COSINE)
+        # Who limits accuracy in another way has said what matters.
+        judged_otherwise = any(each.metric in ACCURACY for each in self.constraints)
+        self.cosine_limit = max(cosine) if cosine else None if judged_otherwise else DEFAULT_COSINE
 
     @property
     def output(self) -> Path:
@@ -90,6 +95,8 @@ class Session:
             try:
                 if self.options.dry_run:
                     return _dry_run(work)
+                if self.options.service_level is not None:
+                    work.note(f"service level {self.options.service_level}: {SERVICE_LEVELS[self.options.service_level]}")
                 record = self._begin(work)
                 try:
                     return self._tune(work, record)
@@ -105,6 +112,8 @@ class Session:
     def _prepare(self, database: Database, lab: Lab, folder: Path) -> Work:
         """Read the model, look for devices, and make the reference."""
         self.progress.phase("reading the model")
+        if self.options.metric is not None:
+            lab.check_metric(self.options.metric)
         subject = Subject(self.options, lab, folder)
         self.progress.phase("looking for devices")
         found, unavailable = lab.discover(list(self.options.backends) or list(default_backends()))
@@ -143,9 +152,9 @@ class Session:
         if not targets:
             raise UsageError("--targets and the constraint on targets leave nothing to run on", advice="drop one of them")
         for each in self.options.precisions:
-            if not any(each in target.precisions for target in targets):
+            if each not in LOWERED and not any(each in target.precisions for target in targets):
                 known = sorted({precision for target in targets for precision in target.precisions})
-                raise UsageError(f"no target here runs {each} natively", advice=f"--precisions can be: {', '.join(known)}")
+                raise UsageError(f"no target here runs {each} natively", advice=f"--precisions can be: {', '.join((*known, 'int8'))}")
         return targets
 
     def _begin(self, work: Work) -> RunRecord:
@@ -185,6 +194,9 @@ class Session:
             "constraints": sorted(options.constraints),
             "environments": sorted(environment_of(target).fingerprint for target in work.targets),
             "precisions": sorted(options.precisions),
+            "lowered": sorted(work.subject.subject_of(each) for each in work.subject.lowered_precisions),
+            "metric": options.metric,
+            "data": work.subject.data_digest,
             "batches": list(options.batches),
             "min_segments": options.min_segments,
             "budget_s": options.budget_s,
@@ -208,6 +220,7 @@ class Session:
             cosine_limit=self.cosine_limit if work.subject.deterministic else None,
             seed=self.options.seed,
             tell=self._tell_proof,
+            metric=None if self.options.metric is None else partial(work.lab.metric, self.options.metric),
             forced=self.options.min_segments > 1,
         ).run()
         for each in proof.records():
@@ -275,9 +288,9 @@ class Session:
             report=str(report),
             predicted_s=decider.predicted_s(proof),
             accuracy={
-                "metric": "cosine",
+                "metric": accuracy.metric if accuracy else "cosine",
                 "value": accuracy.value if accuracy else None,
-                "limit": self.cosine_limit,
+                "limit": accuracy.limit if accuracy else self.cosine_limit,
                 "data": "real" if work.subject.real_data else "synthetic",
             },
             counts=decider.explorer.measurer.counts,

@@ -20,11 +20,15 @@ from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.runtime.config import Config
 from aivmm.runtime.folders import cache_folder
 from aivmm.runtime.target import Target
+from aivmm.tuner.lowering import Lowerer
 from aivmm.tuner.options import TuneOptions
 
 PROOF_SAMPLES = 4  # inputs that the search never saw, on which the proof judges accuracy
 
-MOST_SAMPLES = 64  # of those that a user gives
+MOST_SAMPLES = 64  # of those that a user gives, to judge accuracy on
+MOST_READ = 1000  # of a data set
+REAL_ENOUGH = 8  # so many real samples are worth calibrating with
+_SYNTHETIC_CALIBRATION = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +39,7 @@ class Prepared:
     facts: ModelFacts
     samples: tuple[Path, ...]
     references: tuple[Path, ...]
+    extras: tuple[Path | None, ...] = ()  # beside the samples, at the base batch: what else the user's data set says of each
 
 
 class Subject:
@@ -50,12 +55,18 @@ class Subject:
         self.source = self._find()
         self.base_batch = options.batches[0] if options.batches else 1
         self.facts = self._prepare(self.base_batch)
+        if self.facts.batch != self.base_batch:  # fixed in the model, or by --shape or --dim
+            self._model_path(self.base_batch).parent.rename(self._model_path(self.facts.batch).parent)
+            self.base_batch = self.facts.batch
         self.structure = self._analyse()
-        self.real_data = options.inputs is not None
+        self.real_data = options.inputs is not None or options.dataset is not None
         self.deterministic = True
         self.reference_name = ""
         self._by_name: dict[str, Target] = {}
         self._sample_digest = ""
+        self._calibration: tuple[Path, ...] = ()
+        self._extras: tuple[Path | None, ...] = ()
+        self._lowerer: Lowerer | None = None
 
     @property
     def path(self) -> Path:
@@ -63,14 +74,66 @@ class Subject:
         return self._model_path(self.base_batch)
 
     @property
-    def subject(self) -> str:
-        """What keys times: the structure, or the content and the input where values decide how long a run takes."""
-        return f"{self.structure.content}@{self._sample_digest}" if self.structure.data_dependent else self.structure.structure
-
-    @property
     def judged(self) -> str:
         """What numerical verdicts hold for: this content, on this input."""
         return f"{self.structure.content[:16]}.{self._sample_digest}"
+
+    def subject_of(self, lowered: str | None) -> str:
+        """What keys times: the structure, or the content and the input where values decide how long a run takes; and how it was lowered."""
+        plain = f"{self.structure.content}@{self._sample_digest}" if self.structure.data_dependent else self.structure.structure
+        return f"{plain}~{self.lowerer.tag(lowered)}" if lowered else plain
+
+    def judged_of(self, lowered: str | None) -> str:
+        """As `judged`, for the model lowered in our way with the samples at hand."""
+        return f"{self.judged}.{self.lowerer.tag(lowered)}.{self.lowerer.calibration_digest}" if lowered else self.judged
+
+    @property
+    def data_digest(self) -> str:
+        """What tells the user's samples from others."""
+        base = self._at[self.base_batch]
+        return _digest_of(base.samples) + _digest_of(self._calibration)
+
+    @property
+    def lowered_precisions(self) -> tuple[str, ...]:
+        """The precisions that the model may be lowered to: those that were named, or int8 where real data is there to calibrate with."""
+        if self._options.precisions:
+            return self._options.lowered_precisions
+        return ("int8",) if self.real_data and len(self._calibration) >= REAL_ENOUGH else ()
+
+    @property
+    def lowerer(self) -> Lowerer:
+        """What lowers the model. Ask after `make_reference`."""
+        if self._lowerer is None:
+            calibration = self._calibration or self._synthetic_calibration()
+            self._lowerer = Lowerer(
+                lab=self._lab,
+                folder=self._folder,
+                model=self.path,
+                content=self.structure.content,
+                category=self.facts.category.name,
+                calibration=calibration,
+                calibration_digest=_digest_of(calibration),
+                notes=self.notes,
+            )
+        return self._lowerer
+
+    def variant(self, batch: int, lowered: str | None) -> Path:
+        """Return the model file at `batch`, lowered to a precision or (None) as it is.
+
+        Raises:
+            UsageError: the model's batch cannot be changed.
+            Unsupported: it cannot be lowered.
+        """
+        prepared = self.at(batch).path
+        if lowered is None:
+            return prepared
+        return self.lowerer.path(lowered) if batch == self.base_batch else self.lowerer.carried(lowered, batch, prepared)
+
+    def _synthetic_calibration(self) -> tuple[Path, ...]:
+        paths = tuple(self._folder / f"calibration-{index}.npz" for index in range(_SYNTHETIC_CALIBRATION))
+        # Another seed than that of the samples on which accuracy is judged.
+        self._lab.make_samples(self.path, self.facts.inputs, paths, seed=(self._options.seed + 1) % 2**32)
+        return paths
 
     def make_reference(self, targets: Sequence[Target]) -> None:
         """Make samples and the fp32 reference at the base batch, on ONNX Runtime's CPU or else on the first target that takes the model.
@@ -95,7 +158,7 @@ class Subject:
             self.reference_name = f"{target} fp32"
             if reasons:
                 self.notes.append(f"the reference outputs come from {target}, since {reasons[0]}")
-            self._at[self.base_batch] = Prepared(path=self.path, facts=facts, samples=samples, references=references)
+            self._at[self.base_batch] = Prepared(path=self.path, facts=facts, samples=samples, references=references, extras=self._extras)
             return
         raise ModelError(f"no target here takes {self.facts.name}: {'; '.join(reasons)}")
 
@@ -181,6 +244,8 @@ class Subject:
     def _base_samples(self, facts: ModelFacts) -> tuple[Path, ...]:
         """Write the samples: the first for the search, further ones for the proof."""
         paths = tuple(self._folder / f"sample-{self.base_batch}-{index}.npz" for index in range(1 + PROOF_SAMPLES))
+        if self._options.dataset is not None:
+            return self._dataset_samples(facts)
         if self._options.inputs is None:
             self._lab.make_samples(self.path, facts.inputs, paths, seed=self._options.seed)
             return paths
@@ -189,12 +254,34 @@ class Subject:
         given = load_inputs(self._options.inputs, facts.inputs)
         if len(given) == 1:
             self.notes.append("one sample was given, so the search and the proof judge accuracy on the same one")
-        elif len(given) > MOST_SAMPLES:
-            self.notes.append(f"{len(given)} samples were given; accuracy is judged on the first {MOST_SAMPLES}")
+        elif len(given) >= REAL_ENOUGH:
+            # Accuracy is judged on samples that int8 was not calibrated with: every second one is set aside for that.
+            self._calibration = tuple(self._folder / f"calibration-{index}.npz" for index in range(len(given) // 2))
+            for path, arrays in zip(self._calibration, given[1::2], strict=True):
+                save_arrays(path, arrays)
+            given = given[::2]
+        if len(given) > MOST_SAMPLES:
+            self.notes.append(f"{len(given)} samples are there to judge accuracy with; the first {MOST_SAMPLES} are used")
         used = tuple(self._folder / f"sample-{self.base_batch}-{index}.npz" for index in range(max(2, min(len(given), MOST_SAMPLES))))
         for index, path in enumerate(used):
             save_arrays(path, given[index % len(given)])
         return used
+
+    def _dataset_samples(self, facts: ModelFacts) -> tuple[Path, ...]:
+        """Read the user's data set: a part calibrates, the rest judges."""
+        assert self._options.dataset is not None
+        folder = self._folder / "dataset"
+        folder.mkdir()
+        data = self._lab.read_dataset(self._options.dataset, facts.inputs, folder, most=MOST_READ, seed=self._options.seed)
+        self.notes.extend(data.notes)
+        samples, extras = data.validation[:MOST_SAMPLES], data.extras[:MOST_SAMPLES]
+        if len(data.validation) > MOST_SAMPLES:
+            self.notes.append(f"{len(data.validation)} held-out samples are there to judge accuracy with; {MOST_SAMPLES} of them are used")
+        if len(samples) == 1:  # the first serves the search, the others the proof
+            samples, extras = samples * 2, extras * 2
+        self._calibration = data.calibration
+        self._extras = extras
+        return samples
 
     def _refer(self, loaded: Loaded, samples: Sequence[Path]) -> tuple[Path, ...]:
         """Write the outputs for each sample; note when a second run gives other ones."""
@@ -213,6 +300,10 @@ class Subject:
             return tuple(paths)
         finally:
             self._lab.unload(loaded.contestant)
+
+
+def _digest_of(paths: Sequence[Path]) -> str:
+    return hashlib.sha256("".join(_digest(load_arrays(str(each))) for each in paths).encode()).hexdigest()[:8]
 
 
 def _digest(arrays: Mapping[str, Any]) -> str:

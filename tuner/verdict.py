@@ -10,6 +10,7 @@ from aivmm.planner.candidates import Draft
 from aivmm.planner.constraints import human
 from aivmm.probes.compare import Comparison
 from aivmm.runtime.config import Config
+from aivmm.runtime.plan import Accuracy
 from aivmm.tuner.measure import Counts
 from aivmm.tuner.prove import Entrant, Proof, call_s, interval_s
 
@@ -76,6 +77,20 @@ def sentence(proof: Proof, *, objective: str, accuracy_text: str) -> str:
     if plan.role == "baseline":
         text += f" {_why_baseline(plan, proof)}"
     return text + (f" {accuracy_text}" if accuracy_text else "")
+
+
+def accuracy_text(accuracy: Accuracy, *, samples: int) -> str:
+    """Say how close the plan's outputs are, and on what that was judged."""
+    where = f"{samples} {accuracy.data} inputs"
+    match accuracy.metric:
+        case "metric":
+            return f"Your metric is {accuracy.value:.4g} on {where}."
+        case "sqnr":
+            return f"Outputs match {accuracy.reference} with an SQNR of {accuracy.value:.1f} dB on {where}."
+        case "top1_agreement" | "top5_agreement":
+            among = "the same best class as" if accuracy.metric == "top1_agreement" else "among its five best the best class of"
+            return f"It has {among} {accuracy.reference} in {accuracy.value:.1%} of {where}."
+    return f"Outputs match {accuracy.reference}: {accuracy.metric} {accuracy.value:.6f} on {where}."
 
 
 def _why_baseline(plan: Entrant, proof: Proof) -> str:

@@ -39,7 +39,7 @@ class Work:
     all_targets: Sequence[Target]
     unavailable: Sequence[Unavailable]
     constraints: Sequence[Constraint]
-    cosine_limit: float
+    cosine_limit: float | None  # None when accuracy is limited in another way
     run_id: str
     notes: list[str] = field(default_factory=list)
     _emitters: dict[int, Emitter] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Work:
     def precisions(self, target: Target) -> list[str | None]:
         """Return the precisions that may be searched on a target."""
         wanted = [each for each in target.precisions if not self.options.precisions or each in self.options.precisions]
-        return list(wanted)
+        return [*wanted, *self.subject.lowered_precisions]
 
     def batches(self) -> tuple[int, ...]:
         """Return the batches that may be searched."""
@@ -81,7 +81,12 @@ class Work:
             prepared = self.subject.at(batch)
             structure = self.subject.structure_at(batch)
             self._emitters[batch] = Emitter(
-                prepared.path, prepared.facts, structure, self.folder / f"segments-{batch}", version=version("aivmm")
+                prepared.path,
+                prepared.facts,
+                structure,
+                self.folder / f"segments-{batch}",
+                version=version("aivmm"),
+                lowered=lambda precision: self.subject.variant(batch, precision),
             )
         return self._emitters[batch]
 

@@ -1,12 +1,12 @@
 """What the database's tests share: a database of their own, and records to put into it.
 
-They run on SQLite; with AIVMM_TEST_POSTGRES=postgresql+psycopg://... those that take `location` run on that server instead, each in a
-database of its own.
+Those that take `location` or `database` run twice: on a SQLite file, and on a PostgreSQL server that is started for them (`postgres.py`;
+with AIVMM_TEST_POSTGRES=postgresql+psycopg://... on that one), each in a database of its own. What is SQLite's own takes `tmp_path`.
 """
 
 from __future__ import annotations
 
-import os
+import shutil
 import subprocess
 import sys
 import uuid
@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-import sqlalchemy
 
 from aivmm.db.database import Database
 from aivmm.models.records import Block, Category, CutPoint, ModelFacts, Operator, Structure
@@ -24,8 +23,7 @@ from aivmm.probes.records import Caution, Measured, ProbeKey, Samples
 from aivmm.runtime.config import Config
 from aivmm.runtime.environment import Environment
 from aivmm.tensors import TensorSpec
-
-SERVER = os.environ.get("AIVMM_TEST_POSTGRES")
+from tests.db import postgres
 
 # What a child process needs to write: `database` (opened at argv[1]), `outcome(number)` and their environment, remembered.
 CHILD = """
@@ -64,25 +62,60 @@ def child() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             pass
 
 
+@pytest.fixture(scope="session")
+def started_server() -> Iterator[postgres.Server | postgres.Missing]:
+    """One server for all tests, or why there is none."""
+    try:
+        with postgres.server() as server:
+            yield server
+    except postgres.Missing as missing:
+        yield missing
+
+
 @pytest.fixture
-def location(tmp_path: Path) -> Iterator[str]:
-    """A place where no database is yet: a file, or a new database of the server."""
-    if not SERVER:
+def server(started_server: postgres.Server | postgres.Missing) -> postgres.Server:
+    """The PostgreSQL server; skips the test where there is none."""
+    if isinstance(started_server, postgres.Missing):
+        pytest.skip(f"no PostgreSQL server: {started_server}")
+    return started_server
+
+
+@pytest.fixture(scope="session")
+def filled_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with all tables and no row, to be copied: making one anew takes a quarter of a second each time."""
+    file = tmp_path_factory.mktemp("filled") / "filled.db"
+    Database.open(file).close()
+    return file
+
+
+@pytest.fixture(scope="session")
+def filled_on_server(started_server: postgres.Server | postgres.Missing) -> Iterator[str]:
+    """The name of a database of the server with all tables and no row, to be copied."""
+    assert isinstance(started_server, postgres.Server)
+    name = started_server.create()
+    Database.open(started_server.location(name)).close()
+    yield name
+    started_server.drop(name)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def location(request: pytest.FixtureRequest, tmp_path: Path, filled_file: Path) -> Iterator[str]:
+    """A place where no database is yet: a file, or a new database of the server. With `database` it is filled with the tables."""
+    filled = "database" in request.fixturenames
+    if request.param == "sqlite":
+        if filled:
+            shutil.copyfile(filled_file, tmp_path / "performance.db")
         yield str(tmp_path / "performance.db")
         return
-    name = f"aivmm_{uuid.uuid4().hex}"
-    url = sqlalchemy.make_url(SERVER)
-    engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}")
-    yield url.set(database=name).render_as_string(hide_password=False)
-    with engine.connect() as connection:
-        connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
-    engine.dispose()
+    server: postgres.Server = request.getfixturevalue("server")
+    name = server.create(template=request.getfixturevalue("filled_on_server") if filled else None)
+    yield server.location(name)
+    server.drop(name)
 
 
 @pytest.fixture
 def database(location: str) -> Iterator[Database]:
+    """A database with no row in it, open."""
     with Database.open(location) as opened:
         yield opened
 

@@ -108,6 +108,14 @@ def test_a_fixed_model_is_not_batchable_and_refuses_another_batch(tmp_path: Path
     assert "no open batch" in refused(one(tmp_path, [1, 4]), batch=2)
 
 
+def test_the_batch_of_a_model_for_fixed_images_is_what_they_have_in_front(tmp_path: Path) -> None:
+    facts, _ = ready(one(tmp_path, [4, 3, 8, 8]))
+    assert (facts.batch, facts.batchable) == (4, False)
+    assert ready(one(tmp_path, [4, 3, 8, 8]), batch=4)[0].batch == 4  # asked for what it is
+    assert "no open batch" in refused(one(tmp_path, [4, 3, 8, 8]), batch=2)
+    assert ready(one(tmp_path, [4, 8]))[0].batch == 1  # rows of what? not known to be a batch
+
+
 def test_dim_and_shape_options_bind_and_carry_the_batch(tmp_path: Path) -> None:
     assert ready(one(tmp_path, ["N", "k"]), dims={"k": 3})[0].inputs[0].shape == (1, 3)
     facts, _ = ready(one(tmp_path, ["N", "k"]), shapes={"x": (2, 5)})

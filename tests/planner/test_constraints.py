@@ -198,9 +198,7 @@ def test_a_limit_that_can_never_decide_anything_is_refused(expression: str) -> N
     assert "makes no sense" in refusal(expression)
 
 
-@pytest.mark.parametrize(
-    "expression", ["power<=15W", "energy<50mJ", "device_memory<8GB", "top1_agreement>=0.99", "sqnr>=30dB", "metric>=0.9"]
-)
+@pytest.mark.parametrize("expression", ["power<=15W", "energy<50mJ", "device_memory<8GB"])
 def test_what_is_not_measured_yet_is_refused_with_what_is(expression: str) -> None:
     said = refusal(expression)
     assert "does not measure it" in said

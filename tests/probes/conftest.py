@@ -14,12 +14,22 @@ from aivmm.probes.client import Worker
 from aivmm.runtime.target import Device, Target
 
 WILD = """
-import ctypes, os, sys, time
+import ctypes, os, signal, sys, threading, time
 import numpy as np
 from aivmm.runtime.backend import Placement
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Device, Target
 from aivmm.tensors import TensorSpec
+
+def everywhere(data):  # whatever is open besides the standard three: the pipe of the answers is among them
+    for fd in range(3, 64):
+        try:
+            os.write(fd, data)
+        except OSError:
+            pass
+
+def later(what, *arguments):
+    threading.Timer(0.3, what, arguments).start()
 
 def misbehave(how):
     if how == "segfault": ctypes.string_at(0)
@@ -42,11 +52,35 @@ def misbehave(how):
     if how == "print and die":
         print("x" * 1000000 + "last words", file=sys.stderr, flush=True)
         os.abort()
-    if how == "child and die":
-        if os.fork() == 0:
-            time.sleep(30)
+    if how.startswith("child"):
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(120)
             os._exit(0)
-        os.abort()
+        print("child is", pid, file=sys.stderr, flush=True)
+        if how == "child and die": os.abort()
+        if how == "child and hang": time.sleep(3600)
+    if how == "eat":
+        hoard = []
+        while len(hoard) < 256:  # 4 GB and no more, should nobody stop it
+            hoard.append(b"x" * (16 << 20))
+        time.sleep(3600)
+    if how == "rubbish": everywhere(b"hello from a driver\\n")
+    if how == "half": everywhere(b"hello from a driver")
+    if how == "forge": everywhere(b'{"id": 0, "result": {"first_inference_s": 1}}\\n')
+    if how == "deep": everywhere(b"[" * 100000 + b"\\n")
+    if how == "flood":
+        while True: everywhere(b"x\\n" * 10000)
+    if how == "flood one line":
+        while True: everywhere(b"x" * 10000)
+    if how == "rubbish later": later(everywhere, b"hello from a driver\\n")
+    if how == "die later": later(os.kill, os.getpid(), 11)
+    if how == "close": os.closerange(3, 256)
+    if how == "close and hang":
+        os.closerange(3, 256)
+        time.sleep(3600)
+    if how == "close the standard three": os.closerange(0, 3)
+    if how == "slow": time.sleep(0.01)
 
 class Request:
     def __init__(self, how): self.how = how; self.bound = {}
@@ -54,7 +88,7 @@ class Request:
     def run(self):
         misbehave(self.how.removeprefix("run "))
         self.bound["y"][...] = np.nan if self.how == "nan" else self.bound["x"]
-    def output(self, name): return self.bound[name]
+    def output(self, name): return self.bound[name][:3] if self.how == "shape" else self.bound[name]
 
 class Executable:
     inputs = [TensorSpec(name="x", dtype="float32", shape=(4,))]
@@ -62,7 +96,7 @@ class Executable:
     placement = Placement(devices=("0",), nodes={"0": 1})
     def __init__(self, how):
         self.how = how
-        self.effective_config = {"odd": np.float32(1)} if how == "not json" else {}
+        self.effective_config = {"odd": object() if how == "not json" else np.float32(1)}
     def new_request(self): return Request(self.how)
     def close(self): pass
 
@@ -87,16 +121,26 @@ def own_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIVMM_LOCK", str(tmp_path / "measuring.lock"))
 
 
-@pytest.fixture
-def wild(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Install the wild backend for the processes started from here, as pip would, and return where."""
-    site = tmp_path / "site"
+def install_wild(site: Path) -> Path:
+    """Install the wild backend in `site` as pip would, and return that."""
     info = site / "wild_runtime-1.0.dist-info"
     info.mkdir(parents=True)
     (site / "wild_runtime.py").write_text(WILD)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: wild-runtime\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[aivmm.backends]\nwild = wild_runtime:Wild\n")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")])))
+    return site
+
+
+def python_path(*folders: Path) -> str:
+    """Return PYTHONPATH with `folders` before what it holds."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH", "")])])
+
+
+@pytest.fixture
+def wild(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Install the wild backend for the processes started from here, and return where."""
+    site = install_wild(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", python_path(site, Path(__file__).parent.parent.parent))
     return site
 
 

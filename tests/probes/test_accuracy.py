@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aivmm.probes.accuracy import judge
+from aivmm.probes.accuracy import combined, judge
 
 X = np.array([1.0, -2.0, 3.0], dtype=np.float32)
 
@@ -22,7 +22,7 @@ def one(actual: Any, expected: Any) -> Any:
 def test_equal_outputs_are_perfect() -> None:
     found = one(X, X)
     assert (found.cosine, found.relative_l2, found.max_abs, found.problem) == (pytest.approx(1.0), 0.0, 0.0, "")
-    assert set(found.metrics()) == {"cosine", "relative_l2", "max_abs"}
+    assert found.metrics() == {"cosine": pytest.approx(1.0), "relative_l2": 0.0, "max_abs": 0.0, "sqnr": 200.0}
 
 
 def test_known_errors_are_measured_as_defined() -> None:
@@ -100,3 +100,32 @@ def test_cosine_is_a_cosine_and_errors_are_not_negative(x: list[float], data: st
     r = data.draw(st.lists(st.floats(-1e30, 1e30), min_size=len(x), max_size=len(x)))
     found = one(x, r)
     assert -1 <= found.cosine <= 1 and found.relative_l2 >= 0 and found.max_abs >= 0 and found.problem == ""
+
+
+def test_sqnr_is_the_relative_error_in_decibels() -> None:
+    assert one([1.1, 0.0], [1.0, 0.0]).metrics()["sqnr"] == pytest.approx(20.0)
+    assert one([0.5], [1.0]).metrics()["sqnr"] == pytest.approx(6.0206, abs=1e-4)
+
+
+def test_agreement_is_the_share_of_rows_with_the_same_best_class() -> None:
+    expected = np.array([[9, 1, 2, 3, 4, 5, 6.0], [1, 2, 3, 9, 4, 5, 6], [1, 2, 3, 4, 9, 5, 6], [9, 8, 7, 6, 5, 4, 3]])
+    actual = np.array([[9, 1, 2, 3, 4, 5, 6.0], [1, 2, 3, 4, 9, 5, 6], [1, 2, 3, 4, 9, 5, 6], [1, 8, 7, 6, 5, 4, 3]])
+    found = one(actual, expected).metrics()
+    assert found["top1_agreement"] == 0.5
+    assert found["top5_agreement"] == 0.75  # the last one's best class is now the last but none
+    assert one(actual[:, :, None, None], expected[:, :, None, None]).metrics()["top1_agreement"] == 0.5
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 2), (2, 3, 4), (0, 10), ()])
+def test_what_is_no_classifiers_output_has_no_agreement(shape: tuple[int, ...]) -> None:
+    assert "top1_agreement" not in one(np.ones(shape), np.ones(shape)).metrics()
+
+
+def test_over_samples_agreements_are_averaged_and_of_all_else_the_worst_counts() -> None:
+    found = combined(
+        [
+            {"cosine": 1.0, "sqnr": 50.0, "relative_l2": 0.1, "top1_agreement": 1.0},
+            {"cosine": 0.9, "sqnr": 60.0, "relative_l2": 0.2, "top1_agreement": 0.0},
+        ]
+    )
+    assert found == {"cosine": 0.9, "sqnr": 50.0, "relative_l2": 0.2, "top1_agreement": 0.5}

@@ -1,0 +1,275 @@
+"""The conditions of a measurement: clocks, heat, power supply and quotas, before and after, and what they mean for its numbers.
+
+`read` looks, `cautions` judges: the judgement is a pure function of two snapshots. Of a snapshot, all may be absent, with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aivmm.errors import Unsupported
+from aivmm.probes.machine import on_battery
+from aivmm.probes.records import Caution
+from aivmm.probes.watch import control_groups
+from aivmm.runtime.cpu import cgroup_quota
+from aivmm.runtime.nvml import CardState, card_state
+from aivmm.runtime.target import Target
+
+_FELL = 0.90  # slower than this against before is a clock that fell, not noise: repeated readings agree within 2 to 3 %
+_CAPPED = 0.90
+_BUSY = 0.15  # the share of all cores that others may keep busy
+_LOST = 0.02  # the share of a card's time for which its clocks may be held down
+_WORK = 5_000  # additions in one timed spin: a fraction of a millisecond, so that some spins of many are not interrupted
+_SPINS = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """The machine at one moment. None, or nothing, where the system does not tell: `absent` has the reason by field name."""
+
+    at_s: float  # of time.monotonic
+    speed: float | None = None  # how often a core did a fixed piece of work a second: its clock, seen by what it gets done
+    cpu_mhz: float | None = None
+    capped_mhz: float | None = None  # the most that the power profile allows
+    most_mhz: float | None = None  # the most that the processor can do
+    thermal_events: int | None = None  # counts since boot
+    battery: bool = False
+    quota_cores: float | None = None  # None: no quota
+    cores: int = 1  # those that this process may run on, quota or not
+    periods: int | None = None  # of the quota, that had something to run; counts
+    throttled: int | None = None  # those of them in which it ran out
+    cards: tuple[CardState, ...] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+    def metrics(self, when: str) -> dict[str, float]:
+        """Return the numbers by name for the open table of metrics; `when` is "before" or "after"."""
+        found = {"cpu_mhz": self.cpu_mhz, "cpu_speed": self.speed}
+        for card in self.cards:
+            found |= {f"sm_mhz[{card.uid}]": card.sm_mhz, f"temperature_c[{card.uid}]": card.temperature_c}
+        return {f"{name}_{when}": float(value) for name, value in found.items() if value is not None}
+
+
+def read(targets: Iterable[Target] = (), *, root: Path = Path("/")) -> Conditions:
+    """Look at the machine, and at the cards of `targets`. Keeps one core busy for about 10 ms; measure nothing meanwhile.
+
+    `root` is where the system's own files lie.
+    """
+    absent: dict[str, str] = {}
+
+    def ask(name: str, reader: Callable[[], float | int]) -> float | int | None:
+        try:
+            return reader()
+        except (OSError, ValueError) as error:
+            absent[name] = _why(error)
+            return None
+
+    speed = core_speed()  # first: a clock rises and falls within milliseconds, so that of the files is one after work, not an idle one
+    cpufreq = root / "sys/devices/system/cpu/cpufreq"
+    clock = ask("cpu_mhz", lambda: _clock_mhz(root, cpufreq))
+    capped = ask("capped_mhz", lambda: _most_khz(cpufreq, "scaling_max_freq") / 1e3)
+    most = ask("most_mhz", lambda: _most_khz(cpufreq, "cpuinfo_max_freq") / 1e3)
+    events = ask("thermal_events", lambda: _thermal_events(root))
+    periods, throttled = _quota_use(root, absent)
+    return Conditions(
+        at_s=time.monotonic(),
+        speed=speed,
+        cpu_mhz=clock,
+        capped_mhz=capped,
+        most_mhz=most,
+        thermal_events=None if events is None else int(events),
+        battery=on_battery(),
+        quota_cores=cgroup_quota(root / "sys/fs/cgroup", root / "proc/self/cgroup"),
+        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1),
+        periods=periods,
+        throttled=throttled,
+        cards=_cards(targets, absent),
+        absent=absent,
+    )
+
+
+def cautions(before: Conditions, after: Conditions, *, load_cores: float = 0.0) -> tuple[Caution, ...]:
+    """Return the reasons to doubt what was measured between two looks, while others kept `load_cores` cores busy."""
+    found = [*_clock_cautions(before, after), *_supply_cautions(before, after, load_cores)]
+    for card in after.cards:
+        earlier = next((each for each in before.cards if each.uid == card.uid), None)
+        found += _card_cautions(earlier, card, after.at_s - before.at_s)
+    by_code: dict[tuple[str, str], Caution] = {(each.code, each.message): each for each in found}
+    return tuple(by_code.values())
+
+
+def core_speed() -> float:
+    """Return how many pieces of fixed work a second one core does: the best of several spins, which others rarely all disturb.
+
+    Unlike the clock that the system reports it exists everywhere, it is of a core at work and not of an idle one, and it sees what virtual
+    machines hide.
+    """
+    with _on_one_core():
+        return 1 / min(_spin_s() for _ in range(_SPINS))
+
+
+def _spin_s() -> float:
+    started = time.perf_counter()
+    total = 0
+    for number in range(_WORK):
+        total += number
+    return time.perf_counter() - started
+
+
+@contextmanager
+def _on_one_core() -> Iterator[None]:
+    """Keep this thread on the same core each time: those of a hybrid processor are not alike. Linux only."""
+    if sys.platform != "linux":
+        yield
+        return
+    allowed = os.sched_getaffinity(0)  # of this thread alone
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def _clock_cautions(before: Conditions, after: Conditions) -> Iterable[Caution]:
+    if before.speed and after.speed and after.speed < _FELL * before.speed:
+        clocks = f" ({before.cpu_mhz:.0f} MHz before, {after.cpu_mhz:.0f} MHz after)" if before.cpu_mhz and after.cpu_mhz else ""
+        yield Caution(
+            code="clock-fell",
+            message=f"at the end a core did the same work {1 - after.speed / before.speed:.0%} slower than at the beginning{clocks}",
+            advice="let the machine cool down, choose its performance power profile, and tune again with --fresh",
+        )
+    if after.capped_mhz and after.most_mhz and after.capped_mhz < _CAPPED * after.most_mhz:
+        yield Caution(
+            code="clock-capped",
+            message=f"the power profile caps the CPU at {after.capped_mhz:.0f} of {after.most_mhz:.0f} MHz",
+            advice="choose the performance power profile, unless production runs like this too",
+        )
+    grew = _growth(before.thermal_events, after.thermal_events)
+    if grew:
+        yield Caution(
+            code="thermal",
+            message=f"the CPU was too hot and slowed itself down {grew} time{'s' if grew > 1 else ''}",
+            advice="improve the cooling or let it cool down, and tune again with --fresh",
+        )
+
+
+def _supply_cautions(before: Conditions, after: Conditions, load_cores: float) -> Iterable[Caution]:
+    if load_cores > _BUSY * after.cores:
+        yield Caution(
+            code="machine-busy",
+            message=f"other processes kept {load_cores:.1f} of {after.cores} cores busy",
+            advice="close them and tune again with --fresh",
+        )
+    if before.battery or after.battery:
+        yield Caution(code="on-battery", message="the machine ran on battery", advice="plug it in and tune again with --fresh")
+    if after.quota_cores is not None and after.quota_cores < after.cores:
+        yield Caution(
+            code="quota-limited",
+            message=f"a container's quota allows {after.quota_cores:g} of {after.cores} cores",
+            advice="give it whole cores (docker --cpuset-cpus) instead of a quota, unless production runs like this too",
+        )
+    stopped = _growth(before.throttled, after.throttled)
+    if stopped:
+        periods = _growth(before.periods, after.periods)
+        yield Caution(
+            code="throttled",
+            message=f"the container used up its CPU quota and was stopped in {stopped} of {max(stopped, periods)} periods",
+            advice="raise the quota, or let plans use fewer threads than it has cores",
+        )
+
+
+def _card_cautions(before: CardState | None, after: CardState, seconds: float) -> Iterable[Caution]:
+    earlier = dict(before.lost_s) if before else {}
+    for cause, lost in after.lost_s:
+        share = (lost - earlier[cause]) / max(seconds, 1e-3) if cause in earlier else 0.0
+        if share > _LOST:
+            thermal = cause == "thermal"
+            yield Caution(
+                code="thermal" if thermal else "throttled",
+                message=f"the GPU's clocks were held down by its {cause} limit for {min(1.0, share):.0%} of the time",
+                advice="let it cool down, and tune again with --fresh" if thermal else "raise its power limit, or take it as it is",
+            )
+    if after.slowed_by and not any(lost > earlier.get(cause, lost) for cause, lost in after.lost_s):
+        yield Caution(
+            code="thermal" if any("thermal" in each for each in after.slowed_by) else "throttled",
+            message=f"the GPU was slowed down ({', '.join(after.slowed_by)})",
+            advice="let it cool down and check its power supply, and tune again with --fresh",
+        )
+
+
+def _growth(before: int | None, after: int | None) -> int:
+    """Return how much a counter grew; 0 when it is absent or was set back."""
+    return 0 if before is None or after is None else max(0, after - before)
+
+
+def _clock_mhz(root: Path, cpufreq: Path) -> float:
+    """Return the highest clock of any core now: the one that has just worked."""
+    try:
+        return _most_khz(cpufreq, "scaling_cur_freq") / 1e3
+    except (OSError, ValueError):
+        lines = (root / "proc/cpuinfo").read_text().splitlines()
+        return max(float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz"))
+
+
+def _most_khz(folder: Path, name: str) -> float:
+    values = [float(each.read_text()) for each in folder.glob(f"policy*/{name}")]
+    if not values:
+        raise OSError(f"there is no {folder}/policy*/{name}")
+    return max(values)
+
+
+def _thermal_events(root: Path) -> int:
+    """Return how often a core or a package slowed itself down for heat since boot."""
+    cpus = root / "sys/devices/system/cpu"
+    cores = [int(each.read_text()) for each in cpus.glob("cpu[0-9]*/thermal_throttle/core_throttle_count")]
+    packages: dict[str, int] = {}  # each core of a package tells the package's count
+    for each in cpus.glob("cpu[0-9]*/thermal_throttle/package_throttle_count"):
+        package = each.parent.parent / "topology/physical_package_id"
+        packages[package.read_text().strip() if package.exists() else ""] = int(each.read_text())
+    if not cores and not packages:
+        raise OSError(f"there is no {cpus}/cpu*/thermal_throttle: only Intel processors outside virtual machines have it")
+    return sum(cores) + sum(packages.values())
+
+
+def _quota_use(root: Path, absent: dict[str, str]) -> tuple[int | None, int | None]:
+    """Return the periods, and those in which the quota ran out, of the control group that was stopped most often."""
+    found: list[tuple[int, int]] = []
+    for folder in control_groups("cpu", root / "sys/fs/cgroup", root / "proc/self/cgroup"):
+        try:
+            fields = dict(line.split() for line in (folder / "cpu.stat").read_text().splitlines())
+            found.append((int(fields["nr_throttled"]), int(fields["nr_periods"])))
+        except (OSError, ValueError, KeyError):
+            continue
+    if not found:
+        absent["throttled"] = "no control group of this process counts periods in a cpu.stat"
+        return None, None
+    throttled, periods = max(found)
+    return periods, throttled
+
+
+def _cards(targets: Iterable[Target], absent: dict[str, str]) -> tuple[CardState, ...]:
+    """Return the state of each NVIDIA card among the targets, once."""
+    found: dict[str, CardState] = {}
+    for uid in nvidia_uids(targets):
+        try:
+            found[uid] = card_state(uid)
+        except Unsupported as error:
+            absent[f"cards[{uid}]"] = error.message
+    return tuple(found.values())
+
+
+def nvidia_uids(targets: Iterable[Target]) -> Sequence[str]:
+    """Return the NVML ids of the NVIDIA cards among the targets, each once."""
+    uids = (each.device.uid for each in targets if each.device.kind == "gpu")
+    return list(dict.fromkeys(uid for uid in uids if uid.startswith(("GPU-", "MIG-"))))
+
+
+def _why(error: OSError | ValueError) -> str:
+    if isinstance(error, PermissionError):
+        return f"{error.filename} may not be read"
+    return str(error) if not isinstance(error, OSError) or error.filename is None else f"{error.filename}: {error.strerror}"

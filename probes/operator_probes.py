@@ -1,0 +1,175 @@
+"""What a worker does for operators: several small models in one request, and the values that tensors have inside the whole model."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aivmm.errors import AivmmError, Unsupported
+from aivmm.probes import phases, wire
+from aivmm.probes.machine import wait_until_quiet
+from aivmm.runtime.backend import Backend, Buffer, Executable
+from aivmm.runtime.cpu import usable_cores
+from aivmm.runtime.onnx_interface import read_interface
+from aivmm.runtime.registry import load_backend
+from aivmm.runtime.target import Target
+from aivmm.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+    from aivmm.probes.operations import State
+
+_LEAST = 5  # durations of each operator, however slow it is
+_POOLED = 1 << 16  # elements: larger inputs repeat as many random ones
+_COMPILERS = 4  # threads; more only wait for each other
+
+
+@dataclass(slots=True)
+class _Ready:
+    """An operator that is compiled and waits for its turn."""
+
+    executable: Executable
+    inputs: Mapping[str, Buffer]
+    compile_s: float
+
+
+def probe_operators(
+    state: State,
+    *,
+    models: Sequence[Mapping[str, str]],
+    target: dict[str, Any],
+    config: dict[str, Any],
+    seconds: float,
+    least: int = _LEAST,
+) -> dict[str, Any]:
+    """Compile `models` side by side, then time them one after another, each for `seconds` and at least `least` times.
+
+    Each of `models` has a `path`, and where its inputs' values matter a file of arrays, `values`; the other inputs are made up. Answers come
+    in the same order: what `probe` of one model gives, or `refused` with the runtime's words. Compiling is native code of one thread
+    mostly, and takes longer than the timing; while anything is timed, nothing is compiled.
+    """
+    where = wire.target_in(target)
+    assert isinstance(where, Target)
+    backend = load_backend(where.runtime)
+    with ThreadPoolExecutor(max_workers=min(_COMPILERS, usable_cores())) as pool:
+        ready = list(pool.map(lambda each: _prepared(backend, where, config, each), models))
+    phases.enter(phases.RUN)
+    # The threads of what was compiled spin for a while before they sleep.
+    wait_until_quiet(os.getpid())
+    answers: list[dict[str, Any]] = []
+    for index, each in enumerate(ready):
+        answers.append({"refused": each.message} if isinstance(each, AivmmError) else _timed(state, each, seconds, least))
+        ready[index] = Unsupported("done")  # its memory is free for the next
+    return {"answers": answers}
+
+
+def _prepared(backend: Backend, target: Target, config: dict[str, Any], model: Mapping[str, str]) -> _Ready | AivmmError:
+    try:
+        path = Path(model["path"])
+        inputs = _inputs(path, model.get("values", ""))
+        started = time.perf_counter()
+        executable = backend.compile(path, target, wire.config_in(config))
+        return _Ready(executable=executable, inputs=inputs, compile_s=time.perf_counter() - started)
+    except AivmmError as error:
+        return error
+
+
+def _timed(state: State, ready: _Ready, seconds: float, least: int) -> dict[str, Any]:
+    from aivmm.probes import operations
+
+    name = "\0operator"
+    executable = ready.executable
+    try:
+        state.runners[name] = runner = operations.ExecutableRunner(executable, ready.inputs, 1)
+        started = time.perf_counter()
+        runner.steps[0]()
+        first_s = time.perf_counter() - started
+        answer = operations.timed(state, name=name, seconds=seconds, least=least)
+        return {
+            "durations": answer["durations"],
+            "compile_s": ready.compile_s,
+            "first_inference_s": first_s,
+            "effective_config": dict(executable.effective_config),
+            "nodes": dict(executable.placement.nodes),
+        }
+    except AivmmError as error:
+        return {"refused": error.message}
+    finally:
+        state.runners.pop(name, None)
+        executable.close()
+
+
+def _inputs(model: Path, values: str) -> dict[str, Buffer]:
+    """Return an array for each input of the model: its value inside the whole model, where that is known, or else one made up."""
+    from aivmm.probes.operations import load_arrays
+
+    known = load_arrays(values) if values else {}
+    specs = [spec for spec in read_interface(model).inputs if spec.name not in known]
+    dense = [spec for spec in specs if _is_dense(spec)]
+    made = {spec.name: _pooled(spec, seed) for seed, spec in enumerate(dense)}
+    others = [spec for spec in specs if spec.name not in made]
+    if others:
+        import onnx
+
+        from aivmm.models.inputs import make_inputs
+
+        made |= make_inputs(onnx.load(str(model), load_external_data=False), others, seed=0)[0]
+    return {**known, **made}
+
+
+def _is_dense(spec: TensorSpec) -> bool:
+    return spec.dtype in ("float32", "float64", "float16") and spec.static and (spec.nbytes or 0) > _POOLED
+
+
+def _pooled(spec: TensorSpec, seed: int) -> Buffer:
+    """Return standard normal numbers, a few over and over: making a million anew takes longer than to run most operators on them."""
+    pool = np.random.default_rng(seed).standard_normal(_POOLED, dtype=np.float32).astype(spec.dtype)
+    return np.resize(pool, tuple(extent or 0 for extent in spec.shape))
+
+
+def tensor_values(
+    state: State, *, model: str, target: dict[str, Any], config: dict[str, Any], inputs: str, names: Sequence[str], destination: str
+) -> dict[str, Any]:
+    """Run the whole model once on the arrays in `inputs`, and write to `destination` those tensors of `names` that it can give.
+
+    What it cannot give, for lack of a known type, is left out. The model gets further outputs, so it is compiled anew, beside the original
+    since it may have external data there.
+    """
+    import onnx
+
+    from aivmm.probes.operations import ExecutableRunner, load_arrays, save_arrays
+
+    where = wire.target_in(target)
+    assert isinstance(where, Target)
+    given = load_arrays(inputs)
+    proto = onnx.load(model, load_external_data=False)
+    declared = {each.name for each in proto.graph.output}
+    inner = {each.name: each for each in proto.graph.value_info}
+    asked = [name for name in dict.fromkeys(names) if name in declared or name in inner]
+    proto.graph.output.extend(inner[name] for name in asked if name not in declared)
+    path = Path(model).with_name(f"{Path(model).stem}.values.onnx")
+    try:
+        path.write_bytes(proto.SerializeToString())
+        executable = load_backend(where.runtime).compile(path, where, wire.config_in(config))
+        try:
+            phases.enter(phases.RUN)
+            outputs = ExecutableRunner(executable, given, 1).outputs(given)
+        finally:
+            executable.close()
+    finally:
+        path.unlink(missing_ok=True)
+    save_arrays(destination, {name: array for name, array in {**given, **outputs}.items() if name in set(names)})
+    return {}
+
+
+
+
+OPERATIONS = {"probe_operators": probe_operators, "tensor_values": tensor_values}

@@ -1,0 +1,114 @@
+"""A lower precision is tried when it is named or when real data is there, is judged on held-out data, and never slips in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import aivmm
+from aivmm.db.database import Database
+from tests.tuner.harness import TINY, Place, reference, relative_l2
+
+FEW = ("--budget", "8s", "--trials", "3", "--top", "1", "--json", "-q")
+METRIC = """
+import numpy as np
+
+def agreement(samples, outputs):
+    print("this is no part of the answer")
+    return float(np.mean([np.argmax(output["output"]) == sample["label"] for sample, output in zip(samples, outputs)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
+    """A place with a labelled data set and a metric of the user's own."""
+    place = Place.at(tmp_path_factory.mktemp("precision"))
+    images = np.random.default_rng(5).standard_normal((40, 3, 16, 16)).astype(np.float32)
+    labels = [int(np.argmax(reference(tiny, {"input": image[None]})["output"])) for image in images]
+    np.savez(place.work / "labelled.npz", input=images, label=np.array(labels))
+    (place.work / "mine.py").write_text(METRIC)
+    return place
+
+
+LOWERED = ("--precisions", "int8", "--dataset", "labelled.npz", "--metric", "mine:agreement", "--constraint", "metric>=0.5")
+
+
+def test_a_model_lowered_with_a_data_set_is_judged_by_the_users_metric_and_runs(shared: Place, tiny: Path) -> None:
+    done = shared.aivmm("tune", tiny, *TINY, *LOWERED, *FEW, "-o", "low.aivmm")
+    assert (done.code, done.err) == (0, ""), done.err
+    found = done.json
+    assert [stage["precision"] for stage in found["plan"]["stages"]] == ["int8"]
+    assert found["accuracy"]["metric"] == "metric" and found["accuracy"]["data"] == "real"
+    assert 0.5 <= found["accuracy"]["value"] <= 1.0 and found["accuracy"]["limit"] == 0.5
+    assert "int8" in found["verdict"] and "Your metric is" in found["verdict"]
+    assert all(not each["eligible"] for each in found["baselines"]), "nobody allowed fp32"
+
+    plan = json.loads((shared.work / "low.aivmm" / "plan.json").read_text())
+    kinds = {
+        node.op_type for node in onnx.load(str(shared.work / "low.aivmm" / plan["stages"][0]["model"]), load_external_data=False).graph.node
+    }
+    assert "QuantizeLinear" in kinds
+    assert all("QLinear" not in kind for kind in kinds)
+    with aivmm.load_plan(shared.work / "low.aivmm") as engine:
+        fresh = {"input": np.random.default_rng(12).standard_normal((1, 3, 16, 16)).astype(np.float32)}
+        error = relative_l2(engine.run(fresh), reference(tiny, fresh))
+    assert 1e-6 < error < 0.2  # lowered in truth, and not to nonsense
+
+
+def test_the_same_again_lowers_and_measures_nothing(shared: Place, tiny: Path) -> None:
+    first = shared.aivmm("tune", tiny, *TINY, *LOWERED, *FEW, "-o", "low.aivmm")
+    kept = {path: path.stat().st_mtime_ns for path in (shared.folder / "cache" / "lowered").iterdir() if path.suffix != ".lock"}
+    again = shared.aivmm("tune", tiny, *TINY, *LOWERED, *FEW, "-o", "low.aivmm")
+    assert again.code == first.code == 0
+    assert again.json["probes"]["measured"] == 0 and again.json["probes"]["reused"] > 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_a_limit_on_the_metric_that_nothing_meets_gives_no_plan(shared: Place, tiny: Path) -> None:
+    done = shared.aivmm("tune", tiny, *TINY, *LOWERED[:-1], "metric>=1.5", *FEW, "-o", "none.aivmm")
+    assert done.code == 3
+    assert done.json["plan"] is None and "metric is" in done.json["verdict"]
+    assert not (shared.work / "none.aivmm").exists()
+
+
+def test_eight_real_samples_let_int8_join_and_synthetic_ones_do_not(shared: Place, tiny: Path) -> None:
+    np.savez(shared.work / "eight.npz", input=np.random.default_rng(6).standard_normal((16, 1, 3, 16, 16)).astype(np.float32))
+    done = shared.aivmm("tune", tiny, *TINY, "--inputs", "eight.npz", *FEW, "-o", "joined.aivmm")
+    assert done.code == 0, done.err
+    plain = shared.aivmm("tune", tiny, *TINY, *FEW, "-o", "plain.aivmm")
+    assert plain.code == 0, plain.err
+    with Database.open(str(shared.db)) as database:
+        runs = database.runs()
+        precisions = [{trial.config.precision for trial in database.trials(run.id)} for run in runs[:2]]
+    assert "int8" not in precisions[0] and "int8" in precisions[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--service-level", "fast"), "unknown service level 'fast'; choose from interactive, batch, low-power, production"),
+        (("--inputs", "eight.npz", "--dataset", "labelled.npz"), "--inputs and --dataset both give samples"),
+        (("--constraint", "metric>=0.9"), "name your function with --metric"),
+        (("--metric", "mine:missing"), "mine"),
+        (("--metric", "nowhere:f"), "nowhere"),
+        (("--dataset", "nowhere.npz"), "nowhere.npz"),
+        (("--dataset", "mine.py"), "mine.py"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(shared: Place, tiny: Path, options: tuple[str, ...], said: str) -> None:
+    done = shared.aivmm("tune", tiny, *TINY, *FEW, *options)
+    assert done.code == 2
+    assert len(done.error_lines) == 1 and said in done.error_lines[0]
+    assert "Traceback" not in done.err
+
+
+def test_a_service_level_says_what_it_stands_for(shared: Place, tiny: Path) -> None:
+    done = shared.aivmm("tune", tiny, *TINY, "--service-level", "interactive", *FEW[:-2], "-v", "-o", "level.aivmm")
+    assert done.code == 0, done.err
+    assert "service level interactive: objective latency, p99<=100ms" in " ".join(done.out.split())
+    plan = json.loads((shared.work / "level.aivmm" / "plan.json").read_text())
+    assert (plan["objective"], plan["constraints"]) == ("latency", ["p99<=100ms"])
