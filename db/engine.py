@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 from sqlalchemy import Connection, Engine, create_engine, event
@@ -17,6 +19,7 @@ from aivmm.db.presence import Presence
 from aivmm.errors import DatabaseError
 
 WRITES = "aivmm_writes"  # execution option of a connection: its next transaction will write
+_LOCK_TIMEOUT, _DISK_FULL = "55P03", "53100"  # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _PRESENCE = "aivmm_presence"  # execution option of an engine: the file it has open
 
 
@@ -142,17 +145,20 @@ def explain(error: BaseException, location: str) -> DatabaseError:
     """Return the one-line error for what a driver raised."""
     code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    state = getattr(error, "sqlstate", None)
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or state == _LOCK_TIMEOUT:
+        return DatabaseError(
+            f"the database {location} is locked by another process", advice="wait for it to end, or give another with --db"
+        )
+    if state == _DISK_FULL:
+        return DatabaseError(f"no space is left for the database {location}", advice="free some and run again: what was stored is kept")
     if not isinstance(error, sqlite3.Error):
         return DatabaseError(f"cannot use the database {location}: {line}", advice="check the server and the URL, or give a path with --db")
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return DatabaseError(
-            f"the database {location} is locked by another process", advice="wait for it to end, or give another file with --db"
-        )
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return DatabaseError(
             f"the database {location} is damaged ({line})", advice="restore a copy or move it away, or give another file with --db"
         )
-    if code == sqlite3.SQLITE_FULL:
+    if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _is_full(location)):
         return DatabaseError(f"no space is left for the database {location}", advice="free some and run again: what was stored is kept")
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_AUTH):
         return DatabaseError(
@@ -160,6 +166,14 @@ def explain(error: BaseException, location: str) -> DatabaseError:
             advice="make the file and its folder writable, or give another file with --db",
         )
     return DatabaseError(f"cannot use the database {location}: {line}", advice="check its disk, or give another file with --db")
+
+
+def _is_full(location: str) -> bool:
+    """Say whether a disk is full; the file that SQLite shares its locks in cannot grow then, and SQLite calls that an I/O error."""
+    try:
+        return shutil.disk_usage(Path(location).parent).free < 1 << 20
+    except OSError:
+        return False
 
 
 def _user_can_fix(error: BaseException) -> bool:

@@ -99,7 +99,7 @@ def _run_steps(connection: Connection, history: History) -> None:
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     with _alembic_lock:
-        command.upgrade(config, "head")
+        command.upgrade(config, history.head)
     if connection.dialect.name == "sqlite":
         broken = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
         if broken:

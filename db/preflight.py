@@ -26,7 +26,10 @@ def is_current(path: Path, *, timeout_s: float) -> bool:
     Raises:
         DatabaseError: not ours, newer, damaged, not writable, or locked for longer than `timeout_s`.
     """
-    _check_access(path)
+    try:
+        _check_access(path)
+    except PermissionError as error:  # from looking at it at all: a folder above may not be entered
+        raise DatabaseError(f"the database {path} cannot be reached by you ({error.strerror})", advice=_OTHER) from error
     size = path.stat().st_size if path.exists() else 0
     if size == 0:
         return False

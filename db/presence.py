@@ -67,12 +67,12 @@ class Presence:
         with self._lock:
             if self._told is None:
                 self._told = self._save(connection)
-        raise DatabaseError(self._told.message, advice=self._told.advice)
+        raise _again(self._told)
 
     def refuse(self) -> None:
         """Raise DatabaseError when the file was lost: a new connection would make or open another one."""
         if self.lost():
-            raise self._told or self._error("", "put it back, or run again with another --db")
+            raise _again(self._told) if self._told else self._error("", "put it back, or run again with another --db")
 
     def _save(self, connection: sqlite3.Connection) -> DatabaseError:
         why = ""
@@ -82,7 +82,8 @@ class Presence:
             except (OSError, sqlite3.Error) as error:  # the folder is gone too, or full: the next may do
                 why = why or f"; what it held could not be saved in {target.parent} ({error})"
             else:
-                return self._error(f"; all that it held is saved in {target}", "move that file to its place, or give it with --db")
+                # Not "move it back": beside the old name may lie the old log, which SQLite would take for that of the new file.
+                return self._error(f"; all that it held is saved in {target}", "give that file with --db")
         return self._error(why, "run again with another --db")
 
     def _error(self, more: str, advice: str) -> DatabaseError:
@@ -92,6 +93,11 @@ class Presence:
         name = f"{self._file.stem}-saved-{datetime.now().astimezone():%Y%m%d-%H%M%S}-{os.getpid()}.db"
         for folder in (self._file.parent, data_folder(), Path(tempfile.gettempdir())):
             yield folder / name
+
+
+def _again(error: DatabaseError) -> DatabaseError:
+    """Return a copy to raise: one that is raised twice collects the tracebacks of both."""
+    return DatabaseError(error.message, advice=error.advice)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, false, func, or_, select, union
+from sqlalchemy import ColumnElement, CompoundSelect, Connection, Select, false, func, or_, select, union
 
 from aivmm.db.database import Database
 from aivmm.db.fetch import Entry
@@ -22,6 +22,7 @@ from aivmm.runtime.target import matches
 
 KINDS: tuple[str, ...] = ("model", "segment", "operator", "transfer")
 STATES = ("measured", "refused", "failed")
+HASH_DIGITS = 64  # of a structure, a content and a signature (models/hashing.py)
 DEFAULT_PRECISION = "default"  # what a config without a precision is asked for by
 
 
@@ -93,13 +94,13 @@ def select_ids(connection: Connection, wanted: Filter) -> Select[Any]:
     return query.where(*conditions).order_by(func.max(probe.c.id) if not wanted.every else probe.c.id)
 
 
-def _about(hashes: Select[Any]) -> Any:
+def _about(hashes: Select[Any] | CompoundSelect[Any]) -> ColumnElement[bool]:
     """Probes whose subject is one of `hashes`, also where it says more than the hash (`hash@input`, `hash~recipe`)."""
-    plain = probe.c.subject.in_(hashes)
-    # A hash with more behind it is rare: those rows are found by their mark and cut back to the hash.
-    cut = func.substr(probe.c.subject, 1, 32)
-    longer = and_(or_(probe.c.subject.contains("@"), probe.c.subject.contains("~")), cut.in_(hashes))
-    return or_(plain, longer)
+    stored = probe.alias("stored")
+    # Those are rare. They are found by their mark, in the index of subjects alone, and cut back to the hash.
+    marked = or_(stored.c.subject.contains("@"), stored.c.subject.contains("~"))
+    longer = select(stored.c.subject).where(marked, func.substr(stored.c.subject, 1, HASH_DIGITS).in_(hashes))
+    return or_(probe.c.subject.in_(hashes), probe.c.subject.in_(longer))
 
 
 def models_named(connection: Connection, name: str, *, required: bool = True) -> list[str]:
@@ -115,7 +116,7 @@ def models_named(connection: Connection, name: str, *, required: bool = True) ->
     return found
 
 
-def of_models(ids: list[str], name: str) -> Any:
+def of_models(ids: list[str], name: str) -> ColumnElement[bool]:
     """Return the condition for the probes of these models, or that their runs rest on."""
     mine = select(model.c.content).where(model.c.id.in_(ids))
     hashes = union(
@@ -128,7 +129,7 @@ def of_models(ids: list[str], name: str) -> Any:
     )
     runs = select(run.c.id).where(or_(run.c.model_name == name, run.c.model_id.in_(ids) if ids else false()))
     linked = select(run_probe.c.probe_id).where(run_probe.c.run_id.in_(runs))
-    return or_(probe.c.subject.in_(hashes), probe.c.id.in_(linked))
+    return or_(_about(hashes), probe.c.id.in_(linked))
 
 
 def names_of(connection: Connection, subjects: Iterable[str]) -> Mapping[str, str]:

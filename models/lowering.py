@@ -53,9 +53,7 @@ class Recipe:
 
 def _version(tool: str) -> str:
     if tool == "onnxruntime":  # it comes under several names
-        import onnxruntime
-
-        return str(onnxruntime.__version__)
+        return str(shared.import_onnxruntime().__version__)
     return importlib.metadata.version(tool)
 
 
@@ -107,9 +105,11 @@ _RECIPES = {recipe.name: recipe for recipe in (
 )}
 # fmt: on
 
-_CONVOLUTIONAL = ("nncf-mixed", "nncf-mixed-7bit", "nncf-symmetric", "ort-minmax", "ort-percentile", "ort-entropy")
-_TRANSFORMER = ("nncf-transformer", "nncf-transformer-7bit", "nncf-mixed", "ort-products", "ort-dynamic", "nncf-weights-int8")
-_DENSE = ("nncf-mixed", "nncf-mixed-7bit", "ort-products", "ort-dynamic", "nncf-weights-int8")
+# The order is by speed and cosine on the demo models, both runtimes; which one wins differs by model and CPU, so that several are tried.
+_CONVOLUTIONAL = ("nncf-mixed", "ort-minmax", "nncf-mixed-7bit", "nncf-symmetric", "ort-minmax-7bit", "ort-percentile", "ort-entropy")
+_WEIGHTS = ("ort-dynamic", "ort-dynamic-7bit", "nncf-weights-int8", "ort-weights-int8")
+_TRANSFORMER = ("nncf-transformer", "nncf-mixed", "ort-products", "nncf-transformer-7bit", "ort-products-7bit", *_WEIGHTS)
+_DENSE = ("nncf-mixed", "ort-products", "nncf-mixed-7bit", "ort-products-7bit", *_WEIGHTS)
 _INT8 = {
     "CNN": _CONVOLUTIONAL,
     "language transformer": _TRANSFORMER,
@@ -120,15 +120,19 @@ _INT8 = {
 _INT4 = ("ort-weights-int4", "nncf-weights-int4", "ort-weights-int4-fused")
 
 
-def recipes(precision: str, category: str) -> tuple[Recipe, ...]:
+def recipes(precision: str, category: str, *, saturates: bool = False) -> tuple[Recipe, ...]:
     """Return the ways to lower a model of `category` (as `category.detect` names it) to "int8" or "int4", the best default first.
+
+    `saturates` says that sums of int8 products overflow 16 bits on the CPU, as on x86 without VNNI: weights of 7 bits then come first.
 
     Raises:
         UsageError: no such precision can be lowered to.
     """
     if precision not in ("int8", "int4"):
         raise UsageError(f"no recipe lowers a model to {precision!r}", advice="choose from int8, int4")
-    names = _INT4 if precision == "int4" else _INT8.get(category, _DENSE)
+    names: Sequence[str] = _INT4 if precision == "int4" else _INT8.get(category, _DENSE)
+    if saturates:
+        names = sorted(names, key=lambda name: not name.endswith("-7bit"))
     return tuple(_RECIPES[name] for name in names)
 
 
@@ -157,12 +161,7 @@ def lower(model: Path, destination: Path, recipe: Recipe, samples: Sequence[Samp
         draft = folder / destination.name
         data = shared.save(made, draft, data=f"{destination.name}.data")
         shared.must_load(draft)
-        beside = destination.with_name(f"{destination.name}.data")
-        if data is not None:
-            data.replace(beside)
-        draft.replace(destination)  # last: a model file means that all is there
-        if data is None:
-            beside.unlink(missing_ok=True)
+        shared.put_in_place(draft, data, destination)
         return Lowered(
             path=destination,
             recipe=recipe.name,

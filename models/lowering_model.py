@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +21,14 @@ from aivmm.errors import Unsupported, UsageError
 from aivmm.models.intake_infer import infer_shapes
 from aivmm.models.intake_versions import NEWEST_OPSET, _convert
 
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession as Session
+
 NEWEST_IR = 13
 SINGLE_FILE_BYTES = 2**30 + 2**29  # 1.5 GiB of weights still leave room for the graph below protobuf's 2 GiB
 
+# NumPy's names of ONNX Runtime's "tensor(...)" types, where they differ.
+_NUMPY = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(string)": "object"}
 _HANDS_ON = frozenset({"Reshape", "Transpose", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
 # Operators that compute on lowered values in themselves.
 _LOWERED = frozenset(
@@ -54,6 +60,7 @@ def ready(model: ir.Model, opset: int) -> ir.Model:
         model = converted
         infer_shapes(model)
     fold_batch_norms(model)
+    _fold_casts(model)
     common.NameFixPass()(model)  # the converter leaves nodes without names, and tools go by them
     return model
 
@@ -94,6 +101,19 @@ def fold_batch_norms(model: ir.Model) -> int:
     return folded
 
 
+def _fold_casts(model: ir.Model) -> None:
+    """Replace each Cast of a constant by its result: NNCF fails on them."""
+    for node in [node for node in model.graph if node.op_type == "Cast" and not node.domain]:
+        array, to = _constant(node.inputs[0]), node.attributes.get_int("to", 0)
+        kinds = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL)
+        if array is None or to not in kinds or node.outputs[0].is_graph_output():
+            continue
+        with np.errstate(all="ignore"):
+            value = _new_weight(model, f"{node.outputs[0].name}.cast", array.astype(ir.DataType(to).numpy()))
+        node.outputs[0].replace_all_uses_with(value)
+        model.graph.remove(node, safe=True)
+
+
 def _take_place(conv: ir.Node, norm: ir.Node) -> None:
     """Let the convolution's output stand where the norm's did, under the norm's name."""
     old, new = norm.outputs[0], conv.outputs[0]
@@ -130,9 +150,9 @@ def weight_bytes(model: ir.Model) -> int:
     )
 
 
-def save(model: ir.Model, path: Path, *, data: str | None = None, limit: int = SINGLE_FILE_BYTES) -> Path | None:
-    """Write the model, weights of more than `limit` bytes to a file `data` beside it; return that file if there is one."""
-    if weight_bytes(model) <= limit:
+def save(model: ir.Model, path: Path, *, data: str | None = None) -> Path | None:
+    """Write the model, weights of more than `SINGLE_FILE_BYTES` to a file `data` beside it; return that file if there is one."""
+    if weight_bytes(model) <= SINGLE_FILE_BYTES:
         ir.external_data.load_to_model(model)
         ir.save(model, path, format="protobuf")
         return None
@@ -199,29 +219,70 @@ def _dequantized(value: ir.Value | None) -> ir.Value | None:
     return node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else None
 
 
-def must_load(path: Path) -> None:
+def import_onnxruntime() -> Any:
+    """Import ONNX Runtime so that it sends no usage data.
+
+    Its builds for Linux write a device id and a queue of events below `~/.cache/Microsoft` as soon as they are imported, and send them
+    to Microsoft. This variable, set before, stops both; workers started later inherit it. Imported already, it can be told to stop.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+
+    onnxruntime.disable_telemetry_events()
+    return onnxruntime
+
+
+def must_load(path: Path) -> Session:
     """Have ONNX Runtime read the model, as it stands.
 
     Raises:
         Unsupported: it does not, in its own words: then the tool wrote a graph that is not valid.
     """
-    import onnxruntime as ort
-
+    ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session: Session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no class of their own but Exception
-        raise Unsupported(f"the tool wrote a model that does not load: {one_line(error)}") from error
+        raise Unsupported(f"what was made does not load: {one_line(error)}") from error
+    return session
+
+
+def must_run(path: Path, outputs: Mapping[str, tuple[int | None, ...] | None]) -> None:
+    """Have ONNX Runtime run the model once, on zeros; its outputs must have the shapes given, None being any.
+
+    Raises:
+        Unsupported: it does not run, or an output has another shape.
+    """
+    session = must_load(path)
+    feed = {each.name: np.zeros(each.shape, _NUMPY.get(each.type, each.type[7:-1])) for each in session.get_inputs()}
+    try:
+        made = session.run(list(outputs), feed)
+    except Exception as error:  # as above; TypeError of NumPy for a type that it lacks among them
+        raise Unsupported(f"what was made does not run: {one_line(error)}") from error
+    for (name, wanted), array in zip(outputs.items(), made, strict=True):
+        if wanted is not None and not _fits(ir.Shape(wanted), ir.Shape(np.shape(array))):
+            raise Unsupported(f"what was made has output {name!r} of shape {np.shape(array)}, not {wanted}")
+
+
+def put_in_place(draft: Path, data: Path | None, destination: Path) -> None:
+    """Move a finished model file, and that of its weights if any, to where it belongs; the model last: it means that all is there."""
+    beside = destination.with_name(f"{destination.name}.data")
+    if data is not None:
+        data.replace(beside)
+    draft.replace(destination)
+    if data is None:
+        beside.unlink(missing_ok=True)
 
 
 # --- running a tool
 
 
 def one_line(error: BaseException) -> str:
-    """The error's own words in one line, its kind when it has none."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """The error's own words in one line, its kind before them when they are no sentence."""
+    words = " ".join(str(error).split())[:300]
+    return words if " " in words else f"{type(error).__name__} {words}".strip()
 
 
 @contextlib.contextmanager
@@ -255,8 +316,7 @@ def workshop_prefix(destination: Path) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep a tool from printing, logging and warning: what a worker prints is taken for its error. Global, so not for several threads."""
-    import onnxruntime as ort
-
+    ort = import_onnxruntime()
     root = logging.getLogger()
     silent = logging.NullHandler()
     disabled = logging.root.manager.disable

@@ -108,10 +108,10 @@ class OperatorModels:
         return tuple(self._nodes)
 
     def values_needed(self, signature: str) -> dict[str, str]:
-        """Return, for each input of the operator's own model whose values may decide what it does, the tensor of the whole model it stands for.
+        """Return which tensor of the whole model each input of the operator's own model stands for whose values may decide what it does.
 
-        Those are indices, extents, axes, pads, conditions, strings, a few floats (scales, ranges, thresholds), and whatever an operator reads
-        whose work depends on data. Made-up values would be refused (a Reshape to random extents), or lead to other work than the model's.
+        Those are indices, extents, axes, pads, conditions, strings, a few floats (scales, ranges, thresholds), and all that an operator
+        reads whose work depends on data. Made-up values would be refused (a Reshape to random extents), or lead to other work.
 
         Raises:
             KeyError: no operator of this model has this signature.

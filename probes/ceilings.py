@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from aivmm.models.ceilings import call_model, copy_model, matmul_flops, matmul_model
@@ -29,7 +30,7 @@ COPY_BYTES = tuple(1 << power for power in range(14, 28, 2))  # 16 KiB, below an
 BIG_COPY_BYTES = 1 << 28  # where 64 MiB could still lie in a last cache
 MATMUL_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 _GAIN = 1.05  # a larger matrix that is no faster than this ends the growing
-_LONGEST_MATMUL_S = 0.15
+_LONGEST_MATMUL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +72,7 @@ def matmul_ceiling(size: int) -> Ceiling:
 def grows(done: Sequence[tuple[int, Outcome]]) -> int | None:
     """Return the next size of matrix to multiply, given (size, outcome) of those so far, or None when larger ones would say nothing new.
 
-    Matrices grow until the rate does not, until the next product would take more than 0.15 s, or until the target refuses.
+    Matrices grow until the rate does not, until the next product would take more than 0.1 s, or until the target refuses.
     """
     if not done:
         return MATMUL_SIZES[0]
@@ -174,7 +175,7 @@ class Ceilings:
         place = math.log(size)
         if place <= rates[0][0]:
             return size / rates[0][1]
-        for (low, below), (high, above) in zip(rates, rates[1:], strict=False):
+        for (low, below), (high, above) in pairwise(rates):
             if place <= high:
                 return size / (below + (above - below) * (place - low) / (high - low))
         return size / rates[-1][1]

@@ -95,7 +95,7 @@ def read(targets: Iterable[Target] = (), *, root: Path = Path("/")) -> Condition
 
 def cautions(before: Conditions, after: Conditions, *, load_cores: float = 0.0) -> tuple[Caution, ...]:
     """Return the reasons to doubt what was measured between two looks, while others kept `load_cores` cores busy."""
-    found = [*_clock_cautions(before, after), *_supply_cautions(before, after, load_cores)]
+    found = [*_clock_cautions(before, after, busy=load_cores > _BUSY * after.cores), *_supply_cautions(before, after, load_cores)]
     for card in after.cards:
         earlier = next((each for each in before.cards if each.uid == card.uid), None)
         found += _card_cautions(earlier, card, after.at_s - before.at_s)
@@ -135,8 +135,9 @@ def _on_one_core() -> Iterator[None]:
         os.sched_setaffinity(0, allowed)
 
 
-def _clock_cautions(before: Conditions, after: Conditions) -> Iterable[Caution]:
-    if before.speed and after.speed and after.speed < _FELL * before.speed:
+def _clock_cautions(before: Conditions, after: Conditions, *, busy: bool) -> Iterable[Caution]:
+    # Whoever else works on the other half of a core slows this half to 60 % at an unchanged clock; that is the load's own caution.
+    if not busy and before.speed and after.speed and after.speed < _FELL * before.speed:
         clocks = f" ({before.cpu_mhz:.0f} MHz before, {after.cpu_mhz:.0f} MHz after)" if before.cpu_mhz and after.cpu_mhz else ""
         yield Caution(
             code="clock-fell",

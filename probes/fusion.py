@@ -8,12 +8,13 @@ method for it.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aivmm.errors import Unsupported
+from aivmm.models.flops import MOVES
 from aivmm.probes import wire
 from aivmm.runtime.ort_options import PROVIDERS
 from aivmm.runtime.registry import load_backend
@@ -31,12 +32,13 @@ _NO_WORK = frozenset(("Input", "Output", "Const", "Parameter", "Result"))  # lay
 class Kernel:
     """One thing that the compiled model runs, under the runtime's own name and type, and the nodes of the model that it does, in order.
 
-    Reorders and copies that the runtime puts in do no node.
+    Reorders and copies that the runtime puts in do no node. `main` is the first of the nodes that computes something, or else the first.
     """
 
     name: str
     kind: str
     nodes: tuple[str, ...]
+    main: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +50,13 @@ class Fusion:
 
     @property
     def fused_into(self) -> Mapping[str, str]:
-        """Each node that is fused away -> the first node of the kernel that does it."""
-        return {node: kernel.nodes[0] for kernel in self.kernels for node in kernel.nodes[1:]}
+        """Each node that is fused away -> the main node of the kernel that does it."""
+        return {node: kernel.main for kernel in self.kernels for node in kernel.nodes if node != kernel.main}
 
     @property
     def own(self) -> tuple[str, ...]:
-        """The nodes that kernels are named by here: each does its own work, and what was fused into it."""
-        return tuple(dict.fromkeys(kernel.nodes[0] for kernel in self.kernels if kernel.nodes))
+        """The nodes that have a kernel: it does their work, and that of what was fused into them."""
+        return tuple(kernel.main for kernel in self.kernels if kernel.nodes)
 
 
 def explain(model: Path, target: Target, config: dict[str, Any]) -> Fusion:
@@ -82,7 +84,7 @@ def fusion(state: State, *, model: str, target: dict[str, Any], config: dict[str
 
 def fusion_in(raw: Mapping[str, Any]) -> Fusion:
     """Return the record that `fusion` answered with."""
-    kernels = tuple(Kernel(name=each["name"], kind=each["kind"], nodes=tuple(each["nodes"])) for each in raw["kernels"])
+    kernels = tuple(Kernel(**{**each, "nodes": tuple(each["nodes"])}) for each in raw["kernels"])
     return Fusion(kernels=kernels, vanished=tuple(raw["vanished"]))
 
 
@@ -107,8 +109,15 @@ def _made(kernels: Sequence[tuple[str, str]], does: Mapping[str, int], graph: on
     for node in graph.node:
         if node.name in does:
             nodes[does[node.name]].append(node.name)
+    works = {node.name for node in graph.node if node.op_type not in MOVES}
+
+    def main(mine: Sequence[str]) -> str:
+        return next((each for each in mine if each in works), mine[0] if mine else "")
+
     return Fusion(
-        kernels=tuple(Kernel(name=name, kind=kind, nodes=tuple(mine)) for (name, kind), mine in zip(kernels, nodes, strict=True)),
+        kernels=tuple(
+            Kernel(name=name, kind=kind, nodes=tuple(mine), main=main(mine)) for (name, kind), mine in zip(kernels, nodes, strict=True)
+        ),
         vanished=tuple(node.name for node in graph.node if node.name not in does),
     )
 
@@ -132,7 +141,10 @@ def _openvino(model: Path, target: Target, config: dict[str, Any], graph: onnx.G
     executable: Any = load_backend(target.runtime).compile(model, target, wire.config_in(config))
     try:
         layers = [
-            (str(each.get_friendly_name()), {name: str(each.get_rt_info()[name].astype(str)) for name in ("layerType", "originalLayersNames")})
+            (
+                str(each.get_friendly_name()),
+                {name: str(each.get_rt_info()[name].astype(str)) for name in ("layerType", "originalLayersNames")},
+            )
             for each in executable._compiled.get_runtime_model().get_ordered_ops()  # not in the protocol: only a report wants it
             if each.get_type_name() not in _NO_WORK
         ]
@@ -207,12 +219,12 @@ def _done_by(graph: onnx.GraphProto, kernels: Sequence[onnx.NodeProto]) -> dict[
     by_name = {(kernel.name, kernel.op_type): index for index, kernel in enumerate(kernels)}
     does: dict[str, int] = {}
     for node in graph.node:
-        index = next((makers[name] for name in node.output if name in makers), None)
-        if index is None:
-            index = by_name.get((node.name, node.op_type), _joined(node, makers, kernels))
-        if index is not None:
-            does[node.name] = index
-            makers.update(dict.fromkeys(filter(None, node.output), index))
+        maker = next((makers[name] for name in node.output if name in makers), None)
+        if maker is None:
+            maker = by_name.get((node.name, node.op_type), _joined(node, makers, kernels))
+        if maker is not None:
+            does[node.name] = maker
+            makers.update(dict.fromkeys(filter(None, node.output), maker))
     return does
 
 
@@ -230,4 +242,4 @@ def _joined(node: onnx.NodeProto, makers: Mapping[str, int], kernels: Sequence[o
     return None
 
 
-OPERATIONS = {"fusion": fusion}
+OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {"fusion": fusion}

@@ -232,7 +232,7 @@ class Lab:
             name=name,
             model=str(model),
             target=wire.target_out(target),
-            config=wire.config_out(config.compiled),
+            config=wire.config_out(config.compiled_for(target.precisions)),
             inputs=str(inputs),
             reference=str(reference) if reference else "",
             callers=callers,

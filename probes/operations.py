@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,8 @@ from aivmm.probes import wire
 from aivmm.probes.accuracy import judge
 from aivmm.probes.lowering import lower, rebatch
 from aivmm.probes.machine import peak_memory_bytes
+from aivmm.probes.timer import BATCH_BELOW_S as BATCH_BELOW_S
+from aivmm.probes.timer import time_steps
 from aivmm.probes.user_code import check_metric, dataset, metric
 from aivmm.runtime.backend import Buffer, Executable, Request, aligned_empty
 from aivmm.runtime.engine import Engine
@@ -24,10 +24,6 @@ from aivmm.runtime.lane import new_buffer
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
 from aivmm.tensors import TensorSpec
-
-BATCH_BELOW_S = 100e-6  # steps shorter than this are timed several at a time, so that the clock does not matter
-_BATCH_OF_S = 200e-6
-_SETTLE_S = 2e-3
 
 
 class Runner(Protocol):
@@ -269,83 +265,29 @@ def judge_again(state: State, *, name: str, inputs: str, reference: str) -> dict
 
 
 def timed(
-    state: State, *, name: str, seconds: float, least: int = 2, most: int = 10_000, settle: int = 2, each: bool = False
+    state: State,
+    *,
+    name: str,
+    seconds: float,
+    least: int = 2,
+    most: int = 10_000,
+    settle: int = 2,
+    each: bool = False,
+    repeat: int = 1,
+    steady_s: float = 0.0,
 ) -> dict[str, Any]:
-    """Run for `seconds` (and at least `least` times) after `settle` untimed calls or 2 ms of them; return durations of one call.
-
-    Steps below 100 µs are timed several at a time and the mean of each such batch is one duration. With several callers all run at once
-    for `seconds`, and the one duration returned is elapsed time per call completed. `each` forbids batches: tails need single calls.
-    """
-    runner = state.runners[name]
-    if len(runner.steps) > 1:
-        return {"durations": [_several(runner.steps, seconds, least)], "memory_bytes": peak_memory_bytes()}
-    step = runner.steps[0]
-    # Whoever ran before us left its own data in the caches.
-    began = last = time.perf_counter()
-    done = 0
-    while done < max(1, settle) or (time.perf_counter() - began < _SETTLE_S):
-        before = time.perf_counter()
-        step()
-        last = time.perf_counter() - before
-        done += 1
-    inner = 1 if each or last >= BATCH_BELOW_S else max(1, round(_BATCH_OF_S / max(last, 1e-6)))
-    return {"durations": _one(step, seconds, least, most, inner), "memory_bytes": peak_memory_bytes()}
-
-
-def _one(step: Callable[[], object], seconds: float, least: int, most: int, inner: int) -> list[float]:
-    clock = time.perf_counter
-    durations: list[float] = []
-    end = clock() + seconds
-    while True:
-        started = clock()
-        for _ in range(inner):
-            step()
-        now = clock()
-        durations.append((now - started) / inner)
-        if (now >= end and len(durations) >= least) or len(durations) >= most:
-            return durations
-
-
-def _several(steps: Sequence[Callable[[], object]], seconds: float, least: int) -> float:
-    """Run all steps at once, each in a thread of its own, and return elapsed seconds per completed call.
-
-    One window for all: from when every thread has run once to the last call that ended before the end. Were each thread to count in a
-    window of its own, the last calls would run with fewer and fewer beside them, and the rate would come out too high.
-    """
-    clock = time.perf_counter
-    barrier = threading.Barrier(len(steps) + 1)
-    stop = threading.Event()
-    ended: list[list[float]] = [[] for _ in steps]
-    failures: list[BaseException] = []
-
-    def run(index: int, step: Callable[[], object]) -> None:
-        try:
-            step()
-            barrier.wait()
-            while not stop.is_set():
-                step()
-                ended[index].append(clock())
-        except BaseException as error:  # noqa: BLE001 - carried over to the calling thread
-            failures.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(index, step)) for index, step in enumerate(steps)]
-    for thread in threads:
-        thread.start()
-    started = clock()
-    with contextlib.suppress(threading.BrokenBarrierError):  # a thread failed: its error is raised below
-        barrier.wait()
-        started = clock()
-        while not failures and (clock() - started < seconds or min(map(len, ended)) < least):
-            stop.wait(0.001)
-    end = clock()
-    stop.set()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise next((each for each in failures if not isinstance(each, threading.BrokenBarrierError)), failures[0])
-    times = [each for some in ended for each in some if each <= end]
-    return (max(times) - started) / len(times)
+    """Time what is loaded under `name`; see `timer.time_steps`. Also tells the worker's peak memory in bytes."""
+    timing = time_steps(
+        state.runners[name].steps,
+        seconds=seconds,
+        least=least,
+        most=most,
+        settle=settle,
+        each=each,
+        repeat=repeat,
+        steady_s=steady_s,
+    )
+    return {"durations": timing.durations, "warmup": timing.warmup, "inner": timing.inner, "memory_bytes": peak_memory_bytes()}
 
 
 def probe(
@@ -420,6 +362,6 @@ OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-from aivmm.probes import operator_probes  # noqa: E402 - the lead moves this into the table above (operators helper)
+from aivmm.probes import fusion, operator_probes, transfers  # noqa: E402 - the lead moves these into the table above (operators helper)
 
-OPERATIONS |= operator_probes.OPERATIONS
+OPERATIONS |= operator_probes.OPERATIONS | transfers.OPERATIONS | fusion.OPERATIONS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,10 @@ from aivmm.runtime.target import Target
 from aivmm.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    import onnx
-
     from aivmm.probes.operations import State
 
-_LEAST = 5  # durations of each operator, however slow it is
+_LEAST = 5  # durations of each operator,
+_SLOW_S, _SLOW_LEAST = 0.1, 3  # but not so many of one that takes so long
 _POOLED = 1 << 16  # elements: larger inputs repeat as many random ones
 _COMPILERS = 4  # threads; more only wait for each other
 
@@ -52,8 +51,8 @@ def probe_operators(
 ) -> dict[str, Any]:
     """Compile `models` side by side, then time them one after another, each for `seconds` and at least `least` times.
 
-    Each of `models` has a `path`, and where its inputs' values matter a file of arrays, `values`; the other inputs are made up. Answers come
-    in the same order: what `probe` of one model gives, or `refused` with the runtime's words. Compiling is native code of one thread
+    Each of `models` has a `path`, and where its inputs' values matter a file of arrays, `values`; the other inputs are made up. Answers
+    come in the same order: what `probe` of one model gives, or `refused` with the runtime's words. Compiling is native code of one thread
     mostly, and takes longer than the timing; while anything is timed, nothing is compiled.
     """
     where = wire.target_in(target)
@@ -92,7 +91,10 @@ def _timed(state: State, ready: _Ready, seconds: float, least: int) -> dict[str,
         started = time.perf_counter()
         runner.steps[0]()
         first_s = time.perf_counter() - started
-        answer = operations.timed(state, name=name, seconds=seconds, least=least)
+        slow = first_s > _SLOW_S
+        answer = operations.timed(
+            state, name=name, seconds=seconds, least=min(least, _SLOW_LEAST) if slow else least, settle=1 if slow else 2
+        )
         return {
             "durations": answer["durations"],
             "compile_s": ready.compile_s,
@@ -170,6 +172,4 @@ def tensor_values(
     return {}
 
 
-
-
-OPERATIONS = {"probe_operators": probe_operators, "tensor_values": tensor_values}
+OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {"probe_operators": probe_operators, "tensor_values": tensor_values}

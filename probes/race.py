@@ -7,24 +7,35 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from aivmm.errors import AivmmError
 from aivmm.probes.client import Worker, WorkerDied
-from aivmm.probes.compare import Comparison, compare
-from aivmm.probes.machine import measuring, wait_until_quiet
-from aivmm.probes.records import Samples
+from aivmm.probes.compare import Apart, Comparison, compare, observed_apart, paired_logs
+from aivmm.probes.machine import freeze, measuring, thaw, wait_until_quiet
+from aivmm.probes.records import Caution, Samples
 
 _BLOCK_CALLS = 8
 _BLOCK_LEAST_S, _BLOCK_MOST_S = 0.02, 0.15
 _SEVERAL_BLOCK_S = 0.12  # with several callers one block gives one duration, so it must hold many calls
 _SLOW_S = 0.02  # one such call settles the caches
 _VERY_SLOW_S = 0.2  # one such call is a block
+_WARM_S = 0.5  # at most so long until the first calls no longer become faster
 _RUN_LIMIT_S = 120.0
-_HOPELESS = 1.10  # dropped when even the lower end of its interval is this far behind the leader
+_HOPELESS = 1.10  # dropped when it is shown to be this far behind the leader
+_HOPELESS_P = 0.05  # five rounds of five reach it: what is dropped for nothing costs one candidate of a search
+_TIGHT = 0.03  # an interval this wide (±1.5 %) is decided enough: more rounds would be spent on what nobody feels
+_LOOKS = 4 / 3  # rounds between two looks at the result grow by this much
+_PEEK = 0.1  # and each look may be wrong this much more rarely than the verdict, since there are several
 
 
 @dataclass(slots=True)
 class Contestant:
-    """Something loaded in a worker under `name`, and what the race has seen of it. `batch` samples go through at each call."""
+    """Something loaded in a worker under `name`, and what the race has seen of it. `batch` samples go through at each call.
+
+    `others` are further workers in which the same is loaded under the same name. They take turns, round % copies, so that the race sees
+    what another process would make of it.
+    """
 
     name: str
     worker: Worker
@@ -40,9 +51,24 @@ class Contestant:
     failed: WorkerDied | None = None
     lost: bool = False  # failed through no fault of its own: another contestant took its worker down
     generation: int = 0
+    others: tuple[Worker, ...] = ()
+    repeat: int = 1  # steps to one duration
+    cautions: tuple[Caution, ...] = ()  # what the race found doubtful at its end
+    _generations: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.generation = self.worker.generation
+        self._generations = tuple(each.generation for each in self.others)
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """The workers that hold it."""
+        return (self.worker, *self.others)
+
+    @property
+    def copies(self) -> int:
+        """In how many processes it runs."""
+        return 1 + len(self.others)
 
     @property
     def racing(self) -> bool:
@@ -55,17 +81,24 @@ class Contestant:
             return None
         return Samples(timed_s=tuple(self.durations), rounds=tuple(self.rounds), warmup_s=tuple(self.warmup))
 
+    def worker_in(self, number: int) -> Worker:
+        """Return the worker whose turn it is in the round `number`."""
+        return self.workers[number % self.copies]
+
     def block(self, number: int, *, warmup: bool = False) -> None:
-        """Time one block and keep its durations under the round `number`."""
-        if self.worker.generation != self.generation or self.worker.pid == 0:
+        """Time one block and keep its durations under the round `number`; to warm up, call until it no longer becomes faster first."""
+        worker = self.worker_in(number)
+        if worker.generation != (self.generation, *self._generations)[number % self.copies] or worker.pid == 0:
             self.failed = WorkerDied("lost with its worker, which died during another candidate")
             self.lost = True
             return
         seconds = block_s(self.expected_s, self.callers)
+        settle = 1 if self.expected_s > _SLOW_S else 2
+        least = 1 if self.expected_s > _VERY_SLOW_S else 2
+        more = ({"steady_s": _WARM_S} if warmup else {}) | ({"repeat": self.repeat} if self.repeat > 1 else {})
+        limit_s = _RUN_LIMIT_S + seconds
         try:
-            settle = 1 if self.expected_s > _SLOW_S else 2
-            least = 1 if self.expected_s > _VERY_SLOW_S else 2
-            answer = self.worker.call("timed", limit_s=_RUN_LIMIT_S + seconds, name=self.name, seconds=seconds, settle=settle, least=least)
+            answer = worker.call("timed", limit_s=limit_s, name=self.name, seconds=seconds, settle=settle, least=least, **more)
         except WorkerDied as died:
             self.failed = died
             return
@@ -75,7 +108,7 @@ class Contestant:
         self.memory_bytes = max(self.memory_bytes, answer["memory_bytes"])
         self.expected_s = min(answer["durations"])
         if warmup:
-            self.warmup.extend(answer["durations"])
+            self.warmup.extend((*answer.get("warmup", ()), *answer["durations"]))
         else:
             self.durations.extend(answer["durations"])
             self.rounds.extend([number] * len(answer["durations"]))
@@ -98,8 +131,33 @@ class RaceState:
     elapsed_s: float
 
 
-def versus(a: Contestant, b: Contestant, *, confidence: float = 0.95) -> Comparison:
-    """Compare the time per sample of two contestants of one race."""
+def versus(a: Contestant, b: Contestant, *, confidence: float = 0.95, field: Sequence[Contestant] = ()) -> Comparison:
+    """Compare the time per sample of two contestants of one race.
+
+    Where they ran in different processes the interval takes in how much processes differ: as the copies of the two show it, together with
+    those of the other contestants in `field`, or else as a prior says.
+    """
+    mine, theirs = a.samples(), b.samples()
+    assert mine and theirs
+    return compare(
+        mine, theirs, scale=b.batch / a.batch, confidence=confidence, copies=(a.copies, b.copies), apart=apart_of(a, b, field=field)
+    )
+
+
+def apart_of(a: Contestant, b: Contestant, *, field: Sequence[Contestant] = ()) -> Apart | None:
+    """Return how much the processes of one race differ; None when `a` and `b` ran in the same ones."""
+    if a.workers == b.workers:
+        return None
+    copies = min(a.copies, b.copies)
+    full = min(len(set(a.rounds)), len(set(b.rounds)))
+    # Those that left early share too few rounds with the others.
+    alike = [each for each in field if each not in (a, b) and each.copies == copies and len(set(each.rounds)) >= full]
+    runs = [each.samples() for each in (a, b, *alike)]
+    return observed_apart([each for each in runs if each is not None], copies if a.copies == b.copies else 1)
+
+
+def _within(a: Contestant, b: Contestant, confidence: float) -> Comparison:
+    """Compare by the noise of rounds alone: it is all that more rounds could make smaller."""
     mine, theirs = a.samples(), b.samples()
     assert mine and theirs
     return compare(mine, theirs, scale=b.batch / a.batch, confidence=confidence)
@@ -127,6 +185,7 @@ def race(
     seed: int = 0,
     first_round: int = 0,
     warmup: bool = True,
+    confidence: float = 0.95,
     tell: Callable[[RaceState], None] | None = None,
     enough: Callable[[int], bool] | None = None,
 ) -> int:
@@ -134,65 +193,130 @@ def race(
 
     Returns the next round's number.
 
-    Before each block the previous worker must have gone quiet, since spinning threads slow their neighbours; the first calls of a block
-    are not timed, and one round before the first is not counted. Hopeless contestants leave early unless `keep`. `enough(rounds)`
-    replaces the rule that ends the race when each remaining comparison with the leader is decided.
+    Only the worker whose block it is runs: the others are frozen, or waited for until they are quiet, since spinning threads slow their
+    neighbours. The first calls of a block are not timed; one round before the first is for warming up and is not counted. The order is
+    random, and each second round has the one before it backwards, so that a drift within rounds cancels. Hopeless contestants leave early
+    unless `keep`. `enough(rounds)` replaces the rule that ends the race when each remaining comparison with the leader is decided at
+    `confidence`. Those that are not when the race ends carry the caution `never-settled`.
     """
     order = random.Random(seed)
     started = time.perf_counter()
     waited = 0.0
     number = first_round
-    before: Contestant | None = None
-    for count in range(-1 if warmup else 0, most_rounds):
-        spent = time.perf_counter() - started - waited
-        # A budget that is over ends the race, but not before there is something to compare, unless it is over by far.
-        if (count >= least_rounds and spent > budget_s) or (count >= 3 and spent > 1.3 * budget_s + 1):
-            break
-        with measuring() as lock_wait:
-            waited += lock_wait
-            for each in order.sample(list(contestants), len(contestants)):
-                if not each.racing:
+    look = least_rounds
+    turns = _Turns(contestants)
+    mirrored: list[Contestant] = []
+    try:
+        for count in range(-1 if warmup else 0, most_rounds):
+            spent = time.perf_counter() - started - waited
+            # A budget that is over ends the race, but not before there is something to compare, unless it is over by far.
+            if (count >= least_rounds and spent > budget_s) or (count >= 3 and spent > 1.3 * budget_s + 1):
+                break
+            with measuring() as lock_wait:
+                waited += lock_wait
+                if count < 0:
+                    turns.warm_up(order, number)
                     continue
-                if before is not None and before is not each and before.worker.pid > 0:
-                    wait_until_quiet(before.worker.pid)
-                each.block(number, warmup=count < 0)
-                before = each
-        if count < 0:
-            continue
-        number += 1
-        _drop_hopeless(contestants, count + 1)
-        if tell:
-            racing = sum(each.racing for each in contestants)
-            tell(RaceState(round=count + 1, leader=leader_of(contestants), racing=racing, elapsed_s=time.perf_counter() - started))
-        if count + 1 >= least_rounds and (enough(count + 1) if enough else _decided(contestants)):
-            break
+                mirrored = mirrored[::-1] if count % 2 else order.sample(list(contestants), len(contestants))
+                for each in mirrored:
+                    turns.take(each, number)
+            number += 1
+            _drop_hopeless(contestants, count + 1)
+            if tell:
+                racing = sum(each.racing for each in contestants)
+                elapsed = time.perf_counter() - started
+                tell(RaceState(round=count + 1, leader=leader_of(contestants), racing=racing, elapsed_s=elapsed))
+            if enough:
+                if count + 1 >= least_rounds and enough(count + 1):
+                    break
+            elif count + 1 >= look:
+                if not _undecided(contestants, 1 - _PEEK * (1 - confidence)):
+                    break
+                look = max(look + 1, round(look * _LOOKS))
+    finally:
+        turns.end()
+    for each in _undecided(contestants, confidence):
+        each.cautions = (_NEVER_SETTLED,)
     return number
 
 
+class _Turns:
+    """Sees to it that one worker runs at a time."""
+
+    def __init__(self, contestants: Sequence[Contestant]) -> None:
+        self._contestants = contestants
+        self._last: Worker | None = None
+        self._frozen: set[int] = set()
+
+    def warm_up(self, order: random.Random, number: int) -> None:
+        """Warm up each copy of each contestant."""
+        turns = [(each, number + copy) for each in self._contestants for copy in range(each.copies)]
+        for each, turn in order.sample(turns, len(turns)):
+            self.take(each, turn, warmup=True)
+
+    def take(self, contestant: Contestant, number: int, *, warmup: bool = False) -> None:
+        """Time one block of a contestant that still takes part."""
+        if not contestant.racing:
+            return
+        worker = contestant.worker_in(number)
+        if self._last is not None and self._last is not worker:
+            pid = self._last.pid
+            if freeze(pid):
+                self._frozen.add(pid)
+            elif pid > 0:
+                wait_until_quiet(pid)
+        if worker.pid in self._frozen:
+            thaw(worker.pid)
+            self._frozen.discard(worker.pid)
+        self._last = worker
+        contestant.block(number, warmup=warmup)
+
+    def end(self) -> None:
+        """Let all go on."""
+        for pid in self._frozen:
+            thaw(pid)
+        self._frozen.clear()
+
+
+_NEVER_SETTLED = Caution(
+    code="never-settled",
+    message="the race ended before it was clear how this compares with the fastest",
+    advice="raise --budget, or close other programs",
+)
+
+
 def _drop_hopeless(contestants: Sequence[Contestant], rounds: int) -> None:
+    """Drop who is behind the leader by more than a tenth, by Wilcoxon's signed ranks of the rounds (as Optuna's WilcoxonPruner does)."""
     leader = leader_of(contestants)
     if leader is None or rounds < 5:
         return
     for each in contestants:
-        if (
-            each.racing
-            and not each.keep
-            and each is not leader
-            and each.durations
-            and versus(each, leader, confidence=0.99).low > _HOPELESS
-        ):
-            each.dropped = f"hopeless: {versus(each, leader).ratio:.2f} times the leader's time"
+        if not each.racing or each.keep or each is leader or not each.durations:
+            continue
+        mine, theirs = each.samples(), leader.samples()
+        assert mine and theirs
+        behind = paired_logs(mine, theirs, scale=leader.batch / each.batch) - np.log(_HOPELESS)
+        if behind.size >= 5 and np.median(behind) > 0 and _wilcoxon_greater(behind) < _HOPELESS_P:
+            each.dropped = f"hopeless: {_within(each, leader, 0.95).ratio:.2f} times the leader's time"
 
 
-def _decided(contestants: Sequence[Contestant]) -> bool:
-    """True when each contestant's interval against the leader is narrower than ±1.5 %, or its verdict is clear."""
+def _wilcoxon_greater(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+    """Return the probability of values this far above zero if they lay around it."""
+    from scipy import stats  # here: a second to import, and most commands race nothing
+
+    return float(stats.wilcoxon(values, alternative="greater", method="auto").pvalue)
+
+
+def _undecided(contestants: Sequence[Contestant], confidence: float) -> list[Contestant]:
+    """Return whose verdict against the leader is open and whose interval is wider than ±1.5 %."""
     leader = leader_of(contestants)
     if leader is None:
-        return True
+        return []
+    found = []
     for each in contestants:
         if each is leader or not each.racing or not each.durations:
             continue
-        found = versus(each, leader)
-        if found.verdict == "ambiguous" and found.high - found.low > 0.03:
-            return False
-    return True
+        against = _within(each, leader, confidence)
+        if against.verdict == "ambiguous" and against.high - against.low > _TIGHT:
+            found.append(each)
+    return found

@@ -46,7 +46,10 @@ def main() -> None:
             answers.write(_encoded({"id": number, **message}))
             answers.flush()
 
-        phases.listen(lambda phase, send=send: send({"phase": phase}))
+        def enter(phase: str, send: Callable[[Mapping[str, Any]], None] = send) -> None:
+            send({"phase": phase})
+
+        phases.listen(enter)
         if operation == "hello":
             answer: dict[str, Any] = {"result": {"pid": os.getpid()}}
         else:

@@ -195,7 +195,7 @@ class Engine:
             raise Unsupported(f"{stage.target} is not available here: {error.message}", advice=error.advice) from error
         target = self._targets.get(stage.target) or find_target(backend, name)
         self._targets[stage.target] = target
-        executable = backend.compile(self._bundle.file(stage.model), target, stage.compiled_with)
+        executable = backend.compile(self._bundle.file(stage.model), target, stage.compiled_with.compiled_for(target.precisions))
         try:
             _check_interface(stage, executable)
         except BundleError:

@@ -72,8 +72,8 @@ class Stage(_Part):
 
     @property
     def compiled_with(self) -> Config:
-        """The config to compile with. What the stage's model was lowered to needs no hint."""
-        return Config.of(dict(self.config), precision=None if self.precision == "default" else self.precision).compiled
+        """The config, as it was searched; see `Config.compiled_for` for what a target is asked for."""
+        return Config.of(dict(self.config), precision=None if self.precision == "default" else self.precision)
 
 
 class Number(_Part):

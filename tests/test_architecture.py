@@ -40,6 +40,7 @@ HEAVY = {
     "sqlalchemy": {"db"},
     "alembic": {"db"},
     "pandas": {"db", "reports", "tuner", "api"},
+    "pyarrow": {"db"},
     "matplotlib": {"reports"},
     "jinja2": {"reports"},
     "typer": {"tuner"},

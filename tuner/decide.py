@@ -132,8 +132,13 @@ class Decider:
         ):
             return "AUTO may use devices outside --targets"
         wanted = self.work.options.precisions
-        if wanted and precision is None and not set(target.precisions) <= set(wanted):
-            return "its default may use a precision outside --precisions"
+        default = self.explorer.default_precision(target)
+        if wanted and precision is None and (default not in wanted if default else not set(target.precisions) <= set(wanted)):
+            return (
+                f"its default computes in {default}, which is not among --precisions"
+                if default
+                else "its default may not be in --precisions"
+            )
         return ""
 
     def predicted_s(self, proof: Proof) -> float | None:

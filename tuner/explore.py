@@ -24,6 +24,8 @@ _GROUP_S = 4.0
 _PATIENCE = 12  # trials without an improvement of 1 % after which a search without --trials ends
 _LEAST_TRIALS = 10
 _HOPELESS = {"latency": 2.0, "throughput": 3.0}  # a target this far behind with its defaults is not searched
+_LOWERED_GAIN = 4.0  # so many times faster than fp32 int8 has been seen: a target within this is tried with it
+_HINTED = {"float32": "fp32", "f32": "fp32", "dynamic": "fp32", "bfloat16": "bf16", "float16": "fp16", "f16": "fp16"}
 
 
 class Explorer:
@@ -38,6 +40,7 @@ class Explorer:
     def __init__(self, work: Work, *, searched_before: bool) -> None:
         self.work = work
         self.searched_before = searched_before
+        self._default_precisions: dict[str, str] = {}  # target -> what its default was seen to compute in
         self._inaccurate: dict[tuple[Target, str | None], Rejection] = {}  # lowered precisions that are over the limit, or refused
 
     def run(self) -> None:
@@ -96,6 +99,11 @@ class Explorer:
         known = self.known.get(candidate.key)
         return None if known is None else known[1]
 
+    def default_precision(self, target: Target) -> str | None:
+        """Return the precision that a target's default settings compute in, or None when that was not seen."""
+        only = target.precisions[0] if len(target.precisions) == 1 else None
+        return self._default_precisions.get(str(target), only)
+
     def _all_measured_targets(self, pairs: Sequence[tuple[Baseline, Candidate]]) -> list[Target]:
         return list(dict.fromkeys((*self.work.targets, *(candidate.target for _, candidate in pairs))))
 
@@ -128,6 +136,9 @@ class Explorer:
                 kept.append((baseline, candidate))  # refused: noted with its reason later
                 continue
             loaded = self.measurer.loaded(candidate)
+            if loaded and candidate.config.precision is None:
+                hint = str(loaded.effective_config.get("INFERENCE_PRECISION_HINT", "float32"))
+                self._default_precisions[str(candidate.target)] = _HINTED.get(hint, hint)
             effective = json.dumps(dict(loaded.effective_config), sort_keys=True, default=str) if loaded else ""
             same = seen.setdefault((str(candidate.target), candidate.callers, effective), baseline)
             if same is baseline:
@@ -141,8 +152,7 @@ class Explorer:
         twins = []
         for _, candidate in usable:
             loaded = self.measurer.loaded(candidate)
-            hint = str(loaded.effective_config.get("INFERENCE_PRECISION_HINT", "float32")) if loaded else "float32"
-            lower = hint not in ("float32", "f32", "dynamic") or (len(candidate.target.precisions) > 1 and not loaded)
+            lower = self.default_precision(candidate.target) != "fp32" and (loaded is not None or len(candidate.target.precisions) > 1)
             if lower and candidate.config.precision is None and not candidate.config.settings and candidate.target.name != "AUTO":
                 config = replace(candidate.config, precision="fp32")
                 twin = Baseline(name=f"{candidate.target} fp32", target=candidate.target, config=config, callers=candidate.callers)
@@ -158,7 +168,8 @@ class Explorer:
     def _search(self, baselines: Sequence[tuple[Baseline, Candidate]]) -> Search:
         """Search the knobs of the targets that are worth it, until the budget's share is spent or nothing improves."""
         self.work.progress.phase("searching settings")
-        targets = self._worth_searching(baselines)
+        precisions = self._worth_searching(baselines)
+        targets = list(precisions)
         batches, callers = self.work.batches(), 1
         if self.work.options.objective == "throughput":
             callers = max(2, *(2 * (target.device.cores or 2) for target in targets))
@@ -166,7 +177,7 @@ class Explorer:
             targets=targets,
             knobs={str(target): self.work.lab.knobs(target) for target in targets},
             objective=self.work.options.objective,
-            precisions={str(target): self.work.precisions(target) for target in targets},
+            precisions={str(target): found for target, found in precisions.items()},
             batches=batches,
             most_callers=min(callers, 32),
         )
@@ -178,14 +189,15 @@ class Explorer:
         search.enqueue(
             Candidate(target=target, config=Config(precision=precision), batch=batches[0])
             for target in targets
-            for precision in dict.fromkeys((self.work.precisions(target)[0], *self.work.subject.lowered_precisions))
+            for precision in dict.fromkeys((precisions[target][0], *self.work.subject.lowered_precisions))
         )
         if not self.searched_before and self.work.options.min_segments == 1:
             self._search_on(search)
         self.measurer.release()
         return search
 
-    def _worth_searching(self, baselines: Sequence[tuple[Baseline, Candidate]]) -> list[Target]:
+    def _worth_searching(self, baselines: Sequence[tuple[Baseline, Candidate]]) -> dict[Target, list[str | None]]:
+        """Return the targets that may yet win, each with the precisions in which it may."""
         best: dict[Target, float] = {}
         for _, candidate in baselines:
             outcome = self.outcome(candidate)
@@ -196,10 +208,20 @@ class Explorer:
             reasons = "; ".join(f"{each.name}: {_reason(self.outcome(candidate))}" for each, candidate in baselines)
             raise ModelError(f"no baseline of {self.work.subject.facts.name} could be measured ({reasons})", advice="try --retry-failed")
         least = min(best.values())
-        worth = [target for target in best if best[target] <= _HOPELESS[self.work.options.objective] * least]
+        hopeless = _HOPELESS[self.work.options.objective]
+        worth: dict[Target, list[str | None]] = {}
         for target in best:
-            if target not in worth:
-                self.work.note(f"{target} was not searched: its defaults take {best[target] / least:.1f} times as long as the best ones")
+            behind = best[target] / least
+            lowered: list[str | None] = list(self.work.subject.lowered_precisions)
+            if behind <= hopeless:
+                worth[target] = self.work.precisions(target)
+            elif lowered and behind <= hopeless * _LOWERED_GAIN:
+                worth[target] = lowered
+                self.work.note(
+                    f"{target} was searched in {', '.join(map(str, lowered))} only: its defaults take {behind:.1f} times as long"
+                )
+            else:
+                self.work.note(f"{target} was not searched: its defaults take {behind:.1f} times as long as the best ones")
         return worth
 
     def _search_on(self, search: Search) -> None:

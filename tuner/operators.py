@@ -1,4 +1,4 @@
-"""Every unique operator of the model, alone, on every target in every precision it runs natively; and the ceilings they are held against."""
+"""Every unique operator of the model, alone, on every target in its native precisions; and the ceilings they are held against."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from aivmm.runtime.target import Target
 from aivmm.tuner.measure import Counts
 from aivmm.tuner.subject import Subject
 
-OPERATOR_S = 0.008  # how long one is timed, after its warm-up
+OPERATOR_S = 0.005  # how long one is timed, after its warm-up
 _LIMIT_S = 120.0  # for one operator; a batch that takes as long is tried again one by one
-_BATCH = 8  # operators a request: enough that round trips and commits do not matter, few enough to lose
+_BATCH = 16  # operators a request: enough that round trips and commits do not matter, few enough to lose
 _BATCH_BYTES = 256 << 20  # what their tensors may take together
 Tell = Callable[[str, int, int], None]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -60,6 +61,15 @@ def child() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.kill()
         with process:  # closes the pipes and waits
             pass
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that anybody may enter and write. Not below pytest's: each pytest that starts makes those private again."""
+    with tempfile.TemporaryDirectory(prefix="aivmm-test-") as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder).resolve()
+        Path(folder).chmod(0o777)
 
 
 @pytest.fixture(scope="session")

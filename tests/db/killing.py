@@ -27,7 +27,7 @@ from aivmm.probes.records import Caution, Failed, Measured, Outcome, ProbeKey, R
 from aivmm.runtime.config import Config
 from aivmm.runtime.environment import Environment
 
-CONTEXT = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+CONTEXT: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 CONTEXT.set_forkserver_preload(
     ["pytest", "alembic.command", "alembic.autogenerate", "aivmm.db.database", "sqlalchemy.dialects.postgresql.psycopg"]
 )

@@ -18,7 +18,7 @@ from typing import Any
 import sqlalchemy
 
 from aivmm.db.database import Database
-from aivmm.db.schema import lowering, metadata, transfer
+from aivmm.db.schema import lowering, transfer
 from aivmm.models.records import Block, Category, CutPoint, ModelFacts, Operator, Structure
 from aivmm.planner.records import ProofRecord, RunRecord, TrialRecord
 from aivmm.probes.records import Caution, Failed, Measured, Outcome, ProbeKey, Refused, Samples
@@ -242,7 +242,7 @@ def expected() -> dict[str, Any]:
         "absent": [ABSENT],
         "environments of the run": list(reversed(ENVIRONMENTS)),
         "outcomes of the run": [(each, number == 0) for number, each in enumerate(OUTCOMES)],
-        "trials": [PRUNED, TRIAL, replace(TRIAL, batch=8)],
+        "trials": [TRIAL, PRUNED, replace(TRIAL, batch=8)],
         "proofs": [PROOF, BASELINE],
         "plan": PLAN,
         "path": "squeezenet.aivmm",
@@ -281,12 +281,6 @@ def read(database: Database) -> dict[str, Any]:
         "transfer": transfers,
         "lowering": lowerings,
     }
-
-
-def empty_tables(database: Database) -> set[str]:
-    """Return the names of the tables that hold nothing."""
-    with database._reading() as connection:
-        return {table.name for table in metadata.sorted_tables if connection.execute(sqlalchemy.select(table).limit(1)).first() is None}
 
 
 def main() -> None:

@@ -142,8 +142,10 @@ def _running(programs: Path, folder: Path, url: sqlalchemy.URL) -> Iterator[None
     if made.returncode:
         raise RuntimeError(f"initdb failed: {made.stderr}")
     options = [f"-c{name}={value}" for name, value in {**SETTINGS, "unix_socket_directories": str(folder)}.items()]
-    command = ["/bin/sh", "-c", KEEPER, "keeper", programs / "postgres", "-D", data, *options]
-    keeper = subprocess.Popen(command, stdin=subprocess.PIPE, env=variables, cwd="/", start_new_session=True, **user)
+    command = ["/bin/sh", "-c", KEEPER, "keeper", str(programs / "postgres"), "-D", str(data), *options]
+    keeper: subprocess.Popen[bytes] = subprocess.Popen(
+        command, stdin=subprocess.PIPE, env=variables, cwd="/", start_new_session=True, **user
+    )
     try:
         _wait(keeper, folder / "log", url)
         yield

@@ -7,7 +7,7 @@ import random
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -90,7 +90,7 @@ def fill(location: str, rows: int) -> None:
 def old_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An old file which takes a moment to migrate."""
     file = tmp_path_factory.mktemp("old") / "old.db"
-    fill(str(file), 6000)
+    fill(str(file), 3000)
     return file
 
 
@@ -138,7 +138,7 @@ def kill_migrations(make: Iterator[str], steps: History, kills: int, *, seed: in
     assert hit["inside"] + hit["committing"] > 0
     return (
         f"{kills} kills of a migration that takes {course.took_s:.2f} s: {hit['inside']} inside it, {hit['committing']} inside its commit, "
-        f"{hit['started'] + hit['done']} before or after; {hit['new']} were new already, {hit['torn']} left a half-written transaction in the log"
+        f"{hit['started'] + hit['done']} before or after; {hit['new']} were new already, {hit['torn']} left half a transaction in the log"
     )
 
 
@@ -168,7 +168,7 @@ def test_killed_while_it_migrates_a_servers_database_it_is_old_or_new(
     old = server.create()
     fill(server.location(old), 3000)
 
-    def make() -> Iterator[str]:
+    def make() -> Generator[str, None, None]:
         while True:
             name = server.create(template=old)
             yield server.location(name)

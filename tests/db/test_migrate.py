@@ -19,6 +19,7 @@ from aivmm.db.database import Database
 from aivmm.db.migrate import HEAD, REVISIONS, VERSION_TABLE
 from aivmm.db.schema import metadata
 from aivmm.errors import DatabaseError
+from tests.db.postgres import Server
 
 Child = Callable[..., subprocess.Popen[str]]
 
@@ -138,12 +139,13 @@ def test_opening_a_database_that_is_ready_does_not_load_alembic(database: Databa
     assert told == "[]\n", errors
 
 
-def test_a_server_database_that_holds_other_tables_of_our_names_is_refused(location: str) -> None:
-    if not location.startswith("postgresql"):
-        pytest.skip("runs on a server only: AIVMM_TEST_POSTGRES is not set")
-    engine = sqlalchemy.create_engine(location)
+def test_a_server_database_that_holds_other_tables_of_our_names_is_refused(server: Server) -> None:
+    name = server.create()
+    engine = sqlalchemy.create_engine(server.location(name))
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE run (id int)")
-    engine.dispose()
     with pytest.raises(DatabaseError, match="did not make"):
-        Database.open(location)
+        Database.open(server.location(name))
+    assert sqlalchemy.inspect(engine).get_table_names() == ["run"]
+    engine.dispose()
+    server.drop(name)

@@ -182,3 +182,52 @@ def test_a_dynamic_shape_makes_an_operator_depend_on_data(tmp_path: Path) -> Non
     nodes = [helper.make_node("Relu", ["x"], ["y"])]
     (relu,) = analyse(save(tmp_path / "m.onnx", nodes, inputs=[info("x", ("n", 3))], outputs=[info("y", ("n", 3))])).operators
     assert (relu.data_dependent, relu.flops, relu.bytes, relu.description) == (True, None, None, "Relu: ?x3 -> ?x3")
+
+
+def needed(path: Path, op_type: str) -> dict[str, str]:
+    models = OperatorModels(path)
+    signature = next(each.signature for each in analyse(path).operators if each.op_type == op_type)
+    return models.values_needed(signature)
+
+
+def test_values_that_decide_the_work_are_asked_for_by_the_name_that_they_have_inside(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["extents"]),
+        helper.make_node("Relu", ["x"], ["a"]),
+        helper.make_node("Reshape", ["a", "extents"], ["y"]),
+    ]
+    shape = (20, 30)
+    path = save(tmp_path / "m.onnx", nodes, inputs=[info("x", shape)], outputs=[info("y", shape)])
+    assert needed(path, "Reshape") == {"input_1": "extents"}
+    assert needed(path, "Relu") == {}
+
+
+def test_a_few_floats_and_all_that_a_data_dependent_operator_reads_are_asked_for(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"]),
+        helper.make_node("Range", ["low", "high", "step"], ["r"]),
+        helper.make_node("NonZero", ["a"], ["y"]),
+    ]
+    inputs = [info("x", (20, 30)), *(info(name, ()) for name in ("low", "high", "step"))]
+    outputs = [info("y", (2, "found"), TensorProto.INT64), info("r", ("n",))]
+    path = save(tmp_path / "m.onnx", nodes, inputs=inputs, outputs=outputs)
+    assert needed(path, "NonZero") == {"input_0": "a"}
+    assert needed(path, "Range") == {"input_0": "low", "input_1": "high", "input_2": "step"}
+
+
+def test_constants_and_quantised_activations_are_not_asked_for(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Gather", ["x", "rows"], ["a"]),
+        helper.make_node("QuantizeLinear", ["a", "scale"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale"], ["y"]),
+    ]
+    weights = [array("rows", [0, 1], np.int64), array("scale", 0.1)]
+    path = save(tmp_path / "m.onnx", nodes, weights, inputs=[info("x", (20, 60))], outputs=[info("y", (2, 60))])
+    assert [needed(path, each) for each in ("Gather", "QuantizeLinear", "DequantizeLinear")] == [{}, {}, {}]
+
+
+def test_a_node_with_subgraphs_asks_by_the_models_own_names(tmp_path: Path) -> None:
+    bodies = [helper.make_graph([helper.make_node(op, ["a", "a"], ["r"])], op, [], [info("r")]) for op in ("Add", "Mul")]
+    nodes = [helper.make_node("Relu", ["x"], ["a"]), helper.make_node("If", ["flag"], ["y"], then_branch=bodies[0], else_branch=bodies[1])]
+    path = save(tmp_path / "m.onnx", nodes, inputs=[info("x"), info("flag", (), TensorProto.BOOL)])
+    assert needed(path, "If") == {"flag": "flag", "a": "a"}

@@ -87,10 +87,14 @@ def test_swapping_the_sides_inverts_everything(a: list[float], data: st.DataObje
     assert there.low <= there.ratio * (1 + 1e-9) and there.ratio <= there.high * (1 + 1e-9)
 
 
-def test_the_interval_is_the_same_each_time_and_the_range_of_few_values() -> None:
+def test_the_interval_is_the_same_each_time_and_students_where_values_are_few() -> None:
     values = np.random.default_rng(1).normal(size=30)
     assert bootstrap_median(values, confidence=0.95) == bootstrap_median(values, confidence=0.95)
-    assert bootstrap_median([3.0, 1.0, 2.0], confidence=0.95) == (1.0, 3.0)
+    # Three values: their range misses the median in a quarter of all cases. Student: 2 ± 4.303 / sqrt(3).
+    assert bootstrap_median([3.0, 1.0, 2.0], confidence=0.95) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
+    assert bootstrap_median([1.0, 1.0, 1.0], confidence=0.95) == (1.0, 1.0)
+    low, high = bootstrap_median([0.0], confidence=0.95)
+    assert low < -0.5 and high > 0.5  # one value says nothing about noise
     narrow, wide = (bootstrap_median(values, confidence=each) for each in (0.5, 0.99))
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
 
@@ -156,7 +160,7 @@ def test_the_hopeless_leave_and_those_to_keep_stay() -> None:
     field = contestants(worker, "fast", "hopeless", "baseline")
     field[2].keep = True
     race(field, budget_s=60, least_rounds=10, enough=lambda rounds: rounds >= 12)
-    assert field[1].dropped.startswith("hopeless: 2.0") and not field[1].racing
+    assert field[1].dropped.startswith("hopeless: ") and not field[1].racing
     assert not field[0].dropped and not field[2].dropped
     assert worker.asked.count("hopeless") < worker.asked.count("baseline") == 13
 

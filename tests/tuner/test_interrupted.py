@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from aivmm.db.database import Database
-from tests.tuner.harness import TINY, Finished, Place, living, workers_of
+from tests.tuner.harness import TINY, Place, living, workers_of
 
 ARGUMENTS = (*TINY, "--targets", "onnxruntime", "--budget", "8s", "--trials", "3", "--top", "1", "--json")
 
@@ -60,26 +60,6 @@ def test_a_killed_tune_keeps_what_it_measured_leaves_no_worker_and_is_continued(
     with Database.open(place.db) as database:
         assert database.check() == []
         assert database.run(None).status == "complete"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-def test_ctrl_c_ends_it_with_130_one_line_and_no_orphans(place: Place, tiny: Path) -> None:
-    with place.started("tune", tiny, *ARGUMENTS) as process:
-        until_measured(place, process, 1)
-        workers = workers_of(process.pid)
-        started = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-        done = Finished(process.returncode, out, err)
-    assert done.code == 130, done.err
-    assert time.monotonic() - started < 30
-    assert len(done.error_lines) == 1 and "interrupted" in done.error_lines[0] and "kept" in done.error_lines[0]
-    assert done.json["error"]["message"].startswith("interrupted")
-    assert living(workers) == []
-    assert list(place.work.iterdir()) == []
-    with Database.open(place.db) as database:
-        assert database.check() == []
-        assert database.run(None).status == "interrupted"
 
 
 @pytest.mark.slow

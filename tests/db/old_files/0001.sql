@@ -16,10 +16,10 @@ CREATE TABLE caution (
  WITHOUT ROWID
 
 ;
-INSERT INTO "caution" VALUES('01a205be6ae07048ae12e9b11c93a42d',0,'spread','wide','close the browser');
-INSERT INTO "caution" VALUES('01a205be6ae07048ae12e9b11c93a42d',1,'few-samples','4','');
-INSERT INTO "caution" VALUES('01a205be6af070bcaf36f2a0a60c7643',0,'spread','wide','close the browser');
-INSERT INTO "caution" VALUES('01a205be6af070bcaf36f2a0a60c7643',1,'few-samples','4','');
+INSERT INTO "caution" VALUES('01a205bf4b16752f952e1e330048b5fc',0,'spread','wide','close the browser');
+INSERT INTO "caution" VALUES('01a205bf4b16752f952e1e330048b5fc',1,'few-samples','4','');
+INSERT INTO "caution" VALUES('01a205bf4b1e79c490b600e533cd9686',0,'spread','wide','close the browser');
+INSERT INTO "caution" VALUES('01a205bf4b1e79c490b600e533cd9686',1,'few-samples','4','');
 CREATE TABLE config (
 	digest VARCHAR NOT NULL, 
 	precision VARCHAR, 
@@ -40,8 +40,8 @@ CREATE TABLE device (
 	first_seen_at DATETIME NOT NULL, 
 	CONSTRAINT pk_device PRIMARY KEY (id)
 );
-INSERT INTO "device" VALUES('c88959053d479f3e5933cbe928d771aa','cpu','A CPU, ünïcödé','','{"kind":"cpu","model":"A CPU, \u00fcn\u00efc\u00f6d\u00e9","uid":"","driver":"","memory_bytes":17179869184,"instruction_sets":["avx2","fma"],"cores":2,"power_limit_w":null}','2026-11-23 00:11:34.960027');
-INSERT INTO "device" VALUES('b7ed42bedf6942c0b885e69193781f81','gpu','A GPU','580.1','{"kind":"gpu","model":"A GPU","uid":"","driver":"580.1","memory_bytes":150000000000,"instruction_sets":[],"cores":null,"power_limit_w":700}','2026-11-23 00:11:34.971993');
+INSERT INTO "device" VALUES('c88959053d479f3e5933cbe928d771aa','cpu','A CPU, ünïcödé','','{"kind":"cpu","model":"A CPU, \u00fcn\u00efc\u00f6d\u00e9","uid":"","driver":"","memory_bytes":17179869184,"instruction_sets":["avx2","fma"],"cores":2,"power_limit_w":null}','2026-11-23 00:12:32.376328');
+INSERT INTO "device" VALUES('b7ed42bedf6942c0b885e69193781f81','gpu','A GPU','580.1','{"kind":"gpu","model":"A GPU","uid":"","driver":"580.1","memory_bytes":150000000000,"instruction_sets":[],"cores":null,"power_limit_w":700}','2026-11-23 00:12:32.383477');
 CREATE TABLE environment (
 	fingerprint VARCHAR NOT NULL, 
 	target VARCHAR NOT NULL, 
@@ -53,8 +53,8 @@ CREATE TABLE environment (
 	first_seen_at DATETIME NOT NULL, 
 	CONSTRAINT pk_environment PRIMARY KEY (fingerprint)
 );
-INSERT INTO "environment" VALUES('fa781de56fbecd8a2bc4957c33f3a158','openvino:CPU','A CPU, ünïcödé','','2026.4','Linux-x86_64','{"target":"openvino:CPU","device_model":"A CPU, \u00fcn\u00efc\u00f6d\u00e9","driver":"","runtime_version":"2026.4","instruction_sets":["avx2","fma"],"usable_cores":2,"power_limit_w":null,"system":"Linux-x86_64"}','2026-11-23 00:11:34.948275');
-INSERT INTO "environment" VALUES('5ea1f304f527cc7e406da85ea943d532','onnxruntime:CUDA:0','A GPU','580.1','1.31','Linux-x86_64','{"target":"onnxruntime:CUDA:0","device_model":"A GPU","driver":"580.1","runtime_version":"1.31","instruction_sets":[],"usable_cores":null,"power_limit_w":700,"system":"Linux-x86_64"}','2026-11-23 00:11:34.968035');
+INSERT INTO "environment" VALUES('fa781de56fbecd8a2bc4957c33f3a158','openvino:CPU','A CPU, ünïcödé','','2026.4','Linux-x86_64','{"target":"openvino:CPU","device_model":"A CPU, \u00fcn\u00efc\u00f6d\u00e9","driver":"","runtime_version":"2026.4","instruction_sets":["avx2","fma"],"usable_cores":2,"power_limit_w":null,"system":"Linux-x86_64"}','2026-11-23 00:12:32.367979');
+INSERT INTO "environment" VALUES('5ea1f304f527cc7e406da85ea943d532','onnxruntime:CUDA:0','A GPU','580.1','1.31','Linux-x86_64','{"target":"onnxruntime:CUDA:0","device_model":"A GPU","driver":"580.1","runtime_version":"1.31","instruction_sets":[],"usable_cores":null,"power_limit_w":700,"system":"Linux-x86_64"}','2026-11-23 00:12:32.382212');
 CREATE TABLE lowering (
 	id VARCHAR NOT NULL, 
 	content VARCHAR NOT NULL, 
@@ -80,12 +80,12 @@ CREATE TABLE metric (
  WITHOUT ROWID
 
 ;
-INSERT INTO "metric" VALUES('01a205be6ae07048ae12e9b11c93a42d','compile_s',0.5);
-INSERT INTO "metric" VALUES('01a205be6ae07048ae12e9b11c93a42d','peak_memory_bytes',100000000.0);
-INSERT INTO "metric" VALUES('01a205be6ae07048ae12e9b11c93a42d','tiny',4.94065645841247e-324);
-INSERT INTO "metric" VALUES('01a205be6af070bcaf36f2a0a60c7643','compile_s',0.5);
-INSERT INTO "metric" VALUES('01a205be6af070bcaf36f2a0a60c7643','peak_memory_bytes',100000000.0);
-INSERT INTO "metric" VALUES('01a205be6af070bcaf36f2a0a60c7643','tiny',4.94065645841247e-324);
+INSERT INTO "metric" VALUES('01a205bf4b16752f952e1e330048b5fc','compile_s',0.5);
+INSERT INTO "metric" VALUES('01a205bf4b16752f952e1e330048b5fc','peak_memory_bytes',100000000.0);
+INSERT INTO "metric" VALUES('01a205bf4b16752f952e1e330048b5fc','tiny',4.94065645841247e-324);
+INSERT INTO "metric" VALUES('01a205bf4b1e79c490b600e533cd9686','compile_s',0.5);
+INSERT INTO "metric" VALUES('01a205bf4b1e79c490b600e533cd9686','peak_memory_bytes',100000000.0);
+INSERT INTO "metric" VALUES('01a205bf4b1e79c490b600e533cd9686','tiny',4.94065645841247e-324);
 CREATE TABLE model (
 	id VARCHAR NOT NULL, 
 	content VARCHAR NOT NULL, 
@@ -104,7 +104,7 @@ CREATE TABLE model (
 	CONSTRAINT pk_model PRIMARY KEY (id), 
 	CONSTRAINT uq_model_content_batch UNIQUE (content, batch)
 );
-INSERT INTO "model" VALUES('83e460e9e0e29e46a2b737d752cc1fc9','content-of-the-whole',4,'structure-of-the-whole','abababababababababababababababababababababababababababababababab','squeezenet','CNN',4,NULL,5000000000,0,'{"name":"squeezenet","path":"models/squeezenet.onnx","sha256":"abababababababababababababababababababababababababababababababab","category":{"name":"CNN","reason":"26 Conv"},"inputs":[["x","float32",[1,3,null,224]]],"outputs":[["y","string",[]]],"opset":17,"ir_version":8,"batch":4,"batchable":true,"notes":["opset 1 raised to 17"]}','[[2,32,[["t","float32",[1,null,8]]]],[3,null,[["t","float32",[1,null,8]],["t","float32",[1,null,8]]]]]','2026-11-23 00:11:34.981602');
+INSERT INTO "model" VALUES('83e460e9e0e29e46a2b737d752cc1fc9','content-of-the-whole',4,'structure-of-the-whole','abababababababababababababababababababababababababababababababab','squeezenet','CNN',4,NULL,5000000000,0,'{"name":"squeezenet","path":"models/squeezenet.onnx","sha256":"abababababababababababababababababababababababababababababababab","category":{"name":"CNN","reason":"26 Conv"},"inputs":[["x","float32",[1,3,null,224]]],"outputs":[["y","string",[]]],"opset":17,"ir_version":8,"batch":4,"batchable":true,"notes":["opset 1 raised to 17"]}','[[2,32,[["t","float32",[1,null,8]]]],[3,null,[["t","float32",[1,null,8]],["t","float32",[1,null,8]]]]]','2026-11-23 00:12:32.388134');
 CREATE TABLE model_block (
 	model_id VARCHAR NOT NULL, 
 	position INTEGER NOT NULL, 
@@ -161,7 +161,7 @@ CREATE TABLE "plan" (
 	CONSTRAINT fk_plan_run_id_run FOREIGN KEY(run_id) REFERENCES run (id) ON DELETE CASCADE, 
 	CONSTRAINT uq_plan_run_id UNIQUE (run_id)
 );
-INSERT INTO "plan" VALUES('01a205be6b1470a18b6572b582a1b960','0197f0a0-0000-7000-8000-000000000001','squeezenet.aivmm','{"schema":1,"stages":[{"config":{"a":true,"b":1,"c":1.5},"blocks":[0,1]}],"\u00fcn\u00efc\u00f6d\u00e9":null}','2026-11-23 00:11:35.060062');
+INSERT INTO "plan" VALUES('01a205bf4b3472f6a5b657718aa59775','0197f0a0-0000-7000-8000-000000000001','squeezenet.aivmm','{"schema":1,"stages":[{"config":{"a":true,"b":1,"c":1.5},"blocks":[0,1]}],"\u00fcn\u00efc\u00f6d\u00e9":null}','2026-11-23 00:12:32.436242');
 CREATE TABLE probe (
 	id VARCHAR NOT NULL, 
 	"key" VARCHAR NOT NULL, 
@@ -185,11 +185,11 @@ CREATE TABLE probe (
 	CONSTRAINT fk_probe_effective_digest_config FOREIGN KEY(effective_digest) REFERENCES config (digest), 
 	CONSTRAINT fk_probe_environment_environment FOREIGN KEY(environment) REFERENCES environment (fingerprint)
 );
-INSERT INTO "probe" VALUES('01a205be6ae07048ae12e9b11c93a42d','cb0f4826bee6f8325af220eb279074dd','segment','same','openvino:CPU','fa781de56fbecd8a2bc4957c33f3a158','52c6a412eff1ab21',4,2,'measured',X'010000000400000004000000010000007B14AE47E17A543F2F6EA301BC05523F0100000000000000763B7730D142EE7FFA7E6ABC7493683F000000000000000001000000FFFFFFFF','','','95dcbba53d2edb27','{"CPU":12}','race-1','2026-11-23 00:11:35.008150');
-INSERT INTO "probe" VALUES('01a205be6ae37f15879a933a35c3c520','528a7470d19f65c5655050d5851b2e48','operator','s-loop','onnxruntime:CUDA:0','5ea1f304f527cc7e406da85ea943d532','52c6a412eff1ab21',1,2,'refused',NULL,'not implemented: Loop','',NULL,NULL,'','2026-11-23 00:11:35.012000');
-INSERT INTO "probe" VALUES('01a205be6ae870b6b2c6ba7ef84f98af','3634aecda150dfd62c73bb8ef2371e2f','segment','same','onnxruntime:CUDA:0','5ea1f304f527cc7e406da85ea943d532','52c6a412eff1ab21',1,2,'failed',NULL,'segfault','last words ☃',NULL,NULL,'','2026-11-23 00:11:35.016099');
-INSERT INTO "probe" VALUES('01a205be6ae97d35a1f2398a6e74af3c','fe4a92fc459a97c16bb979f7bbedaf8e','transfer','float32 1x8','openvino:CPU','fa781de56fbecd8a2bc4957c33f3a158','52c6a412eff1ab21',1,2,'measured',X'010000000100000000000000000000008DEDB5A0F7C6B03E','','','16e4f65d22a2ae53','{}','','2026-11-23 00:11:35.017882');
-INSERT INTO "probe" VALUES('01a205be6af070bcaf36f2a0a60c7643','cb0f4826bee6f8325af220eb279074dd','segment','same','openvino:CPU','fa781de56fbecd8a2bc4957c33f3a158','52c6a412eff1ab21',4,2,'measured',X'010000000400000004000000010000007B14AE47E17A543F2F6EA301BC05523F0100000000000000763B7730D142EE7FFA7E6ABC7493683F000000000000000001000000FFFFFFFF','','','95dcbba53d2edb27','{"CPU":12}','race-2','2026-11-23 00:11:35.024098');
+INSERT INTO "probe" VALUES('01a205bf4b16752f952e1e330048b5fc','cb0f4826bee6f8325af220eb279074dd','segment','same','openvino:CPU','fa781de56fbecd8a2bc4957c33f3a158','52c6a412eff1ab21',4,2,'measured',X'010000000400000004000000010000007B14AE47E17A543F2F6EA301BC05523F0100000000000000763B7730D142EE7FFA7E6ABC7493683F000000000000000001000000FFFFFFFF','','','95dcbba53d2edb27','{"CPU":12}','race-1','2026-11-23 00:12:32.406426');
+INSERT INTO "probe" VALUES('01a205bf4b187efd8df58d71933fc92d','528a7470d19f65c5655050d5851b2e48','operator','s-loop','onnxruntime:CUDA:0','5ea1f304f527cc7e406da85ea943d532','52c6a412eff1ab21',1,2,'refused',NULL,'not implemented: Loop','',NULL,NULL,'','2026-11-23 00:12:32.408995');
+INSERT INTO "probe" VALUES('01a205bf4b1a7cbe9c05b0ab5aad74d4','3634aecda150dfd62c73bb8ef2371e2f','segment','same','onnxruntime:CUDA:0','5ea1f304f527cc7e406da85ea943d532','52c6a412eff1ab21',1,2,'failed',NULL,'segfault','last words ☃',NULL,NULL,'','2026-11-23 00:12:32.410850');
+INSERT INTO "probe" VALUES('01a205bf4b1c7862994f7077991b96c3','fe4a92fc459a97c16bb979f7bbedaf8e','transfer','float32 1x8','openvino:CPU','fa781de56fbecd8a2bc4957c33f3a158','52c6a412eff1ab21',1,2,'measured',X'010000000100000000000000000000008DEDB5A0F7C6B03E','','','16e4f65d22a2ae53','{}','','2026-11-23 00:12:32.412574');
+INSERT INTO "probe" VALUES('01a205bf4b1e79c490b600e533cd9686','cb0f4826bee6f8325af220eb279074dd','segment','same','openvino:CPU','fa781de56fbecd8a2bc4957c33f3a158','52c6a412eff1ab21',4,2,'measured',X'010000000400000004000000010000007B14AE47E17A543F2F6EA301BC05523F0100000000000000763B7730D142EE7FFA7E6ABC7493683F000000000000000001000000FFFFFFFF','','','95dcbba53d2edb27','{"CPU":12}','race-2','2026-11-23 00:12:32.414666');
 CREATE TABLE proof (
 	id VARCHAR NOT NULL, 
 	run_id VARCHAR NOT NULL, 
@@ -213,8 +213,8 @@ CREATE TABLE proof (
 	CONSTRAINT fk_proof_config_digest_config FOREIGN KEY(config_digest) REFERENCES config (digest), 
 	CONSTRAINT fk_proof_run_id_run FOREIGN KEY(run_id) REFERENCES run (id) ON DELETE CASCADE
 );
-INSERT INTO "proof" VALUES('01a205be6b0c74b795a6c73874e6dd7a','0197f0a0-0000-7000-8000-000000000001','plan','plan','openvino:CPU','d1aa9c3dbfe5e815',4,1,1,'',X'01000000020000000200000000000000000000000000F03F00000000000000400000000001000000',NULL,NULL,NULL,NULL,'{"throughput_per_s":12.5}','[{"code":"spread","message":"m","advice":"a"}]','2026-11-23 00:11:35.052387');
-INSERT INTO "proof" VALUES('01a205be6b107441963b672d5aca6cae','0197f0a0-0000-7000-8000-000000000001','ORT default','baseline','onnxruntime:CPU','16e4f65d22a2ae53',1,1,0,'over the accuracy limit',NULL,1.9,1.8,2.0,'faster','{}','[]','2026-11-23 00:11:35.056317');
+INSERT INTO "proof" VALUES('01a205bf4b2d789b8fb904acbfaafb81','0197f0a0-0000-7000-8000-000000000001','plan','plan','openvino:CPU','d1aa9c3dbfe5e815',4,1,1,'',X'01000000020000000200000000000000000000000000F03F00000000000000400000000001000000',NULL,NULL,NULL,NULL,'{"throughput_per_s":12.5}','[{"code":"spread","message":"m","advice":"a"}]','2026-11-23 00:12:32.429684');
+INSERT INTO "proof" VALUES('01a205bf4b3079d79c61cf06d7ff955e','0197f0a0-0000-7000-8000-000000000001','ORT default','baseline','onnxruntime:CPU','16e4f65d22a2ae53',1,1,0,'over the accuracy limit',NULL,1.9,1.8,2.0,'faster','{}','[]','2026-11-23 00:12:32.432697');
 CREATE TABLE run (
 	id VARCHAR NOT NULL, 
 	request VARCHAR NOT NULL, 
@@ -261,11 +261,11 @@ CREATE TABLE run_probe (
  WITHOUT ROWID
 
 ;
-INSERT INTO "run_probe" VALUES('0197f0a0-0000-7000-8000-000000000001','01a205be6ae07048ae12e9b11c93a42d',1);
-INSERT INTO "run_probe" VALUES('0197f0a0-0000-7000-8000-000000000001','01a205be6ae37f15879a933a35c3c520',0);
-INSERT INTO "run_probe" VALUES('0197f0a0-0000-7000-8000-000000000001','01a205be6ae870b6b2c6ba7ef84f98af',0);
-INSERT INTO "run_probe" VALUES('0197f0a0-0000-7000-8000-000000000001','01a205be6ae97d35a1f2398a6e74af3c',0);
-INSERT INTO "run_probe" VALUES('0197f0a0-0000-7000-8000-000000000001','01a205be6af070bcaf36f2a0a60c7643',0);
+INSERT INTO "run_probe" VALUES('0197f0a0-0000-7000-8000-000000000001','01a205bf4b16752f952e1e330048b5fc',1);
+INSERT INTO "run_probe" VALUES('0197f0a0-0000-7000-8000-000000000001','01a205bf4b187efd8df58d71933fc92d',0);
+INSERT INTO "run_probe" VALUES('0197f0a0-0000-7000-8000-000000000001','01a205bf4b1a7cbe9c05b0ab5aad74d4',0);
+INSERT INTO "run_probe" VALUES('0197f0a0-0000-7000-8000-000000000001','01a205bf4b1c7862994f7077991b96c3',0);
+INSERT INTO "run_probe" VALUES('0197f0a0-0000-7000-8000-000000000001','01a205bf4b1e79c490b600e533cd9686',0);
 CREATE TABLE segment (
 	structure VARCHAR NOT NULL, 
 	op_types JSON NOT NULL, 
@@ -282,8 +282,8 @@ CREATE TABLE study (
 	CONSTRAINT fk_study_run_id_run FOREIGN KEY(run_id) REFERENCES run (id) ON DELETE CASCADE, 
 	CONSTRAINT uq_study_run_id_name UNIQUE (run_id, name)
 );
-INSERT INTO "study" VALUES('01a205be6af8778d8f062e294b984579','0197f0a0-0000-7000-8000-000000000001','search');
-INSERT INTO "study" VALUES('01a205be6b08759f9e642cd2dc5ab1f0','0197f0a0-0000-7000-8000-000000000001','batch');
+INSERT INTO "study" VALUES('01a205bf4b2378199c984ab8bddf1c77','0197f0a0-0000-7000-8000-000000000001','search');
+INSERT INTO "study" VALUES('01a205bf4b2b71c0b6ff68d9175abc88','0197f0a0-0000-7000-8000-000000000001','batch');
 CREATE TABLE target (
 	id VARCHAR NOT NULL, 
 	runtime VARCHAR NOT NULL, 
@@ -297,8 +297,8 @@ CREATE TABLE target (
 	CONSTRAINT fk_target_device_id_device FOREIGN KEY(device_id) REFERENCES device (id), 
 	CONSTRAINT fk_target_environment_environment FOREIGN KEY(environment) REFERENCES environment (fingerprint)
 );
-INSERT INTO "target" VALUES('e03eb21800038c5aa4e3dd9b9e6628a3','openvino','CPU','2026.4','["fp32","bf16"]','c88959053d479f3e5933cbe928d771aa','fa781de56fbecd8a2bc4957c33f3a158','2026-11-23 00:11:34.964000');
-INSERT INTO "target" VALUES('40ca5986c88b6e92a3a6f398ffaff641','onnxruntime','CUDA:0','1.31','["fp32","f16","int8"]','b7ed42bedf6942c0b885e69193781f81','5ea1f304f527cc7e406da85ea943d532','2026-11-23 00:11:34.976055');
+INSERT INTO "target" VALUES('e03eb21800038c5aa4e3dd9b9e6628a3','openvino','CPU','2026.4','["fp32","bf16"]','c88959053d479f3e5933cbe928d771aa','fa781de56fbecd8a2bc4957c33f3a158','2026-11-23 00:12:32.379721');
+INSERT INTO "target" VALUES('40ca5986c88b6e92a3a6f398ffaff641','onnxruntime','CUDA:0','1.31','["fp32","f16","int8"]','b7ed42bedf6942c0b885e69193781f81','5ea1f304f527cc7e406da85ea943d532','2026-11-23 00:12:32.384993');
 CREATE TABLE transfer (
 	probe_id VARCHAR NOT NULL, 
 	source VARCHAR NOT NULL, 
@@ -307,7 +307,7 @@ CREATE TABLE transfer (
 	CONSTRAINT pk_transfer PRIMARY KEY (probe_id), 
 	CONSTRAINT fk_transfer_probe_id_probe FOREIGN KEY(probe_id) REFERENCES probe (id) ON DELETE CASCADE
 );
-INSERT INTO "transfer" VALUES('01a205be6ae97d35a1f2398a6e74af3c','openvino:CPU','onnxruntime:CUDA:0',8589934592);
+INSERT INTO "transfer" VALUES('01a205bf4b1c7862994f7077991b96c3','openvino:CPU','onnxruntime:CUDA:0',8589934592);
 CREATE TABLE trial (
 	id VARCHAR NOT NULL, 
 	study_id VARCHAR NOT NULL, 
@@ -329,9 +329,9 @@ CREATE TABLE trial (
 	CONSTRAINT fk_trial_study_id_study FOREIGN KEY(study_id) REFERENCES study (id) ON DELETE CASCADE, 
 	CONSTRAINT uq_trial_study_id_number UNIQUE (study_id, number)
 );
-INSERT INTO "trial" VALUES('01a205be6afa7a8caa0cea7a39ff32fa','01a205be6af8778d8f062e294b984579',4,'openvino:CPU','4960f0793092c115',4,2,'refused',NULL,NULL,NULL,NULL,1,'no',0.5);
-INSERT INTO "trial" VALUES('01a205be6b057502a77c7e4210678594','01a205be6af8778d8f062e294b984579',3,'openvino:CPU','4960f0793092c115',4,2,'complete',0.91,0.9,0.92,0.001,0,'',0.5);
-INSERT INTO "trial" VALUES('01a205be6b087d3b82514bbb2ad80b28','01a205be6b08759f9e642cd2dc5ab1f0',3,'openvino:CPU','4960f0793092c115',8,2,'complete',0.91,0.9,0.92,0.001,0,'',0.5);
+INSERT INTO "trial" VALUES('01a205bf4b2577779e711d0bbda0d7f9','01a205bf4b2378199c984ab8bddf1c77',4,'openvino:CPU','4960f0793092c115',4,2,'refused',NULL,NULL,NULL,NULL,1,'no',0.5);
+INSERT INTO "trial" VALUES('01a205bf4b297c9b96605fd098b5ba82','01a205bf4b2378199c984ab8bddf1c77',3,'openvino:CPU','4960f0793092c115',4,2,'complete',0.91,0.9,0.92,0.001,0,'',0.5);
+INSERT INTO "trial" VALUES('01a205bf4b2b7ce59b6e7cc89f0dd59a','01a205bf4b2b71c0b6ff68d9175abc88',3,'openvino:CPU','4960f0793092c115',8,2,'complete',0.91,0.9,0.92,0.001,0,'',0.5);
 CREATE INDEX ix_environment_target ON environment (target);
 CREATE INDEX ix_target_device_id ON target (device_id);
 CREATE INDEX ix_target_environment ON target (environment);

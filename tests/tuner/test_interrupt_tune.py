@@ -1,0 +1,111 @@
+"""Ctrl-C in a whole tune: once it finishes with what there is and writes a plan, twice it stops now; nothing measured is lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aivmm.db.database import Database
+from aivmm.tuner.interrupt import LINE
+from tests.tuner.harness import TINY, Finished, Place, living, workers_of
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+
+# A search that would go on for ten minutes: what ends it is Ctrl-C.
+LONG = (*TINY, "--targets", "onnxruntime", "--budget", "600s", "--trials", "500", "--top", "1", "--json")
+
+
+def count(place: Place, what: str) -> int:
+    """Return how many rows a table has, read as anybody could."""
+    if not place.db.exists():
+        return 0
+    try:
+        with closing(sqlite3.connect(f"file:{place.db}?mode=ro", uri=True, timeout=5)) as connection:
+            return int(connection.execute(f"SELECT count(*) FROM {what}").fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0  # it is being made
+
+
+def until(place: Place, process: subprocess.Popen[str], what: str, least: int, *, limit_s: float = 120.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while count(place, what) < least:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"no {what}"
+        time.sleep(0.05)
+
+
+def check_kept(place: Place, status: str) -> None:
+    with Database.open(place.db) as database:
+        assert database.check() == []
+        assert database.run(None).status == status
+
+
+def test_once_in_the_search_proves_and_writes_the_best_plan_so_far(place: Place, tiny: Path) -> None:
+    with place.started("tune", tiny, *LONG) as process:
+        until(place, process, "trial", 2)
+        workers = workers_of(process.pid)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+        code = process.returncode
+    assert code == 0, err
+    assert err.count(LINE) == 1
+    summary: Any = json.loads(out)
+    assert summary["plan"] and summary["baselines"]
+    assert (place.work / "tiny.aivmm" / "plan.json").is_file()
+    assert (place.work / "tiny.aivmm" / "report.html").is_file()
+    assert living(workers) == []
+    check_kept(place, "interrupted")
+    # A search that was cut short is no search that was done: the same request goes on with it.
+    trials, probes = count(place, "trial"), count(place, "probe")
+    with place.started("tune", tiny, *LONG) as process:
+        until(place, process, "trial", 2 * trials + 1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert json.loads(out)["probes"]["reused"] > 0
+    assert count(place, "probe") > probes
+
+
+def test_twice_stops_now_and_keeps_what_was_measured(place: Place, tiny: Path) -> None:
+    with place.started("tune", tiny, *LONG) as process:
+        until(place, process, "trial", 2)
+        kept = count(place, "probe")
+        workers = workers_of(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr
+        while LINE not in process.stderr.readline():  # two of them at once would be one for the kernel
+            assert process.poll() is None
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        code = process.returncode
+    assert code == 130, err
+    assert time.monotonic() - started < 30
+    assert json.loads(out)["error"]["message"].startswith("interrupted")
+    (said,) = Finished(code, out, err).error_lines
+    assert "interrupted" in said and "kept" in said
+    assert living(workers) == []
+    assert list(place.work.iterdir()) == []
+    assert count(place, "probe") >= kept
+    check_kept(place, "interrupted")
+
+
+def test_once_before_anything_was_measured_still_gives_a_plan(place: Place, tiny: Path) -> None:
+    with place.started("tune", tiny, *LONG) as process:
+        assert process.stderr
+        while "reading the model" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+        code = process.returncode
+    assert code == 0, err
+    assert json.loads(out)["plan"]
+    check_kept(place, "interrupted")
