@@ -11,6 +11,7 @@ What `__all__` does not name is not public. Names load on first use: running a p
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from aivmm.face import devices, evidence, load_plan, tune
     from aivmm.result import TuneResult
     from aivmm.runtime.engine import Engine
+
+# ONNX Runtime's builds for Linux write a device id and a queue of events below ~/.cache/Microsoft as soon as they are imported, to be sent
+# to Microsoft. Nothing of ours sends anything; whoever wants to take part has set the variable to 0 before.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "AivmmError": "errors",

@@ -1,7 +1,7 @@
 """Can the verdicts be trusted? The same thing compared with itself, and with itself plus 5 %, by the classes that the tuner uses.
 
     python benchmarks/aa.py [--comparisons 400] [--models NAME ...] [--quick] [--where same,workers,runtimes] [--load idle,busy]
-                            [--rounds 48] [--copies 4] [--out benchmarks/results/aa.md]
+                            [--rounds 48] [--copies 6] [--out benchmarks/results/aa.md]
 
 Each race has three contestants that load the same model with the same settings: two time 20 calls at once, the third 21. The two are called
 different (a false alarm) or not; the third is called slower than the first (found) or not, by the same settings on the same samples.
@@ -279,7 +279,7 @@ def heading(models: Sequence[Subject], options: argparse.Namespace) -> list[str]
         f"on {device.model}, {device.cores} cores, {platform.system()} {platform.release()}, Python {platform.python_version()},",
         f"openvino {version('openvino')}, onnxruntime {version(ort)}.",
         "",
-        f"Interval {CONFIDENCE:.0%}; {options.rounds} rounds each, the cap on samples; across workers {options.copies} processes a contestant.",
+        f"Interval {CONFIDENCE:.0%}; {options.rounds} rounds each, the cap on samples; across workers {options.copies} copies.",
         "Models: " + ", ".join(f"{each.name} ({each.call_s * 1e3:.3f} ms, {dealt[each.name]} comparisons)" for each in models) + ".",
         "False alarm: two of a kind called faster or slower (to reach: at most 2 %). Found: 21 calls called slower than 20 (to reach:",
         "at least 90 % idle, 75 % busy). Sequential: the same blocks one contestant after the other, medians compared. Rates with Wilson's",
@@ -300,7 +300,7 @@ def main() -> None:
     parser.add_argument("--where", default=",".join(WHERE))
     parser.add_argument("--load", default="idle,busy")
     parser.add_argument("--rounds", type=int, default=48)
-    parser.add_argument("--copies", type=int, default=4)
+    parser.add_argument("--copies", type=int, default=6)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.quick:

@@ -139,13 +139,13 @@ def names_of(connection: Connection, subjects: Iterable[str]) -> Mapping[str, st
     for some in chunks(sorted(set(bases.values()))):
         blocks = select(model_block.c.structure, model_block.c.content, model.c.name, model_block.c.position).join(model)
         wanted = blocks.where(or_(model_block.c.structure.in_(some), model_block.c.content.in_(some)))
-        for row in connection.execute(wanted.order_by(model.c.first_seen_at.desc(), model_block.c.position.desc())):
-            known[row.structure] = known[row.content] = f"{row.name} block {row.position}"
+        for block in connection.execute(wanted.order_by(model.c.first_seen_at.desc(), model_block.c.position.desc())):
+            known[block.structure] = known[block.content] = f"{block.name} block {block.position}"
         wholes = select(model.c.structure, model.c.content, model.c.name)
-        for row in connection.execute(wholes.where(or_(model.c.structure.in_(some), model.c.content.in_(some)))):
-            known[row.structure] = known[row.content] = row.name
-        for row in connection.execute(select(operator.c.signature, operator.c.description).where(operator.c.signature.in_(some))):
-            known[row.signature] = row.description
+        for whole in connection.execute(wholes.where(or_(model.c.structure.in_(some), model.c.content.in_(some)))):
+            known[whole.structure] = known[whole.content] = whole.name
+        for single in connection.execute(select(operator.c.signature, operator.c.description).where(operator.c.signature.in_(some))):
+            known[single.signature] = single.description
     return {subject: known.get(base, subject) for subject, base in bases.items()}
 
 

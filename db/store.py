@@ -15,7 +15,6 @@ from sqlalchemy.pool import PoolProxiedConnection
 from aivmm.db.engine import explained, transaction
 from aivmm.db.location import Location
 from aivmm.db.schema import config
-from aivmm.errors import DatabaseError
 from aivmm.runtime.config import Config
 
 CHUNK = 500  # values in one IN list: below the smallest limit of any SQLite (999)
@@ -27,7 +26,6 @@ class Store:
     def __init__(self, location: Location, engine: Engine) -> None:
         self._location = location
         self._engine = engine
-        self._identity = self._stat()
         self._configs: dict[str, Config] = {}  # by digest, so an entry can never be stale
 
     @property
@@ -61,23 +59,8 @@ class Store:
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
         """All of it or nothing; on disk when this returns."""
-        if self._stat() != self._identity:
-            # SQLite would go on writing into a file that has no name any more, and nobody would ever read it.
-            raise DatabaseError(
-                f"the database {self.location} was removed or replaced while in use", advice="put it back, or run again with another --db"
-            )
         with explained(self.location), transaction(self._engine, writes=True) as connection:
             yield connection
-
-    def _stat(self) -> tuple[int, int] | None:
-        """What tells the file from another of its name; None for a server, and (0, 0) for a file that is gone."""
-        if self._location.path is None:
-            return None
-        try:
-            status = self._location.path.stat()
-        except OSError:
-            return (0, 0)
-        return (status.st_dev, status.st_ino)
 
     def _store_configs(self, connection: Connection, configs: Mapping[str, Config]) -> None:
         """Make the rows that other rows refer to by `Config.digest()`."""

@@ -60,7 +60,7 @@ def fit_versions(model: ir.Model, *, was_old: bool, notes: list[str]) -> ir.Mode
     opset, before = model.opset_imports.get("", 0), model.ir_version
     if was_old or opset > NEWEST_OPSET:
         target = GOOD_OPSET if was_old else NEWEST_OPSET
-        converted = _convert(model, target)
+        converted = convert(model, target)
         if isinstance(converted, ir.Model):
             model = converted
             notes.append(f"opset {opset} converted to opset {target}")
@@ -78,7 +78,7 @@ def fit_versions(model: ir.Model, *, was_old: bool, notes: list[str]) -> ir.Mode
     return model
 
 
-def _convert(model: ir.Model, target: int) -> ir.Model | str:
+def convert(model: ir.Model, target: int) -> ir.Model | str:
     """The converted model, or the converter's own words in one line."""
     bare = skeleton(model)
     try:

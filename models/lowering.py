@@ -105,7 +105,7 @@ _RECIPES = {recipe.name: recipe for recipe in (
 )}
 # fmt: on
 
-# The order is by speed and cosine on the demo models, both runtimes; which one wins differs by model and CPU, so that several are tried.
+# A first guess from cosines on the demo models (times were too noisy to rank by); which one wins differs by model and CPU: try several.
 _CONVOLUTIONAL = ("nncf-mixed", "ort-minmax", "nncf-mixed-7bit", "nncf-symmetric", "ort-minmax-7bit", "ort-percentile", "ort-entropy")
 _WEIGHTS = ("ort-dynamic", "ort-dynamic-7bit", "nncf-weights-int8", "ort-weights-int8")
 _TRANSFORMER = ("nncf-transformer", "nncf-mixed", "ort-products", "nncf-transformer-7bit", "ort-products-7bit", *_WEIGHTS)

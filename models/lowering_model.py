@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from onnx_ir.passes import common
 
 from aivmm.errors import Unsupported, UsageError
 from aivmm.models.intake_infer import infer_shapes
-from aivmm.models.intake_versions import NEWEST_OPSET, _convert
+from aivmm.models.intake_versions import NEWEST_OPSET, convert
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession as Session
@@ -54,7 +53,7 @@ def ready(model: ir.Model, opset: int) -> ir.Model:
     if not before:
         raise Unsupported("the model has no standard operators")
     if before < opset:
-        converted = _convert(model, opset)
+        converted = convert(model, opset)
         if not isinstance(converted, ir.Model):
             raise Unsupported(f"opset {before} cannot be raised to {opset}: {converted}")
         model = converted
@@ -220,12 +219,7 @@ def _dequantized(value: ir.Value | None) -> ir.Value | None:
 
 
 def import_onnxruntime() -> Any:
-    """Import ONNX Runtime so that it sends no usage data.
-
-    Its builds for Linux write a device id and a queue of events below `~/.cache/Microsoft` as soon as they are imported, and send them
-    to Microsoft. This variable, set before, stops both; workers started later inherit it. Imported already, it can be told to stop.
-    """
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    """Import ONNX Runtime so that it sends no usage data, whoever imported it before (`aivmm/__init__` has set what stops it)."""
     import onnxruntime
 
     onnxruntime.disable_telemetry_events()

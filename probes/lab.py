@@ -12,7 +12,7 @@ from aivmm.errors import AivmmError
 from aivmm.models.lowering import Recipe
 from aivmm.models.records import ModelFacts
 from aivmm.probes import wire
-from aivmm.probes.client import Worker, WorkerDied
+from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.race import Contestant
 from aivmm.probes.user_code import ask
 from aivmm.runtime.backend import Baseline
@@ -68,6 +68,7 @@ class Lab:
 
     def __init__(self) -> None:
         self._workers: dict[str, Worker] = {}
+        self.trouble: list[str] = []  # what went wrong without costing a probe, for the user to know
         self._count = 0
 
     def worker(self, runtime: str) -> Worker:
@@ -106,7 +107,11 @@ class Lab:
 
     def knobs(self, target: Target) -> tuple[Knob, ...]:
         """List the knobs of a target."""
-        answer = self.worker(target.runtime).call("knobs", limit_s=RUN_LIMIT_S, target=wire.target_out(target))
+        try:
+            answer = self.worker(target.runtime).call("knobs", limit_s=run_limit_s(), target=wire.target_out(target))
+        except WorkerDied as died:
+            self.trouble.append(f"nothing was searched on {target}: asked for its settings, {target.runtime} {died.reason}")
+            return ()
         return tuple(map(wire.knob_in, answer["knobs"]))
 
     def baselines(self, targets: Sequence[Target], objective: str) -> tuple[Baseline, ...]:
@@ -114,7 +119,13 @@ class Lab:
         found: list[Baseline] = []
         for runtime in dict.fromkeys(target.runtime for target in targets):
             mine = [wire.target_out(target) for target in targets if target.runtime == runtime]
-            answer = self.worker(runtime).call("baselines", limit_s=RUN_LIMIT_S, targets=mine, objective=objective, backends=[runtime])
+            try:
+                answer = self.worker(runtime).call(
+                    "baselines", limit_s=run_limit_s(), targets=mine, objective=objective, backends=[runtime]
+                )
+            except WorkerDied as died:
+                self.trouble.append(f"{runtime} has no baseline: asked for them, it {died.reason}")
+                continue
             for each in answer["baselines"]:
                 target = wire.target_in(each["target"])
                 assert isinstance(target, Target)
@@ -228,7 +239,8 @@ class Lab:
         worker = self.worker(target.runtime)
         answer = worker.call(
             "compile",
-            limit_s=COMPILE_LIMIT_S,
+            limit_s=compile_limit_s(),
+            run_limit_s=run_limit_s(),
             name=name,
             model=str(model),
             target=wire.target_out(target),

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from aivmm.errors import UsageError
-from aivmm.probes import wire
+from aivmm.probes import fusion, operator_probes, phases, transfers, wire
 from aivmm.probes.accuracy import judge
 from aivmm.probes.lowering import lower, rebatch
 from aivmm.probes.machine import peak_memory_bytes
@@ -210,6 +210,7 @@ def compile_model(
     started = time.perf_counter()
     executable = backend.compile(Path(model), where, wire.config_in(config))
     compiled = time.perf_counter()
+    phases.enter(phases.RUN)
     runner = ExecutableRunner(executable, arrays, callers)
     bound = time.perf_counter()
     runner.steps[0]()
@@ -237,6 +238,7 @@ def load_bundle(state: State, *, name: str, bundle: str, inputs: str, reference:
     started = time.perf_counter()
     engine = Engine.load(bundle)
     loaded = time.perf_counter()
+    phases.enter(phases.RUN)
     runner = EngineRunner(engine, arrays)
     engine.run(arrays)
     answer: dict[str, Any] = {
@@ -359,9 +361,7 @@ OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "rebatch": rebatch,
     "samples": samples,
     "timed": timed,
+    **operator_probes.OPERATIONS,
+    **transfers.OPERATIONS,
+    **fusion.OPERATIONS,
 }
-
-
-from aivmm.probes import fusion, operator_probes, transfers  # noqa: E402 - the lead moves these into the table above (operators helper)
-
-OPERATIONS |= operator_probes.OPERATIONS | transfers.OPERATIONS | fusion.OPERATIONS

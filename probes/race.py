@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from aivmm.errors import AivmmError
-from aivmm.probes.client import Worker, WorkerDied
+from aivmm.probes.client import Worker, WorkerDied, WorkerLost, run_limit_s
 from aivmm.probes.compare import Apart, Comparison, compare, observed_apart, paired_logs
 from aivmm.probes.machine import freeze, measuring, thaw, wait_until_quiet
 from aivmm.probes.records import Caution, Samples
@@ -21,7 +21,6 @@ _SEVERAL_BLOCK_S = 0.12  # with several callers one block gives one duration, so
 _SLOW_S = 0.02  # one such call settles the caches
 _VERY_SLOW_S = 0.2  # one such call is a block
 _WARM_S = 0.5  # at most so long until the first calls no longer become faster
-_RUN_LIMIT_S = 120.0
 _HOPELESS = 1.10  # dropped when it is shown to be this far behind the leader
 _HOPELESS_P = 0.05  # five rounds of five reach it: what is dropped for nothing costs one candidate of a search
 _TIGHT = 0.03  # an interval this wide (±1.5 %) is decided enough: more rounds would be spent on what nobody feels
@@ -96,11 +95,11 @@ class Contestant:
         settle = 1 if self.expected_s > _SLOW_S else 2
         least = 1 if self.expected_s > _VERY_SLOW_S else 2
         more = ({"steady_s": _WARM_S} if warmup else {}) | ({"repeat": self.repeat} if self.repeat > 1 else {})
-        limit_s = _RUN_LIMIT_S + seconds
+        limit_s = run_limit_s() + seconds
         try:
             answer = worker.call("timed", limit_s=limit_s, name=self.name, seconds=seconds, settle=settle, least=least, **more)
         except WorkerDied as died:
-            self.failed = died
+            self.failed, self.lost = died, isinstance(died, WorkerLost)
             return
         except AivmmError as error:  # out of memory at run time, say: it costs this contestant and not the race
             self.failed = WorkerDied(str(error))
@@ -188,6 +187,7 @@ def race(
     confidence: float = 0.95,
     tell: Callable[[RaceState], None] | None = None,
     enough: Callable[[int], bool] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> int:
     """Run rounds until the race is decided, `most_rounds` are done, or `budget_s` is over after at least `least_rounds`.
 
@@ -197,7 +197,7 @@ def race(
     neighbours. The first calls of a block are not timed; one round before the first is for warming up and is not counted. The order is
     random, and each second round has the one before it backwards, so that a drift within rounds cancels. Hopeless contestants leave early
     unless `keep`. `enough(rounds)` replaces the rule that ends the race when each remaining comparison with the leader is decided at
-    `confidence`. Those that are not when the race ends carry the caution `never-settled`.
+    `confidence`. Those that are not when the race ends carry the caution `never-settled`. `stop()` ends it after three rounds.
     """
     order = random.Random(seed)
     started = time.perf_counter()
@@ -211,6 +211,8 @@ def race(
             spent = time.perf_counter() - started - waited
             # A budget that is over ends the race, but not before there is something to compare, unless it is over by far.
             if (count >= least_rounds and spent > budget_s) or (count >= 3 and spent > 1.3 * budget_s + 1):
+                break
+            if count >= 3 and stop is not None and stop():
                 break
             with measuring() as lock_wait:
                 waited += lock_wait

@@ -121,7 +121,11 @@ class _Table:
     """The outcomes of one kind that may be compared: one batch, one caller, one config for each subject and lane."""
 
     def __init__(self, data: ReportData, kind: ProbeKind) -> None:
-        of_kind = [outcome for outcome in data.outcomes if outcome.key.kind == kind and outcome.key.callers == 1]
+        of_kind = [
+            outcome
+            for outcome in data.outcomes
+            if outcome.key.kind == kind and outcome.key.callers == 1 and not outcome.key.subject.startswith("ceiling:")
+        ]
         self.batch = _batch(data, of_kind)
         self._wanted = {stage_target(stage): config_of(stage.get("config"))[0] for stage in data.stages}
         self._found: dict[tuple[str, Lane], Outcome] = {}

@@ -12,7 +12,7 @@ from aivmm.db.database import Database
 from aivmm.errors import AivmmError
 from aivmm.models.records import Block
 from aivmm.probes import wire
-from aivmm.probes.client import WorkerDied
+from aivmm.probes.client import WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.compare import cautions
 from aivmm.probes.lab import Lab
 from aivmm.probes.machine import measuring, wait_until_quiet
@@ -26,7 +26,6 @@ from aivmm.tuner.measure import Counts
 from aivmm.tuner.operators import OperatorProber
 from aivmm.tuner.subject import Subject
 
-_PROBE_LIMIT_S = 120.0
 _BLOCK_S = 0.03
 _TOLERANCE = 1e-2  # relative L2 of a block against the reference chain: beyond it the runtime computes something else
 Tell = Callable[[str, int, int], None]
@@ -47,6 +46,7 @@ class Anatomist:
     fresh: bool = False
     retry_failed: bool = False
     measure_new: bool = True  # False: only recall what the database has
+    stop: Callable[[], bool] = lambda: False  # True: what is not known yet is skipped
     skipped: int = 0
     _waited: float = 0.0  # for the machine-wide lock: no part of the budget
     _used: list[ProbeKey] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Anatomist:
             if key in known:
                 found[block.index, str(target)] = self._reuse(known[key])
                 continue
-            if not self.measure_new or time.perf_counter() - started - self._waited > budget_s:
+            if not self.measure_new or self.stop() or time.perf_counter() - started - self._waited > budget_s:
                 self.skipped += 1
                 continue
             edges = edges or self._edges()
@@ -97,6 +97,7 @@ class Anatomist:
             fresh=self.fresh,
             retry_failed=self.retry_failed,
             measure_new=self.measure_new,
+            stop=self.stop,
         )
         prober.run(budget_s=budget_s, tell=tell)
         self.skipped += prober.skipped
@@ -135,7 +136,8 @@ class Anatomist:
             try:
                 answer = worker.call(
                     "probe",
-                    limit_s=_PROBE_LIMIT_S,
+                    limit_s=compile_limit_s(),
+                    run_limit_s=run_limit_s(),
                     model=str(model),
                     target=wire.target_out(target),
                     config=wire.config_out(key.config),

@@ -19,6 +19,7 @@ from aivmm.planner.levels import goal
 from aivmm.probes.client import WorkerDied
 from aivmm.runtime.target import Target
 from aivmm.tuner.cli_db import app as db_app
+from aivmm.tuner.cli_profile import profile
 from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions, parse_batches, parse_budget, parse_dims, parse_list, parse_shapes
 from aivmm.tuner.text import printable
 
@@ -35,6 +36,7 @@ Start with `aivmm tune model.onnx`, or with a demo: `aivmm tune demo:squeezenet`
 )
 
 app.add_typer(db_app, name="db")
+app.command()(profile)
 
 Json = Annotated[bool, typer.Option("--json", help="Make standard output exactly one JSON object.")]
 Db = Annotated[

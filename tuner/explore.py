@@ -47,12 +47,16 @@ class Explorer:
         """Explore."""
         self.baselines = self._baselines()
         self.search = self._search(self.baselines)
+        for each in self.work.lab.trouble:
+            self.work.note(each)
 
     def _baselines(self) -> list[tuple[Baseline, Candidate]]:
         """Measure the baselines; they are the first candidates and the yardstick. Those that no target takes are noted and left out."""
         self.work.progress.phase("measuring what you would run without us")
         known = self.work.lab.baselines(self.work.targets, self.work.options.objective)
         pairs = [(each, self._candidate(each)) for each in known]
+        if not pairs:
+            raise ModelError(f"there is nothing to compare with: {'; '.join(self.work.lab.trouble) or 'no runtime has a baseline'}")
         for each in known:  # AUTO exists only here
             self.work.database.remember_environment(environment_of(each.target))
             self.work.database.remember_target(each.target)
@@ -67,6 +71,7 @@ class Explorer:
             fresh=self.work.options.fresh,
             retry_failed=self.work.options.retry_failed,
             seed=self.work.options.seed,
+            stop=self.work.asked,
         )
         first = self.measurer.reference
         recalled = self.measurer.recall(self._all_measured_targets(pairs))
@@ -229,7 +234,7 @@ class Explorer:
         deadline = max(SEARCH_UNTIL * self.work.options.budget_s, self.work.elapsed() + _LEAST_SEARCH * self.work.options.budget_s)
         trials = stale = 0
         best = min((score.ratio for _, score in search.best(1)), default=float("inf"))
-        while not search.exhausted and self.work.elapsed() < deadline:
+        while not search.exhausted and not self.work.asked() and self.work.elapsed() < deadline:
             if self.work.options.trials is not None and trials >= self.work.options.trials:
                 break
             if self.work.options.trials is None and trials >= _LEAST_TRIALS and stale >= _PATIENCE:
@@ -241,7 +246,9 @@ class Explorer:
             left = max(1.5, min(_GROUP_S, deadline - self.work.elapsed()))
             incumbent = [candidate for candidate, _ in search.best(1)]
             # How close a lowered model comes does not hang on threads: once it is out on a target, its other settings are too.
-            found = {each.key: self._inaccurate[each.target, each.config.precision] for each in asked if self._is_out(each)}
+            found: dict[str, Score | Rejection] = {
+                each.key: self._inaccurate[each.target, each.config.precision] for each in asked if self._is_out(each)
+            }
             wanted = [each for each in asked if each.key not in found]
             if wanted:
                 found |= self.measurer.measure(wanted, budget_s=left, tell=self.work.tell_race, beside=incumbent)

@@ -27,13 +27,14 @@ class Lowerer:
     category: str
     calibration: Sequence[Path]
     calibration_digest: str
+    saturates: bool  # a CPU takes part whose int8 products overflow 16 bits
     notes: list[str]
     _made: dict[str, Path | Unsupported] = field(default_factory=dict)
     _carried: dict[tuple[str, int], Path | Unsupported] = field(default_factory=dict)
 
     def recipe(self, precision: str) -> Recipe:
         """Return how the model is lowered to `precision`."""
-        return recipes(precision, self.category)[0]
+        return recipes(precision, self.category, saturates=self.saturates)[0]
 
     def tag(self, precision: str) -> str:
         """Return what tells this way of lowering from others: part of the key of times."""

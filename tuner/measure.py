@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aivmm.db.database import Database
 from aivmm.errors import ModelError, Unsupported, UsageError
 from aivmm.planner.candidates import Candidate, Rejection, Score
+from aivmm.probes import conditions
 from aivmm.probes.accuracy import over_limit
 from aivmm.probes.client import WorkerDied
 from aivmm.probes.compare import cautions, compare
 from aivmm.probes.lab import Lab, Loaded
-from aivmm.probes.machine import BackgroundLoad, machine_cautions
+from aivmm.probes.machine import BackgroundLoad
 from aivmm.probes.race import Contestant, RaceState, race
 from aivmm.probes.records import Caution, Failed, Measured, Outcome, ProbeKey, Refused
-from aivmm.runtime.cpu import usable_cores
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.target import Target
 from aivmm.tuner.subject import Subject
@@ -59,11 +59,13 @@ class Measurer:
     fresh: bool = False
     retry_failed: bool = False
     seed: int = 0
+    stop: Callable[[], bool] | None = None  # True: races end as soon as they may
     counts: Counts = field(default_factory=Counts)
     _loaded: dict[str, Loaded] = field(default_factory=dict)
     _races: dict[str, dict[str, Measured]] = field(default_factory=dict)  # race -> key digest -> outcome
     _old: dict[str, Outcome] = field(default_factory=dict)  # candidate key -> newest outcome
     _rejected: dict[str, Rejection] = field(default_factory=dict)  # refused or failed, in this run or as the database remembers
+    _around: dict[str, float] = field(default_factory=dict)  # clocks before and after the last race
     _number: int = 0
 
     def key(self, candidate: Candidate) -> ProbeKey:
@@ -138,10 +140,37 @@ class Measurer:
     ) -> dict[str, Score | Rejection]:
         """Load and race `candidates` (with the reference and those in `beside`); store what came out; return scores by candidate key."""
         started = time.perf_counter()
-        load = BackgroundLoad(self.lab.pids())
+        load, before = BackgroundLoad(self.lab.pids()), conditions.read({each.target for each in candidates})
         results: dict[str, Score | Rejection] = {}
-        field_: dict[str, tuple[Candidate, Loaded]] = {}
         everyone = tuple(dict.fromkeys((self.reference, *beside, *candidates)))
+        stay = {self.reference, *keep, *beside}
+        for _ in everyone:  # each time around but the last has cost one of them, which crashed and took others' worker down
+            field_ = self._field(everyone, stay, results)
+            if self.reference.key not in field_:
+                self._unload_except(())
+                return _complete(results, candidates)
+            contestants = [_fresh(loaded.contestant) for _, loaded in field_.values()]
+            by_name = {each.name: each for each in contestants}
+            self._number += 1
+            left = max(1.0, budget_s - (time.perf_counter() - started))
+            race(contestants, budget_s=left, seed=self.seed + self._number, tell=tell, stop=self.stop)
+            guilty = {key: each for key, each in field_.items() if (by := by_name[each[1].contestant.name]).failed and not by.lost}
+            if not guilty or not any(each.lost for each in contestants):
+                break
+            self._store(guilty, by_name, (), results, 0.0)
+        spent = (time.perf_counter() - started) / max(1, len(candidates))
+        load_cores, after = load.read(self.lab.pids()), conditions.read({each.target for each in candidates})
+        self._around = {**before.metrics("before"), **after.metrics("after")}
+        extra = conditions.cautions(before, after, load_cores=load_cores)
+        self._store(field_, by_name, extra, results, spent)
+        self._unload_except({self.reference.key, *(each.key for each in keep), *(each.key for each in beside)})
+        return _complete(results, candidates)
+
+    def _field(
+        self, everyone: Sequence[Candidate], stay: Collection[Candidate], results: dict[str, Score | Rejection]
+    ) -> dict[str, tuple[Candidate, Loaded]]:
+        """Load everyone that loads, by candidate key; the others' outcome goes into `results`."""
+        field_: dict[str, tuple[Candidate, Loaded]] = {}
         for candidate in (*everyone, *everyone):
             # Twice over: a candidate that crashes its worker takes with it what was loaded there before.
             if candidate.key in self._rejected:
@@ -151,23 +180,11 @@ class Measurer:
             outcome = self._load(candidate)
             if isinstance(outcome, Loaded):
                 field_[candidate.key] = (candidate, outcome)
-                outcome.contestant.keep = candidate in keep or candidate == self.reference or candidate in beside
+                outcome.contestant.keep = candidate in stay
             else:
                 results[candidate.key] = self._reject(candidate, outcome)
                 field_.pop(candidate.key, None)
-        if self.reference.key not in field_:
-            self._unload_except(())
-            return _complete(results, candidates)
-        contestants = [_fresh(loaded.contestant) for _, loaded in field_.values()]
-        by_name = {each.name: each for each in contestants}
-        self._number += 1
-        left = max(1.0, budget_s - (time.perf_counter() - started))
-        race(contestants, budget_s=left, seed=self.seed + self._number, tell=tell)
-        spent = (time.perf_counter() - started) / max(1, len(candidates))
-        extra = machine_cautions(load.read(self.lab.pids()), usable_cores())
-        self._store(field_, by_name, extra, results, spent)
-        self._unload_except({self.reference.key, *(each.key for each in keep), *(each.key for each in beside)})
-        return _complete(results, candidates)
+        return field_
 
     def _load(self, candidate: Candidate) -> Loaded | Refused | Failed:
         held = self._loaded.get(candidate.key)
@@ -258,7 +275,7 @@ class Measurer:
         judged = {f"{name}@{holds_for}": value for name, value in loaded.accuracy.items()}
         if loaded.problem:
             judged[f"unusable@{holds_for}"] = 1.0
-        return {"compile_s": loaded.compile_s, "first_inference_s": loaded.first_inference_s, **judged}
+        return {"compile_s": loaded.compile_s, "first_inference_s": loaded.first_inference_s, **self._around, **judged}
 
     def _score(
         self, candidate: Candidate, mine: Measured, reference: Measured, *, reused: bool, seconds: float = 0.0, loaded: Loaded | None = None

@@ -59,6 +59,7 @@ class OperatorProber:
     fresh: bool = False
     retry_failed: bool = False
     measure_new: bool = True  # False: only recall what the database has
+    stop: Callable[[], bool] = lambda: False  # True: what is not known yet is skipped
     skipped: int = 0
     found: dict[tuple[str, str, str], Outcome] = field(default_factory=dict)  # (signature, target, precision) -> how it came out
     ceilings: dict[tuple[str, str], Ceilings] = field(default_factory=dict)  # (target, precision) -> its limits
@@ -125,7 +126,7 @@ class OperatorProber:
         ]
 
     def _may_measure(self) -> bool:
-        return self.measure_new and time.perf_counter() < self._ends
+        return self.measure_new and not self.stop() and time.perf_counter() < self._ends
 
     # --- ceilings
 

@@ -15,15 +15,15 @@ from aivmm.errors import AivmmError
 from aivmm.planner.candidates import Draft
 from aivmm.planner.constraints import ACCURACY, Constraint, Violation, check, unjudged
 from aivmm.planner.records import ProofRecord
+from aivmm.probes import conditions
 from aivmm.probes.accuracy import combined, over_limit
-from aivmm.probes.client import Worker, WorkerDied
+from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.compare import Comparison, cautions, compare, median_interval, round_medians
-from aivmm.probes.lab import COMPILE_LIMIT_S
-from aivmm.probes.machine import BackgroundLoad, machine_cautions, measuring, wait_until_quiet
+from aivmm.probes.machine import BackgroundLoad, measuring, wait_until_quiet
 from aivmm.probes.operations import BATCH_BELOW_S
 from aivmm.probes.race import Contestant, RaceState, block_s, leader_of, race, versus
 from aivmm.probes.records import Caution, Samples
-from aivmm.runtime.cpu import usable_cores
+from aivmm.runtime.target import Target
 
 # Seconds of racing: as many as the entrants' own speed asks for, within these. Loading, the tail and the report come on top.
 _LEAST_S, _MOST_S = 6.0, 15.0
@@ -161,7 +161,8 @@ class Prover:
         try:
             answer = entrant.worker.call(
                 "load_bundle",
-                limit_s=COMPILE_LIMIT_S,
+                limit_s=compile_limit_s(),
+                run_limit_s=run_limit_s(),
                 name="engine",
                 bundle=str(entrant.bundle),
                 inputs=str(entrant.sample),
@@ -169,7 +170,7 @@ class Prover:
             )
             problem, judged = answer["problem"], [answer["accuracy"]]
             for sample, reference in zip(entrant.samples, entrant.references, strict=True):
-                again = entrant.worker.call("judge", limit_s=COMPILE_LIMIT_S, name="engine", inputs=str(sample), reference=str(reference))
+                again = entrant.worker.call("judge", limit_s=run_limit_s(), name="engine", inputs=str(sample), reference=str(reference))
                 problem = problem or again["problem"]
                 judged.append(again["accuracy"])
             accuracy = combined(judged)
@@ -206,13 +207,13 @@ class Prover:
         assert entrant.worker is not None
         outputs = [entrant.bundle.with_name(f"{entrant.bundle.name}.outputs-{index}.npz") for index in range(len(entrant.samples))]
         for sample, path in zip(entrant.samples, outputs, strict=True):
-            entrant.worker.call("outputs", limit_s=COMPILE_LIMIT_S, name="engine", inputs=str(sample), destination=str(path))
+            entrant.worker.call("outputs", limit_s=run_limit_s(), name="engine", inputs=str(sample), destination=str(path))
         with self._asking:  # two entrants are loaded at a time, and one process holds the user's code
             return metric(entrant.samples, entrant.extras or [None] * len(outputs), outputs)
 
     def _race(self, contestants: list[Contestant]) -> None:
         pids = [each.worker.pid for each in contestants]
-        load = BackgroundLoad(pids)
+        load, before = BackgroundLoad(pids), conditions.read(self._targets())
         finalists = [each for each in self._proof.entrants if each.role == "candidate" and each.eligible]
         next_round = self._choose(finalists) if len(finalists) > 1 else 0
         # ... then, on samples that chose nothing, to confirm.
@@ -230,7 +231,8 @@ class Prover:
             first_round=next_round,
             tell=lambda state: self._tell("proving the plan against the baselines", state),
         )
-        self._proof.cautions = machine_cautions(load.read(pids), usable_cores())
+        load_cores = load.read(pids)
+        self._proof.cautions = conditions.cautions(before, conditions.read(self._targets()), load_cores=load_cores)
         for entrant in self._proof.entrants:
             if entrant.contestant is None:
                 continue
@@ -239,6 +241,9 @@ class Prover:
                 continue
             entrant.confirmed = entrant.contestant.samples()
             self._measure(entrant, entrant.confirmed)
+
+    def _targets(self) -> set[Target]:
+        return {piece.target for each in self._proof.entrants for piece in each.draft.pieces}
 
     def _choose(self, finalists: Sequence[Entrant]) -> int:
         """Race the finalists, and drop all but the fastest of those that keep the constraints; return the next round's number."""

@@ -9,6 +9,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -31,6 +32,7 @@ from aivmm.runtime.target import Target, Unavailable, select
 from aivmm.tuner.anatomy import Anatomist
 from aivmm.tuner.decide import Decider, expected
 from aivmm.tuner.explore import Explorer
+from aivmm.tuner.interrupt import Interrupts
 from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
 from aivmm.tuner.progress import Progress
 from aivmm.tuner.prove import Proof, Prover
@@ -63,6 +65,7 @@ class Session:
         self.progress = progress
         self.command = command
         self.started = time.perf_counter()
+        self.interrupts = Interrupts(progress.note)
         self.constraints: tuple[Constraint, ...] = options.parsed_constraints()
         cosine = [each.limit for each in self.constraints if each.metric == "cosine"]
         # Who limits accuracy in another way has said what matters.
@@ -85,6 +88,7 @@ class Session:
         if not self.options.dry_run:
             check_destination(self.output)
         with (
+            nullcontext() if self.options.dry_run else self.interrupts,
             Database.open(self.options.db) as database,
             # Outlives the workers, which map files in it. A folder that cannot be removed is no reason to lose a finished tuning.
             tempfile.TemporaryDirectory(prefix=f"aivmm-{os.getpid()}-", ignore_cleanup_errors=True) as folder,
@@ -134,6 +138,7 @@ class Session:
             constraints=self.constraints,
             cosine_limit=self.cosine_limit,
             run_id=str(uuid.uuid4()),
+            asked=lambda: self.interrupts.asked,
         )
 
     def _allowed(self, found: Sequence[Target], unavailable: Sequence[Unavailable]) -> tuple[Target, ...]:
@@ -210,7 +215,11 @@ class Session:
         explorer = Explorer(work, searched_before=self._searched_before)
         explorer.run()
         anatomist = self._anatomise(work, explorer)
-        record = _end(work, record, "searched", finished=False)
+        cut_short = work.asked()
+        if cut_short:
+            work.note("stopped by Ctrl-C: this is the best plan so far; run the same command again to go on with the search")
+        else:
+            record = _end(work, record, "searched", finished=False)
         decider = Decider(work, explorer, anatomist)
         entrants = decider.entrants()
         self.progress.phase("proving the best end to end")
@@ -225,7 +234,7 @@ class Session:
         ).run()
         for each in proof.records():
             work.database.add_proof(record.id, each)
-        return self._finish(work, record, decider, proof)
+        return self._finish(work, record, decider, proof, cut_short=cut_short)
 
     def _anatomise(self, work: Work, explorer: Explorer) -> Anatomist:
         """Probe blocks, then operators, with what is left of the budget."""
@@ -244,6 +253,7 @@ class Session:
             fresh=self.options.fresh,
             retry_failed=self.options.retry_failed,
             measure_new=not self._searched_before,
+            stop=work.asked,
         )
         budget = self.options.budget_s
 
@@ -257,7 +267,7 @@ class Session:
             work.note(f"{anatomist.skipped} block and operator probes did not fit the budget; raise --budget to have them all")
         return anatomist
 
-    def _finish(self, work: Work, record: RunRecord, decider: Decider, proof: Proof) -> TuneOutcome:
+    def _finish(self, work: Work, record: RunRecord, decider: Decider, proof: Proof, *, cut_short: bool) -> TuneOutcome:
         """Write the plan, if there is one, and the report in any case."""
         verdict, trouble = decider.verdict(proof)
         accuracy = decider.accuracy(proof.plan) if proof.plan else None
@@ -298,7 +308,9 @@ class Session:
             verdict=verdict,
             trouble=trouble,
         )
-        record = _end(work, record, "complete" if proof.plan else "infeasible", result=result)
+        # The same request again continues a search that was cut short, and only proves one that was not.
+        status = "interrupted" if cut_short else "complete" if proof.plan else "infeasible"
+        record = _end(work, record, status, result=result)
         self.progress.phase("writing the report")
         write_report(work.database, record.id, report)
         return TuneOutcome(run=record, plan_path=plan_path, report_path=report, database=work.database.location, summary=result)

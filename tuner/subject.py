@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,7 @@ class Subject:
                 category=self.facts.category.name,
                 calibration=calibration,
                 calibration_digest=_digest_of(calibration),
+                saturates=any(map(_saturates, self._by_name.values())),
                 notes=self.notes,
             )
         return self._lowerer
@@ -300,6 +302,12 @@ class Subject:
             return tuple(paths)
         finally:
             self._lab.unload(loaded.contestant)
+
+
+def _saturates(target: Target) -> bool:
+    """Say whether int8 products overflow there: on x86 without VNNI two of them are summed in 16 bits. Not known counts as yes."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
+    return target.device.kind == "cpu" and x86 and not any("vnni" in each for each in target.device.instruction_sets)
 
 
 def _digest_of(paths: Sequence[Path]) -> str:

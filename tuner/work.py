@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +41,7 @@ class Work:
     constraints: Sequence[Constraint]
     cosine_limit: float | None  # None when accuracy is limited in another way
     run_id: str
+    asked: Callable[[], bool]  # True once the user wants an end: what is running is finished, nothing new is begun
     notes: list[str] = field(default_factory=list)
     _emitters: dict[int, Emitter] = field(default_factory=dict)
 

@@ -119,7 +119,7 @@ def by_openvino(model: Path, feed: Feed) -> Array:
 
 def as_written(model: Path, feed: Feed) -> Array:
     """What the model says, operator by operator in float between quantizing steps: no kernel of integers takes part."""
-    return np.asarray(lowering_model.must_load(model).run(None, feed)[0])  # type: ignore[arg-type]
+    return np.asarray(lowering_model.must_load(model).run(None, feed)[0])
 
 
 RUNTIMES = {"onnxruntime": by_onnxruntime, "openvino": by_openvino}

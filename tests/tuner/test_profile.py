@@ -26,16 +26,6 @@ from tests.probes.conftest import TARGET as WILD
 from tests.probes.conftest import own_lock as own_lock
 from tests.probes.conftest import wild as wild
 
-# The lead mounts the command; until then it is mounted here.
-COMMAND = """
-import sys
-from aivmm.tuner import cli
-from aivmm.tuner.cli_profile import profile
-if not any(each.callback is profile for each in cli.app.registered_commands):
-    cli.app.command()(profile)
-sys.exit(cli.run(sys.argv[1:]))
-"""
-
 
 def write_model(path: Path) -> Path:
     """A convolution that is fused, a shape computation that feeds a Reshape, and a NonZero whose work depends on the data."""
@@ -63,7 +53,7 @@ def write_model(path: Path) -> Path:
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "AIVMM_LOCK": str(folder / "lock"), "COLUMNS": "200"}
-    command = [sys.executable, "-P", "-c", COMMAND, "profile", *arguments]
+    command = [sys.executable, "-P", "-m", "aivmm", "profile", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 

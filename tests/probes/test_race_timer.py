@@ -1,0 +1,232 @@
+"""The timer inside a worker, and who runs while another is timed. Real processes; no absolute time is asserted."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from aivmm.probes import wire
+from aivmm.probes.client import Worker, WorkerDied
+from aivmm.probes.machine import freeze, thaw
+from aivmm.probes.operations import save_arrays
+from aivmm.probes.race import Contestant, apart_of, race, versus
+from aivmm.probes.timer import BATCH_BELOW_S, time_steps, warm_up
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a frozen worker with its parent")
+
+
+# --- the timer ---
+
+
+class Spin:
+    """A step that takes `seconds`, and counts its calls."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.calls = seconds, 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+        end = time.perf_counter() + self.seconds
+        while time.perf_counter() < end:
+            pass
+
+
+@pytest.mark.parametrize("step_s", [0.5e-6, 5e-6, 30e-6])
+def test_short_steps_are_timed_in_batches_long_enough_for_the_clock(step_s: float) -> None:
+    timing = time_steps([Spin(step_s)], seconds=0.01)
+    assert timing.inner > 1
+    assert min(timing.durations) * timing.inner >= 0.5 * BATCH_BELOW_S
+    assert step_s <= min(timing.durations)
+
+
+def test_long_steps_and_tails_are_timed_one_by_one() -> None:
+    assert time_steps([Spin(2 * BATCH_BELOW_S)], seconds=0.005).inner == 1
+    short = Spin(1e-6)
+    timing = time_steps([short], seconds=0.0, least=100, settle=1, each=True)
+    assert timing.inner == 1 and len(timing.durations) == 100
+
+
+def test_one_slow_call_does_not_decide_the_size_of_a_batch() -> None:
+    calls = iter(range(1_000_000))
+
+    def step() -> None:
+        if next(calls) == 0:
+            time.sleep(0.003)
+
+    assert time_steps([step], seconds=0.002, settle=9).inner > 1
+
+
+def test_a_duration_may_hold_several_calls() -> None:
+    step = Spin(0.0)
+    timing = time_steps([step], seconds=0.0, least=4, most=4, settle=1, repeat=21, each=True)
+    assert len(timing.durations) == 4 and step.calls % 21 == 0
+
+
+def test_warming_up_goes_on_while_calls_become_faster_and_not_much_longer() -> None:
+    falling = iter([9.0, 7.0, 5.0, 3.0, 2.0, 1.0, 1.01, 0.995, 1.0, 1.0, 1.0, 1.0])
+    assert warm_up(lambda: next(falling), 60.0) == [9.0, 7.0, 5.0, 3.0, 2.0, 1.0, 1.01, 0.995]
+    assert warm_up(lambda: 1.0, 60.0) == [1.0, 1.0, 1.0]
+    assert warm_up(lambda: 1.0, 0.0) == [1.0]  # at its cap
+
+
+def test_a_step_that_warms_up_is_timed_when_warm() -> None:
+    class Warming(Spin):
+        def __call__(self) -> None:
+            self.seconds = max(0.2e-3, 8e-3 * 0.6**self.calls)
+            super().__call__()
+
+    step = Warming(0.0)
+    timing = time_steps([step], seconds=0.005, settle=1, steady_s=5.0)
+    assert len(timing.warmup) >= 3
+    assert min(timing.durations) < timing.warmup[0] / 3
+
+
+def test_several_steps_give_one_duration_and_warm_up_too() -> None:
+    timing = time_steps([Spin(1e-4), Spin(1e-4)], seconds=0.01, steady_s=0.1)
+    assert len(timing.durations) == 1 and timing.warmup
+
+
+# --- freezing ---
+
+
+@LINUX
+def test_a_frozen_worker_burns_nothing_and_answers_once_it_goes_on(worker: Worker) -> None:
+    worker.call("memory", limit_s=30)
+    assert freeze(worker.pid)
+    assert psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED
+    thaw(worker.pid)
+    assert worker.call("memory", limit_s=30)["peak_bytes"] > 0
+
+
+def test_what_is_gone_or_no_process_is_not_frozen() -> None:
+    assert not freeze(0) and not freeze(-1) and not freeze(2**22 + 1)
+    thaw(-1)
+    thaw(2**22 + 1)
+
+
+@LINUX
+def test_a_frozen_worker_ends_with_its_parent(tmp_path: Path) -> None:
+    import subprocess
+
+    code = (
+        "import os, sys\nfrom aivmm.probes.client import Worker\nfrom aivmm.probes.machine import freeze\n"
+        "w = Worker('w'); w.call('memory', limit_s=60); freeze(w.pid); print(w.pid, flush=True); sys.stdin.read()"
+    )
+    parent = subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert parent.stdout and parent.stdin
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    parent.stdin.close()
+    end = time.monotonic() + 20
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+# --- copies in several processes ---
+
+
+@pytest.fixture
+def load_wild(wild: Path, tmp_path: Path) -> Callable[[Worker], None]:
+    import numpy as np
+
+    from tests.probes.conftest import TARGET
+
+    save_arrays(tmp_path / "x.npz", {"x": np.ones(4, dtype=np.float32)})
+
+    def load(worker: Worker, how: str = "") -> None:
+        config: dict[str, Any] = {"settings": {"how": how}, "precision": None}
+        inputs = str(tmp_path / "x.npz")
+        worker.call("compile", limit_s=60, name="m", model="none", target=wire.target_out(TARGET), config=config, inputs=inputs)
+
+    return load
+
+
+def frozen(workers: Sequence[Worker]) -> int:
+    """Return how many are stopped, once one runs: a signal takes a moment to reach all threads of a process."""
+    end = time.monotonic() + (1.0 if sys.platform == "linux" else 0.0)
+    while True:
+        count = sum(psutil.Process(each.pid).status() == psutil.STATUS_STOPPED for each in workers)
+        if count == len(workers) - 1 or time.monotonic() > end:
+            return count
+        time.sleep(0.001)
+
+
+def test_copies_take_turns_and_only_one_worker_runs_at_a_time(load_wild: Callable[[Worker], None]) -> None:
+    workers = [Worker(name) for name in "abcd"]
+    try:
+        for each in workers:
+            load_wild(each)
+        first = Contestant("m", workers[0], others=(workers[1],), expected_s=1e-5)
+        second = Contestant("m", workers[2], others=(workers[3],), expected_s=1e-5)
+        asked: list[tuple[int, str]] = []
+        stopped: list[int] = []
+        for each in workers:
+
+            def call(operation: str, *, worker: Worker = each, ask: Any = each.call, **arguments: Any) -> Any:
+                asked.append((len(asked), worker.name))
+                stopped.append(frozen(workers))
+                return ask(operation, **arguments)
+
+            each.call = call  # type: ignore[method-assign]
+        after = race([first, second], budget_s=60, most_rounds=8, enough=lambda _: False)
+        assert after == 8
+        assert set(first.rounds) == set(second.rounds) == set(range(8))
+        assert sorted(name for _, name in asked[:4]) == ["a", "b", "c", "d"]  # each copy is warmed up
+        assert [{name for _, name in asked[at : at + 2]} for at in range(4, 20, 2)] == [{"a", "c"}, {"b", "d"}] * 4
+        if sys.platform == "linux":
+            assert stopped[4:] == [3] * 16  # all but the one that is asked
+        assert all(psutil.Process(each.pid).status() != psutil.STATUS_STOPPED for each in workers)
+        found = versus(first, second, field=(first, second))
+        narrow = versus(first, Contestant("m", workers[0], others=(workers[1],), durations=second.durations, rounds=second.rounds))
+        assert apart_of(first, second) is not None
+        assert found.high / found.low > narrow.high / narrow.low  # the same numbers from the same processes are surer
+    finally:
+        for each in workers:
+            each.close()
+
+
+def test_a_copy_that_dies_ends_the_race_of_its_contestant_and_leaves_none_frozen(load_wild: Callable[..., None]) -> None:
+    with Worker("good") as good, Worker("other") as other:
+        load_wild(good)
+        load_wild(other)
+        one = Contestant("m", good, expected_s=1e-5)
+        two = Contestant("m", good, others=(other,), expected_s=1e-5)
+        psutil.Process(other.pid).kill()
+        time.sleep(0.1)
+        race([one, two], budget_s=60, most_rounds=8)
+        assert two.failed and one.samples() is not None
+        assert psutil.Process(good.pid).status() != psutil.STATUS_STOPPED
+
+
+def test_an_interrupted_race_leaves_no_worker_frozen(load_wild: Callable[..., None]) -> None:
+    with Worker("a") as a, Worker("b") as b:
+        load_wild(a)
+        load_wild(b)
+
+        def stop(_: object) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            race([Contestant("m", a, expected_s=1e-5), Contestant("m", b, expected_s=1e-5)], budget_s=60, tell=stop)
+        for each in (a, b):
+            assert psutil.Process(each.pid).status() != psutil.STATUS_STOPPED
+            assert each.call("memory", limit_s=30)
+
+
+def test_a_contestant_whose_worker_refuses_fails_alone(load_wild: Callable[..., None]) -> None:
+    with Worker("a") as a:
+        load_wild(a)
+        missing = Contestant("m", a, expected_s=1e-5)
+        missing.generation = 99
+        fine = Contestant("m", a, expected_s=1e-5)
+        race([missing, fine], budget_s=60, most_rounds=8)
+        assert missing.lost and isinstance(missing.failed, WorkerDied) and fine.durations
