@@ -1,7 +1,7 @@
 """Can the verdicts be trusted? The same thing compared with itself, and with itself plus 5 %, by the classes that the tuner uses.
 
     python benchmarks/aa.py [--comparisons 400] [--models NAME ...] [--quick] [--where same,workers,runtimes] [--load idle,busy]
-                            [--rounds 48] [--copies 6] [--out benchmarks/results/aa.md]
+                            [--rounds 60] [--copies 6] [--out benchmarks/results/aa.md]
 
 Each race has three contestants that load the same model with the same settings: two time 20 calls at once, the third 21. The two are called
 different (a false alarm) or not; the third is called slower than the first (found) or not, by the same settings on the same samples.
@@ -143,8 +143,8 @@ def compare_once(field_: Field, rng: random.Random, rounds: int, tally: Tally, *
     """Run one race, and as much in sequence where wanted, and count the verdicts."""
     groups = field_.draw(rng)
     everyone = [each for group in groups for each in group]
-    race(everyone, budget_s=_RACE_S, least_rounds=_LEAST_ROUNDS, most_rounds=rounds, seed=rng.randrange(1 << 30), confidence=CONFIDENCE,
-         enough=lambda _: False)  # fmt: skip
+    seed = rng.randrange(1 << 30)
+    race(everyone, budget_s=_RACE_S, least_rounds=_LEAST_ROUNDS, most_rounds=rounds, seed=seed, confidence=CONFIDENCE)
     if any(each.failed for each in everyone):
         raise SystemExit(f"a contestant failed: {[each.failed for each in everyone if each.failed]}")
     for first, second, slower in groups:
@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="12 comparisons per condition, of the first model only")
     parser.add_argument("--where", default=",".join(WHERE))
     parser.add_argument("--load", default="idle,busy")
-    parser.add_argument("--rounds", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--copies", type=int, default=6)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -82,7 +82,9 @@ def round_medians(samples: Samples) -> dict[int, float]:
 def paired_logs(a: Samples, b: Samples, *, scale: float = 1.0) -> Floats:
     """Return the logarithm of a / b for each round that both ran, in order, from the medians of the round; see `paired_rounds`."""
     mine, theirs = round_medians(a), round_medians(b)
-    return np.log(np.array([scale * mine[each] / theirs[each] for each in paired_rounds(a, b)]))
+    ratios: Floats = np.array([scale * mine[each] / theirs[each] for each in paired_rounds(a, b)])
+    logs: Floats = np.log(ratios)
+    return logs
 
 
 def paired_rounds(a: Samples, b: Samples) -> list[int]:
@@ -98,7 +100,7 @@ def paired_rounds(a: Samples, b: Samples) -> list[int]:
 
 
 def _without_copies(logs: Floats, numbers: Sequence[int], copies: int) -> tuple[float, Floats]:
-    """Return the mean over copies of their medians, and the logs around it whichever copy they come from: what copies differ by counts apart.
+    """Return the mean over copies of their medians, and the logs around it whichever copy they come from: copies count apart.
 
     Taking off a median that comes from n values takes some of their scatter with it; a factor gives it back.
     """

@@ -155,6 +155,18 @@ def test_a_close_race_goes_on_to_its_last_round() -> None:
     assert race(contestants(worker, "a", "b"), budget_s=60, least_rounds=4, most_rounds=12) == 12
 
 
+def test_what_a_race_could_not_settle_says_so_and_nothing_else_does() -> None:
+    field = contestants(Known({"a": 1.0, "b": 1.0, "clear": 3.0}, noise=1.0), "a", "b", "clear")
+    race(field, budget_s=60, least_rounds=4, most_rounds=12)
+    leader = leader_of(field)
+    told = {each.name: [caution.code for caution in each.cautions] for each in field}
+    assert leader is not None and leader.name in ("a", "b")
+    assert told == {"a": [], "b": [], "clear": []} | {"ab".replace(leader.name, ""): ["never-settled"]}
+    steady = contestants(Known({"a": 1.0, "b": 1.2}, noise=0.001), "a", "b")
+    race(steady, budget_s=60)
+    assert not steady[0].cautions and not steady[1].cautions
+
+
 def test_the_hopeless_leave_and_those_to_keep_stay() -> None:
     worker = Known({"fast": 1.0, "hopeless": 2.0, "baseline": 3.0}, noise=0.01)
     field = contestants(worker, "fast", "hopeless", "baseline")

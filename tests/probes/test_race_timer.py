@@ -99,6 +99,12 @@ def test_several_steps_give_one_duration_and_warm_up_too() -> None:
 def test_a_frozen_worker_burns_nothing_and_answers_once_it_goes_on(worker: Worker) -> None:
     worker.call("memory", limit_s=30)
     assert freeze(worker.pid)
+    end = time.monotonic() + 10
+    while psutil.Process(worker.pid).status() != psutil.STATUS_STOPPED and time.monotonic() < end:
+        time.sleep(0.001)
+    burnt = psutil.Process(worker.pid).cpu_times()
+    time.sleep(0.05)
+    assert psutil.Process(worker.pid).cpu_times() == burnt
     assert psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED
     thaw(worker.pid)
     assert worker.call("memory", limit_s=30)["peak_bytes"] > 0
