@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aivmm.errors import Unsupported
-from aivmm.models.flops import MOVES
 from aivmm.probes import wire
 from aivmm.runtime.ort_options import PROVIDERS
 from aivmm.runtime.registry import load_backend
@@ -109,6 +108,8 @@ def _made(kernels: Sequence[tuple[str, str]], does: Mapping[str, int], graph: on
     for node in graph.node:
         if node.name in does:
             nodes[does[node.name]].append(node.name)
+    from aivmm.models.flops import MOVES  # here: it loads sympy, and every worker loads this module
+
     works = {node.name for node in graph.node if node.op_type not in MOVES}
 
     def main(mine: Sequence[str]) -> str:

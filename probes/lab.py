@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -83,9 +84,11 @@ class Lab:
         """List the targets of each backend, and what is absent and why; a runtime that crashes while looking is absent for that reason."""
         targets: list[Target] = []
         absent: list[Unavailable] = []
-        for name in backends:
+        with ThreadPoolExecutor(max_workers=max(1, len(backends))) as pool:  # most of it is waiting for libraries to load
+            asked = [pool.submit(self.worker(name).call, "discover", limit_s=_DISCOVER_LIMIT_S, backends=[name]) for name in backends]
+        for name, one in zip(backends, asked, strict=True):
             try:
-                answer = self.worker(name).call("discover", limit_s=_DISCOVER_LIMIT_S, backends=[name])
+                answer = one.result()
             except WorkerDied as died:
                 absent.append(Unavailable(target=name, reason=f"looking for its devices {died.reason}", advice="check the driver"))
                 continue

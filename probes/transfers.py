@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aivmm.models.ceilings import stage_model
 from aivmm.probes import phases, wire
 from aivmm.probes.machine import wait_until_quiet
 from aivmm.runtime.backend import Buffer, Executable, aligned_empty
@@ -135,6 +134,8 @@ def boundary(
     of the stages alone; and `cost_s`, the median over rounds of what the sequence takes beyond the two. The order of the three changes from
     round to round.
     """
+    from aivmm.models.ceilings import stage_model  # here: it loads onnx, and every worker loads this module
+
     where = wire.target_in(source), wire.target_in(destination)
     configs = wire.config_in(source_config), wire.config_in(destination_config)
     found = []

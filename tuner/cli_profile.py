@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from aivmm.models.records import Operator
-from aivmm.probes.ceilings import bound_of
+from aivmm.planner.constraints import human
 from aivmm.probes.records import Measured
 from aivmm.tuner.options import TuneOptions, parse_batches, parse_budget, parse_dims, parse_list, parse_shapes
-from aivmm.tuner.profile import DEFAULT_BUDGET_S, Profile, as_json, profile_model
-from aivmm.tuner.progress import make_progress
 from aivmm.tuner.text import printable
-from aivmm.tuner.verdict import time_text
+
+if TYPE_CHECKING:
+    from aivmm.models.records import Operator
+    from aivmm.tuner.profile import Profile
 
 
 def profile(
@@ -33,7 +33,7 @@ def profile(
     dim: Annotated[list[str] | None, typer.Option(metavar="NAME=N", help="The extent of a named dimension. Repeatable.")] = None,
     batch: Annotated[list[str] | None, typer.Option(metavar="N", help="The batch to measure at.")] = None,
     inputs: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Real samples to run with.")] = None,
-    budget: Annotated[str, typer.Option(metavar="TIME", help="Time for measuring.")] = f"{DEFAULT_BUDGET_S:.0f}s",
+    budget: Annotated[str, typer.Option(metavar="TIME", help="Time for measuring.")] = "600s",
     blocks: Annotated[bool, typer.Option("--blocks/--no-blocks", help="Measure blocks too.")] = True,
     rows: Annotated[int, typer.Option(metavar="N", min=0, help="How many operators the table shows; 0 shows all.")] = 25,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure all again; the database keeps what it has.")] = False,
@@ -63,6 +63,9 @@ def profile(
         retry_failed=retry_failed,
         backends=tuple(backend or ()),
     )
+    from aivmm.tuner.profile import as_json, profile_model
+    from aivmm.tuner.progress import make_progress
+
     progress = make_progress(quiet=quiet)
     try:
         found = profile_model(options, progress, with_blocks=blocks)
@@ -98,14 +101,18 @@ def _print(profile: Profile, rows: int) -> None:
         print(f"note: {printable(note)}", file=sys.stderr)
 
 
+def _time(seconds: float) -> str:
+    return human(seconds, "latency")
+
+
 def _heading(profile: Profile, place: tuple[str, str]) -> str:
     """Return one line on a target: the sum of its operators, and its ceilings."""
-    text = f"{place[0]} {place[1]}: {time_text(profile.total_s(place))} operator by operator"
+    text = f"{place[0]} {place[1]}: {_time(profile.total_s(place))} operator by operator"
     ceilings = profile.ceilings.get(place)
     if ceilings is None:
         return text
     peak = f"{_si(ceilings.flops_per_s)}FLOP/s, " if ceilings.flops_per_s else ""
-    return f"{text}; ceilings {peak}{_si(ceilings.bytes_per_s)}B/s, {time_text(ceilings.call_s)} a call"
+    return f"{text}; ceilings {peak}{_si(ceilings.bytes_per_s)}B/s, {_time(ceilings.call_s)} a call"
 
 
 def _table(profile: Profile, operators: list[Operator]) -> Table:
@@ -125,6 +132,8 @@ def _table(profile: Profile, operators: list[Operator]) -> Table:
 
 
 def _cells(profile: Profile, operator: Operator, place: tuple[str, str]) -> list[str]:
+    from aivmm.probes.ceilings import bound_of
+
     outcome = profile.operators.get((operator.signature, *place))
     seconds = profile.seconds(operator, place)
     if not isinstance(outcome, Measured) or seconds is None:
@@ -135,7 +144,7 @@ def _cells(profile: Profile, operator: Operator, place: tuple[str, str]) -> list
     words: list[str] = [bound_of(metrics) or ""]
     if fused:
         words.append("fused" if fused == operator.count else f"{fused} fused")
-    return [time_text(seconds), f"{seconds / profile.total_s(place):.1%}", rate, ", ".join(filter(None, words))]
+    return [_time(seconds), f"{seconds / profile.total_s(place):.1%}", rate, ", ".join(filter(None, words))]
 
 
 def _si(value: float) -> str:

@@ -256,7 +256,7 @@ class Measurer:
                 key=self.key(candidate),
                 samples=samples,
                 metrics=self._metrics(candidate, loaded),
-                cautions=(*cautions(samples), *extra),
+                cautions=(*cautions(samples), *contestant.cautions, *extra),
                 effective_config=loaded.effective_config,
                 placement=loaded.nodes,
                 race=name,

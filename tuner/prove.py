@@ -26,8 +26,9 @@ from aivmm.probes.records import Caution, Samples
 from aivmm.runtime.target import Target
 
 # Seconds of racing: as many as the entrants' own speed asks for, within these. Loading, the tail and the report come on top.
-_LEAST_S, _MOST_S = 6.0, 15.0
+_LEAST_S, _MOST_S = 4.0, 6.5
 _ROUNDS = 15
+_WORTH_CHANGING = 0.97  # two processes that run the very same differ by as much: a smaller gain may be gone in the next one
 _SWITCH_S = 0.03  # between two workers: until the one before has stopped spinning
 Metric = Callable[[Sequence[Path], Sequence[Path | None], Sequence[Path]], float]  # samples, extras, outputs
 TAIL_SAMPLES = 500  # below this a 99th percentile is not given
@@ -84,10 +85,12 @@ class Proof:
         return [self._record(each) for each in self.entrants]
 
     def against(self, entrant: Entrant) -> Comparison | None:
-        """Compare the plan's time per sample with an entrant's."""
+        """Compare the plan's time per sample with an entrant's; what one process and another differ by counts as noise."""
         if self.plan is None or self.plan.confirmed is None or entrant.confirmed is None:
             return None
-        return compare(self.plan.confirmed, entrant.confirmed, scale=entrant.draft.batch / self.plan.draft.batch)
+        assert self.plan.contestant and entrant.contestant
+        everyone = [each.contestant for each in self.entrants if each.contestant is not None and each.confirmed is not None]
+        return versus(self.plan.contestant, entrant.contestant, field=everyone)
 
     def _record(self, entrant: Entrant) -> ProofRecord:
         found = self.against(entrant) if entrant is not self.plan else None
@@ -108,7 +111,11 @@ class Proof:
             why_not=entrant.problem or against or (entrant.contestant.dropped if entrant.contestant else ""),
             samples=entrant.confirmed or entrant.choosing,
             metrics=entrant.metrics,
-            cautions=(*(cautions(entrant.confirmed) if entrant.confirmed else ()), *self.cautions),
+            cautions=(
+                *(cautions(entrant.confirmed) if entrant.confirmed else ()),
+                *(entrant.contestant.cautions if entrant.contestant else ()),
+                *self.cautions,
+            ),
             **known,
         )
 
@@ -226,7 +233,7 @@ class Prover:
             contestants,
             budget_s=_racing_s([each for each in contestants if each.racing]),
             least_rounds=10,
-            most_rounds=40,
+            most_rounds=60,
             seed=self._seed + 1,
             first_round=next_round,
             tell=lambda state: self._tell("proving the plan against the baselines", state),
@@ -315,7 +322,7 @@ class Prover:
         proof.challenger, proof.beaten = None, False
         if best is not None and proof.best_baseline is not None:
             proof.challenger = _versus(best, proof.best_baseline)
-            proof.beaten = proof.challenger.verdict == "faster"
+            proof.beaten = proof.challenger.verdict == "faster" and proof.challenger.ratio <= _WORTH_CHANGING
         if best is not None and (proof.best_baseline is None or proof.beaten):
             return best
         # A device that only OpenVINO resolves at load is the last choice among equals: a plan should say where it runs.
@@ -393,8 +400,13 @@ def _time(entrant: Entrant) -> float:
 
 
 def _versus(a: Entrant, b: Entrant) -> Comparison:
-    assert a.contestant and b.contestant
-    return versus(a.contestant, b.contestant)
+    """Compare by the noise of rounds alone.
+
+    This decides what is emitted, while `Proof.against` says what may be claimed: of two that a few percent set apart the one that was
+    faster in round after round is the better bet, even where another pair of processes might turn them around.
+    """
+    assert a.confirmed and b.confirmed
+    return compare(a.confirmed, b.confirmed, scale=b.draft.batch / a.draft.batch)
 
 
 def _unbeaten(entrants: Sequence[Entrant]) -> Entrant | None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,8 @@ class Session:
             lab.check_metric(self.options.metric)
         subject = Subject(self.options, lab, folder)
         self.progress.phase("looking for devices")
+        # While nothing is measured: what draws the report takes a second to load.
+        threading.Thread(target=import_module, args=("aivmm.reports.render",), daemon=True).start()
         found, unavailable = lab.discover(list(self.options.backends) or list(default_backends()))
         targets = self._allowed(found, unavailable)
         subject.remember_targets(found)
