@@ -161,6 +161,9 @@ class Decider:
             note = "Accuracy could not be judged: the model's outputs differ each time it runs."
             if accuracy is not None:
                 note = accuracy_text(accuracy, samples=len(proof.plan.samples) + 1)
+                lowered = next((piece.config.lowered for piece in proof.plan.draft.pieces if piece.config.lowered), None)
+                if lowered and not self.work.subject.real_data:
+                    note += f" {lowered} was also calibrated on synthetic inputs: bring --dataset before you rely on it."
             return sentence(proof, objective=self.work.options.objective, accuracy_text=note), []
         nearest = _nearest(proof)
         asked = ", ".join(self.work.options.constraints) or f"cosine>={DEFAULT_COSINE:g}"

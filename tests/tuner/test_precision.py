@@ -106,6 +106,13 @@ def test_what_does_not_fit_is_one_line(shared: Place, tiny: Path, options: tuple
     assert "Traceback" not in done.err
 
 
+def test_int8_calibrated_on_made_up_inputs_says_so(shared: Place, tiny: Path) -> None:
+    done = shared.aivmm("tune", tiny, *TINY, "--precisions", "int8", "--constraint", "cosine>=0.5", *FEW, "-o", "made-up.aivmm")
+    assert done.code == 0, done.err
+    assert done.json["accuracy"]["data"] == "synthetic"
+    assert "int8 was also calibrated on synthetic inputs: bring --dataset" in done.json["verdict"]
+
+
 def test_a_service_level_says_what_it_stands_for(shared: Place, tiny: Path) -> None:
     done = shared.aivmm("tune", tiny, *TINY, "--service-level", "interactive", *FEW[:-2], "-v", "-o", "level.aivmm")
     assert done.code == 0, done.err
