@@ -246,7 +246,7 @@ def main() -> None:
         "",
         "Ratios are the plan's time, through `engine.run`, over the raw runtime call with default settings, in one interleaved run:",
         "below 1 the plan is faster. Three runs each, none of which chose anything. The best baseline is the one with the least median.",
-        "Verdicts take in what processes differ by (docs/decisions/0009); `by rounds alone` counts those that would say slower without that.",
+        "Verdicts take in what processes differ by (docs/decisions/0009); `by rounds alone` counts those slower without that.",
         "",
         "| model | plan | ms | best baseline | plan / best: median (runs) | verdicts on the plan | vs the slowest | L2 error | tune s |",
         "|---|---|---|---|---|---|---|---|---|",
