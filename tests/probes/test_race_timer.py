@@ -171,8 +171,8 @@ def test_copies_take_turns_and_only_one_worker_runs_at_a_time(load_wild: Callabl
     try:
         for each in workers:
             load_wild(each)
-        first = Contestant("m", workers[0], others=(workers[1],), expected_s=1e-5)
-        second = Contestant("m", workers[2], others=(workers[3],), expected_s=1e-5)
+        first = Contestant("m", workers[0], others=(workers[1],), expected_s=1e-5, keep=True)
+        second = Contestant("m", workers[2], others=(workers[3],), expected_s=1e-5, keep=True)
         asked: list[tuple[int, str]] = []
         stopped: list[int] = []
         for each in workers:
