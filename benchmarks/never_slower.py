@@ -32,7 +32,8 @@ from aivmm.probes.operations import load_arrays
 from aivmm.probes.records import Samples
 from aivmm.runtime.cpu import cpu_device
 
-ROUNDS = 16
+ROUNDS = 24
+COPIES = 3  # processes of each contestant
 BLOCK_S = 0.04
 _ORT = "onnxruntime-gpu" if platform.machine() in ("x86_64", "AMD64") else "onnxruntime"
 
@@ -76,23 +77,29 @@ def child(kind: str, path: str, inputs: str) -> None:
 
 
 class Contestant:
-    """A child process and its durations."""
+    """What is compared: child processes that take turns, and their durations.
+
+    Several, since two processes that run the very same differ by percents for as long as they live (docs/decisions/0009).
+    """
 
     def __init__(self, kind: str, path: str, inputs: str) -> None:
         self.kind = kind
         command = [sys.executable, str(Path(__file__)), "--child", kind, path, inputs]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.processes = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            for _ in range(COPIES)
+        ]
         self.durations: list[float] = []
         self.rounds: list[int] = []
-        assert self.process.stdout
-        self.ready = self.process.stdout.readline().strip() == "ready"
+        self.ready = all(each.stdout is not None and each.stdout.readline().strip() == "ready" for each in self.processes)
 
     def block(self, number: int) -> None:
         """Time one block."""
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(f"{BLOCK_S}\n")
-        self.process.stdin.flush()
-        durations = json.loads(self.process.stdout.readline())
+        process = self.processes[number % COPIES]
+        assert process.stdin and process.stdout
+        process.stdin.write(f"{BLOCK_S}\n")
+        process.stdin.flush()
+        durations = json.loads(process.stdout.readline())
         if number >= 0:
             self.durations += durations
             self.rounds += [number] * len(durations)
@@ -102,9 +109,10 @@ class Contestant:
         return Samples(timed_s=tuple(self.durations), rounds=tuple(self.rounds))
 
     def close(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.wait()
+        """End the processes."""
+        for each in self.processes:
+            each.kill()
+            each.wait()
 
 
 def measure(plan: str, model: str, inputs: str, kinds: list[str], seed: int) -> dict[str, Any]:
@@ -113,16 +121,16 @@ def measure(plan: str, model: str, inputs: str, kinds: list[str], seed: int) -> 
     try:
         racing = [each for each in contestants if each.ready]
         order = random.Random(seed)
-        before: Contestant | None = None
-        for number in range(-1, ROUNDS):
+        before: subprocess.Popen[str] | None = None
+        for number in range(-COPIES, ROUNDS):
             with measuring():
                 for each in order.sample(racing, len(racing)):
-                    if before is not None and before is not each:
-                        wait_until_quiet(before.process.pid)
+                    if before is not None and before is not each.processes[number % COPIES]:
+                        wait_until_quiet(before.pid)
                     each.block(number)
-                    before = each
+                    before = each.processes[number % COPIES]
         mine = racing[0].samples()
-        found = {each.kind: compare(mine, each.samples(), apart=APART) for each in racing[1:]}
+        found = {each.kind: compare(mine, each.samples(), copies=(COPIES, COPIES), apart=APART) for each in racing[1:]}
         by_rounds = sum(compare(mine, each.samples()).verdict == "slower" for each in racing[1:])
         best = min(racing[1:], key=lambda each: each.samples().median_s).kind
         return {"median_s": mine.median_s, "best": best, "against": found, "by_rounds": by_rounds}
@@ -246,7 +254,8 @@ def main() -> None:
         "",
         "Ratios are the plan's time, through `engine.run`, over the raw runtime call with default settings, in one interleaved run:",
         "below 1 the plan is faster. Three runs each, none of which chose anything. The best baseline is the one with the least median.",
-        "Verdicts take in what processes differ by (docs/decisions/0009); `by rounds alone` counts those slower without that.",
+        f"Each contestant runs in {COPIES} processes that take turns. Verdicts take in what processes differ by (docs/decisions/0009);",
+        "`by rounds alone` counts those that are slower without that.",
         "",
         "| model | plan | ms | best baseline | plan / best: median (runs) | verdicts on the plan | vs the slowest | L2 error | tune s |",
         "|---|---|---|---|---|---|---|---|---|",
