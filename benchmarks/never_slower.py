@@ -32,8 +32,8 @@ from aivmm.probes.operations import load_arrays
 from aivmm.probes.records import Samples
 from aivmm.runtime.cpu import cpu_device
 
-ROUNDS = 24
-COPIES = 3  # processes of each contestant
+ROUNDS = 16
+COPIES = 2  # processes of each contestant
 BLOCK_S = 0.04
 _ORT = "onnxruntime-gpu" if platform.machine() in ("x86_64", "AMD64") else "onnxruntime"
 
