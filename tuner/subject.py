@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from aivmm.errors import AivmmError, ModelError, UsageError
+from aivmm.models.dataset import MOST_CALIBRATION
 from aivmm.models.records import ModelFacts, Structure
 from aivmm.probes.accuracy import judge
 from aivmm.probes.client import WorkerDied
@@ -258,8 +259,9 @@ class Subject:
             self.notes.append("one sample was given, so the search and the proof judge accuracy on the same one")
         elif len(given) >= REAL_ENOUGH:
             # Accuracy is judged on samples that int8 was not calibrated with: every second one is set aside for that.
-            self._calibration = tuple(self._folder / f"calibration-{index}.npz" for index in range(len(given) // 2))
-            for path, arrays in zip(self._calibration, given[1::2], strict=True):
+            calibrating = given[1::2][:MOST_CALIBRATION]
+            self._calibration = tuple(self._folder / f"calibration-{index}.npz" for index in range(len(calibrating)))
+            for path, arrays in zip(self._calibration, calibrating, strict=True):
                 save_arrays(path, arrays)
             given = given[::2]
         if len(given) > MOST_SAMPLES:
