@@ -1,7 +1,7 @@
 """Can the verdicts be trusted? The same thing compared with itself, and with itself plus 5 %, by the classes that the tuner uses.
 
     python benchmarks/aa.py [--comparisons 400] [--models NAME ...] [--quick] [--where same,workers,runtimes] [--load idle,busy]
-                            [--rounds 60] [--copies 6] [--out benchmarks/results/aa.md]
+                            [--rounds 60] [--copies 6] [--minutes 25] [--out benchmarks/results/aa.md]
 
 Each race has three contestants that load the same model with the same settings: two time 20 calls at once, the third 21. The two are called
 different (a false alarm) or not; the third is called slower than the first (found) or not, by the same settings on the same samples.
@@ -17,6 +17,7 @@ interval of the two medians, with the same confidence and the same indifference 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import platform
@@ -37,7 +38,7 @@ from scipy import stats
 
 from aivmm.probes import wire
 from aivmm.probes.client import Worker
-from aivmm.probes.compare import verdict
+from aivmm.probes.compare import round_medians, verdict
 from aivmm.probes.lab import Lab
 from aivmm.probes.machine import measuring
 from aivmm.probes.race import Contestant, race, versus
@@ -51,6 +52,7 @@ CALLS, MORE_CALLS = 20, 21
 _LEAST_ROUNDS = 8
 _SLOW_S = 1e-3  # a model this slow is dealt one comparison in _SLOW_SHARE: 20 calls of it take long
 _SLOW_SHARE = 10
+_SLOW_MINUTES = 0.3  # of `--minutes`, for all slow models together
 _RACE_S = 60.0  # the cap is on rounds; this only ends what went wrong
 _RENEW_EVERY, _RENEW = 5, 2  # of the pool of workers: so many comparisons, so many workers
 _SEQUENTIAL_EVERY = 4
@@ -80,6 +82,7 @@ class Tally:
     ratios: list[float] = field(default_factory=list)  # of two of a kind
     widths: list[float] = field(default_factory=list)
     rounds: list[int] = field(default_factory=list)
+    raw: list[dict[str, object]] = field(default_factory=list)  # the medians of rounds of each race, to look at a verdict again
     seconds: float = 0.0
     load: tuple[float, float] = (0.0, 0.0)  # the system's load average before and after
 
@@ -154,6 +157,8 @@ def compare_once(field_: Field, rng: random.Random, rounds: int, tally: Tally, *
         tally.widths.append(found.high - found.low)
         tally.more[versus(slower, first, confidence=CONFIDENCE, field=(first, second, slower)).verdict] += 1
         tally.rounds.append(len(set(first.rounds)))
+        medians = [list(round_medians(each.samples()).items()) for each in (first, second, slower)]  # type: ignore[arg-type]
+        tally.raw.append({"verdict": found.verdict, "copies": first.copies, "rounds": medians})
     if sequential:
         in_sequence(groups, tally.rounds[-1], rng, tally)
 
@@ -225,15 +230,25 @@ def one_condition(where: str, busy_: bool, models: Sequence[Subject], targets: d
     tally = Tally()
     rng = random.Random(f"{where} {busy_}")
     before, started = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan, time.perf_counter()
-    for subject in models:
+    slow = [each for each in models if each.call_s > _SLOW_S]
+    fast = [each for each in models if each.call_s <= _SLOW_S]
+    shares = {each.name: _SLOW_MINUTES / len(slow) for each in slow}
+    for subject in (*slow, *fast):  # what slow models do not need of their time is left to the fast ones
         races = deal(models, options.comparisons)[subject.name]
         if where == "runtimes":
             races = -(-races // len(_RUNTIMES))
+        left_s = 60 * options.minutes - (time.perf_counter() - started)
+        share_s = 60 * options.minutes * shares[subject.name] if subject in slow else left_s / (len(fast) - fast.index(subject))
+        end = time.perf_counter() + share_s
         with ExitStack() as stack:
             drawn = Field(where, subject, targets, options.copies, stack)
             stack.enter_context(busy(busy_))
             for number in range(races):
+                if time.perf_counter() > end:
+                    break
                 compare_once(drawn, rng, options.rounds, tally, sequential=number % _SEQUENTIAL_EVERY == 0)
+                for each in tally.raw:
+                    each.setdefault("model", subject.name)
     tally.seconds = time.perf_counter() - started
     tally.load = (before, os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan)
     return tally
@@ -301,7 +316,9 @@ def main() -> None:
     parser.add_argument("--load", default="idle,busy")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--copies", type=int, default=6)
+    parser.add_argument("--minutes", type=float, default=1e6, help="the most that one condition may take; comparisons beyond are left out")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--raw", type=Path, help="append the medians of rounds of each race, a line of JSON each")
     options = parser.parse_args()
     if options.quick:
         options.comparisons, options.models = min(options.comparisons, 12), options.models[:1]
@@ -316,6 +333,9 @@ def main() -> None:
             for where in options.where.split(","):
                 tally = one_condition(where, machine == "busy", models, targets, options)
                 lines.append(row(where, machine == "busy", tally))
+                if options.raw:
+                    with options.raw.open("a") as file:
+                        file.writelines(json.dumps({"where": where, "load": machine, **each}) + "\n" for each in tally.raw)
                 print(lines[-1], flush=True)
                 if options.out:
                     options.out.write_text("\n".join(lines) + "\n")

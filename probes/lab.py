@@ -7,10 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aivmm.errors import AivmmError
-from aivmm.models.lowering import Recipe
 from aivmm.models.records import ModelFacts
 from aivmm.probes import wire
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
@@ -21,6 +20,9 @@ from aivmm.runtime.config import Config, Knob
 from aivmm.runtime.registry import BACKENDS
 from aivmm.runtime.target import Target, Unavailable
 from aivmm.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from aivmm.models.lowering import Recipe
 
 COMPILE_LIMIT_S = 300.0  # compilations of minutes are real on NPUs
 RUN_LIMIT_S = 120.0

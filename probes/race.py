@@ -293,21 +293,16 @@ def _drop_hopeless(contestants: Sequence[Contestant], rounds: int) -> None:
     leader = leader_of(contestants)
     if leader is None or rounds < 5:
         return
+    from aivmm.probes import wilcoxon  # here: see there
+
     for each in contestants:
         if not each.racing or each.keep or each is leader or not each.durations:
             continue
         mine, theirs = each.samples(), leader.samples()
         assert mine and theirs
         behind = paired_logs(mine, theirs, scale=leader.batch / each.batch) - np.log(_HOPELESS)
-        if behind.size >= 5 and np.median(behind) > 0 and _wilcoxon_greater(behind) < _HOPELESS_P:
+        if behind.size >= 5 and np.median(behind) > 0 and wilcoxon.greater(behind) < _HOPELESS_P:
             each.dropped = f"hopeless: {_within(each, leader, 0.95).ratio:.2f} times the leader's time"
-
-
-def _wilcoxon_greater(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
-    """Return the probability of values this far above zero if they lay around it."""
-    from scipy import stats  # here: a second to import, and most commands race nothing
-
-    return float(stats.wilcoxon(values, alternative="greater", method="auto").pvalue)
 
 
 def _undecided(contestants: Sequence[Contestant], confidence: float) -> list[Contestant]:

@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aivmm.models.records import ModelFacts, Structure
-from aivmm.models.slice import Segment, Slicer, WeightStore
 from aivmm.planner.candidates import Draft, Piece
 from aivmm.runtime.bundle import write_bundle
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.plan import Accuracy, Alternative, Conditions, Model, Number, Plan, Stage, tensors
 from aivmm.runtime.target import Target
+
+if TYPE_CHECKING:
+    from aivmm.models.slice import Segment
 
 _UNKNOWN_DIGEST = "0" * 64  # replaced by the real one when the bundle is written
 
@@ -32,6 +35,8 @@ class Emitter:
         lowered: Callable[[str], Path] | None = None,
     ) -> None:
         """Write for the model at `prepared`; `lowered` gives the file of the same model lowered to a precision."""
+        from aivmm.models.slice import Slicer, WeightStore  # here: it loads onnx_ir, a second before the first line is shown
+
         self._facts = facts
         self._structure = structure
         self._folder = folder
@@ -104,6 +109,8 @@ class Emitter:
     def _lowered_whole(self, precision: str) -> Segment:
         """Return the whole model in a lowered form, as one segment."""
         assert self._lowered is not None
+        from aivmm.models.slice import Slicer, WeightStore
+
         if precision not in self._lowered_segments:
             partial = self._folder / "partial.onnx"
             with Slicer(self._lowered(precision)) as slicer:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aivmm.errors import Unsupported
-from aivmm.models.lowering import Recipe, recipes
 from aivmm.probes.client import WorkerDied
 from aivmm.probes.lab import Lab
 from aivmm.runtime.folders import cache_folder
+
+if TYPE_CHECKING:
+    from aivmm.models.lowering import Recipe
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +37,8 @@ class Lowerer:
 
     def recipe(self, precision: str) -> Recipe:
         """Return how the model is lowered to `precision`."""
+        from aivmm.models.lowering import recipes  # here: it loads onnx_ir, a second before the first line is shown
+
         return recipes(precision, self.category, saturates=self.saturates)[0]
 
     def tag(self, precision: str) -> str:

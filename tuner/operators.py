@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aivmm.db.database import Database
 from aivmm.errors import AivmmError, Unsupported
-from aivmm.models.operators import OperatorModels
 from aivmm.models.records import Operator
 from aivmm.probes import wire
 from aivmm.probes.ceilings import Ceiling, Ceilings, call_ceiling, copy_ceilings, grows, matmul_ceiling, rates
@@ -25,6 +24,9 @@ from aivmm.runtime.environment import environment_of
 from aivmm.runtime.target import Target
 from aivmm.tuner.measure import Counts
 from aivmm.tuner.subject import Subject
+
+if TYPE_CHECKING:
+    from aivmm.models.operators import OperatorModels
 
 OPERATOR_S = 0.005  # how long one is timed, after its warm-up
 _LIMIT_S = 120.0  # for one operator; a batch that takes as long is tried again one by one
@@ -95,7 +97,7 @@ class OperatorProber:
                     if not self._may_measure():
                         self.skipped += len(new)
                         continue
-                    models = models or OperatorModels(self.subject.path)
+                    models = models or _operator_models(self.subject.path)
                     self._probe_batch(models, batch, new)
         finally:
             if models is not None:
@@ -314,6 +316,12 @@ class OperatorProber:
             self._known[outcome.key] = outcome
         self.database.add_many(outcomes, run_id=self.run_id)
         return outcomes
+
+
+def _operator_models(path: Path) -> OperatorModels:
+    from aivmm.models.operators import OperatorModels  # here: it loads onnx_ir, a second before the first line is shown
+
+    return OperatorModels(path)
 
 
 def _batches(operators: Iterable[Operator]) -> Iterator[list[Operator]]:

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -43,6 +44,8 @@ from aivmm.tuner.subject import Subject
 from aivmm.tuner.verdict import summary
 from aivmm.tuner.work import Work, remove_orphans
 
+# A second to import each, and needed only later: loaded in the background while workers read the model and look for devices.
+_AHEAD = ("aivmm.models.graph", "aivmm.models.slice", "aivmm.probes.wilcoxon", "aivmm.reports.render")
 # Shares of the budget by which blocks and operators have to end, counted from the start.
 _BLOCKS_UNTIL, _OPERATORS_UNTIL = 0.80, 1.0
 _FORCED_S = 20.0  # a forced cut needs its evidence, whatever is left
@@ -116,15 +119,19 @@ class Session:
                 work.close()
 
     def _prepare(self, database: Database, lab: Lab, folder: Path) -> Work:
-        """Read the model, look for devices, and make the reference."""
-        self.progress.phase("reading the model")
-        if self.options.metric is not None:
-            lab.check_metric(self.options.metric)
-        subject = Subject(self.options, lab, folder)
-        self.progress.phase("looking for devices")
-        # While nothing is measured: what draws the report takes a second to load.
-        threading.Thread(target=import_module, args=("aivmm.reports.render",), daemon=True).start()
-        found, unavailable = lab.discover(list(self.options.backends) or list(default_backends()))
+        """Read the model, look for devices at the same time, and make the reference."""
+        looking = ThreadPoolExecutor(max_workers=1)
+        try:
+            discovery = looking.submit(lab.discover, list(self.options.backends) or list(default_backends()))
+            threading.Thread(target=lambda: [import_module(name) for name in _AHEAD], daemon=True).start()
+            self.progress.phase("reading the model")
+            if self.options.metric is not None:
+                lab.check_metric(self.options.metric)
+            subject = Subject(self.options, lab, folder)
+            self.progress.phase("looking for devices")
+            found, unavailable = discovery.result()
+        finally:
+            looking.shutdown(wait=False)  # a model that cannot be read is no reason to wait: the workers end with the laboratory
         targets = self._allowed(found, unavailable)
         subject.remember_targets(found)
         subject.make_reference(found)
