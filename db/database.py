@@ -1,4 +1,4 @@
-"""The performance database: opened, migrated and checked here; what it holds is in machines, models, probes and runs."""
+"""The performance database: opened, migrated and checked here; what it holds is in machines, models, probes, transfers and runs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from aivmm.db.engine import explained, make_engine, transaction, use_wal
 from aivmm.db.location import Location
 from aivmm.db.machines import MachineStore
 from aivmm.db.models import ModelStore
-from aivmm.db.probes import Entry, ProbeStore
+from aivmm.db.probes import Entry
 from aivmm.db.runs import RunStore
+from aivmm.db.transfers import TransferStore
 
 __all__ = ["Database", "Entry"]
 
 
-class Database(MachineStore, ModelStore, ProbeStore, RunStore):
+class Database(MachineStore, ModelStore, TransferStore, RunStore):
     """All that was ever measured, in one file or on one server. Whatever a method stores is on disk when it returns.
 
     Every method raises DatabaseError when the file or the server does not do as asked (locked, full, gone, damaged).

@@ -49,6 +49,7 @@ from aivmm.db.schema import (
     segment,
     study,
     target,
+    transfer,
     trial,
 )
 from aivmm.errors import DatabaseError, UsageError
@@ -242,6 +243,7 @@ def _used_configs(probes: Select[Any], runs: Select[Any]) -> ColumnElement[bool]
     return or_(
         digest.in_(select(probe.c.config_digest).where(probe.c.id.in_(probes))),
         digest.in_(select(probe.c.effective_digest).where(probe.c.id.in_(probes))),
+        digest.in_(select(transfer.c.source_config_digest).where(transfer.c.probe_id.in_(probes))),
         digest.in_(select(trial.c.config_digest).where(trial.c.study_id.in_(studies))),
         digest.in_(select(proof.c.config_digest).where(proof.c.run_id.in_(runs))),
     )
@@ -251,6 +253,7 @@ def _machines(probes: Select[Any], runs: Select[Any]) -> dict[str, ColumnElement
     fingerprints = select(environment.c.fingerprint).where(
         or_(
             environment.c.fingerprint.in_(select(probe.c.environment).where(probe.c.id.in_(probes))),
+            environment.c.fingerprint.in_(select(transfer.c.source_environment).where(transfer.c.probe_id.in_(probes))),
             environment.c.fingerprint.in_(select(run_environment.c.environment).where(run_environment.c.run_id.in_(runs))),
         )
     )

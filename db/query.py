@@ -133,7 +133,8 @@ def of_models(ids: list[str], name: str) -> ColumnElement[bool]:
 
 
 def names_of(connection: Connection, subjects: Iterable[str]) -> Mapping[str, str]:
-    """Return what each subject is called by people: a model's name, a model and its block, an operator's description; else its own text."""
+    """Return what each subject is called by people: a model's name, a model and its block, an operator's description, a transfer's size and
+    source; else its own text."""
     bases = {subject: re.split("[@~]", subject, maxsplit=1)[0] for subject in subjects}
     known: dict[str, str] = {}
     for some in chunks(sorted(set(bases.values()))):
@@ -146,6 +147,7 @@ def names_of(connection: Connection, subjects: Iterable[str]) -> Mapping[str, st
             known[whole.structure] = known[whole.content] = whole.name
         for single in connection.execute(select(operator.c.signature, operator.c.description).where(operator.c.signature.in_(some))):
             known[single.signature] = single.description
+    known |= {base: base for base in bases.values() if " from " in base}  # a transfer's is for people already (`Transfer.key`)
     return {subject: known.get(base, subject) for subject, base in bases.items()}
 
 

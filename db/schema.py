@@ -249,7 +249,10 @@ transfer = Table(
     _of("probe_id", "probe.id", primary_key=True),
     Column("source", String, nullable=False),
     Column("destination", String, nullable=False),
-    Column("size_bytes", BigInteger, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),  # 0: the pair gave no numbers, and the probe says why
+    # The probe's own are the destination's. Rows of schema 0001 have none, and are no evidence.
+    _of("source_environment", "environment.fingerprint", cascade=False, nullable=True),
+    _of("source_config_digest", "config.digest", cascade=False, nullable=True),
     Index("ix_transfer_source_destination", "source", "destination"),
 )
 

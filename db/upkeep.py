@@ -27,6 +27,7 @@ from aivmm.db.schema import (
     run_environment,
     run_probe,
     segment,
+    transfer,
     trial,
 )
 from aivmm.db.store import chunks
@@ -117,7 +118,9 @@ def _fitting(connection: Connection, wanted: Prune) -> Any:
     if wanted.model is not None:
         conditions.append(of_models(models_named(connection, wanted.model), wanted.model))
     if wanted.other_than is not None:
-        conditions.append(probe.c.environment.not_in(list(wanted.other_than)))
+        stay = list(wanted.other_than)
+        from_elsewhere = select(transfer.c.probe_id).where(transfer.c.source_environment.not_in(stay))
+        conditions.append(or_(probe.c.environment.not_in(stay), probe.c.id.in_(from_elsewhere)))
     if wanted.failed:
         conditions.append(probe.c.state == "failed")
     if wanted.keep_newest is not None:
@@ -160,6 +163,7 @@ def _forget_configs(connection: Connection) -> int:
     used = union(
         select(probe.c.config_digest),
         select(probe.c.effective_digest).where(probe.c.effective_digest.is_not(None)),
+        select(transfer.c.source_config_digest).where(transfer.c.source_config_digest.is_not(None)),
         select(trial.c.config_digest),
         select(proof.c.config_digest),
     )

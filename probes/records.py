@@ -100,3 +100,61 @@ class Failed:
 
 
 Outcome = Measured | Refused | Failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferPoint:
+    """What handing over tensors of one size took.
+
+    `samples` are of both stages in sequence; `source_s` and `destination_s` are medians of the stages alone. `cost_s` is what the sequence
+    takes beyond the two: a small difference of large times, so it may be negative within the noise.
+    """
+
+    size_bytes: int
+    samples: Samples
+    source_s: float
+    destination_s: float
+    cost_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """One ordered pair of targets, each in its environment and config, measured in place at some sizes; or why that could not be done.
+
+    What was measured together belongs together: the pair measured again is another `Transfer`. The fixed and the proportional cost are
+    functions of the points (`aivmm.probes.transfers.fit_of`).
+    """
+
+    source: str
+    source_environment: str  # fingerprints: an upgrade on either side makes another pair
+    destination: str
+    destination_environment: str
+    source_config: Config = field(default_factory=Config)
+    destination_config: Config = field(default_factory=Config)
+    points: tuple[TransferPoint, ...] = ()  # by size, each once
+    state: Literal["measured", "refused", "failed"] = "measured"
+    reason: str = ""  # why there are no points
+    output: str = ""  # the last lines of a worker that died
+    cautions: tuple[Caution, ...] = ()
+
+    def __post_init__(self) -> None:
+        sizes = [point.size_bytes for point in self.points]
+        if sizes != sorted(set(sizes)) or any(size < 1 for size in sizes):
+            raise ValueError(f"points need sizes above zero, each once and in order, not {sizes}")
+        if bool(sizes) != (self.state == "measured"):
+            raise ValueError(f"{self.state} with {len(sizes)} points")
+
+    def key(self, size_bytes: int = 0) -> ProbeKey:
+        """Return what the probe of one size is known by; size 0 is that of a pair which gave no numbers."""
+        what = f"{size_bytes} B" if size_bytes else "any size"
+        return ProbeKey(
+            kind="transfer",
+            subject=f"{what} from {self.source}@{self.source_environment}.{self.source_config.digest()}",
+            target=self.destination,
+            environment=self.destination_environment,
+            config=self.destination_config,
+        )
+
+    def keys(self) -> tuple[ProbeKey, ...]:
+        """Return the keys of its probes: one for each point, or the one that says why there are none."""
+        return tuple(self.key(point.size_bytes) for point in self.points) or (self.key(),)

@@ -18,6 +18,7 @@ import numpy as np
 
 from aivmm.probes import phases, wire
 from aivmm.probes.machine import wait_until_quiet
+from aivmm.probes.records import Samples, Transfer, TransferPoint
 from aivmm.runtime.backend import Buffer, Executable, aligned_empty
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
@@ -31,6 +32,7 @@ _ROUNDS = 5
 _ROUND_S = 0.01  # of each of the three, in each round
 _WARM_UP = 3
 _NOISE = 0.05
+_FITTED = ("size_bytes", "cost_s", "source_s", "destination_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +119,28 @@ def fit_boundaries(boundaries: Sequence[Mapping[str, float]]) -> TransferFit:
         [each["cost_s"] for each in boundaries],
         resolution_s=[_NOISE * (each["source_s"] + each["destination_s"]) for each in boundaries],
     )
+
+
+def fit_of(transfer: Transfer) -> TransferFit | None:
+    """Fit what was measured of a pair; None when that are fewer than three sizes."""
+    if len(transfer.points) < 3:
+        return None
+    return fit_boundaries([{name: getattr(point, name) for name in _FITTED} for point in transfer.points])
+
+
+def points_of(boundaries: Sequence[Mapping[str, Any]]) -> tuple[TransferPoint, ...]:
+    """Return what `boundary` measured as records, by size."""
+    points = (
+        TransferPoint(
+            size_bytes=each["size_bytes"],
+            samples=Samples(timed_s=tuple(each["durations"])),
+            source_s=each["source_s"],
+            destination_s=each["destination_s"],
+            cost_s=each["cost_s"],
+        )
+        for each in boundaries
+    )
+    return tuple(sorted(points, key=lambda point: point.size_bytes))
 
 
 def boundary(

@@ -78,8 +78,9 @@ def fill(
         "duration_s": 0.5,
         "made_at": now,
     }
+    ends = {"source_environment": database.environments()[1].fingerprint, "source_config_digest": plain.key.config.digest()}
     with database.writing() as connection:
-        moved = {"probe_id": loose[2], "source": "openvino:CPU", "destination": "openvino:GPU.0", "size_bytes": 2**40}
+        moved = {"probe_id": loose[2], "source": "openvino:CPU", "destination": "openvino:GPU.0", "size_bytes": 2**40, **ends}
         connection.execute(transfer.insert(), [moved])
         row = {"id": codec.new_id(), "content": structure.content, "precision": "int8", "lowered_content": "lowered", **made}
         connection.execute(lowering.insert(), [row])

@@ -18,10 +18,11 @@ from typing import Any
 import sqlalchemy
 
 from aivmm.db.database import Database
+from aivmm.db.migrate import HEAD
 from aivmm.db.schema import lowering, transfer
 from aivmm.models.records import Block, Category, CutPoint, ModelFacts, Operator, Structure
 from aivmm.planner.records import ProofRecord, RunRecord, TrialRecord
-from aivmm.probes.records import Caution, Failed, Measured, Outcome, ProbeKey, Refused, Samples
+from aivmm.probes.records import Caution, Failed, Measured, Outcome, ProbeKey, Refused, Samples, Transfer, TransferPoint
 from aivmm.runtime.config import Config
 from aivmm.runtime.environment import Environment, environment_of
 from aivmm.runtime.target import Device, Target, Unavailable
@@ -188,7 +189,21 @@ BASELINE = ProofRecord(
 )
 PLAN = {"schema": 1, "stages": [{"config": {"a": True, "b": 1, "c": 1.5}, "blocks": [0, 1]}], "ünïcödé": None}
 
-# Tables that the API does not reach: their rows are made and compared as they are.
+# Since schema 0002 a transfer knows both of its ends.
+HANDED_OVER = Transfer(
+    source="openvino:CPU",
+    source_environment=ENVIRONMENTS[0].fingerprint,
+    source_config=Config.of({"NUM_STREAMS": 1}, precision="fp32"),
+    destination="onnxruntime:CUDA:0",
+    destination_environment=ENVIRONMENTS[1].fingerprint,
+    points=tuple(
+        TransferPoint(size_bytes=size, samples=Samples(timed_s=(3e-6, 2e-6)), source_s=1e-6, destination_s=5e-7, cost_s=-1e-7)
+        for size in (256, 4096, 2**26)
+    ),
+    cautions=(Caution(code="spread", message="wide", advice=""),),
+)
+
+# Rows that the API does not reach: they are made and compared as they are.
 TRANSFER = {"source": "openvino:CPU", "destination": "onnxruntime:CUDA:0", "size_bytes": 2**33}
 LOWERING = {
     "id": "0197f0a0000070008000000000000002",
@@ -225,10 +240,11 @@ def write(database: Database) -> None:
     with database._writing() as connection:
         connection.execute(transfer.insert(), [{"probe_id": ids[OUTCOMES.index(MOVED)], **TRANSFER}])
         connection.execute(lowering.insert(), [LOWERING])
+    database.add_transfers([HANDED_OVER])
 
 
-def expected() -> dict[str, Any]:
-    """Return what `read` gives for it."""
+def expected(revision: str = HEAD) -> dict[str, Any]:
+    """Return what `read` gives for what the code of `revision` wrote."""
     return {
         "environments": list(ENVIRONMENTS),
         "targets": [repr(each) for each in TARGETS],
@@ -248,17 +264,20 @@ def expected() -> dict[str, Any]:
         "path": "squeezenet.aivmm",
         "structure of the run": STRUCTURE,
         "transfer": [tuple(TRANSFER.values())],
+        "transfers": [HANDED_OVER] if revision >= "0002" else [],
         "lowering": [LOWERING],
     }
 
 
 def read(database: Database) -> dict[str, Any]:
     """Read it all back."""
-    outcomes = database.outcomes(all=True)
+    handed_over = set(HANDED_OVER.keys())
+    outcomes = [each for each in database.outcomes(all=True) if each.key not in handed_over]
     found = database.find(MEASURED.key)
     with database._reading() as connection:
         columns = [transfer.c[name] for name in TRANSFER]
-        transfers = [tuple(row) for row in connection.execute(sqlalchemy.select(*columns))]
+        plain = sqlalchemy.select(*columns).where(transfer.c.size_bytes == TRANSFER["size_bytes"])
+        transfers = [tuple(row) for row in connection.execute(plain)]
         lowerings = [{name: row[name] for name in LOWERING} for row in connection.execute(sqlalchemy.select(lowering)).mappings()]
     return {
         "environments": database.environments(),
@@ -279,6 +298,7 @@ def read(database: Database) -> dict[str, Any]:
         "path": database.plan_path(RUN.id),
         "structure of the run": database.run_structure(RUN.id),
         "transfer": transfers,
+        "transfers": database.find_transfers(),
         "lowering": lowerings,
     }
 

@@ -22,6 +22,7 @@ import pytest
 from aivmm.db.database import Database
 from aivmm.db.exchange import export, import_from
 from aivmm.db.merge import merge
+from aivmm.db.migrate import HEAD
 from aivmm.db.query import Filter
 from aivmm.errors import DatabaseError, UsageError
 from aivmm.models.records import ModelFacts, Structure
@@ -78,7 +79,7 @@ def test_an_export_goes_back_into_the_kind_of_database_it_came_from(database: Da
 def test_the_manifest_vouches_for_each_file(database: Database, filled: Filled, tmp_path: Path) -> None:
     export(database, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["schema"] == "0001"
+    assert manifest["schema"] == HEAD
     for each in manifest["tables"].values():
         assert hashlib.sha256((tmp_path / "out" / each["file"]).read_bytes()).hexdigest() == each["sha256"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {

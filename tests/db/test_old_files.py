@@ -59,7 +59,7 @@ def test_a_database_of_an_old_schema_is_migrated_with_all_its_rows(revision: str
         copy_to_server(file, location, revision)
     with Database.open(location) as database:
         assert database.check() == []
-        assert old_rows.read(database) == old_rows.expected()
+        assert old_rows.read(database) == old_rows.expected(revision)
         with database._reading() as connection:
             assert revision_of(connection) == HEAD
     with Database.open(location) as database:  # and it is used as any other

@@ -11,6 +11,7 @@ import pytest
 
 from aivmm.db.database import Database
 from aivmm.db.frames import evidence
+from aivmm.db.migrate import HEAD
 from aivmm.db.query import Filter, find, statistics
 from aivmm.errors import UsageError
 from aivmm.models.records import ModelFacts, Structure
@@ -96,7 +97,7 @@ def test_statistics_count_every_table(database: Database, filled: Filled) -> Non
         "state": {"failed": 1, "measured": 3, "refused": 1},
         "kind": {"operator": 1, "segment": 4},
     }
-    assert (found["models"], found["model_names"], found["environments"], found["schema"]) == (1, 1, 2, "0001")
+    assert (found["models"], found["model_names"], found["environments"], found["schema"]) == (1, 1, 2, HEAD)
     assert found["size_bytes"] > 10_000
     assert found["oldest"] <= found["newest"] <= datetime.now(UTC).isoformat()
 
