@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from aivmm.planner.chain import place
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Target
 
-# What a cut costs on host memory, modelled: the floor of an extra bound call, and writing plus reading the tensors that cross it.
+# What a cut costs on host memory, modelled: the floor of an extra bound call, and writing plus reading the tensors that cross it where
+# handing over has not been measured.
 CUT_S = 15e-6
 BYTES_PER_S = 4e9
 _PROMISE = 0.97  # an unforced cut has to be predicted at least this far below the best uncut plan to be worth proving
@@ -29,6 +30,7 @@ def cut_drafts(
     min_segments: int,
     uncut_s: float | None,
     batch: int,
+    handover_s: Callable[[str, str, int], float | None] = lambda source, destination, size_bytes: None,
 ) -> list[tuple[Draft, float]]:
     """Return cut plans worth proving, each with its predicted seconds.
 
@@ -39,6 +41,7 @@ def cut_drafts(
             sum is scaled to it.
         min_segments: the fewest segments asked for; above 1 the best cut is returned whatever it promises.
         uncut_s: the best uncut plan.
+        handover_s: measured seconds of handing so many bytes from one target (by name) to another; None where that is not known.
 
     Raises:
         UsageError: cuts were asked for, and there is no such plan.
@@ -65,11 +68,11 @@ def cut_drafts(
         for block in blocks
     ]
     names = [str(target) for target in targets]
-    prices = np.array([CUT_S + _crossing_bytes(structure, index) / BYTES_PER_S for index in range(1, len(blocks))])
+    prices = _prices(structure, names, handover_s)  # [boundary, from, to]
     width = len(names)
-    boundary = prices[:, None, None] * (1 - np.eye(width))[None]
+    boundary = prices * (1 - np.eye(width))[None]
     try:
-        plan = place(costs, boundary, choices=names, cut=prices[:, None] * np.ones(width), min_segments=min_segments)
+        plan = place(costs, boundary, choices=names, cut=np.diagonal(prices, axis1=1, axis2=2), min_segments=min_segments)
     except Infeasible as error:
         raise UsageError(
             f"the model cannot be cut into {min_segments} segments here: {error.message}", advice="lower --min-segments"
@@ -89,6 +92,19 @@ def _scale(structure: Structure, medians: Mapping[tuple[int, str], float], whole
     if target not in wholes or any(part is None for part in parts):
         return 1.0
     return min(1.0, wholes[target] / sum(part for part in parts if part is not None))
+
+
+def _prices(
+    structure: Structure, names: Sequence[str], handover_s: Callable[[str, str, int], float | None]
+) -> np.ndarray[tuple[int, int, int], np.dtype[np.float64]]:
+    """Return what each boundary costs between each two targets, in seconds: [boundary, from, to]."""
+
+    def price(source: str, destination: str, size: int) -> float:
+        measured = handover_s(source, destination, size)
+        return CUT_S + (size / BYTES_PER_S if measured is None else measured)
+
+    sizes = [_crossing_bytes(structure, index) for index in range(1, len(structure.blocks))]
+    return np.array([[[price(a, b, size) for b in names] for a in names] for size in sizes]).reshape(len(sizes), len(names), len(names))
 
 
 def _crossing_bytes(structure: Structure, index: int) -> int:

@@ -19,6 +19,7 @@ from aivmm.tuner.text import printable
 
 if TYPE_CHECKING:
     from aivmm.models.records import Operator
+    from aivmm.probes.records import Transfer
     from aivmm.tuner.profile import Profile
 
 
@@ -83,7 +84,7 @@ def _print(profile: Profile, rows: int) -> None:
     shown = operators[:rows] if rows else operators
     for place in profile.places:
         out.print(Text(_heading(profile, place), style="bold"))
-    out.print(_table(profile, shown))
+        out.print(_table(profile, place, shown))
     if len(shown) < len(operators):
         out.print(f"... and {len(operators) - len(shown)} more; --rows 0 shows all")
     measured, nodes = profile.coverage()
@@ -97,8 +98,21 @@ def _print(profile: Profile, rows: int) -> None:
         out.print(
             Text(f"{target} runs the whole model in {done} kernels: {len(fusion.fused_into)} nodes are fused, {len(fusion.vanished)} gone")
         )
+    for transfer in profile.transfers.values():
+        out.print(Text(_transfer_line(transfer)))
     for note in profile.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
+
+
+def _transfer_line(transfer: Transfer) -> str:
+    """Say what handing a tensor over costs, and how far the sizes are off that line."""
+    from aivmm.probes.transfers import fit_of
+
+    fit, pair = fit_of(transfer), f"{transfer.source} to {transfer.destination}"
+    if fit is None:
+        return f"{pair}: {transfer.state} ({printable(transfer.reason)})"
+    rate = f" and {_time(fit.per_byte_s * 1e6)} a megabyte" if fit.per_byte_s else ""
+    return f"{pair}: handing a tensor over costs {_time(fit.fixed_s)}{rate} (half of the sizes are within {fit.error:.0%} of that)"
 
 
 def _time(seconds: float) -> str:
@@ -115,19 +129,14 @@ def _heading(profile: Profile, place: tuple[str, str]) -> str:
     return f"{text}; ceilings {peak}{_si(ceilings.bytes_per_s)}B/s, {_time(ceilings.call_s)} a call"
 
 
-def _table(profile: Profile, operators: list[Operator]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
+def _table(profile: Profile, place: tuple[str, str], operators: list[Operator]) -> Table:
+    """One table for each target, since several side by side do not fit a terminal of 80 columns."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("operator", overflow="fold", ratio=1)
-    table.add_column("nodes", justify="right")
-    for target, precision in profile.places:
-        short = f"{target} {precision}"
-        for heading in (short, "share", "FLOP/s", "bound"):
-            table.add_column(heading, justify="left" if heading == "bound" else "right", no_wrap=heading != short)
+    for heading in ("nodes", "time", "share", "FLOP/s", "bound"):
+        table.add_column(heading, justify="left" if heading == "bound" else "right", no_wrap=True)
     for operator in operators:
-        cells: list[str] = []
-        for place in profile.places:
-            cells += _cells(profile, operator, place)
-        table.add_row(Text(printable(operator.description)), str(operator.count), *map(Text, cells))
+        table.add_row(Text(printable(operator.description)), str(operator.count), *map(Text, _cells(profile, operator, place)))
     return table
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from aivmm.planner.candidates import Candidate, Draft, Score
 from aivmm.planner.constraints import ACCURACY, check
 from aivmm.planner.partition import cut_drafts
+from aivmm.probes.transfers import TransferFit
 from aivmm.runtime.plan import Accuracy, Number
 from aivmm.tuner.anatomy import Anatomist, medians
 from aivmm.tuner.emit import folder_bytes
@@ -24,8 +25,9 @@ _WORTH_PROVING = 1.02  # a finalist this far behind the best baseline would only
 class Decider:
     """Turns what was explored into entrants of the proof, and a proof into a plan."""
 
-    def __init__(self, work: Work, explorer: Explorer, anatomist: Anatomist) -> None:
+    def __init__(self, work: Work, explorer: Explorer, anatomist: Anatomist, handovers: Mapping[tuple[str, str], TransferFit]) -> None:
         self.work = work
+        self.handovers = handovers  # (source, destination) -> what handing a tensor over costs
         self.explorer = explorer
         self.anatomist = anatomist
         self._predicted: dict[str, float] = {}  # draft name -> seconds of one call
@@ -99,10 +101,15 @@ class Decider:
             min_segments=self.work.options.min_segments,
             uncut_s=min(wholes.values(), default=None),
             batch=base,
+            handover_s=self._handover_s,
         )
         for draft, predicted in drafts:
             self._predicted[draft.name] = predicted
         return [draft for draft, _ in drafts]
+
+    def _handover_s(self, source: str, destination: str, size_bytes: int) -> float | None:
+        fit = self.handovers.get((source, destination))
+        return None if fit is None else fit.seconds(size_bytes)
 
     def _entrant(self, number: int, draft: Draft, role: str) -> Entrant:
         prepared: Prepared = self.work.subject.at(draft.batch)

@@ -140,11 +140,11 @@ class Explorer:
             if self.measurer.try_load(candidate) is not None:
                 kept.append((baseline, candidate))  # refused: noted with its reason later
                 continue
-            loaded = self.measurer.loaded(candidate)
-            if loaded and candidate.config.precision is None:
-                hint = str(loaded.effective_config.get("INFERENCE_PRECISION_HINT", "float32"))
+            settings = self.measurer.effective_config(candidate)
+            if settings and candidate.config.precision is None:
+                hint = str(settings.get("INFERENCE_PRECISION_HINT", "float32"))
                 self._default_precisions[str(candidate.target)] = _HINTED.get(hint, hint)
-            effective = json.dumps(dict(loaded.effective_config), sort_keys=True, default=str) if loaded else ""
+            effective = json.dumps(dict(settings), sort_keys=True, default=str) if settings else ""
             same = seen.setdefault((str(candidate.target), candidate.callers, effective), baseline)
             if same is baseline:
                 kept.append((baseline, candidate))
@@ -156,8 +156,8 @@ class Explorer:
         """Where a runtime's default is not fp32 (bf16 on AMX), its fp32 twin is the yardstick for accuracy's sake: measure it too."""
         twins = []
         for _, candidate in usable:
-            loaded = self.measurer.loaded(candidate)
-            lower = self.default_precision(candidate.target) != "fp32" and (loaded is not None or len(candidate.target.precisions) > 1)
+            seen = self.measurer.effective_config(candidate) is not None
+            lower = self.default_precision(candidate.target) != "fp32" and (seen or len(candidate.target.precisions) > 1)
             if lower and candidate.config.precision is None and not candidate.config.settings and candidate.target.name != "AUTO":
                 config = replace(candidate.config, precision="fp32")
                 twin = Baseline(name=f"{candidate.target} fp32", target=candidate.target, config=config, callers=candidate.callers)

@@ -18,6 +18,7 @@ from aivmm.probes.lab import Lab, Loaded
 from aivmm.probes.machine import BackgroundLoad
 from aivmm.probes.race import Contestant, RaceState, race
 from aivmm.probes.records import Caution, Failed, Measured, Outcome, ProbeKey, Refused
+from aivmm.runtime.config import Setting
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.target import Target
 from aivmm.tuner.subject import Subject
@@ -211,9 +212,11 @@ class Measurer:
         return loaded
 
     def try_load(self, candidate: Candidate) -> Rejection | None:
-        """Load a candidate if the target takes it; otherwise return why not, stored once."""
+        """Load a candidate if the target takes it and it was not measured before; otherwise return why not, stored once."""
         if candidate.key not in self._rejected:
             old = self._known(candidate)
+            if isinstance(old, Score):
+                return None
             if isinstance(old, Rejection) and old.state in ("refused", "failed"):
                 self._rejected[candidate.key] = old
             else:
@@ -293,9 +296,12 @@ class Measurer:
             return Rejection(state="pruned", reason=problem, ratio=found.ratio, **shared)  # type: ignore[arg-type]
         return Score(ratio=found.ratio, low=found.low, high=found.high, cosine=cosine, **shared)  # type: ignore[arg-type]
 
-    def loaded(self, candidate: Candidate) -> Loaded | None:
-        """Return what is loaded for a candidate, while it is."""
-        return self._loaded.get(candidate.key)
+    def effective_config(self, candidate: Candidate) -> Mapping[str, Setting] | None:
+        """Return the settings that the runtime read back for a candidate, now or when it was last measured; None when it never ran."""
+        loaded = self._loaded.get(candidate.key)
+        if loaded is not None:
+            return loaded.effective_config
+        return next((each[candidate.key].effective_config for each in reversed(self._races.values()) if candidate.key in each), None)
 
     def _unload_except(self, keep: Iterable[str]) -> None:
         wanted = set(keep)

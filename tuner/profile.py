@@ -19,13 +19,15 @@ from aivmm.probes.ceilings import Ceilings, bound_of, rates
 from aivmm.probes.client import WorkerDied
 from aivmm.probes.fusion import Fusion, fusion_in
 from aivmm.probes.lab import COMPILE_LIMIT_S, Lab
-from aivmm.probes.records import Failed, Measured, Outcome, Refused
+from aivmm.probes.records import Failed, Measured, Outcome, Refused, Transfer
+from aivmm.probes.transfers import SIZES_BYTES, fit_of
 from aivmm.runtime.config import Config
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.registry import default_backends
 from aivmm.runtime.target import Target, Unavailable, select
 from aivmm.tuner.anatomy import Anatomist
 from aivmm.tuner.emit import Emitter
+from aivmm.tuner.handover import HandoverProber
 from aivmm.tuner.measure import Counts
 from aivmm.tuner.operators import OperatorProber
 from aivmm.tuner.options import TuneOptions
@@ -49,6 +51,7 @@ class Profile:
     blocks: Mapping[tuple[int, str], Outcome]  # (block, target)
     wrong: Mapping[tuple[int, str], str]
     ceilings: Mapping[tuple[str, str], Ceilings]
+    transfers: Mapping[tuple[str, str], Transfer]  # (source, destination)
     fusions: Mapping[str, Fusion]  # target -> what became of the nodes inside the whole model
     counts: Counts
     notes: list[str] = field(default_factory=list)
@@ -173,6 +176,18 @@ def _measure(
         progress.phase("measuring blocks")
         blocks.blocks(budget_s=left_s(), tell=tell)
         blocks.emitter.close()
+    progress.phase("measuring transfers between targets")
+    transfers = HandoverProber(
+        lab=lab,
+        database=database,
+        run_id=None,
+        targets=targets,
+        counts=counts,
+        fresh=options.fresh,
+        retry_failed=options.retry_failed,
+        sizes_bytes=SIZES_BYTES,
+    )
+    transfers.run(budget_s=left_s(), tell=tell)
     progress.phase("asking what is fused")
     notes: list[str] = [*subject.facts.notes, *subject.notes]
     fusions = {}
@@ -183,7 +198,7 @@ def _measure(
             notes.append(printable(error.message))
         except WorkerDied as died:
             notes.append(printable(f"{target} does not tell what it fuses: asking it {died.reason}"))
-    skipped = operators.skipped + blocks.skipped
+    skipped = operators.skipped + blocks.skipped + transfers.skipped
     if skipped:
         notes.append(f"{skipped} probes did not fit the budget; raise --budget to have them all")
     return Profile(
@@ -195,6 +210,7 @@ def _measure(
         blocks=blocks.found,
         wrong=blocks.wrong,
         ceilings=operators.ceilings,
+        transfers=transfers.found,
         fusions=fusions,
         counts=counts,
         notes=notes,
@@ -263,6 +279,7 @@ def as_json(profile: Profile) -> dict[str, Any]:
             }
             for block in structure.blocks
         ],
+        "transfers": [_transfer_json(each) for each in profile.transfers.values()],
         "fusion": [
             {"target": target, "kernels": len(each.kernels), "fused_into": dict(each.fused_into), "vanished": list(each.vanished)}
             for target, each in profile.fusions.items()
@@ -271,6 +288,20 @@ def as_json(profile: Profile) -> dict[str, Any]:
         "probes": {**asdict(profile.counts), "skipped": profile.skipped},
         "notes": profile.notes,
         "wall_s": profile.wall_s,
+    }
+
+
+def _transfer_json(transfer: Transfer) -> dict[str, Any]:
+    fit = fit_of(transfer)
+    return {
+        "source": transfer.source,
+        "destination": transfer.destination,
+        "state": transfer.state,
+        "reason": transfer.reason,
+        "points": [{"bytes": point.size_bytes, "cost_s": point.cost_s} for point in transfer.points],
+        "fixed_s": None if fit is None else fit.fixed_s,
+        "per_byte_s": None if fit is None else fit.per_byte_s,
+        "fit_error": None if fit is None else fit.error,
     }
 
 

@@ -27,6 +27,7 @@ from aivmm.planner.levels import SERVICE_LEVELS
 from aivmm.planner.records import RunRecord
 from aivmm.probes.lab import Lab
 from aivmm.probes.race import RaceState
+from aivmm.probes.transfers import TransferFit
 from aivmm.runtime.bundle import check_destination
 from aivmm.runtime.config import LOWERED
 from aivmm.runtime.environment import environment_of
@@ -35,6 +36,7 @@ from aivmm.runtime.target import Target, Unavailable, select
 from aivmm.tuner.anatomy import Anatomist
 from aivmm.tuner.decide import Decider, expected
 from aivmm.tuner.explore import Explorer
+from aivmm.tuner.handover import HandoverProber
 from aivmm.tuner.interrupt import Interrupts
 from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
 from aivmm.tuner.progress import Progress
@@ -46,8 +48,8 @@ from aivmm.tuner.work import Work, remove_orphans
 
 # A second to import each, and needed only later: loaded in the background while workers read the model and look for devices.
 _AHEAD = ("aivmm.models.graph", "aivmm.models.slice", "aivmm.probes.wilcoxon", "aivmm.reports.render")
-# Shares of the budget by which blocks and operators have to end, counted from the start.
-_BLOCKS_UNTIL, _OPERATORS_UNTIL = 0.80, 1.0
+# Shares of the budget by which blocks, hand-overs and operators have to end, counted from the start.
+_BLOCKS_UNTIL, _HANDOVERS_UNTIL, _OPERATORS_UNTIL = 0.80, 0.85, 1.0
 _FORCED_S = 20.0  # a forced cut needs its evidence, whatever is left
 
 
@@ -225,13 +227,13 @@ class Session:
     def _tune(self, work: Work, record: RunRecord) -> TuneOutcome:
         explorer = Explorer(work, searched_before=self._searched_before)
         explorer.run()
-        anatomist = self._anatomise(work, explorer)
+        anatomist, handovers = self._anatomise(work, explorer)
         cut_short = work.asked()
         if cut_short:
             work.note("stopped by Ctrl-C: this is the best plan so far; run the same command again to go on with the search")
         else:
             record = _end(work, record, "searched", finished=False)
-        decider = Decider(work, explorer, anatomist)
+        decider = Decider(work, explorer, anatomist, handovers)
         entrants = decider.entrants()
         self.progress.phase("proving the best end to end")
         proof = Prover(
@@ -247,8 +249,8 @@ class Session:
             work.database.add_proof(record.id, each)
         return self._finish(work, record, decider, proof, cut_short=cut_short)
 
-    def _anatomise(self, work: Work, explorer: Explorer) -> Anatomist:
-        """Probe blocks, then operators, with what is left of the budget."""
+    def _anatomise(self, work: Work, explorer: Explorer) -> tuple[Anatomist, Mapping[tuple[str, str], TransferFit]]:
+        """Probe blocks, then hand-overs between targets, then operators, with what is left of the budget."""
         self.progress.phase("measuring blocks and operators")
         folder = work.folder / "parts"
         folder.mkdir()
@@ -273,10 +275,23 @@ class Session:
 
         least = _FORCED_S if self.options.min_segments > 1 else 0.0
         anatomist.blocks(budget_s=max(least, _BLOCKS_UNTIL * budget - work.elapsed()), tell=tell)
+        handovers = HandoverProber(
+            lab=work.lab,
+            database=work.database,
+            run_id=work.run_id,
+            targets=work.targets,
+            counts=explorer.measurer.counts,
+            fresh=self.options.fresh,
+            retry_failed=self.options.retry_failed,
+            measure_new=not self._searched_before,
+            stop=work.asked,
+        )
+        handovers.run(budget_s=max(least, _HANDOVERS_UNTIL * budget - work.elapsed()), tell=tell)
         anatomist.operators(budget_s=max(0.0, _OPERATORS_UNTIL * budget - work.elapsed()), tell=tell)
-        if anatomist.skipped and not self._searched_before:
-            work.note(f"{anatomist.skipped} block and operator probes did not fit the budget; raise --budget to have them all")
-        return anatomist
+        skipped = anatomist.skipped + handovers.skipped
+        if skipped and not self._searched_before:
+            work.note(f"{skipped} probes of blocks, operators and transfers did not fit the budget; raise --budget to have them all")
+        return anatomist, handovers.fits()
 
     def _finish(self, work: Work, record: RunRecord, decider: Decider, proof: Proof, *, cut_short: bool) -> TuneOutcome:
         """Write the plan, if there is one, and the report in any case."""
