@@ -1,14 +1,15 @@
 """Can the verdicts be trusted? The same thing compared with itself, and with itself plus 5 %, by the classes that the tuner uses.
 
-    python benchmarks/aa.py [--comparisons 400] [--models NAME ...] [--quick] [--where same,workers,runtimes] [--load idle,busy]
+    python benchmarks/aa.py [--comparisons 400] [--models NAME ...] [--quick] [--where load,same,workers,runtimes] [--load idle,busy]
                             [--rounds 60] [--copies 6] [--minutes 25] [--out benchmarks/results/aa.md]
 
 Each race has three contestants that load the same model with the same settings: two time 20 calls at once, the third 21. The two are called
 different (a false alarm) or not; the third is called slower than the first (found) or not, by the same settings on the same samples.
 
-same      all three are loaded in one worker
+load      one loaded model takes all three parts: what the timer itself adds
+same      each is loaded `--copies` times, all in one worker
 workers   each is loaded in `--copies` workers of its own, drawn afresh from a pool that is itself renewed bit by bit
-runtimes  a worker of ONNX Runtime and one of OpenVINO, three contestants in each; all six take turns, and those of one runtime are compared
+runtimes  as same, in a worker of ONNX Runtime and in one of OpenVINO; all six take turns, and those of one runtime are compared
 
 busy: another process keeps one core busy. Sequential: as many blocks of the same contestants one after the other, compared by the bootstrap
 interval of the two medians, with the same confidence and the same indifference zone; taken in every fourth race.
@@ -58,7 +59,10 @@ _RENEW_EVERY, _RENEW = 5, 2  # of the pool of workers: so many comparisons, so m
 _SEQUENTIAL_EVERY = 4
 _LIMIT_S = 120.0
 _RUNTIMES = ("onnxruntime", "openvino")
-WHERE = {"same": "same worker", "workers": "across workers", "runtimes": "across runtimes"}
+WHERE = {"load": "same load", "same": "same worker", "workers": "across workers", "runtimes": "across runtimes"}
+
+
+Load = tuple[Worker, str]  # where something is loaded, and under which name
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +104,21 @@ def load(worker: Worker, name: str, subject: Subject, target: Target) -> None:
     )
 
 
-def contestants(workers: Sequence[Sequence[Worker]], names: Sequence[str], subject: Subject) -> list[Contestant]:
+def contestants(loads: Sequence[Sequence[Load]], subject: Subject) -> list[Contestant]:
     """Return the two of a kind and the slower one: 20, 20 and 21 calls to a duration."""
     made = []
-    for mine, name, calls in zip(workers, names, (CALLS, CALLS, MORE_CALLS), strict=True):
-        made.append(Contestant(name, mine[0], others=tuple(mine[1:]), repeat=calls, expected_s=calls * subject.call_s, keep=True))
+    for (first, *others), calls in zip(loads, (CALLS, CALLS, MORE_CALLS), strict=True):
+        made.append(
+            Contestant(
+                first[1],
+                first[0],
+                others=tuple(worker for worker, _ in others),
+                other_names=tuple(name for _, name in others),
+                repeat=calls,
+                expected_s=calls * subject.call_s,
+                keep=True,
+            )
+        )
     return made
 
 
@@ -120,7 +134,8 @@ class Field:
         if where == "workers":
             self._pool = [self._started(runtimes[0], ["m"]) for _ in range(3 * copies)]
         else:
-            self._workers = {runtime: self._started(runtime, ["a", "b", "c"]) for runtime in runtimes}
+            self._names = [f"m{number}" for number in range(1 if where == "load" else 3 * copies)]
+            self._workers = {runtime: self._started(runtime, self._names) for runtime in runtimes}
 
     def _started(self, runtime: str, names: Sequence[str]) -> Worker:
         worker = self._stack.enter_context(Worker(runtime))
@@ -131,15 +146,20 @@ class Field:
     def draw(self, rng: random.Random) -> list[list[Contestant]]:
         """Return the contestants of the next race."""
         self._drawn += 1
+        if self._where == "load":
+            return [contestants([[(worker, self._names[0])]] * 3, self._subject) for worker in self._workers.values()]
         if self._where != "workers":
-            names = rng.sample(["a", "b", "c"], 3)
-            return [contestants([[worker]] * 3, names, self._subject) for worker in self._workers.values()]
+            names = rng.sample(self._names, len(self._names))
+            return [
+                contestants([[(worker, name) for name in names[at::3]] for at in range(3)], self._subject)
+                for worker in self._workers.values()
+            ]
         if self._drawn % _RENEW_EVERY == 0:
             for _ in range(_RENEW):
                 self._pool.pop(0).close()
                 self._pool.append(self._started(_RUNTIMES[0], ["m"]))
-        drawn = rng.sample(self._pool, 3 * self._copies)
-        return [contestants([drawn[at::3] for at in range(3)], ["m"] * 3, self._subject)]
+        drawn = [(worker, "m") for worker in rng.sample(self._pool, 3 * self._copies)]
+        return [contestants([drawn[at::3] for at in range(3)], self._subject)]
 
 
 def compare_once(field_: Field, rng: random.Random, rounds: int, tally: Tally, *, sequential: bool) -> None:
@@ -166,7 +186,17 @@ def compare_once(field_: Field, rng: random.Random, rounds: int, tally: Tally, *
 def in_sequence(groups: Sequence[Sequence[Contestant]], rounds: int, rng: random.Random, tally: Tally) -> None:
     """Measure the same contestants one after the other, and compare their medians."""
     for group in groups:
-        again = [Contestant(each.name, each.worker, others=each.others, repeat=each.repeat, expected_s=each.expected_s) for each in group]
+        again = [
+            Contestant(
+                each.name,
+                each.worker,
+                others=each.others,
+                other_names=each.other_names,
+                repeat=each.repeat,
+                expected_s=each.expected_s,
+            )
+            for each in group
+        ]
         with measuring():
             for each in rng.sample(again, len(again)):
                 for number in range(rounds):
@@ -294,7 +324,7 @@ def heading(models: Sequence[Subject], options: argparse.Namespace) -> list[str]
         f"on {device.model}, {device.cores} cores, {platform.system()} {platform.release()}, Python {platform.python_version()},",
         f"openvino {version('openvino')}, onnxruntime {version(ort)}.",
         "",
-        f"Interval {CONFIDENCE:.0%}; {options.rounds} rounds each, the cap on samples; across workers {options.copies} copies.",
+        f"Interval {CONFIDENCE:.0%}; {options.rounds} rounds each, the cap on samples; {options.copies} loads each but for `same load`.",
         "Models: " + ", ".join(f"{each.name} ({each.call_s * 1e3:.3f} ms, {dealt[each.name]} comparisons)" for each in models) + ".",
         "False alarm: two of a kind called faster or slower (to reach: at most 2 %). Found: 21 calls called slower than 20 (to reach:",
         "at least 90 % idle, 75 % busy). Sequential: the same blocks one contestant after the other, medians compared. Rates with Wilson's",

@@ -89,7 +89,6 @@ _TARGETS_EXAMPLE = "targets in (openvino:NPU, openvino:GPU)"
 
 KNOWN = frozenset({*_METRICS, TARGETS})
 ACCURACY = ("metric", "top1_agreement", "top5_agreement", "sqnr", "cosine")  # the user's own first: the one named in a verdict
-MEASURED_NOW = frozenset({"latency", "p99", "throughput", "memory", "size", "compile", "first_inference", *ACCURACY, TARGETS})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,10 +141,10 @@ class Violation:
         return self.sentence
 
 
-def parse(expression: str, *, measured: Iterable[str] = MEASURED_NOW) -> tuple[Constraint, ...]:
+def parse(expression: str, *, measured: Iterable[str] = KNOWN) -> tuple[Constraint, ...]:
     """Return the constraints of `expression`, in its order.
 
-    `measured` names the metrics that can be judged in this version; pass `KNOWN` to read whatever the grammar has.
+    `measured` names the metrics that can be judged where this is asked; all of them unless something is known to be missing.
 
     Raises:
         UsageError: it does not parse, a unit is missing or of another quantity, the metric is unknown or not measured yet, or the
@@ -295,7 +294,7 @@ class _Reader:
             self._at = start
             self._fail(f"unknown metric {word!r}", f"choose from {', '.join(sorted(self._measured))}", quote=False)
         if word not in self._measured:
-            problem = f"{word} cannot be limited: this version of aivmm does not measure it on this machine yet"
+            problem = f"{word} cannot be limited: it is not measured on this machine"
             raise UsageError(problem, advice=f"choose from {', '.join(sorted(self._measured))}")
         return word
 

@@ -33,8 +33,8 @@ _PEEK = 0.1  # and each look may be wrong this much more rarely than the verdict
 class Contestant:
     """Something loaded in a worker under `name`, and what the race has seen of it. `batch` samples go through at each call.
 
-    `others` are further workers in which the same is loaded under the same name. They take turns, round % copies, so that the race sees
-    what another process would make of it.
+    `others` are further workers in which the same is loaded, under the same name or under those in `other_names` (then they may be this
+    very worker). They take turns, round % copies, so that the race sees what loading it again, or in another process, would make of it.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Contestant:
     lost: bool = False  # failed through no fault of its own: another contestant took its worker down
     generation: int = 0
     others: tuple[Worker, ...] = ()
+    other_names: tuple[str, ...] = ()  # as long as `others`, or empty
     repeat: int = 1  # steps to one duration
     cautions: tuple[Caution, ...] = ()  # what the race found doubtful at its end
     _generations: tuple[int, ...] = ()
@@ -81,13 +82,18 @@ class Contestant:
             return None
         return Samples(timed_s=tuple(self.durations), rounds=tuple(self.rounds), warmup_s=tuple(self.warmup))
 
+    @property
+    def loads(self) -> tuple[tuple[Worker, str], ...]:
+        """Each worker with the name under which it is loaded there."""
+        return tuple(zip(self.workers, (self.name, *(self.other_names or (self.name,) * len(self.others))), strict=True))
+
     def worker_in(self, number: int) -> Worker:
         """Return the worker whose turn it is in the round `number`."""
         return self.workers[number % self.copies]
 
     def block(self, number: int, *, warmup: bool = False) -> None:
         """Time one block and keep its durations under the round `number`; to warm up, call until it no longer becomes faster first."""
-        worker = self.worker_in(number)
+        worker, name = self.loads[number % self.copies]
         if worker.generation != (self.generation, *self._generations)[number % self.copies] or worker.pid == 0:
             self.failed = WorkerDied("lost with its worker, which died during another candidate")
             self.lost = True
@@ -98,7 +104,7 @@ class Contestant:
         more = ({"steady_s": _WARM_S} if warmup else {}) | ({"repeat": self.repeat} if self.repeat > 1 else {})
         limit_s = run_limit_s() + seconds
         try:
-            answer = worker.call("timed", limit_s=limit_s, name=self.name, seconds=seconds, settle=settle, least=least, **more)
+            answer = worker.call("timed", limit_s=limit_s, name=name, seconds=seconds, settle=settle, least=least, **more)
         except WorkerDied as died:
             self.failed, self.lost = died, isinstance(died, WorkerLost)
             return
@@ -134,8 +140,8 @@ class RaceState:
 def versus(a: Contestant, b: Contestant, *, confidence: float = 0.95, field: Sequence[Contestant] = ()) -> Comparison:
     """Compare the time per sample of two contestants of one race.
 
-    Where they ran in different processes the interval takes in how much processes differ: as the copies of the two show it, together with
-    those of the other contestants in `field`, or else as a prior says.
+    Unless they are the same loaded thing the interval takes in how much loading it again changes: as the copies of the two show it,
+    together with those of the other contestants in `field`, or else as a prior says.
     """
     mine, theirs = a.samples(), b.samples()
     assert mine and theirs
@@ -145,8 +151,11 @@ def versus(a: Contestant, b: Contestant, *, confidence: float = 0.95, field: Seq
 
 
 def apart_of(a: Contestant, b: Contestant, *, field: Sequence[Contestant] = ()) -> Apart | None:
-    """Return how much the processes of one race differ; None when `a` and `b` ran in the same ones."""
-    if a.workers == b.workers:
+    """Return how much the loads of one race differ; None when `a` and `b` are the same ones.
+
+    What is loaded twice in one process differs for as long as it lives too, by where its memory and threads came to lie: 8 % were seen.
+    """
+    if a.loads == b.loads:
         return None
     copies = min(a.copies, b.copies)
     full = min(len(set(a.rounds)), len(set(b.rounds)))

@@ -52,7 +52,7 @@ class TuneOptions:
         if self.objective not in OBJECTIVES:
             raise UsageError(f"unknown objective {self.objective!r}", advice=f"choose from {', '.join(OBJECTIVES)}")
         if self.objective == "energy":
-            raise UsageError("energy cannot be measured yet, so it cannot be an objective", advice="choose latency or throughput")
+            raise UsageError("energy is no objective yet", advice="choose latency or throughput, and limit energy with --constraint")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed {self.seed} is not between 0 and 4294967295")
         if not 0 < self.budget_s < 1e6:

@@ -24,6 +24,7 @@ from aivmm.probes.operations import BATCH_BELOW_S
 from aivmm.probes.race import Contestant, RaceState, block_s, leader_of, race, versus
 from aivmm.probes.records import Caution, Samples
 from aivmm.runtime.target import Target
+from aivmm.tuner.joules import ENERGY, absent, device_memory, energy_metrics, why_no_energy
 
 # Seconds of racing: as many as the entrants' own speed asks for, within these. Loading, the tail and the report come on top.
 _LEAST_S, _MOST_S = 4.0, 6.5
@@ -79,6 +80,7 @@ class Proof:
     challenger: Comparison | None = None  # the best candidate against the best baseline
     violations: dict[str, tuple[Violation, ...]] = field(default_factory=dict)  # by draft name
     cautions: tuple[Caution, ...] = ()
+    absent: dict[str, str] = field(default_factory=dict)  # what could not be measured of the plan, and why
 
     def records(self) -> list[ProofRecord]:
         """Return what the database keeps."""
@@ -143,6 +145,7 @@ class Prover:
         self._metric = metric
         self._asking = threading.Lock()
         self._asks_tail = any(constraint.metric == "p99" for constraint in constraints)
+        self._asks_energy = any(constraint.metric in ENERGY for constraint in constraints)
 
     def run(self) -> Proof:
         """Prove. The workers are ended in any case."""
@@ -194,6 +197,11 @@ class Prover:
             "size_bytes": float(entrant.size_bytes),
             **accuracy,
         }
+        held, why = device_memory(entrant.worker.pid, _targets_of(entrant))
+        if held is not None:
+            entrant.metrics["device_memory_bytes"] = float(held)
+        elif why:
+            self._proof.absent["device_memory"] = why
         entrant.problem = entrant.problem or problem
         if self._cosine_limit is not None and not entrant.problem:
             entrant.problem = over_limit(accuracy.get("cosine", -1.0), accuracy.get("relative_l2", math.inf), self._cosine_limit)
@@ -250,7 +258,7 @@ class Prover:
             self._measure(entrant, entrant.confirmed)
 
     def _targets(self) -> set[Target]:
-        return {piece.target for each in self._proof.entrants for piece in each.draft.pieces}
+        return {target for each in self._proof.entrants for target in _targets_of(each)}
 
     def _choose(self, finalists: Sequence[Entrant]) -> int:
         """Race the finalists, and drop all but the fastest of those that keep the constraints; return the next round's number."""
@@ -292,12 +300,30 @@ class Prover:
             for each in measured:
                 self._tail(each)
         for each in measured:
+            if self._asks_energy and each.eligible:
+                self._count_energy(each)
             self._judge(each)
         while True:
             plan = self._pick()
             self._proof.plan = plan
-            if plan is None or self._tail(plan):
-                return
+            if plan is None or (self._tail(plan) and self._count_energy(plan)):
+                break
+        if plan is not None:
+            beside = self._proof.best_baseline
+            if beside is not None and beside is not plan:
+                self._count_energy(beside)
+            self._proof.absent |= absent(_targets_of(plan), plan.metrics)
+
+    def _count_energy(self, entrant: Entrant) -> bool:
+        """Count the energy of one sample, where a counter tells. False when it died of it."""
+        if entrant.contestant is None or any("energy_j" in name for name in entrant.metrics):
+            return True
+        try:
+            entrant.metrics |= energy_metrics(entrant.contestant, _targets_of(entrant))
+        except (WorkerDied, AivmmError) as error:
+            entrant.problem, entrant.fatal = str(error), True
+            entrant.contestant.failed = WorkerDied(entrant.problem)
+        return not entrant.fatal
 
     def _judge(self, entrant: Entrant) -> None:
         """Note which constraints an entrant breaks, or cannot be shown to keep."""
@@ -305,6 +331,9 @@ class Prover:
         found = self._violations(entrant)
         for missing in unjudged(self._constraints, metrics, targets=targets):
             why = "there is no output that is a classifier's" if "agreement" in missing.metric else "there was no time to measure it"
+            if missing.metric in ENERGY:
+                why = why_no_energy(_targets_of(entrant)) or why
+            why = self._proof.absent.get(missing.metric, why)
             sentence = f"{missing.metric} is not known ({why}), so {missing} is not shown to hold"
             found = (*found, Violation(constraint=missing, value=math.nan, percent=math.inf, sentence=sentence))
         if found:
@@ -367,12 +396,19 @@ def constraint_metrics(entrant: Entrant) -> dict[str, float]:
         "p99": "p99_s",
         "throughput": "throughput_per_s",
         "memory": "peak_memory_bytes",
+        "device_memory": "device_memory_bytes",
+        "energy": "energy_j",
+        "power": "power_w",
         "size": "size_bytes",
         "compile": "compile_s",
         "first_inference": "first_inference_s",
         **dict(zip(ACCURACY, ACCURACY, strict=True)),
     }
     return {ours: entrant.metrics[theirs] for ours, theirs in names.items() if theirs in entrant.metrics}
+
+
+def _targets_of(entrant: Entrant) -> set[Target]:
+    return {piece.target for piece in entrant.draft.pieces}
 
 
 def _racing_s(contestants: Sequence[Contestant]) -> float:

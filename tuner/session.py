@@ -38,6 +38,7 @@ from aivmm.tuner.decide import Decider, expected
 from aivmm.tuner.explore import Explorer
 from aivmm.tuner.handover import HandoverProber
 from aivmm.tuner.interrupt import Interrupts
+from aivmm.tuner.joules import ENERGY, why_no_energy
 from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
 from aivmm.tuner.progress import Progress
 from aivmm.tuner.prove import Proof, Prover
@@ -135,6 +136,7 @@ class Session:
         finally:
             looking.shutdown(wait=False)  # a model that cannot be read is no reason to wait: the workers end with the laboratory
         targets = self._allowed(found, unavailable)
+        self._require_counters(targets)
         subject.remember_targets(found)
         subject.make_reference(found)
         return Work(
@@ -174,6 +176,13 @@ class Session:
                 known = sorted({precision for target in targets for precision in target.precisions})
                 raise UsageError(f"no target here runs {each} natively", advice=f"--precisions can be: {', '.join((*known, 'int8'))}")
         return targets
+
+    def _require_counters(self, targets: Sequence[Target]) -> None:
+        """Raise UsageError when energy or power is limited and none of the targets' can be counted here."""
+        asked = next((each for each in self.constraints if each.metric in ENERGY), None)
+        reasons = [why_no_energy({target}) for target in targets]
+        if asked is not None and all(reasons):
+            raise UsageError(f"{asked.metric} cannot be limited: {reasons[0]}", advice=f"drop {asked}, or tune where energy can be counted")
 
     def _begin(self, work: Work) -> RunRecord:
         """Store what the run is about."""
@@ -247,6 +256,7 @@ class Session:
         ).run()
         for each in proof.records():
             work.database.add_proof(record.id, each)
+        work.notes.extend(f"{what} was not measured: {why}" for what, why in proof.absent.items())
         return self._finish(work, record, decider, proof, cut_short=cut_short)
 
     def _anatomise(self, work: Work, explorer: Explorer) -> tuple[Anatomist, Mapping[tuple[str, str], TransferFit]]:

@@ -175,6 +175,12 @@ def summary(
             "p99_s": plan.metrics.get("p99_s"),
             "throughput_per_s": plan.metrics["throughput_per_s"],
             "samples": len(plan.confirmed.timed_s),
+            "peak_memory_bytes": plan.metrics.get("peak_memory_bytes"),
+            "device_memory_bytes": plan.metrics.get("device_memory_bytes"),
+            "energy_j": plan.metrics.get("energy_j"),
+            "power_w": plan.metrics.get("power_w"),
+            "card_energy_j": plan.metrics.get("card_energy_j"),
+            "not_measured": dict(proof.absent),
         }
     return result
 

@@ -1,0 +1,79 @@
+"""Energy and device memory of what was raced: real workers, and a powercap tree whose counters grow as the kernel's do."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from aivmm.probes import wire
+from aivmm.probes.client import Worker
+from aivmm.probes.operations import save_arrays
+from aivmm.probes.race import Contestant
+from aivmm.runtime.config import Config
+from aivmm.runtime.registry import load_backend
+from aivmm.runtime.target import Device, Target
+from aivmm.tuner.joules import absent, device_memory, energy_metrics, why_no_energy
+from tests.making import chain_model, normal, write_model
+
+WATTS = 20.0
+
+
+@pytest.fixture
+def target() -> Target:
+    return next(each for each in load_backend("onnxruntime").targets() if str(each) == "onnxruntime:CPU" and isinstance(each, Target))
+
+
+@contextmanager
+def package(root: Path) -> Iterator[Path]:
+    """A package that draws 20 W for as long as this is open."""
+    folder = root / "intel-rapl:0"
+    folder.mkdir(parents=True)
+    (folder / "name").write_text("package-0\n")
+    (folder / "max_energy_range_uj").write_text("262143328850\n")
+    counter, fresh, stop, began = folder / "energy_uj", folder / "new", threading.Event(), time.perf_counter()
+    counter.write_text("0\n")
+
+    def draw() -> None:
+        while not stop.wait(0.005):
+            fresh.write_text(f"{int(1e6 * WATTS * (time.perf_counter() - began))}\n")
+            fresh.replace(counter)  # a reader sees the old value or the new one
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        yield root
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_sample_costs_the_power_times_its_share_of_the_time(tmp_path: Path, target: Target) -> None:
+    model, inputs = write_model(tmp_path / "chain.onnx", chain_model()), tmp_path / "inputs.npz"
+    save_arrays(inputs, {"x": normal(2, 32)})
+    with package(tmp_path / "powercap") as root, Worker("energy") as worker:
+        config = wire.config_out(Config(precision="fp32"))
+        worker.call("compile", limit_s=60, name="m", model=str(model), target=wire.target_out(target), config=config, inputs=str(inputs))
+        found = energy_metrics(Contestant("m", worker, batch=4), {target}, seconds=0.5, root=root)
+        period_s = min(worker.call("timed", limit_s=60, name="m", seconds=0.05)["durations"])
+    assert found["power_w"] == pytest.approx(WATTS, rel=0.2)
+    assert found["energy_j"] >= 0.5 * WATTS * period_s / 4  # a median, against the best of another run
+    assert found["energy_j"] < WATTS * 0.5
+    assert why_no_energy({target}, root=root) == "" and absent({target}, found) == {}
+
+
+def test_without_a_counter_there_is_a_reason_and_no_number(tmp_path: Path, target: Target) -> None:
+    nowhere = tmp_path / "nowhere"
+    with Worker("energy") as worker:
+        assert energy_metrics(Contestant("m", worker), {target}, root=nowhere) == {}
+    assert "has no RAPL counters" in why_no_energy({target}, root=nowhere)
+
+
+def test_a_cpu_has_no_memory_of_its_own_and_an_unknown_card_says_so(target: Target) -> None:
+    arc = Target(runtime="openvino", name="GPU.1", device=Device(kind="gpu", model="Intel(R) Arc(TM) (dGPU)"), runtime_version="1")
+    assert device_memory(1, {target}) == (0, "")
+    assert device_memory(1, {target, arc}) == (None, "openvino:GPU.1 does not tell how much of its memory a process holds")

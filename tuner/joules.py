@@ -1,0 +1,76 @@
+"""What one sample costs in energy, and what a plan holds of a device's own memory: measured where the hardware tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from aivmm.errors import Unsupported
+from aivmm.probes.client import Worker, run_limit_s
+from aivmm.probes.energy import POWERCAP, SHORTEST_S, EnergyMeter, counters
+from aivmm.probes.machine import measuring
+from aivmm.runtime.nvml import process_memory_bytes
+from aivmm.runtime.target import Target
+
+ENERGY = ("energy", "power")  # constraints that need a counter of energy
+
+
+class _Racer(Protocol):
+    """What has been raced in a worker of its own."""
+
+    @property
+    def worker(self) -> Worker:
+        """Where it is loaded, under `name`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def batch(self) -> int: ...
+
+
+def why_no_energy(targets: set[Target], *, root: Path = POWERCAP) -> str:
+    """Return why the energy of these targets cannot be counted; "" when it can."""
+    found, missing = counters(targets, root=root)
+    return "; ".join(f"{name}: {reason}" for name, reason in missing.items()) or ("" if found else "this machine has no counter of energy")
+
+
+def energy_metrics(racer: _Racer, targets: set[Target], *, seconds: float = SHORTEST_S, root: Path = POWERCAP) -> dict[str, float]:
+    """Run for `seconds` while the counters count; return metrics of one sample.
+
+    `energy_j` and `power_w` where every counter could be read; where only the card's own could, `card_energy_j` and `card_power_w`: they
+    compare with those of other plans on that card, and with nothing else. Empty where nothing counts.
+
+    Raises:
+        WorkerDied: it died meanwhile.
+    """
+    if not counters(targets, root=root)[0]:
+        return {}
+    with measuring(), EnergyMeter(targets, root=root) as meter:
+        answer = racer.worker.call("timed", limit_s=run_limit_s() + seconds, name=racer.name, seconds=seconds, most=10**9)
+    period_s = sorted(answer["durations"])[len(answer["durations"]) // 2]  # of one call, or between two completions
+    energy = meter.energy
+    if energy.watts is not None:
+        return {"power_w": energy.watts, "energy_j": energy.watts * period_s / racer.batch}
+    card_w = sum(joules for name, joules in energy.joules.items() if name.startswith("card")) / energy.seconds
+    return {"card_power_w": card_w, "card_energy_j": card_w * period_s / racer.batch} if card_w else {}
+
+
+def device_memory(pid: int, targets: set[Target]) -> tuple[int | None, str]:
+    """Return the bytes that a process holds in memories of the targets' own, 0 where they are CPUs; or None and the reason."""
+    others = {each for each in targets if each.device.kind != "cpu"}
+    cards = {each.device.uid for each in others if each.device.uid.startswith(("GPU-", "MIG-"))}
+    unknown = sorted(str(each) for each in others if each.device.uid not in cards)
+    if unknown:
+        return None, f"{unknown[0]} does not tell how much of its memory a process holds"
+    try:
+        return sum(process_memory_bytes(uid, pid) for uid in cards), ""
+    except Unsupported as error:
+        return None, str(error)
+
+
+def absent(targets: set[Target], metrics: Mapping[str, float]) -> dict[str, str]:
+    """Return what could not be measured of a plan, and why, for its reader."""
+    reason = why_no_energy(targets)
+    return {"energy": reason} if reason and "energy_j" not in metrics else {}
