@@ -19,6 +19,7 @@ from scipy.sparse import csr_matrix
 
 from aivmm.planner.compact import Array, Compact, Tensor
 from aivmm.planner.problem import Goal
+from aivmm.planner.quiet import native_stdout_to_stderr
 
 Spots = list[tuple[int, int]]
 Allowed = npt.NDArray[np.bool_]  # [groups, places]
@@ -138,21 +139,24 @@ class Program:
         self.load[self.box[place]].append((changed, cost))
 
     def _charge_flow(self, tensor: Tensor, move: Array) -> None:
-        """Charge by pairs: what leaves p for any q is at least x[source, p] - x[reader, p], what enters q from any p likewise."""
-        pairs = list(itertools.permutations(range(len(self.places)), 2))
+        """Charge by pairs: one unit flows from where the source is to where each reader is; what moves is the largest of the flows."""
+        width = len(self.places)
+        pairs = [(one, other) for one in range(width) for other in range(width)]
         moved = self.rows.new(len(pairs))
-        for (one, other), column in zip(pairs, range(moved, moved + len(pairs)), strict=True):
-            self.load[self.box[other]].append((column, move[one, other]))
+        for offset, (one, other) in enumerate(pairs):
+            if one != other:
+                self.load[self.box[other]].append((moved + offset, move[one, other]))
         for reader in tensor.readers:
             flow = moved
             if len(tensor.readers) > 1:
                 flow = self.rows.new(len(pairs))
                 for offset in range(len(pairs)):
                     self.rows.add([(flow + offset, 1.0), (moved + offset, -1.0)])
-            for place in range(len(self.places)):
-                for end, (near, far) in enumerate(((tensor.source, reader), (reader, tensor.source))):
-                    terms = [(flow + offset, -1.0) for offset, pair in enumerate(pairs) if pair[end] == place]
-                    self.rows.add([(self.x(near, place), 1.0), (self.x(far, place), -1.0), *terms])
+            for place in range(width):
+                leaving = [(flow + place * width + other, 1.0) for other in range(width)]
+                arriving = [(flow + other * width + place, 1.0) for other in range(width)]
+                self.rows.add([*leaving, (self.x(tensor.source, place), -1.0)], 0.0, 0.0)
+                self.rows.add([*arriving, (self.x(reader, place), -1.0)], 0.0, 0.0)
 
     def _put_in_order(self) -> None:
         """Let each device run one choice only, and the devices have an order in which every edge stays or goes forward."""
@@ -210,13 +214,14 @@ class Program:
                     extra.add([*terms, (top, -1.0)])
                 else:
                     extra.add(terms, high=at_most * unit)
-        result = milp(
-            cost,
-            constraints=[_constraint(each, size) for each in (rows, extra) if each.low],
-            bounds=Bounds(np.zeros(size), upper),
-            integrality=whole * (not relaxed),
-            options={"time_limit": max(time_limit_s, 0.01), "mip_rel_gap": 0.0},
-        )
+        with native_stdout_to_stderr():
+            result = milp(
+                cost,
+                constraints=[_constraint(each, size) for each in (rows, extra) if each.low],
+                bounds=Bounds(np.zeros(size), upper),
+                integrality=whole * (not relaxed),
+                options={"time_limit": max(time_limit_s, 0.01), "mip_rel_gap": 0.0},
+            )
         if relaxed:
             return Answer(None, result.fun / unit if result.status == _OPTIMAL else 0.0, False)
         if result.status == _INFEASIBLE:
