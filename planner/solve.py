@@ -2,9 +2,10 @@
 
     solution = solve(read_problem(Path("problem.json")), "throughput", time_limit_s=30)
 
-Chains for latency: dynamic programming (`planner/chain.py`). Other graphs for latency: an integer program, whose relaxation is tight on
-graphs of models. Contiguous: dynamic programming over downsets. Throughput in any pieces: the contiguous plan, made better device by
-device, and an integer program for the bound. Whatever made a plan, `planner/evaluate.py` prices it.
+Latency: dynamic programming on chains (`chain`), elimination on narrow graphs (`elimination`), else an integer program (`program`).
+Contiguous: dynamic programming over downsets (`downsets`). Throughput in any pieces: the best of the contiguous plan and those that prices
+lead to (`balance`), made better a few devices at a time (`improve`), with the integer program for the bound. Whatever made a plan,
+`evaluate` prices it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from aivmm.errors import Infeasible, UsageError
+from aivmm.planner.balance import balanced
 from aivmm.planner.chain import place
 from aivmm.planner.compact import Compact, Ints, assignment_of, chains_of, compact, condensed, spots_of
 from aivmm.planner.downsets import Doubt, Family, Search, depends_on_sender, every_downset, swept_downsets
+from aivmm.planner.elimination import Elimination
 from aivmm.planner.evaluate import Evaluation, evaluate
 from aivmm.planner.improve import improve
 from aivmm.planner.problem import Goal, Place, Problem
@@ -34,6 +37,8 @@ _MOST_ORDER_ROWS = 200_000  # of the program that keeps placements contiguous
 _MOST_WAYS = 200  # to say how many devices of each kind are used
 _BOUND_S = 5.0
 _CONTIGUOUS_SHARE = 0.5  # of the time, at most, goes into the contiguous plan from which the others start
+_PROGRAM_SHARE = 0.6
+_BALANCE_SHARE = 0.2
 _SAME = 1e-9  # relative; differences below are rounding
 
 
@@ -165,16 +170,22 @@ def _latency(merged: Compact, best: _Best) -> None:
     """Memory rarely binds, and without it one of the identical devices is enough: a smaller problem, which mostly settles it."""
     loose = replace(merged, count=np.ones_like(merged.count), capacity=np.full(len(merged.capacity), np.inf))
     if merged.is_paths():
-        spots, value = _along_chains(loose)
-        best.bound = value
+        spots, bound = _along_chains(loose)
+    elif (way := Elimination(loose)).possible:
+        spots, bound = way.solve(loose)
     else:
-        answer = Program(loose, "latency").solve(best.left())
-        spots, best.bound = answer.spots, answer.bound
-    if best.offer(merged, spots) or best.bound == math.inf:
+        answer = Program(loose, "latency").solve(best.left() * _PROGRAM_SHARE)
+        spots, bound = answer.spots, answer.bound
+    best.prove(bound)
+    best.offer(merged, spots)
+    if best.bound == math.inf or best.closed():
         return
-    answer = Program(merged, "latency").solve(best.left())
+    start = best.part(_CONTIGUOUS_SHARE)
+    _contiguous(condensed(merged), start)
+    best.take(start)
+    answer = Program(merged, "latency").solve(best.left(), at_most=best.at_most())
     best.offer(merged, answer.spots)
-    best.bound = max(best.bound, answer.bound)
+    best.prove(answer.bound)
 
 
 def _along_chains(merged: Compact) -> tuple[Spots | None, float]:
@@ -262,11 +273,18 @@ def _at_fixed_prices(merged: Compact, best: _Best) -> None:
     start = best.part(_CONTIGUOUS_SHARE)
     _contiguous(condensed(merged), start)
     best.take(start)
+    _balance(merged, best)
     whole = Program(merged, "throughput")
     for share, step in ((0.3, _improve), (0.7, _prove), (1.0, _improve)):
         if best.closed():
             return
         step(merged, whole, best, best.left() * share)
+
+
+def _balance(merged: Compact, best: _Best) -> None:
+    for spots, bound in balanced(merged, time.perf_counter() + best.left() * _BALANCE_SHARE):
+        best.prove(bound)
+        best.offer(merged, spots)
 
 
 def _improve(merged: Compact, whole: Program, best: _Best, seconds: float) -> None:
@@ -295,11 +313,26 @@ def _contiguous(merged: Compact, best: _Best) -> None:
         if forgetful:
             _over_downsets(merged, family, best, "most")
         _over_downsets(merged, family, best, "least" if forgetful else "exact")
+    if best.closed():
+        return
+    _prove_for_any_pieces(merged, best)
     places = len(merged.places)
     if not best.closed() and len(merged.edges) * places**2 <= _MOST_ORDER_ROWS:
         answer = Program(merged, best.goal, contiguous=True).solve(best.left(), at_most=best.at_most())
         best.offer(merged, answer.spots)
         best.prove(answer.bound)
+
+
+def _prove_for_any_pieces(merged: Compact, best: _Best) -> None:
+    """Take a bound that holds for plans in any pieces, and so for contiguous ones."""
+    if best.goal == "throughput":
+        for _, bound in balanced(merged, time.perf_counter() + best.left() * _BALANCE_SHARE):
+            best.prove(bound)
+        return
+    loose = replace(merged, count=np.ones_like(merged.count), capacity=np.full(len(merged.capacity), np.inf))
+    way = Elimination(loose)
+    if way.possible:
+        best.prove(way.solve(loose)[1])
 
 
 def _over_downsets(merged: Compact, family: Family, best: _Best, doubt: Doubt) -> None:
