@@ -116,8 +116,8 @@ def row(found: Solution, cpu_s: float) -> str:
 def serial(folder: Path) -> list[str]:
     """Return the table of serial latency."""
     lines = [
-        "Four targets; a target's speed is uniform in [0.5, 2], a node's efficiency on a target lognormal (sigma 0.7), seed 1. Edge costs as "
-        "published: the same between all targets, or scaled by a factor in [0.5, 2] per ordered pair plus a fixed cost. To reach: gap 0 "
+        "Four targets; a target's speed is uniform in [0.5, 2], a node's efficiency on a target lognormal (sigma 0.7), seed 1. Edge costs "
+        "as published: the same between all targets, or scaled by a factor in [0.5, 2] per ordered pair plus a fixed cost. To reach: gap 0 "
         "within 1 s.",
         "",
         "| graph | nodes | edge costs | best single target | objective | bound | gap | seconds | CPU s | |",

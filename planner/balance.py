@@ -17,6 +17,8 @@ from aivmm.planner.compact import Compact, loads_of
 from aivmm.planner.elimination import Elimination, Spots
 
 _ROUNDS = 150
+_PATIENCE = 15  # rounds without a better bound or plan
+_GAIN = 1e-4  # relative; less is not better
 _STEP = 0.3  # of the first round: by how much the price of the most loaded device grows, as an exponent
 
 
@@ -28,8 +30,9 @@ def balanced(merged: Compact, deadline: float) -> Iterator[tuple[Spots | None, f
     if not way.possible:
         return
     prices = np.ones(len(merged.count))
+    highest, lowest, last = 0.0, np.inf, 0  # bound, plan, and the round that made one of them better
     for round in range(_ROUNDS):
-        if time.perf_counter() > deadline:
+        if time.perf_counter() > deadline or round > last + _PATIENCE:
             return
         prices /= prices.sum()
         spots, bound = way.solve(loose.scaled(one_each, prices / merged.count))
@@ -37,5 +40,7 @@ def balanced(merged: Compact, deadline: float) -> Iterator[tuple[Spots | None, f
         if spots is None or len(prices) == 1:
             return
         loads = np.array([loads_of(loose, spots)[device, 0] for device in range(len(prices))]) / merged.count
+        if bound > highest * (1 + _GAIN) or loads.max() < lowest * (1 - _GAIN):
+            highest, lowest, last = max(highest, bound), min(lowest, float(loads.max())), round
         if loads.max() > 0:
             prices *= np.exp(_STEP / (1 + round / 10) * loads / loads.max())

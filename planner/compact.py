@@ -189,7 +189,7 @@ def spots_of(problem: Problem, merged: Compact, assignment: Mapping[str, Place])
     """Return the (choice, device number) of each group; the inverse of `assignment_of`."""
     choices = {each.name: index for index, each in enumerate(problem.choices)}
     found = [assignment[problem.nodes[members[0]].id] for members in merged.members]
-    return [(choices[place.choice], place.index) for place in found]
+    return [(choices[place.choice], place.number) for place in found]
 
 
 def chains_of(merged: Compact) -> list[list[int]]:

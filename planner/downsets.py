@@ -22,6 +22,9 @@ from aivmm.planner.problem import Goal
 Spots = list[tuple[int, int]]  # (choice, device number) of each group
 Doubt = Literal["exact", "least", "most"]  # how a transfer whose price depends on a sender that the search forgets is priced
 
+# What a state costs; from which row, by which choice and from which sender it came.
+_Tables = tuple[Array, npt.NDArray[np.int32], npt.NDArray[np.int16], npt.NDArray[np.int16]]
+
 _CHECK_EVERY = 64  # downsets between two looks at the clock
 _SWEPT = 400  # downsets, about, of a family that is not complete
 
@@ -142,6 +145,7 @@ class Search:
         came = np.zeros((self.states, self.senders, size), dtype=np.int32)
         via = np.zeros((self.states, self.senders, size), dtype=np.int16)
         sender_before = np.zeros((self.states, self.senders, size), dtype=np.int16)
+        tables = (value, came, via, sender_before)
         for row in range(1, size):
             if row % _CHECK_EVERY == 0 and time.perf_counter() > deadline:
                 raise TimeoutError
@@ -151,10 +155,10 @@ class Search:
                 continue
             loads = self._loads(row, smaller)  # [senders, choices, smaller]
             for choice, device in enumerate(self.merged.device):
-                self._extend(row, smaller, loads[:, choice], choice, int(device), limit, (value, came, via, sender_before))
-        return self._trace(value, came, via, sender_before)
+                self._extend(row, smaller, loads[:, choice], choice, int(device), limit, tables)
+        return self._trace(tables)
 
-    def _extend(self, row: int, smaller: Ints, load: Array, choice: int, device: int, limit: float, tables: tuple[Array, ...]) -> None:
+    def _extend(self, row: int, smaller: Ints, load: Array, choice: int, device: int, limit: float, tables: _Tables) -> None:
         """Let the last segment of the downset `row` be in `choice`."""
         value, came, via, sender_before = tables
         useful = np.flatnonzero((load <= limit).any(axis=0))
@@ -227,8 +231,9 @@ class Search:
         loads[barred > 0] = np.inf
         return loads
 
-    def _trace(self, value: Array, came: Array, via: Array, sender_before: Array) -> tuple[Spots, float] | None:
+    def _trace(self, tables: _Tables) -> tuple[Spots, float] | None:
         """Walk back from the whole graph with all devices, and give the segments their devices."""
+        value, came, via, sender_before = tables
         row, state = len(self.family.heights) - 1, self.states - 1
         sender = int(value[state, :, row].argmin())
         best = float(value[state, sender, row])

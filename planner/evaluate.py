@@ -37,7 +37,7 @@ def evaluate(problem: Problem, assignment: Mapping[str, Place]) -> Evaluation:
     broken = [*_unplaced(problem, assignment, devices, choices)]
     if broken:
         return Evaluation(loads={}, slowed={}, contiguous=False, broken=tuple(broken))
-    on = {id: (choices[place.choice].device, place.index) for id, place in assignment.items()}
+    on = {id: (choices[place.choice].device, place.number) for id, place in assignment.items()}
     broken += [*_over_memory(problem, assignment, on, devices), *_apart(problem, assignment)]
     parts: dict[Device, list[float]] = defaultdict(list)
     for node in problem.nodes:
@@ -63,8 +63,8 @@ def _unplaced(
             broken.append(f"node {node.id!r} is not placed")
         elif place.choice not in node.costs:
             broken.append(f"{place.choice!r} does not support node {node.id!r}")
-        elif not 0 <= place.index < devices[choices[place.choice].device].count:
-            broken.append(f"there is no device {place.index} for {place.choice!r}, where node {node.id!r} is placed")
+        elif not 0 <= place.number < devices[choices[place.choice].device].count:
+            broken.append(f"there is no device {place.number} for {place.choice!r}, where node {node.id!r} is placed")
     return broken
 
 
@@ -110,12 +110,12 @@ def _charge(
     broken = []
     elsewhere = {assignment[edge.reader] for edge in edges} - {sender}
     if elsewhere and source.target in problem.exports:
-        parts[source.device, sender.index].append(problem.exports[source.target].cost(edges[0].bytes))
+        parts[source.device, sender.number].append(problem.exports[source.target].cost(edges[0].bytes))
     for place in elsewhere:
         reader = choices[place.choice]
         pair = (source.target, reader.target)
         if pair in problem.transfers:
-            parts[reader.device, place.index].append(problem.transfers[pair].cost(edges[0].bytes))
+            parts[reader.device, place.number].append(problem.transfers[pair].cost(edges[0].bytes))
         else:
             broken.append(f"nothing moves from {pair[0]!r} to {pair[1]!r}, as node {edges[0].source!r} needs")
     return broken

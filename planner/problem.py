@@ -88,13 +88,13 @@ class Move:
 
 
 class Place(NamedTuple):
-    """A choice on the device number `index` of those that it can run on. Written `choice:index`."""
+    """A choice on one of the identical devices that it can run on, by its number from 0. Written `choice:number`."""
 
     choice: str
-    index: int = 0
+    number: int = 0
 
     def __str__(self) -> str:
-        return f"{self.choice}:{self.index}"
+        return f"{self.choice}:{self.number}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

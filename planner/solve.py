@@ -238,7 +238,7 @@ def _ways(merged: Compact) -> int:
 
 def _use_ranges(merged: Compact) -> list[range]:
     """Return for each kind how many of its devices may be used; those that neither slow nor are slowed are used as one likes."""
-    touched = merged.slowed.any(axis=0) | merged.slowed.any(axis=1)
+    touched = np.any(merged.slowed, axis=0) | np.any(merged.slowed, axis=1)
     return [range(0 if each else int(count), int(count) + 1) for each, count in zip(touched, merged.count, strict=True)]
 
 
@@ -285,6 +285,8 @@ def _balance(merged: Compact, best: _Best) -> None:
     for spots, bound in balanced(merged, time.perf_counter() + best.left() * _BALANCE_SHARE):
         best.prove(bound)
         best.offer(merged, spots)
+        if best.closed():
+            break
 
 
 def _improve(merged: Compact, whole: Program, best: _Best, seconds: float) -> None:
@@ -304,8 +306,9 @@ def _prove(merged: Compact, whole: Program, best: _Best, seconds: float) -> None
 
 def _contiguous(merged: Compact, best: _Best) -> None:
     """Search some downsets for a plan, all for the optimum; where that is too much, let the integer program say what it can."""
-    if best.goal == "latency":
-        best.prove(float(merged.cheapest.sum()))
+    best.prove(float(merged.cheapest.sum() if best.goal == "latency" else merged.cheapest.max()))
+    if best.bound == math.inf:
+        return  # what a cycle of groups joins, no choice supports
     forgetful = depends_on_sender(merged) and not merged.is_chain()
     _over_downsets(merged, swept_downsets(merged), best, "most" if forgetful else "exact")
     family = every_downset(merged, _MOST_DOWNSETS, time.perf_counter() + best.left() / 2)
