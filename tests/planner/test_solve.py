@@ -45,7 +45,7 @@ def agrees_with_brute_force(problem: Problem, goal: Goal, contiguous: bool) -> N
 
 
 @pytest.mark.parametrize(("goal", "contiguous"), EACH_KIND)
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems())
 def test_the_optimum_is_that_of_brute_force(problem: Problem, goal: Goal, contiguous: bool) -> None:
     agrees_with_brute_force(problem, goal, contiguous)
@@ -54,7 +54,7 @@ def test_the_optimum_is_that_of_brute_force(problem: Problem, goal: Goal, contig
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("goal", "contiguous"), EACH_KIND)
-@settings(deadline=None, max_examples=1500, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=500, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems())
 def test_the_optimum_is_that_of_brute_force_many_times(problem: Problem, goal: Goal, contiguous: bool) -> None:
     agrees_with_brute_force(problem, goal, contiguous)
@@ -68,14 +68,14 @@ def few_downsets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("goal", ["latency", "throughput"])
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(problem=problems(contention=False))
 def test_with_too_many_downsets_the_integer_program_finds_the_contiguous_optimum(few_downsets: None, problem: Problem, goal: Goal) -> None:
     agrees_with_brute_force(problem, goal, contiguous=True)
 
 
 @pytest.mark.parametrize(("goal", "contiguous"), EACH_KIND)
-@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems(), data=st.data())
 def test_a_faster_choice_never_makes_the_optimum_worse(problem: Problem, goal: Goal, contiguous: bool, data: st.DataObject) -> None:
     try:
@@ -89,7 +89,7 @@ def test_a_faster_choice_never_makes_the_optimum_worse(problem: Problem, goal: G
     assert solve(faster, goal, contiguous=contiguous).objective <= before + 1e-9
 
 
-@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems())
 def test_pieces_are_never_worse_than_one_segment_on_each_device(problem: Problem) -> None:
     for goal in ("latency", "throughput"):
