@@ -16,13 +16,14 @@ import numpy as np
 from aivmm.planner.compact import Array, Compact, Tensor
 
 Spots = list[tuple[int, int]]
+_MOST_CELLS = 2e7  # of all tables together
 _Factor = tuple[tuple[int, ...], Array]  # groups, and what each combination of their choices costs
 
 
 class Elimination:
     """The order for one graph, to be used with any prices. `possible` says whether its tables are small enough."""
 
-    def __init__(self, merged: Compact, most_cells: float = 2e7) -> None:
+    def __init__(self, merged: Compact) -> None:
         width = merged.cost.shape[1]
         self.tensors = [index for index, each in enumerate(merged.tensors) if each.export.any() or each.move.any()]
         near: list[set[int]] = [set() for _ in merged.members]
@@ -30,14 +31,14 @@ class Elimination:
         for index in self.tensors:
             scope = {merged.tensors[index].source, *merged.tensors[index].readers}
             cells += float(width) ** len(scope)
-            if cells > most_cells:
+            if cells > _MOST_CELLS:
                 break
             for group in scope:
                 near[group] |= scope - {group}
         self.order: list[int] = []
-        self.possible = cells <= most_cells and self._narrowest_first(near, width, most_cells)
+        self.possible = cells <= _MOST_CELLS and self._narrowest_first(near, width)
 
-    def _narrowest_first(self, near: list[set[int]], width: int, most_cells: float) -> bool:
+    def _narrowest_first(self, near: list[set[int]], width: int) -> bool:
         """Find the order: always the group with the fewest neighbours left."""
         cells, gone = 0.0, [False] * len(near)
         waiting = [(len(each), group) for group, each in enumerate(near)]
@@ -49,7 +50,7 @@ class Elimination:
             gone[group] = True
             self.order.append(group)
             cells += float(width) ** (degree + 1)
-            if cells > most_cells:
+            if cells > _MOST_CELLS:
                 return False
             for other in near[group]:
                 near[other] |= near[group] - {other}

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aivmm.errors import Infeasible, UsageError
+from aivmm.planner import elimination
 from aivmm.planner import solve as solving
 from aivmm.planner.evaluate import evaluate
 from aivmm.planner.problem import Choice, Edge, Goal, Move, Node, Place, PlacedDevice, Problem
@@ -72,6 +73,35 @@ def few_downsets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @given(problem=problems(contention=False))
 def test_with_too_many_downsets_the_integer_program_finds_the_contiguous_optimum(few_downsets: None, problem: Problem, goal: Goal) -> None:
     agrees_with_brute_force(problem, goal, contiguous=True)
+
+
+@pytest.fixture
+def no_narrow_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make every graph count as too wide for elimination."""
+    monkeypatch.setattr(elimination, "_MOST_CELLS", 0)
+    yield
+
+
+@pytest.mark.parametrize("goal", ["latency", "throughput"])
+@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(problem=problems(contention=False))
+def test_on_graphs_too_wide_for_elimination_the_integer_program_finds_the_optimum(
+    no_narrow_graphs: None, problem: Problem, goal: Goal
+) -> None:
+    agrees_with_brute_force(problem, goal, contiguous=False)
+
+
+def test_with_too_many_ways_to_use_the_devices_the_bound_leaves_contention_out() -> None:
+    names = ["a", "b"]
+    problem = Problem(
+        devices=[PlacedDevice(name=name, count=20) for name in names],
+        choices=[Choice(name=name, target=name, device=name) for name in names],
+        nodes=[Node(id=str(index), costs={"a": 2.0, "b": 3.0}) for index in range(8)],
+        contention={("a", "a"): 1.01, ("b", "a"): 1.01, ("a", "b"): 1.01},
+    )
+    found = solve(problem, "throughput", time_limit_s=3)
+    assert found.bound == 2.0
+    assert 2.0 < found.objective <= 2.0 * (1 + 0.01 * 39)
 
 
 @pytest.mark.parametrize(("goal", "contiguous"), EACH_KIND)
