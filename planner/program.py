@@ -1,0 +1,247 @@
+"""Placement as an integer program, solved by HiGHS (through SciPy) with a proven bound.
+
+`x[g, p]` says that group g is at place p. What a tensor costs is linear in variables that the solver makes as small as `x` lets it:
+`out[p]`, whether it leaves place p, and `into[q]`, whether it enters place q; where the price depends on both ends, a flow from sender to
+reader (the local polytope of the pair, whose relaxation is tight on trees). Bounds hold within HiGHS's tolerance, 1e-6 of the objective.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
+
+from aivmm.planner.compact import Array, Compact, Tensor
+from aivmm.planner.problem import Goal
+from aivmm.planner.quiet import native_stdout_to_stderr
+
+Spots = list[tuple[int, int]]
+Allowed = npt.NDArray[np.bool_]  # [groups, places]
+
+_SCALE = 100.0  # what the objective is scaled to: HiGHS's tolerances are absolute
+_INFEASIBLE, _LIMIT, _OPTIMAL = 2, 1, 0  # what SciPy calls HiGHS's answers
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the solver found. `bound` holds for every placement that the program allowed; infinite: there is none."""
+
+    spots: Spots | None
+    bound: float
+    done: bool  # whether the search ended by itself: `spots` are optimal, or there are none
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Constraints and variables of a program while it is written."""
+
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    columns: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=lambda: [0])
+    variables: int = 0
+
+    def new(self, count: int = 1) -> int:
+        """Return the first of `count` new variables."""
+        self.variables += count
+        return self.variables - count
+
+    def add(self, terms: Iterable[tuple[int, float]], low: float = -math.inf, high: float = 0.0) -> None:
+        """Require low <= sum of coefficient * variable <= high."""
+        for column, value in terms:
+            self.columns.append(column)
+            self.values.append(value)
+        self.starts.append(len(self.columns))
+        self.low.append(low)
+        self.high.append(high)
+
+
+class Program:
+    """One placement problem as a program: `solve` it as often as is useful, under different limits."""
+
+    def __init__(self, merged: Compact, goal: Goal, *, contiguous: bool = False, allowed: Allowed | None = None) -> None:
+        self.merged, self.goal, self.contiguous = merged, goal, contiguous
+        self.places = merged.places
+        self.boxes = sorted({(int(merged.device[choice]), index) for choice, index in self.places})  # single devices
+        self.box = [self.boxes.index((int(merged.device[choice]), index)) for choice, index in self.places]
+        self.choice = np.array([choice for choice, _ in self.places])
+        self.allowed = np.isfinite(merged.cost)[:, self.choice] & (True if allowed is None else allowed)
+        self.rows = _Rows()
+        self.load: list[list[tuple[int, float]]] = [[] for _ in self.boxes]
+        self._place_groups(fixed=allowed is not None)
+        for tensor in merged.tensors:
+            self._price(tensor)
+        if contiguous:
+            self._put_in_order()
+
+    def x(self, group: int, place: int) -> int:
+        """Return the variable that says whether a group is at a place."""
+        return group * len(self.places) + place
+
+    def _place_groups(self, *, fixed: bool) -> None:
+        merged, width = self.merged, len(self.places)
+        self.rows.new(len(merged.members) * width)
+        if not fixed and not self.contiguous:
+            self._break_symmetry()
+        held: list[list[tuple[int, float]]] = [[] for _ in self.boxes]
+        for group in range(len(merged.members)):
+            here = np.flatnonzero(self.allowed[group]).tolist()
+            self.rows.add([(self.x(group, place), 1.0) for place in here], 1.0, 1.0)
+            for place in here:
+                choice = self.choice[place]
+                self.load[self.box[place]].append((self.x(group, place), merged.cost[group, choice]))
+                held[self.box[place]].append((self.x(group, place), merged.memory[group, choice]))
+        for terms, (device, _) in zip(held, self.boxes, strict=True):
+            capacity = merged.capacity[device]
+            if math.isfinite(capacity) and sum(value for _, value in terms) > capacity:
+                scale = max(capacity, max(value for _, value in terms)) or 1.0
+                self.rows.add([(column, value / scale) for column, value in terms], high=capacity / scale)
+
+    def _break_symmetry(self) -> None:
+        """Let the i-th group use the first i + 1 of identical devices only: any placement can be renamed to that."""
+        heavy_first = np.argsort(-self.merged.cheapest, kind="stable")
+        for rank, group in enumerate(heavy_first):
+            for place, (_, index) in enumerate(self.places):
+                if index > rank:
+                    self.allowed[group, place] = False
+
+    def _price(self, tensor: Tensor) -> None:
+        """Charge a tensor to the devices, and forbid the pairs of places that it cannot go between."""
+        move = tensor.move[np.ix_(self.choice, self.choice)]
+        apart = ~np.eye(len(self.places), dtype=bool)
+        for one, other in np.argwhere(np.isinf(move) & apart):
+            for reader in tensor.readers:
+                self.rows.add([(self.x(tensor.source, one), 1.0), (self.x(reader, other), 1.0)], high=1.0)
+        move = np.where(np.isfinite(move), move, 0.0)
+        for place in np.flatnonzero(tensor.export[self.choice] > 0):
+            self._charge_change(tensor.source, tensor.readers, int(place), tensor.export[self.choice[place]], leaving=True)
+        alike = np.where(apart, move, np.inf).min(axis=0) == np.where(apart, move, -np.inf).max(axis=0)
+        entering = np.where(apart, move, -np.inf).max(axis=0)
+        if alike.all():
+            for place in np.flatnonzero(entering > 0):
+                self._charge_change(tensor.source, tensor.readers, int(place), entering[place], leaving=False)
+        elif len(self.places) > 1:
+            self._charge_flow(tensor, move)
+
+    def _charge_change(self, source: int, readers: tuple[int, ...], place: int, cost: float, *, leaving: bool) -> None:
+        """Charge `cost` at a place when the source is there and a reader is not, or (entering) a reader is there and the source is not."""
+        changed = self.rows.new()
+        for reader in readers:
+            one, other = (source, reader) if leaving else (reader, source)
+            self.rows.add([(self.x(one, place), 1.0), (self.x(other, place), -1.0), (changed, -1.0)])
+        self.load[self.box[place]].append((changed, cost))
+
+    def _charge_flow(self, tensor: Tensor, move: Array) -> None:
+        """Charge by pairs: one unit flows from where the source is to where each reader is; what moves is the largest of the flows."""
+        width = len(self.places)
+        pairs = [(one, other) for one in range(width) for other in range(width)]
+        moved = self.rows.new(len(pairs))
+        for offset, (one, other) in enumerate(pairs):
+            if one != other:
+                self.load[self.box[other]].append((moved + offset, move[one, other]))
+        for reader in tensor.readers:
+            flow = moved
+            if len(tensor.readers) > 1:
+                flow = self.rows.new(len(pairs))
+                for offset in range(len(pairs)):
+                    self.rows.add([(flow + offset, 1.0), (moved + offset, -1.0)])
+            for place in range(width):
+                leaving = [(flow + place * width + other, 1.0) for other in range(width)]
+                arriving = [(flow + other * width + place, 1.0) for other in range(width)]
+                self.rows.add([*leaving, (self.x(tensor.source, place), -1.0)], 0.0, 0.0)
+                self.rows.add([*arriving, (self.x(reader, place), -1.0)], 0.0, 0.0)
+
+    def _put_in_order(self) -> None:
+        """Let each device run one choice only, and the devices have an order in which every edge stays or goes forward."""
+        rows, merged, boxes = self.rows, self.merged, range(len(self.boxes))
+        used = rows.new(len(self.places))
+        for group, place in np.argwhere(self.allowed).tolist():
+            rows.add([(self.x(group, place), 1.0), (used + place, -1.0)])
+        at = [[place for place, box in enumerate(self.box) if box == each] for each in boxes]
+        for each in boxes:
+            rows.add([(used + place, 1.0) for place in at[each]], high=1.0)
+        first = rows.new(len(self.boxes) ** 2)  # [a, b]: a comes before b
+        for one, other in itertools.permutations(boxes, 2):
+            before = first + one * len(self.boxes) + other
+            rows.add([(before, 1.0), (first + other * len(self.boxes) + one, 1.0)], high=1.0)
+            if self.boxes[one][0] == self.boxes[other][0] and one > other:
+                rows.add([(before, 1.0)])  # identical devices come in the order of their numbers
+            for source, reader in merged.edges:
+                terms = [(self.x(source, place), 1.0) for place in at[one]] + [(self.x(reader, place), 1.0) for place in at[other]]
+                rows.add([*terms, (before, -1.0)], high=1.0)
+        for one, other, third in itertools.permutations(boxes, 3):
+            size = len(self.boxes)
+            terms = [(first + one * size + other, 1.0), (first + other * size + third, 1.0), (first + one * size + third, -1.0)]
+            rows.add(terms, high=1.0)
+        self.orders = (first, len(self.boxes) ** 2)
+
+    def solve(self, time_limit_s: float, *, at_most: float = math.inf, free: frozenset[int] | None = None, relaxed: bool = False) -> Answer:
+        """Minimise latency, or the largest load: of all devices, or of those in `free` while the others stay at most `at_most`.
+
+        Args:
+            at_most: placements above are of no interest; a bound is then the lesser of it and what the search proves.
+            free: indices of `boxes`.
+            relaxed: let groups be split into fractions, which makes a bound quickly and no placement.
+        """
+        unit = self._unit(at_most)
+        rows, size = self.rows, self.rows.variables + 1
+        top = size - 1
+        cost, upper = np.zeros(size), np.ones(size)
+        upper[top] = max(at_most * unit, 0.0) if self.goal == "throughput" else np.inf
+        upper[: self.allowed.size] = self.allowed.ravel()
+        loads = self._loads(unit)
+        if self.goal == "latency":
+            for terms in loads:
+                for column, value in terms:
+                    cost[column] += value
+        else:
+            cost[top] = 1.0
+        whole = np.zeros(size)
+        whole[: self.allowed.size] = 1
+        if self.contiguous:
+            whole[self.orders[0] : self.orders[0] + self.orders[1]] = 1
+        extra = _Rows(variables=size)
+        if self.goal == "throughput":
+            for box, terms in enumerate(loads):
+                if free is None or box in free:
+                    extra.add([*terms, (top, -1.0)])
+                else:
+                    extra.add(terms, high=at_most * unit)
+        with native_stdout_to_stderr():
+            result = milp(
+                cost,
+                constraints=[_constraint(each, size) for each in (rows, extra) if each.low],
+                bounds=Bounds(np.zeros(size), upper),
+                integrality=whole * (not relaxed),
+                options={"time_limit": max(time_limit_s, 0.01), "mip_rel_gap": 0.0},
+            )
+        if relaxed:
+            return Answer(None, result.fun / unit if result.status == _OPTIMAL else 0.0, False)
+        if result.status == _INFEASIBLE:
+            return Answer(None, at_most, True)
+        bound = 0.0 if result.mip_dual_bound is None or not math.isfinite(result.mip_dual_bound) else result.mip_dual_bound / unit
+        return Answer(None if result.x is None else self._spots(result.x), min(bound, at_most), result.status == _OPTIMAL)
+
+    def _unit(self, at_most: float) -> float:
+        """Return the factor that brings the objective near `_SCALE`."""
+        typical = at_most if math.isfinite(at_most) else float(self.merged.cheapest.sum())
+        return _SCALE / typical if typical > 0 else 1.0
+
+    def _loads(self, unit: float) -> list[list[tuple[int, float]]]:
+        return [[(column, value * unit) for column, value in terms] for terms in self.load]
+
+    def _spots(self, x: Array) -> Spots:
+        picks = x[: self.allowed.size].reshape(self.allowed.shape).argmax(axis=1)
+        return [self.places[pick] for pick in picks]
+
+
+def _constraint(rows: _Rows, size: int) -> LinearConstraint:
+    matrix = csr_matrix((rows.values, rows.columns, rows.starts), shape=(len(rows.low), size))
+    return LinearConstraint(matrix, np.array(rows.low), np.array(rows.high))
