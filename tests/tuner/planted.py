@@ -1,0 +1,128 @@
+"""Small models with one operator that OpenVINO computes silently wrong, between operators that both runtimes compute right.
+
+What is wrong is known from benchmarks/results/onnx_conformance.md and hand checks; `benchmarks/onnx_conformance.py` finds it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+FLOAT, DOUBLE, INT64 = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64
+_WIDTH = 64
+
+
+class _Graph:
+    """Collects nodes and weights; each method adds one node (or a few) and returns the name of its output."""
+
+    def __init__(self) -> None:
+        self._nodes: list[onnx.NodeProto] = []
+        self._weights: list[onnx.TensorProto] = []
+        self._rng = np.random.default_rng(5)
+        self._count = 0
+
+    def node(self, op: str, *inputs: str, domain: str = "", **attributes: object) -> str:
+        self._count += 1
+        output = f"{op}_{self._count}"
+        self._nodes.append(helper.make_node(op, inputs, [output], name=output, domain=domain, **attributes))
+        return output
+
+    def weight(self, value: np.ndarray) -> str:
+        self._count += 1
+        self._weights.append(numpy_helper.from_array(np.asarray(value), f"w{self._count}"))
+        return f"w{self._count}"
+
+    def dense(self, x: str, width: int = _WIDTH, dtype: type = np.float32) -> str:
+        """A layer, its weights of a size that keeps the variance."""
+        kernel = (self._rng.standard_normal((width, width)) * (2 / width) ** 0.5).astype(dtype)
+        return self.node("Relu", self.node("MatMul", x, self.weight(kernel)))
+
+    def conv(self, x: str, before: int, after: int) -> str:
+        kernel = self._rng.standard_normal((after, before, 3, 3)) * (2 / (9 * before)) ** 0.5
+        return self.node("Relu", self.node("Conv", x, self.weight(kernel.astype(np.float32)), pads=[1, 1, 1, 1]))
+
+    def model(self, inputs: dict[str, tuple[int, list[int]]], output: str, dtype: int, shape: list[int]) -> onnx.ModelProto:
+        self._nodes.append(helper.make_node("Identity", [output], ["y"], name="last"))
+        graph = helper.make_graph(
+            self._nodes,
+            "planted",
+            [helper.make_tensor_value_info(name, kind, extent) for name, (kind, extent) in inputs.items()],
+            [helper.make_tensor_value_info("y", dtype, shape)],
+            self._weights,
+        )
+        opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=9)
+
+
+def quantised_add() -> onnx.ModelProto:
+    """`com.microsoft.QLinearAdd`, whose sums beyond the range saturate; OpenVINO lets them wrap."""
+    g = _Graph()
+    x = g.dense(g.dense("x"))
+    scale, zero = g.weight(np.float32(0.01)), g.weight(np.int8(0))
+    q = g.node("QuantizeLinear", x, scale, zero)
+    added = g.node("QLinearAdd", q, scale, zero, q, scale, zero, scale, zero, domain="com.microsoft")
+    y = g.dense(g.dense(g.node("DequantizeLinear", added, scale, zero)))
+    return g.model({"x": (FLOAT, [1, _WIDTH])}, y, FLOAT, [1, _WIDTH])
+
+
+def large_integers() -> onnx.ModelProto:
+    """Time stamps of 64 bits, of which a day's share is taken; OpenVINO computes in 32 bits. Small inputs do not show it."""
+    g = _Graph()
+    day = g.weight(np.int64(86_400_000))
+    share = g.node("Div", g.node("Cast", g.node("Mod", "t", day), to=FLOAT), g.weight(np.float32(86_400_000)))
+    y = g.dense(g.dense(g.node("Add", share, g.dense("x"))))
+    return g.model({"t": (INT64, [1, _WIDTH]), "x": (FLOAT, [1, _WIDTH])}, y, FLOAT, [1, _WIDTH])
+
+
+def large_integers_inside() -> onnx.ModelProto:
+    """Integers that grow beyond 32 bits inside the model, whatever its inputs are."""
+    g = _Graph()
+    ids = g.node("Cast", g.node("Mul", g.dense(g.dense("x")), g.weight(np.float32(1000))), to=INT64)
+    grown = g.node("Div", g.node("Mul", ids, g.weight(np.int64(2**33 + 1))), g.weight(np.int64(2**33)))
+    y = g.dense(g.dense(g.node("Cast", grown, to=FLOAT)))
+    return g.model({"x": (FLOAT, [1, _WIDTH])}, y, FLOAT, [1, _WIDTH])
+
+
+def double_precision() -> onnx.ModelProto:
+    """A model in float64, which OpenVINO computes in float32."""
+    g = _Graph()
+    y = "x"
+    for _ in range(4):
+        y = g.dense(y, dtype=np.float64)
+    return g.model({"x": (DOUBLE, [1, _WIDTH])}, y, DOUBLE, [1, _WIDTH])
+
+
+def double_inside() -> onnx.ModelProto:
+    """A float32 model with a difference of large numbers in float64 inside; in float32 nothing is left of it."""
+    g = _Graph()
+    wide = g.node("Cast", g.dense(g.dense("x")), to=DOUBLE)
+    offset = g.weight(np.float64(1e9))
+    y = g.dense(g.dense(g.node("Cast", g.node("Sub", g.node("Add", wide, offset), offset), to=FLOAT)))
+    return g.model({"x": (FLOAT, [1, _WIDTH])}, y, FLOAT, [1, _WIDTH])
+
+
+def antialiased_resize() -> onnx.ModelProto:
+    """A network with an antialiased Resize inside, which OpenVINO computes differently."""
+    g = _Graph()
+    x = g.conv(g.conv("x", 3, 16), 16, 16)
+    sizes = g.weight(np.array([1, 16, 13, 13], dtype=np.int64))
+    small = g.node("Resize", x, "", "", sizes, mode="linear", antialias=1)
+    y = g.conv(g.conv(small, 16, 16), 16, 8)
+    return g.model({"x": (FLOAT, [1, 3, 32, 32])}, y, FLOAT, [1, 8, 13, 13])
+
+
+PLANTED: dict[str, Callable[[], onnx.ModelProto]] = {
+    each.__name__: each
+    for each in (quantised_add, large_integers, large_integers_inside, double_precision, double_inside, antialiased_resize)
+}
+
+
+def write_planted(name: str, folder: Path) -> Path:
+    """Write one of `PLANTED` below `folder`."""
+    path = folder / f"{name}.onnx"
+    path.write_bytes(PLANTED[name]().SerializeToString())
+    return path
