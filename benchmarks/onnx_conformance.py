@@ -1,11 +1,11 @@
 """The ONNX project's own backend test suite, run through our backends.
 
-    python benchmarks/onnx_conformance.py [--out benchmarks/results/onnx_conformance.md] [--json FILE] [--only REGEX]
+    python -m benchmarks.onnx_conformance [--out benchmarks/results/onnx_conformance.md] [--json FILE] [--only REGEX]
 
-Every case that the `onnx` package brings (node, simple, PyTorch's, light models) is compiled and run on each runtime's CPU in a worker, with
-limits for compiling and running; what kills or stalls a worker costs that case. A model that a runtime refuses as it is gets a second try
-after our own preparation (versions lowered or raised, shapes bound, functions inlined). Results are compared within the case's own rtol
-and atol.
+Every case that the `onnx` package brings (node, simple, PyTorch's, light models) is compiled and run on each runtime's CPU in a worker,
+with limits for compiling and running; what kills or stalls a worker costs that case. A model that a runtime refuses as it is gets a
+second try after our own preparation (versions lowered or raised, shapes bound, functions inlined). Results are compared within the
+case's own rtol and atol.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -39,6 +39,7 @@ from aivmm.runtime.cpu import cpu_device
 from aivmm.runtime.engine import find_target
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
+from benchmarks.onnx_readings import operators_without_rule, reading_of, reason_of
 
 ROOT = Path(__file__).parent.parent
 RUNTIMES = ("openvino", "onnxruntime")
@@ -97,7 +98,9 @@ def main() -> None:
 
 def write_cases(folder: Path) -> list[Case]:
     """Bring every case of the installed suite to disk below `folder`, in a fixed order."""
-    return sorted([*_node_cases(folder / "node"), *_stored_cases(), *_light_cases(folder / "light")], key=lambda each: (each.kind, each.name))
+    return sorted(
+        [*_node_cases(folder / "node"), *_stored_cases(), *_light_cases(folder / "light")], key=lambda each: (each.kind, each.name)
+    )
 
 
 def _node_cases(folder: Path) -> Iterator[Case]:
@@ -258,4 +261,107 @@ def _shapes(case: Case) -> dict[str, list[int]]:
 
 
 def report(cases: Sequence[Case], results: Sequence[Result], seconds: float) -> str:
-    return ""
+    """Return the page."""
+    lines = [
+        *_head(cases, seconds),
+        "",
+        *_table(results),
+        "",
+        *_prepared(results),
+        "",
+        "## Wrong",
+        "",
+        *_wrong(results),
+        "",
+        "## Crashed or hung",
+        "",
+        *_crashed(results),
+        "",
+        "## Refused",
+        "",
+        *_refused(results),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _head(cases: Sequence[Case], seconds: float) -> list[str]:
+    device = cpu_device()
+    packages = ", ".join(f"{each} {version(each)}" for each in ("aivmm", "openvino", _ORT, "onnx"))
+    load = ", ".join(f"{each:.1f}" for each in psutil.getloadavg())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(each.kind for each in cases).items())
+    return [
+        "# The ONNX project's backend tests on our backends",
+        "",
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC; {device.model}, {device.cores} cores; {platform.platform()}; Python "
+        f"{platform.python_version()}; {packages}; load average at the end {load}; {seconds:.0f} s.",
+        "",
+        f"`python -m benchmarks.onnx_conformance`: {len(cases)} cases ({kinds}), each through `Backend.compile`, `Request.bind`, `run` and",
+        "`output` in a worker, in fp32 on the CPU (a default may be bfloat16), compared within the case's own rtol and atol.",
+        "*Prepared*: the runtime refused the model as it is and took it after our preparation.",
+    ]
+
+
+def _table(results: Sequence[Result]) -> list[str]:
+    lines = [f"| runtime | cases | {' | '.join(STATUSES)} |", f"|{'---|' * (len(STATUSES) + 2)}"]
+    for kind in (None, *dict.fromkeys(each.kind for each in results)):
+        for runtime in dict.fromkeys(each.runtime for each in results):
+            mine = [each for each in results if each.runtime == runtime and kind in (None, each.kind)]
+            counts = Counter(each.status for each in mine)
+            name = f"**{runtime}**" if kind is None else f"{runtime}, {kind}"
+            lines.append(f"| {name} | {len(mine)} | {' | '.join(str(counts[status]) for status in STATUSES)} |")
+    return lines
+
+
+def _prepared(results: Sequence[Result]) -> list[str]:
+    lines = []
+    for runtime in dict.fromkeys(each.runtime for each in results):
+        mine = [each for each in results if each.runtime == runtime and each.status == "passed when prepared"]
+        notes = Counter(
+            note for each in mine for note in each.notes if re.match(r"opset|IR version|no operator set|\d+ model functions", note)
+        )
+        shown = "; ".join(f"{note} ({count})" for note, count in notes.most_common(8))
+        lines.append(f"What preparation changed in the {len(mine)} that {runtime} then passed: {shown or 'nothing of versions'}.")
+    return lines
+
+
+def _wrong(results: Sequence[Result]) -> list[str]:
+    """List the wrong ones under what was found out about them."""
+    lines = []
+    for runtime in dict.fromkeys(each.runtime for each in results):
+        mine = [each for each in results if each.runtime == runtime and each.status == "wrong"]
+        groups: dict[str, list[Result]] = {}
+        for each in mine:
+            reading = reading_of(runtime, each.case, each.detail)
+            groups.setdefault(reading.text if reading else "NOT LOOKED AT", []).append(each)
+        lines += [f"### {runtime}: {len(mine)}", ""]
+        for text, members in sorted(groups.items()):
+            lines.append(f"- {text} ({len(members)}):")
+            lines += [f"  - {each.case}: {each.detail}" for each in members]
+        lines.append("")
+    return lines[:-1]
+
+
+def _crashed(results: Sequence[Result]) -> list[str]:
+    found = [each for each in results if each.status in ("crashed", "hung")]
+    return [f"- {each.runtime}, {each.case}: {each.detail}" for each in found] or ["- nothing"]
+
+
+def _refused(results: Sequence[Result]) -> list[str]:
+    lines = ["| runtime | reason | cases | for example |", "|---|---|---|---|"]
+    refused = [each for each in results if each.status == "refused"]
+    for (runtime, reason), count in Counter((each.runtime, reason_of(each.detail)) for each in refused).most_common():
+        example = next(each for each in refused if (each.runtime, reason_of(each.detail)) == (runtime, reason))
+        lines.append(f"| {runtime} | {reason} | {count} | {example.case}: {_cell(example.detail)} |")
+    operators = Counter(name for each in refused for name in dict.fromkeys(operators_without_rule(each.detail)))
+    lines += ["", f"Operators without a conversion rule: {', '.join(f'{name} ({count})' for name, count in operators.most_common())}."]
+    return lines
+
+
+def _cell(text: str) -> str:
+    """Shorten a runtime's words for a table; paths of the run say nothing."""
+    plain = re.sub(r"/\S*/(?=[\w.-]+)", "", text).replace("|", "\\|")
+    return plain if len(plain) <= 200 else plain[:200] + " …"
+
+
+if __name__ == "__main__":
+    main()

@@ -98,8 +98,8 @@ def judge(outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> Accur
 def narrowed(outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> str:
     """Say which output was computed in a narrower type than the model declares, or return "".
 
-    No limit on accuracy excuses that: nobody asked for it, and on other inputs the same loss may be all of the result. A float64 output has to
-    keep more than float32 can, and an integer beyond 32 bits to come out as such (within 1 %, since it may stem from rounded floats).
+    No limit on accuracy excuses that: nobody asked for it, and on other inputs the same loss may be all of the result. A float64 output
+    has to keep more than float32 can, and an integer beyond 32 bits to come out as such (within 1 %: it may stem from rounded floats).
     """
     for name, expected in reference.items():
         actual, expected = np.asarray(outputs.get(name)), np.asarray(expected)

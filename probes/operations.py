@@ -231,6 +231,14 @@ def compile_model(
     return answer
 
 
+def accepts(state: State, *, model: str, target: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Compile a model and drop it: a target that refuses it raises Unsupported."""
+    where = wire.target_in(target)
+    assert isinstance(where, Target)
+    load_backend(where.runtime).compile(Path(model), where, wire.config_in(config)).close()
+    return {}
+
+
 def load_bundle(state: State, *, name: str, bundle: str, inputs: str, reference: str = "") -> dict[str, Any]:
     """Load a bundle with the engine, run it once, and judge its outputs against `reference` where one is given."""
     arrays = load_arrays(inputs)
@@ -345,6 +353,7 @@ def memory(state: State) -> dict[str, Any]:
 
 
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "accepts": accepts,
     "baselines": baselines,
     "check_metric": check_metric,
     "close": close,

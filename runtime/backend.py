@@ -53,7 +53,7 @@ class Request(Protocol):
         An output whose shape is not known before the run cannot be bound, nor can strings as outputs: read those with `output`.
 
         Raises:
-            Unsupported: the array cannot be shared (not C-contiguous, read-only where the runtime writes), or is of a kind it does not take.
+            Unsupported: the array cannot be shared (not C-contiguous, or read-only), or is of a kind that the runtime does not take.
         """
 
     def run(self) -> None:

@@ -376,8 +376,10 @@ class _Request:
         if not (buffer.flags.c_contiguous and buffer.flags.writeable):
             raise Unsupported(f"the array for {name!r} is not C-contiguous or read-only, so it cannot be shared")
         if is_foreign(buffer.dtype.name):
-            port = self._request.model_inputs[self._inputs[name]] if name in self._inputs else self._request.model_outputs[self._outputs[name]]
-            return self._tensor(raw_view(buffer, name), _import_openvino().Shape(buffer.shape), port.element_type)
+            ports, index = (self._request.model_outputs, self._outputs)
+            if name in self._inputs:
+                ports, index = (self._request.model_inputs, self._inputs)
+            return self._tensor(raw_view(buffer, name), _import_openvino().Shape(buffer.shape), ports[index[name]].element_type)
         # C's `long long` is the same as `long` to NumPy's eyes, and unknown to OpenVINO's.
         return self._tensor(buffer.view(np.dtype(buffer.dtype.name)), shared_memory=True)
 

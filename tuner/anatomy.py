@@ -89,6 +89,15 @@ class Anatomist:
                 self.wrong[block.index, str(target)] = problem
         self._link_reused()
 
+    def not_placed(self) -> list[str]:
+        """Say which blocks a plan will not place on which target because their numbers are wrong there; refusals are told elsewhere."""
+        blocks = self.subject.structure.blocks
+        return [
+            f"block {index} ({', '.join(blocks[index].op_types)}) is not placed on {target}: it {reason}"
+            for (index, target), reason in sorted(self.wrong.items())
+            if reason.startswith(WRONG)
+        ]
+
     def operators(self, *, budget_s: float, tell: Tell) -> None:
         """Probe each unique operator on each target in each native precision, the heaviest first, until done or out of budget."""
         prober = OperatorProber(

@@ -253,6 +253,7 @@ class Subject:
             return self._dataset_samples(facts)
         if self._options.inputs is None:
             self._lab.make_samples(self.path, facts.inputs, paths, seed=self._options.seed)
+            self.notes.extend(_large_integers(load_arrays(str(paths[0]))))
             return paths
         from aivmm.models.inputs import load_inputs
 
@@ -311,6 +312,15 @@ class Subject:
 def _reference_order(targets: Sequence[Target]) -> list[Target]:
     # ONNX Runtime's CPU is the reference even when it may not be part of the plan.
     return sorted(targets, key=lambda each: (str(each) != "onnxruntime:CPU", each.device.kind != "cpu"))
+
+
+def _large_integers(sample: Mapping[str, Any]) -> list[str]:
+    """Return notes on made-up inputs that need more than 32 bits: some runtimes cannot calculate with those."""
+    return [
+        f"input {name!r} was also tried with integers beyond 32 bits, as its type allows; if yours are never that large, bring --inputs"
+        for name, array in sample.items()
+        if array.dtype.kind in "iu" and array.size and int(array.max()) >= 1 << 32
+    ]
 
 
 def _saturates(target: Target) -> bool:

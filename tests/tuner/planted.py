@@ -1,6 +1,6 @@
 """Small models with one operator that OpenVINO computes silently wrong, between operators that both runtimes compute right.
 
-What is wrong is known from benchmarks/results/onnx_conformance.md and hand checks; `benchmarks/onnx_conformance.py` finds it again.
+What is wrong is known from hand checks and from benchmarks/results/onnx_conformance.md.
 """
 
 from __future__ import annotations
@@ -97,11 +97,12 @@ def double_precision() -> onnx.ModelProto:
 
 
 def double_inside() -> onnx.ModelProto:
-    """A float32 model with a difference of large numbers in float64 inside; in float32 nothing is left of it."""
+    """A float32 model with numbers in float64 inside that no float32 holds: exp(200) is infinite there."""
     g = _Graph()
-    wide = g.node("Cast", g.dense(g.dense("x")), to=DOUBLE)
-    offset = g.weight(np.float64(1e9))
-    y = g.dense(g.dense(g.node("Cast", g.node("Sub", g.node("Add", wide, offset), offset), to=FLOAT)))
+    offset = g.weight(np.float64(200))
+    wide = g.node("Add", g.node("Cast", g.dense(g.dense("x")), to=DOUBLE), offset)
+    back = g.node("Sub", g.node("Log", g.node("Exp", wide)), offset)
+    y = g.dense(g.dense(g.node("Cast", back, to=FLOAT)))
     return g.model({"x": (FLOAT, [1, _WIDTH])}, y, FLOAT, [1, _WIDTH])
 
 
@@ -122,7 +123,40 @@ PLANTED: dict[str, Callable[[], onnx.ModelProto]] = {
 
 
 def write_planted(name: str, folder: Path) -> Path:
-    """Write one of `PLANTED` below `folder`."""
+    """Write one of `PLANTED` or `REFUSED` below `folder`."""
     path = folder / f"{name}.onnx"
-    path.write_bytes(PLANTED[name]().SerializeToString())
+    path.write_bytes({**PLANTED, **REFUSED}[name]().SerializeToString())
     return path
+
+
+def _network_with(node: Callable[[_Graph, str], str]) -> onnx.ModelProto:
+    """A convolutional network of twelve layers with other nodes in its middle, [1, 16, 16, 16] to the same."""
+    g = _Graph()
+    y = g.conv("x", 3, 16)
+    for _ in range(5):
+        y = g.conv(y, 16, 16)
+    y = node(g, y)
+    for _ in range(6):
+        y = g.conv(y, 16, 16)
+    return g.model({"x": (FLOAT, [1, 3, 16, 16])}, y, FLOAT, [1, 16, 16, 16])
+
+
+def refused_by_openvino() -> onnx.ModelProto:
+    """A network with a determinant a channel, which OpenVINO has no rule for."""
+
+    def scaled(g: _Graph, y: str) -> str:
+        small = g.node("Slice", y, g.weight(np.array([0, 0])), g.weight(np.array([3, 3])), g.weight(np.array([2, 3])))
+        factor = g.node("Unsqueeze", g.node("Sigmoid", g.node("Det", small)), g.weight(np.array([2, 3])))
+        return g.node("Mul", y, factor)
+
+    return _network_with(scaled)
+
+
+def refused_by_onnxruntime() -> onnx.ModelProto:
+    """A network with a Swish of opset 24, which ONNX Runtime has no kernel for."""
+    model = _network_with(lambda g, y: g.node("Swish", y))
+    model.opset_import[0].version = 24
+    return model
+
+
+REFUSED: dict[str, Callable[[], onnx.ModelProto]] = {each.__name__: each for each in (refused_by_openvino, refused_by_onnxruntime)}
