@@ -153,10 +153,13 @@ def refused_by_openvino() -> onnx.ModelProto:
 
 
 def refused_by_onnxruntime() -> onnx.ModelProto:
-    """A network with a Swish of opset 24, which ONNX Runtime has no kernel for."""
-    model = _network_with(lambda g, y: g.node("Swish", y))
-    model.opset_import[0].version = 24
-    return model
+    """A network with a Max of 16-bit integers, which ONNX Runtime has no kernel for."""
+
+    def clipped(g: _Graph, y: str) -> str:
+        steps = g.node("Cast", g.node("Mul", y, g.weight(np.float32(256))), to=TensorProto.INT16)
+        return g.node("Mul", g.node("Cast", g.node("Max", steps, g.weight(np.int16(8))), to=FLOAT), g.weight(np.float32(1 / 256)))
+
+    return _network_with(clipped)
 
 
 REFUSED: dict[str, Callable[[], onnx.ModelProto]] = {each.__name__: each for each in (refused_by_openvino, refused_by_onnxruntime)}
