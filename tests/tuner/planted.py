@@ -162,4 +162,19 @@ def refused_by_onnxruntime() -> onnx.ModelProto:
     return _network_with(clipped)
 
 
-REFUSED: dict[str, Callable[[], onnx.ModelProto]] = {each.__name__: each for each in (refused_by_openvino, refused_by_onnxruntime)}
+def refused_among_dynamic_shapes() -> onnx.ModelProto:
+    """A network that goes on with as many numbers as are positive, and a CumProd of those, which OpenVINO has no rule for."""
+    g = _Graph()
+    x = g.dense(g.dense("x"))
+    places = g.node("Transpose", g.node("NonZero", x), perm=[1, 0])
+    picked = g.node("Sigmoid", g.node("Sqrt", g.node("GatherND", x, places)))
+    product = g.node("CumProd", picked, g.weight(np.int64(0)))
+    y = g.node("ReduceSum", g.node("Sqrt", g.node("Add", product, picked)), g.weight(np.array([0])), keepdims=1)
+    model = g.model({"x": (FLOAT, [1, _WIDTH])}, y, FLOAT, [1])
+    model.opset_import[0].version, model.ir_version = 26, 13
+    return model
+
+
+REFUSED: dict[str, Callable[[], onnx.ModelProto]] = {
+    each.__name__: each for each in (refused_by_openvino, refused_by_onnxruntime, refused_among_dynamic_shapes)
+}
