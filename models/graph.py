@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 
@@ -64,6 +65,28 @@ def analyse_graph(prepared: PreparedGraph, *, max_blocks: int = 24) -> Structure
         blocks=tuple(_block(prepared, hasher, index, first, kinds[first : last + 1]) for index, (first, last) in enumerate(spans)),
         data_dependent=any(kind.data_dependent for kind in kinds),
     )
+
+
+def cut_further(path: Path, structure: Structure, positions: Collection[int]) -> Structure:
+    """Return `structure`, that of the prepared model at `path`, with its blocks also cut at `positions`, each one of its cut points.
+
+    Raises:
+        ValueError: a position is no cut point.
+    """
+    unknown = set(positions) - {cut.position for cut in structure.cut_points}
+    if unknown:
+        raise ValueError(f"{sorted(unknown)} are no cut points")
+    prepared = PreparedGraph(path)
+    try:
+        hasher = Hasher(prepared)
+        operators = find_operators(prepared, hasher)
+        kinds = [operators[hasher.signature(node)] for node in prepared.nodes]
+        starts = sorted({block.first for block in structure.blocks} | set(positions))
+        spans = pairwise([*starts, len(prepared.nodes)])
+        blocks = tuple(_block(prepared, hasher, index, first, kinds[first:end]) for index, (first, end) in enumerate(spans))
+    finally:
+        prepared.close()
+    return replace(structure, blocks=blocks)
 
 
 def _cut_points(prepared: PreparedGraph, work: Sequence[float]) -> tuple[CutPoint, ...]:

@@ -44,6 +44,8 @@ _MOVES_FIRST = frozenset(
 )  # their first input's values come out unchanged
 _MOVES_ALL = frozenset({"Concat", "Max", "Min"})
 _INDEXES = frozenset({"Gather", "GatherElements", "ScatterElements", "Scatter", "GatherND", "ScatterND", "GatherBlockQuantized"})
+_WHOLE_ARITHMETIC = frozenset({"Add", "Sub", "Div", "Neg", "Abs", "Sum"})  # of 64-bit integers: no result grows out of them
+_COMPARISONS = frozenset({"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Sign"})
 _SMALL = 1 << 16  # elements up to which a constant's values are looked at
 
 
@@ -119,6 +121,31 @@ class InputTrace:
                 moved = self._moved(node, index)
                 todo.extend(each for each in moved if each not in seen)
                 seen.update(moved)
+
+    def only_counts(self, name: str) -> bool:
+        """Say whether an integer input is only ever calculated with: its values reach outputs, comparisons, or a `Mod` that bounds them.
+
+        Then no table, extent, trip count or network of floats depends on how large they are, and all that their type holds may come.
+        """
+        seen, todo = {name}, [name]
+        while todo:
+            for node, index in self._readers.get(todo.pop(), ()):
+                if node.op_type in _COMPARISONS or (node.op_type == "Mod" and index == 0 and self._values(node.input[1]) is not None):
+                    continue
+                if not self._keeps_integers(node, index):
+                    return False
+                made = [each for each in node.output if each and each not in seen]
+                todo.extend(made)
+                seen.update(made)
+        return True
+
+    def _keeps_integers(self, node: onnx.NodeProto, index: int) -> bool:
+        if node.op_type in ("Cast", "CastLike") or node.domain not in ("", "ai.onnx"):
+            return False
+        if node.op_type == "Mul" and len(node.input) == 2:
+            other = self._values(node.input[1 - index])
+            return other is not None and bool((np.abs(other) < 1 << 16).all())
+        return node.op_type in _WHOLE_ARITHMETIC or (bool(self._moved(node, index)) and not any(subgraphs(node)))
 
     def shape(self, name: str) -> tuple[int | None, ...] | None:
         """Return the shape of a tensor as far as it is known with the inputs' shapes bound, or None."""

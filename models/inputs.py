@@ -33,7 +33,8 @@ def make_inputs(model: onnx.ModelProto, specs: Sequence[TensorSpec], *, seed: in
     """Make `count` different samples for the inputs `specs` of `model`: C-contiguous arrays by input name, of those types and shapes.
 
     The same seed gives the same samples, and sample k does not depend on `count`. Indices stay within the tables they are used on, masks
-    are ones, states are zeros, lengths are whole extents; images and audio look like such, other floats are standard normal.
+    are ones, states are zeros, lengths are whole extents; 64-bit integers that are only calculated with go beyond 32 bits; images and
+    audio look like such, other floats are standard normal.
 
     Raises:
         UsageError: an extent is unknown, or an input has a type that cannot be made up.
@@ -186,6 +187,8 @@ class _Maker:
                 return clipped
             if dtype.itemsize == 1:  # bytes, or quantised values
                 return rng.integers(*_limits(dtype), shape, endpoint=True).astype(dtype)
+            if dtype.itemsize == 8 and self._trace.only_counts(spec.name):
+                return _beyond_32_bits(shape, rng).astype(dtype)
             low, high = (1, 1) if int(np.prod(shape)) == 1 else (0, 9)  # a lone integer is a count, a size or a switch
         limits = _limits(dtype)
         least = max(limits[0], low if low is not None else min(0, high if high is not None else 0))
@@ -227,6 +230,16 @@ class _Maker:
             if (node.op_type == "STFT" and index == 0) or (weight is not None and len(weight) == 3 and weight[1] == 1):
                 return True
         return False
+
+
+def _beyond_32_bits(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """Return int64 of which the first and about half of the others need more than 32 bits, as time stamps do; the rest are small.
+
+    OpenVINO calculates int64 in 32 bits; small numbers never show it.
+    """
+    large = np.asarray(rng.random(shape) < 0.5)
+    large.flat[:1] = True
+    return np.where(large, rng.integers(1 << 32, 1 << 33, shape), rng.integers(0, 9, shape, endpoint=True))
 
 
 def _is_integer(dtype: np.dtype[Any]) -> bool:

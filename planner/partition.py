@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 
 from aivmm.errors import Infeasible, UsageError
 from aivmm.models.records import Structure
 from aivmm.planner.candidates import Draft, Piece
-from aivmm.planner.chain import place
+from aivmm.planner.chain import ChainPlan, place
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Target
 
@@ -39,7 +40,8 @@ def cut_drafts(
         configs: target -> the best config known for the whole model there.
         wholes: target -> seconds of the whole model. Blocks timed alone add up to more than the whole, since a cut costs fusion; their
             sum is scaled to it.
-        min_segments: the fewest segments asked for; above 1 the best cut is returned whatever it promises.
+        min_segments: the fewest segments asked for; above 1 the best cut is returned whatever it promises, and where it stays on one target
+            also the best that does not: which one wins is for the proof to say.
         uncut_s: the best uncut plan.
         handover_s: measured seconds of handing so many bytes from one target (by name) to another; None where that is not known.
 
@@ -72,19 +74,26 @@ def cut_drafts(
     width = len(names)
     boundary = prices * (1 - np.eye(width))[None]
     try:
-        plan = place(costs, boundary, choices=names, cut=np.diagonal(prices, axis1=1, axis2=2), min_segments=min_segments)
+        plans = [place(costs, boundary, choices=names, cut=np.diagonal(prices, axis1=1, axis2=2), min_segments=min_segments)]
     except Infeasible as error:
         raise UsageError(
             f"the model cannot be cut into {min_segments} segments here: {error.message}", advice="lower --min-segments"
         ) from error
-    if len(plan.segments) == 1 or (not forced and uncut_s is not None and plan.cost_s > _PROMISE * uncut_s):
+    if len(plans[0].segments) == 1 or (not forced and uncut_s is not None and plans[0].cost_s > _PROMISE * uncut_s):
         return []
+    if forced and len({name for _, _, name in plans[0].segments}) == 1:
+        with suppress(Infeasible):  # without cuts within one target, each segment is on another one than the last
+            plans.append(place(costs, boundary, choices=names, min_segments=min_segments))
     by_name = {str(target): target for target in targets}
-    pieces = tuple(
-        Piece(target=by_name[name], config=configs.get(name, Config(precision="fp32")), first=first, last=last)
-        for first, last, name in plan.segments
-    )
-    return [(Draft(name="cut plan", pieces=pieces, batch=batch), plan.cost_s)]
+
+    def draft(name: str, plan: ChainPlan[str]) -> Draft:
+        pieces = tuple(
+            Piece(target=by_name[target], config=configs.get(target, Config(precision="fp32")), first=first, last=last)
+            for first, last, target in plan.segments
+        )
+        return Draft(name=name, pieces=pieces, batch=batch)
+
+    return [(draft(name, plan), plan.cost_s) for name, plan in zip(("cut plan", "hybrid plan"), plans, strict=False)]
 
 
 def _scale(structure: Structure, medians: Mapping[tuple[int, str], float], wholes: Mapping[str, float], target: str) -> float:

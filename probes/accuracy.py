@@ -18,6 +18,8 @@ Array = npt.NDArray[Any]
 _MEANS = ("top1_agreement", "top5_agreement")  # over several samples the mean counts; of all else the worst
 _MORE_IS_BETTER = ("cosine", "sqnr")
 _BEST_SQNR = 200.0  # dB; equal outputs would give infinity, which neither JSON nor a database has
+_DOUBLE_ROUNDING = 1e-9  # relative L2 of float64 outputs: runtimes that compute in float64 differ by 1e-15 to 1e-12, in float32 by 1e-8
+_BEYOND = 2.0**31  # magnitudes that no 32-bit integer holds
 _ROUNDING = 1e-4  # fp32 runtimes differ by this much in deep models; a limit of cosine>=1 does not ask for less
 
 
@@ -91,6 +93,28 @@ def judge(outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> Accur
             "max_abs": max(worst["max_abs"], one["max_abs"]),
         }
     return Accuracy(cosine=worst["cosine"], relative_l2=worst["relative_l2"], max_abs=worst["max_abs"], agreement=agreement)
+
+
+def narrowed(outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> str:
+    """Say which output was computed in a narrower type than the model declares, or return "".
+
+    No limit on accuracy excuses that: nobody asked for it, and on other inputs the same loss may be all of the result. A float64 output
+    has to keep more than float32 can, and an integer beyond 32 bits to come out as such (within 1 %: it may stem from rounded floats).
+    """
+    for name, expected in reference.items():
+        actual, expected = np.asarray(outputs.get(name)), np.asarray(expected)
+        if actual.shape != expected.shape or actual.dtype.kind not in "biuf":
+            continue  # `judge` says what is wrong with it
+        if expected.dtype == np.float64:
+            found = _compare_floats(actual, expected)
+            if isinstance(found, dict) and found["relative_l2"] > _DOUBLE_ROUNDING:
+                return f"output {name!r} is float64 and was computed in less (relative error {found['relative_l2']:.2g})"
+        elif expected.dtype.kind in "iu" and expected.dtype.itemsize >= 4:
+            x, r = actual.astype(np.float64), expected.astype(np.float64)
+            lost = (np.abs(r) >= _BEYOND) & (np.abs(x - r) > 0.01 * np.abs(r))
+            if lost.any():
+                return f"output {name!r} has {int(lost.sum())} integers beyond 32 bits that came out as others"
+    return ""
 
 
 def combined(samples: Sequence[Mapping[str, float]]) -> dict[str, float]:

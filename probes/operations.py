@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from aivmm.errors import UsageError
-from aivmm.probes import fusion, operator_probes, phases, transfers, wire
-from aivmm.probes.accuracy import judge
+from aivmm.probes import conformance, fusion, operator_probes, phases, transfers, wire
+from aivmm.probes.accuracy import judge, narrowed
 from aivmm.probes.lowering import lower, rebatch
 from aivmm.probes.machine import peak_memory_bytes
 from aivmm.probes.timer import BATCH_BELOW_S as BATCH_BELOW_S
@@ -226,10 +226,17 @@ def compile_model(
         "stray": list(executable.placement.stray)[:50],
     }
     if reference:
-        accuracy = judge(runner.outputs(arrays), load_arrays(reference))
-        answer |= {"accuracy": accuracy.metrics(), "problem": accuracy.problem}
+        answer |= _judged(runner.outputs(arrays), reference)
     state.runners[name] = runner
     return answer
+
+
+def accepts(state: State, *, model: str, target: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Compile a model and drop it: a target that refuses it raises Unsupported."""
+    where = wire.target_in(target)
+    assert isinstance(where, Target)
+    load_backend(where.runtime).compile(Path(model), where, wire.config_in(config)).close()
+    return {}
 
 
 def load_bundle(state: State, *, name: str, bundle: str, inputs: str, reference: str = "") -> dict[str, Any]:
@@ -248,8 +255,7 @@ def load_bundle(state: State, *, name: str, bundle: str, inputs: str, reference:
         "events": engine.events,
     }
     if reference:
-        accuracy = judge(runner.outputs(arrays), load_arrays(reference))
-        answer |= {"accuracy": accuracy.metrics(), "problem": accuracy.problem}
+        answer |= _judged(runner.outputs(arrays), reference)
     state.runners[name] = runner
     return answer
 
@@ -262,8 +268,13 @@ def outputs(state: State, *, name: str, inputs: str, destination: str) -> dict[s
 
 def judge_again(state: State, *, name: str, inputs: str, reference: str) -> dict[str, Any]:
     """Run what is loaded on other inputs and judge the outputs."""
-    accuracy = judge(state.runners[name].outputs(load_arrays(inputs)), load_arrays(reference))
-    return {"accuracy": accuracy.metrics(), "problem": accuracy.problem}
+    return _judged(state.runners[name].outputs(load_arrays(inputs)), reference)
+
+
+def _judged(outputs: Mapping[str, Buffer], reference: str) -> dict[str, Any]:
+    expected = load_arrays(reference)
+    accuracy = judge(outputs, expected)
+    return {"accuracy": accuracy.metrics(), "problem": accuracy.problem or narrowed(outputs, expected)}
 
 
 def timed(
@@ -342,6 +353,7 @@ def memory(state: State) -> dict[str, Any]:
 
 
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "accepts": accepts,
     "baselines": baselines,
     "check_metric": check_metric,
     "close": close,
@@ -361,6 +373,7 @@ OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "rebatch": rebatch,
     "samples": samples,
     "timed": timed,
+    **conformance.OPERATIONS,
     **operator_probes.OPERATIONS,
     **transfers.OPERATIONS,
     **fusion.OPERATIONS,

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from aivmm.errors import Unsupported
 from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.target import Target, Unavailable
 from aivmm.tensors import TensorSpec
@@ -50,6 +51,9 @@ class Request(Protocol):
         """Bind a C-contiguous array of the tensor's type and shape to an input or output; it is read or written in place by each run.
 
         An output whose shape is not known before the run cannot be bound, nor can strings as outputs: read those with `output`.
+
+        Raises:
+            Unsupported: the array cannot be shared (not C-contiguous, or read-only), or is of a kind that the runtime does not take.
         """
 
     def run(self) -> None:
@@ -60,7 +64,11 @@ class Request(Protocol):
         """
 
     def output(self, name: str) -> Buffer:
-        """Return an output of the last run: the bound buffer itself, or the runtime's array, which the next run may overwrite."""
+        """Return an output of the last run: the bound buffer itself, or the runtime's array, which the next run may overwrite.
+
+        Raises:
+            Unsupported: it is of a type that NumPy cannot hold.
+        """
 
 
 class Executable(Protocol):
@@ -130,3 +138,40 @@ def aligned_empty(spec: TensorSpec, *, alignment: int = 4096) -> Buffer:
     raw = np.empty(padded + alignment, dtype=np.uint8)
     start = -raw.ctypes.data % alignment
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+# Types that NumPy knows only once `ml_dtypes` is imported. Of the packed ones several elements share a byte in both runtimes, and none in
+# `ml_dtypes`, so no memory can be shared.
+_PACKED = frozenset({"int4", "uint4", "int2", "uint2", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn"})
+_FOREIGN = _PACKED | {"bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"}
+
+
+def is_foreign(dtype: str) -> bool:
+    """Say whether NumPy itself lacks the type: bfloat16, float8 and the like."""
+    return dtype in _FOREIGN
+
+
+def raw_view(buffer: Buffer, name: str) -> Buffer:
+    """Return the memory of an array of a foreign type as unsigned integers, which the runtimes' own type numbers then give a meaning.
+
+    Raises:
+        Unsupported: its elements are smaller than a byte.
+    """
+    if buffer.dtype.name in _PACKED:
+        raise Unsupported(f"{name!r} is {buffer.dtype.name}, whose elements share bytes", advice="cast it inside the model")
+    return buffer.view(np.uint16 if buffer.dtype.itemsize == 2 else np.uint8)
+
+
+def foreign_dtype(dtype: str, name: str) -> np.dtype[Any]:
+    """Return NumPy's type for a foreign one.
+
+    Raises:
+        Unsupported: `ml_dtypes` is not imported, or elements are smaller than a byte.
+    """
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        raise Unsupported(f"{name!r} is {dtype}, which NumPy lacks", advice="import ml_dtypes, or cast it inside the model") from None
+    if dtype in _PACKED:
+        raise Unsupported(f"{name!r} is {dtype}, whose elements share bytes", advice="cast it inside the model")
+    return found

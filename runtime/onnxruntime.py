@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from aivmm.errors import Unsupported
-from aivmm.runtime.backend import Baseline, Buffer, Placement, Request
+from aivmm.runtime.backend import Baseline, Buffer, Placement, Request, foreign_dtype, is_foreign, raw_view
 from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.cpu import cpu_device
 from aivmm.runtime.nvml import nvidia_devices
+from aivmm.runtime.onnx_interface import ELEMENT_TYPES
 from aivmm.runtime.ort_options import (
     COUNTS,
     EXECUTION_MODES,
@@ -38,8 +40,11 @@ _TRIAL = (
 _TYPES = {
     "float": "float32", "double": "float64", "float16": "float16", "bfloat16": "bfloat16", "string": "string", "bool": "bool",
     "int8": "int8", "int16": "int16", "int32": "int32", "int64": "int64", "uint8": "uint8", "uint16": "uint16", "uint32": "uint32",
-    "uint64": "uint64", "complex64": "complex64", "complex128": "complex128",
+    "uint64": "uint64", "complex64": "complex64", "complex128": "complex128", "float8e4m3fn": "float8_e4m3fn",
+    "float8e4m3fnuz": "float8_e4m3fnuz", "float8e5m2": "float8_e5m2", "float8e5m2fnuz": "float8_e5m2fnuz",
+    "float8e8m0": "float8_e8m0fnu", "float4e2m1": "float4_e2m1fn", "int4": "int4", "uint4": "uint4", "int2": "int2", "uint2": "uint2",
 }  # fmt: skip
+_ELEMENTS = {name: number for number, name in ELEMENT_TYPES.items()}
 
 
 @cache
@@ -272,8 +277,10 @@ class _BoundRequest:
         self._binding = session.io_binding()
         self._inputs = {each.name for each in executable.inputs}
         self._order = [each.name for each in executable.outputs]
+        self._types = {each.name: each.dtype for each in executable.outputs}
         self._bound: dict[str, Buffer] = {}
-        self._free = set(self._order)
+        self._free = list(self._order)
+        self._places: dict[str, int] = {}  # output -> its place among those of the binding, which go by who was bound first
 
     def bind(self, name: str, buffer: Buffer) -> None:
         """Share `buffer` with the session; kept alive here, since the binding holds its address only.
@@ -283,17 +290,26 @@ class _BoundRequest:
         """
         if not buffer.flags.c_contiguous:
             raise Unsupported(f"the array for {name!r} is not C-contiguous, so it cannot be shared")
-        self._bound[name] = buffer
-        if name in self._inputs:
+        foreign = is_foreign(buffer.dtype.name)
+        if name in self._inputs and not foreign:
             self._binding.bind_cpu_input(name, buffer)
         else:
-            self._free.discard(name)
-            self._binding.bind_ortvalue_output(name, _ort().OrtValue.ortvalue_from_numpy(buffer))
+            kind = _ort().OrtValue
+            raw = raw_view(buffer, name) if foreign else buffer
+            value = kind.ortvalue_from_numpy_with_onnx_type(raw, _ELEMENTS[buffer.dtype.name]) if foreign else kind.ortvalue_from_numpy(raw)
+            if name in self._inputs:
+                self._binding.bind_ortvalue_input(name, value)
+            else:
+                self._places.setdefault(name, len(self._places))
+                self._free = [each for each in self._free if each != name]
+                self._binding.bind_ortvalue_output(name, value)
+        self._bound[name] = buffer
 
     def run(self) -> None:
         """Run. No RunOptions: an unset one costs 50 µs inside the library."""
         # Unbound outputs are allocated by the session, which then insists on that shape in the next run: bind them anew.
         for name in self._free:
+            self._places.setdefault(name, len(self._places))
             self._binding.bind_output(name, "cpu")
         try:
             self._session.run_with_iobinding(self._binding)
@@ -305,8 +321,19 @@ class _BoundRequest:
         bound = self._bound.get(name)
         if bound is not None:
             return bound
-        array: Buffer = self._binding.get_outputs()[self._order.index(name)].numpy()
+        value = self._binding.get_outputs()[self._places[name]]
+        if is_foreign(self._types[name]):
+            return _foreign_copy(value, foreign_dtype(self._types[name], name))
+        array: Buffer = value.numpy()
         return array
+
+
+def _foreign_copy(value: Any, dtype: np.dtype[Any]) -> Buffer:
+    """Return what a value of the runtime's holds, in a type that its own `numpy()` does not know."""
+    shape = tuple(value.shape())
+    array: Buffer = np.empty(shape, dtype=dtype)
+    ctypes.memmove(array.ctypes.data, value.data_ptr(), array.nbytes)
+    return array
 
 
 class _FeedRequest:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from aivmm.errors import Unsupported
-from aivmm.runtime.backend import Baseline, Buffer, Placement, Request
+from aivmm.runtime.backend import Baseline, Buffer, Placement, Request, foreign_dtype, is_foreign, raw_view
 from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.cpu import cpu_device, usable_cores
 from aivmm.runtime.onnx_interface import read_interface
@@ -352,20 +352,36 @@ class _Request:
         self._tensor = openvino.Tensor
         self._inputs = executable.input_ports
         self._outputs = executable.output_ports
+        self._types = {each.name: each.dtype for each in (*executable.inputs, *executable.outputs)}
         self._bound: dict[str, Buffer] = {}
 
     def bind(self, name: str, buffer: Buffer) -> None:
         """Share `buffer` with the request."""
+        tensor = self._shared(name, buffer)
+        try:
+            if name in self._inputs:
+                self._request.set_input_tensor(self._inputs[name], tensor)
+            else:
+                self._request.set_output_tensor(self._outputs[name], tensor)
+        except RuntimeError as error:
+            raise Unsupported(f"OpenVINO takes no such array for {name!r}: {_words(error)}") from error
         self._bound[name] = buffer
+
+    def _shared(self, name: str, buffer: Buffer) -> Any:
+        """Return a tensor over the array's own memory; strings have to be copied."""
+        if not isinstance(buffer, np.ndarray):
+            raise Unsupported(f"OpenVINO takes only tensors, and {name!r} is a {type(buffer).__name__}")
         if buffer.dtype.kind in "OSU":
-            tensor = self._tensor(buffer)
-        else:
-            # C's `long long` is the same as `long` to NumPy's eyes, and unknown to OpenVINO's.
-            tensor = self._tensor(buffer.view(np.dtype(buffer.dtype.name)), shared_memory=True)
-        if name in self._inputs:
-            self._request.set_input_tensor(self._inputs[name], tensor)
-        else:
-            self._request.set_output_tensor(self._outputs[name], tensor)
+            return self._tensor(buffer)
+        if not (buffer.flags.c_contiguous and buffer.flags.writeable):
+            raise Unsupported(f"the array for {name!r} is not C-contiguous or read-only, so it cannot be shared")
+        if is_foreign(buffer.dtype.name):
+            ports, index = (self._request.model_outputs, self._outputs)
+            if name in self._inputs:
+                ports, index = (self._request.model_inputs, self._inputs)
+            return self._tensor(raw_view(buffer, name), _import_openvino().Shape(buffer.shape), ports[index[name]].element_type)
+        # C's `long long` is the same as `long` to NumPy's eyes, and unknown to OpenVINO's.
+        return self._tensor(buffer.view(np.dtype(buffer.dtype.name)), shared_memory=True)
 
     def run(self) -> None:
         """Run. The synchronous call: waking a parked thread for the asynchronous one costs 100 µs on an idle machine."""
@@ -381,4 +397,6 @@ class _Request:
             return bound
         tensor = self._request.get_output_tensor(self._outputs[name])
         data: Buffer = tensor.str_data if str(tensor.element_type) == "<Type: 'string'>" else tensor.data
-        return data
+        dtype = self._types[name]
+        # OpenVINO shows a bfloat16 as a float16 of the same bits, and a float8 as a byte.
+        return data.view(foreign_dtype(dtype, name)) if is_foreign(dtype) else data

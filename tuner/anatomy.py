@@ -27,7 +27,10 @@ from aivmm.tuner.operators import OperatorProber
 from aivmm.tuner.subject import Subject
 
 _BLOCK_S = 0.03
+_CHECK_S = 0.0  # a block that was timed before is only checked
 _TOLERANCE = 1e-2  # relative L2 of a block against the reference chain: beyond it the runtime computes something else
+WRONG = "gave wrong numbers"  # how the reason of a verdict on numbers begins
+NOT_CHECKED = "its numbers were not checked: the budget was out"
 Tell = Callable[[str, int, int], None]
 
 
@@ -50,39 +53,50 @@ class Anatomist:
     skipped: int = 0
     _waited: float = 0.0  # for the machine-wide lock: no part of the budget
     _used: list[ProbeKey] = field(default_factory=list)
+    _recalled: frozenset[ProbeKey] = frozenset()
+    _edges: list[tuple[Path, Path]] | None = None  # per block the files of its inputs and of its reference outputs
+    _problems: dict[tuple[int, str], str] = field(default_factory=dict)  # (block, target) -> what made its outputs unusable, in this run
     found: dict[tuple[int, str], Outcome] = field(default_factory=dict)  # (block, target) -> how it came out
     wrong: dict[tuple[int, str], str] = field(default_factory=dict)  # (block, target) -> what is wrong with its numbers
 
     def blocks(self, *, budget_s: float, tell: Tell) -> None:
-        """Probe each block on each target, until done or out of budget; what came out is in `found` and `wrong`."""
+        """Probe each block on each target, until done or out of budget; what came out is in `found` and `wrong`.
+
+        Times hold for a structure, verdicts on numbers for a content: a block whose time is known from elsewhere is checked all the same.
+        """
         found = self.found
         wanted = [(block, target, self._block_key(block, target)) for block in self.subject.structure.blocks for target in self.targets]
-        known = self._recall(key for _, _, key in wanted)
-        edges: list[tuple[Path, Path]] | None = None
+        known = self._recall([*(key for _, _, key in wanted), *(self._verdict_key(block, target) for block, target, _ in wanted)])
         started, self._waited = time.perf_counter(), 0.0
+
+        def may_measure() -> bool:
+            return self.measure_new and not self.stop() and time.perf_counter() - started - self._waited <= budget_s
+
         for number, (block, target, key) in enumerate(wanted):
             tell("blocks", number, len(wanted))
             if key in known:
-                found[block.index, str(target)] = self._reuse(known[key])
-                continue
-            if not self.measure_new or self.stop() or time.perf_counter() - started - self._waited > budget_s:
+                outcome = self._reuse(known[key])
+            elif may_measure() and self._fed(block):
+                outcome = self._probe(key, target, block, seconds=_BLOCK_S)
+                known[key] = outcome
+                self._keep(outcome)
+            else:
                 self.skipped += 1
                 continue
-            edges = edges or self._edges()
-            if block.index >= len(edges):
-                self.skipped += 1  # the reference target refuses a block before this one, so nothing is known to feed it with
-                continue
-            inputs, reference = edges[block.index]
-            model = self.emitter.segment(block.index, block.index).path
-            outcome = self._probe(key, target, model, inputs=inputs, reference=reference, seconds=_BLOCK_S)
             found[block.index, str(target)] = outcome
-            known[key] = outcome
-            self._keep(outcome)
-        self._link_reused()
-        for (index, name), outcome in list(found.items()):
-            problem = self._wrong(outcome)
+            problem = self._wrong(block, target, outcome, known, may_measure)
             if problem:
-                self.wrong[index, name] = problem
+                self.wrong[block.index, str(target)] = problem
+        self._link_reused()
+
+    def not_placed(self) -> list[str]:
+        """Say which blocks a plan will not place on which target because their numbers are wrong there; refusals are told elsewhere."""
+        blocks = self.subject.structure.blocks
+        return [
+            f"block {index} ({', '.join(blocks[index].op_types)}) is not placed on {target}: it {reason}"
+            for (index, target), reason in sorted(self.wrong.items())
+            if reason.startswith(WRONG)
+        ]
 
     def operators(self, *, budget_s: float, tell: Tell) -> None:
         """Probe each unique operator on each target in each native precision, the heaviest first, until done or out of budget."""
@@ -102,31 +116,45 @@ class Anatomist:
         prober.run(budget_s=budget_s, tell=tell)
         self.skipped += prober.skipped
 
-    def _edges(self) -> list[tuple[Path, Path]]:
-        """Return for each block files with its inputs and its reference outputs, from the chain run on the reference target."""
+    def _fed(self, block: Block) -> bool:
+        """Have files with the block's inputs and its reference outputs; False where no target takes a block before it."""
+        if self._edges is None:
+            self._edges = self._follow_chain()
+        return block.index < len(self._edges)
+
+    def _follow_chain(self) -> list[tuple[Path, Path]]:
+        """Return for each block files with its inputs and its reference outputs: the chain, run block by block on the reference target.
+
+        A block that it refuses runs on the next one that takes it.
+        """
         prepared = self.subject.at(self.subject.base_batch)
         values: dict[str, Any] = dict(load_arrays(str(prepared.samples[0])))
-        name = self.subject.reference_name.partition(" ")[0]
-        target = self.subject.target_named(name)
         edges = []
         for block in self.subject.structure.blocks:
             segment = self.emitter.segment(block.index, block.index)
             inputs = self.folder / f"block-{block.index}-inputs.npz"
             outputs = self.folder / f"block-{block.index}-outputs.npz"
             save_arrays(inputs, {each.name: values[each.name] for each in segment.inputs})
-            try:
-                loaded = self.lab.load(segment.path, target, Config(precision="fp32"), inputs=inputs)
-                self.lab.outputs(loaded.contestant, inputs, outputs)
-                self.lab.unload(loaded.contestant)
-            except (AivmmError, WorkerDied):
+            if not any(self._ran(segment.path, target, inputs, outputs) for target in self.subject.reference_order()):
                 break
             values |= load_arrays(str(outputs))
             edges.append((inputs, outputs))
         return edges
 
-    def _probe(
-        self, key: ProbeKey, target: Target, model: Path, *, inputs: Path | None = None, reference: Path | None = None, seconds: float
-    ) -> Outcome:
+    def _ran(self, model: Path, target: Target, inputs: Path, outputs: Path) -> bool:
+        try:
+            loaded = self.lab.load(model, target, Config(precision="fp32"), inputs=inputs)
+            self.lab.outputs(loaded.contestant, inputs, outputs)
+            self.lab.unload(loaded.contestant)
+        except (AivmmError, WorkerDied):
+            return False
+        return True
+
+    def _probe(self, key: ProbeKey, target: Target, block: Block, *, seconds: float) -> Outcome:
+        """Time a block, and judge its numbers."""
+        assert self._edges is not None
+        inputs, reference = self._edges[block.index]
+        model = self.emitter.segment(block.index, block.index).path
         worker = self.lab.worker(target.runtime)
         for other in self.lab.pids():
             if other != worker.pid:
@@ -141,8 +169,8 @@ class Anatomist:
                     model=str(model),
                     target=wire.target_out(target),
                     config=wire.config_out(key.config),
-                    inputs=str(inputs or ""),
-                    reference=str(reference or ""),
+                    inputs=str(inputs),
+                    reference=str(reference),
                     seconds=seconds,
                 )
             except AivmmError as error:
@@ -151,10 +179,11 @@ class Anatomist:
                 return Failed(key=key, reason=died.reason, output=died.output)
         samples = Samples(timed_s=tuple(answer["durations"]))
         metrics = {"compile_s": answer["compile_s"], "first_inference_s": answer["first_inference_s"]}
-        judged = self.subject.judged
-        metrics |= {f"{name}@{judged}": value for name, value in answer.get("accuracy", {}).items()}
-        if answer.get("problem"):
+        judged = self._judged(block)
+        metrics |= {f"{name}@{judged}": value for name, value in answer["accuracy"].items()}
+        if answer["problem"]:
             metrics[f"unusable@{judged}"] = 1.0
+            self._problems[block.index, str(target)] = answer["problem"]
         return Measured(
             key=key,
             samples=samples,
@@ -164,17 +193,53 @@ class Anatomist:
             placement=answer["nodes"],
         )
 
-    def _wrong(self, outcome: Outcome) -> str:
+    def _wrong(
+        self, block: Block, target: Target, outcome: Outcome, known: dict[ProbeKey, Outcome], may_measure: Callable[[], bool]
+    ) -> str:
+        """Say why the block must not run on the target, or return "". What gave wrong numbers is stored as failed, under its content."""
         if not isinstance(outcome, Measured):
             return outcome.reason
-        if f"unusable@{self.subject.judged}" in outcome.metrics:
-            return "its outputs are unusable"
-        error = outcome.metrics.get(f"relative_l2@{self.subject.judged}")
-        # A block shared with another model was judged on other weights; the proof judges the whole again.
-        return f"its outputs differ by {error:.2g}" if error is not None and error > _TOLERANCE else ""
+        key = self._verdict_key(block, target)
+        stored = known.get(key)
+        if stored is not None and stored is not outcome and key in self._recalled:
+            self._reuse(stored)
+        verdicts = [self._verdict(block, target, each) for each in (stored, outcome) if each is not None]
+        judged = next((each for each in verdicts if each is not None), None)
+        if isinstance(stored, Failed | Refused):
+            return judged or ""
+        if judged is None:
+            if not (may_measure() and self._fed(block)):
+                return NOT_CHECKED
+            known[key] = probed = self._probe(key, target, block, seconds=_CHECK_S)
+            judged = self._verdict(block, target, probed)
+            if not judged:
+                self._keep(probed)
+        if judged:
+            known[key] = Failed(key=key, reason=judged)
+            self._keep(known[key])
+        return judged or ""
+
+    def _verdict(self, block: Block, target: Target, outcome: Outcome) -> str | None:
+        """Return what is wrong with a block's numbers ("" when nothing is), or None when they were never compared for this content."""
+        if not isinstance(outcome, Measured):
+            return outcome.reason
+        judged = self._judged(block)
+        if f"unusable@{judged}" in outcome.metrics:
+            return f"{WRONG}: {self._problems.get((block.index, str(target)), 'its outputs are unusable')}"
+        error = outcome.metrics.get(f"relative_l2@{judged}")
+        if error is None:
+            return None
+        return f"{WRONG}: its outputs differ by {error:.2g} (relative L2)" if error > _TOLERANCE else ""
 
     def _block_key(self, block: Block, target: Target) -> ProbeKey:
         return self._key("segment", f"{block.content}@{self.subject.judged}" if block.data_dependent else block.structure, target)
+
+    def _verdict_key(self, block: Block, target: Target) -> ProbeKey:
+        return self._key("segment", f"{block.content}@{self.subject.judged}", target)
+
+    def _judged(self, block: Block) -> str:
+        """What a verdict on a block's numbers holds for: layers that are alike share times, but neither weights nor inputs."""
+        return f"{self.subject.judged}.{block.content[:16]}"
 
     def _key(self, kind: Any, subject: str, target: Target) -> ProbeKey:
         return ProbeKey(
@@ -190,7 +255,9 @@ class Anatomist:
         if self.fresh:
             return {}
         found = self.database.find_many(keys)
-        return {key: outcome for key, outcome in found.items() if not (self.retry_failed and isinstance(outcome, Failed))}
+        known = {key: outcome for key, outcome in found.items() if not (self.retry_failed and isinstance(outcome, Failed))}
+        self._recalled = frozenset(known)
+        return known
 
     def _reuse(self, outcome: Outcome) -> Outcome:
         self.counts.add(outcome, reused=True)

@@ -9,6 +9,7 @@ from aivmm.planner.candidates import Candidate, Draft, Score
 from aivmm.planner.constraints import ACCURACY, check
 from aivmm.planner.partition import cut_drafts
 from aivmm.probes.transfers import TransferFit
+from aivmm.runtime.config import Config
 from aivmm.runtime.plan import Accuracy, Number
 from aivmm.tuner.anatomy import Anatomist, medians
 from aivmm.tuner.emit import folder_bytes
@@ -96,7 +97,7 @@ class Decider:
             self.work.subject.structure,
             self.work.targets,
             medians(self.anatomist.found, self.anatomist.wrong),
-            configs=best_config,
+            configs={name: _as_checked(config) for name, config in best_config.items()},
             wholes=wholes,
             min_segments=self.work.options.min_segments,
             uncut_s=min(wholes.values(), default=None),
@@ -213,6 +214,11 @@ class Decider:
                 others[name] = each
         ranked = sorted(others.values(), key=lambda each: each.confirmed.median_s if each.confirmed else 0.0)
         return [replace(each.draft, name=f"{each.draft.targets} instead") for each in ranked]
+
+
+def _as_checked(config: Config) -> Config:
+    """Blocks were timed and checked in fp32: a cut plan does not run them in whatever a runtime's default computes in."""
+    return config if config.precision is not None else replace(config, precision="fp32")
 
 
 def _same(candidate: Candidate, draft: Draft) -> bool:

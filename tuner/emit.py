@@ -97,7 +97,8 @@ class Emitter:
             blocks = self._structure.blocks
             partial = self._folder / "partial.onnx"
             made = self._slicer.write(blocks[first].first, blocks[last].last, partial, weights=self._weights)
-            final = self._folder / f"{made.content[:32]}.onnx"
+            # Hashes do not see names: runs that are alike, one after the other, still read and write other tensors.
+            final = self._folder / f"{made.content[:32]}-{first}-{last}.onnx"
             partial.replace(final)
             self._segments[first, last] = replace(made, path=final)
         return self._segments[first, last]

@@ -104,6 +104,10 @@ class Explorer:
         known = self.known.get(candidate.key)
         return None if known is None else known[1]
 
+    def rejection(self, target: Target) -> Rejection | None:
+        """Return why a target does not run the whole model with its default settings, or None when it does."""
+        return self.measurer.rejection(Candidate(target=target, config=Config(), batch=self.work.subject.base_batch))
+
     def default_precision(self, target: Target) -> str | None:
         """Return the precision that a target's default settings compute in, or None when that was not seen."""
         only = target.precisions[0] if len(target.precisions) == 1 else None

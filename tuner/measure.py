@@ -226,6 +226,11 @@ class Measurer:
                 self._reject(candidate, outcome)
         return self._rejected[candidate.key]
 
+    def rejection(self, candidate: Candidate) -> Rejection | None:
+        """Return why a candidate was refused or failed, in this run or as the database remembers, or None."""
+        known = self._rejected.get(candidate.key) or self._known(candidate)
+        return known if isinstance(known, Rejection) and known.state in ("refused", "failed") else None
+
     def _reject(self, candidate: Candidate, outcome: Refused | Failed) -> Rejection:
         self.database.add(outcome, run_id=self.run_id)
         self.counts.add(outcome, reused=False)

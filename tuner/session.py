@@ -42,6 +42,7 @@ from aivmm.tuner.joules import ENERGY, why_no_energy
 from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
 from aivmm.tuner.progress import Progress
 from aivmm.tuner.prove import Proof, Prover
+from aivmm.tuner.refusals import Refusals, as_refined_before, refine
 from aivmm.tuner.reporting import write_report
 from aivmm.tuner.subject import Subject
 from aivmm.tuner.verdict import summary
@@ -187,6 +188,7 @@ class Session:
     def _begin(self, work: Work) -> RunRecord:
         """Store what the run is about."""
         database, subject = work.database, work.subject
+        subject.structure = as_refined_before(subject.structure, database.structure(subject.structure.content, subject.base_batch))
         for target in work.all_targets:
             database.remember_environment(environment_of(target))
             database.remember_target(target)
@@ -236,6 +238,8 @@ class Session:
     def _tune(self, work: Work, record: RunRecord) -> TuneOutcome:
         explorer = Explorer(work, searched_before=self._searched_before)
         explorer.run()
+        if not self._searched_before:
+            self._look_for_refusals(work, explorer)
         anatomist, handovers = self._anatomise(work, explorer)
         cut_short = work.asked()
         if cut_short:
@@ -258,6 +262,21 @@ class Session:
             work.database.add_proof(record.id, each)
         work.notes.extend(f"{what} was not measured: {why}" for what, why in proof.absent.items())
         return self._finish(work, record, decider, proof, cut_short=cut_short)
+
+    def _look_for_refusals(self, work: Work, explorer: Explorer) -> None:
+        """Where a target refuses the whole model, cut the blocks around what it refuses: the rest can still be placed there."""
+        for target in work.targets:
+            rejection = explorer.rejection(target)
+            if rejection is None or rejection.state != "refused" or len(work.targets) < 2:
+                continue
+            self.progress.phase(f"looking for what {target} refuses")
+            search = Refusals(work.lab, target, work.subject.path, work.subject.structure, work.folder / "refusals")
+            refused = search.find(rejection.reason)
+            for run in refused:
+                where = f"node {run.first}" if run.first == run.last else f"nodes {run.first} to {run.last}"
+                work.note(f"{target} refuses {', '.join(run.op_types)} ({where}, found in {search.compiles} compiles): {run.reason}")
+            work.subject.structure = refine(work.subject.structure, work.subject.path, refused)
+            work.database.remember_model(work.subject.facts, work.subject.structure)
 
     def _anatomise(self, work: Work, explorer: Explorer) -> tuple[Anatomist, Mapping[tuple[str, str], TransferFit]]:
         """Probe blocks, then hand-overs between targets, then operators, with what is left of the budget."""
@@ -285,6 +304,8 @@ class Session:
 
         least = _FORCED_S if self.options.min_segments > 1 else 0.0
         anatomist.blocks(budget_s=max(least, _BLOCKS_UNTIL * budget - work.elapsed()), tell=tell)
+        for each in anatomist.not_placed():
+            work.note(each)
         handovers = HandoverProber(
             lab=work.lab,
             database=work.database,

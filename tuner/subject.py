@@ -147,10 +147,8 @@ class Subject:
         facts = self.facts
         samples = self._base_samples(facts)
         self._sample_digest = _digest(load_arrays(str(samples[0])))
-        # ONNX Runtime's CPU is the reference even when it may not be part of the plan.
-        order = sorted(targets, key=lambda each: (str(each) != "onnxruntime:CPU", each.device.kind != "cpu"))
         reasons = []
-        for target in order:
+        for target in _reference_order(targets):
             try:
                 precision = "fp32" if "fp32" in target.precisions else None
                 loaded = self._lab.load(self.path, target, Config(precision=precision), inputs=samples[0])
@@ -199,6 +197,10 @@ class Subject:
     def remember_targets(self, targets: Sequence[Target]) -> None:
         """Keep the targets by name, for references at other batches."""
         self._by_name = {str(each): each for each in targets}
+
+    def reference_order(self) -> list[Target]:
+        """Return the remembered targets, those first whose numbers are trusted most."""
+        return _reference_order(list(self._by_name.values()))
 
     def target_named(self, name: str) -> Target:
         """Return one of the remembered targets."""
@@ -251,6 +253,7 @@ class Subject:
             return self._dataset_samples(facts)
         if self._options.inputs is None:
             self._lab.make_samples(self.path, facts.inputs, paths, seed=self._options.seed)
+            self.notes.extend(_large_integers(load_arrays(str(paths[0]))))
             return paths
         from aivmm.models.inputs import load_inputs
 
@@ -304,6 +307,20 @@ class Subject:
             return tuple(paths)
         finally:
             self._lab.unload(loaded.contestant)
+
+
+def _reference_order(targets: Sequence[Target]) -> list[Target]:
+    # ONNX Runtime's CPU is the reference even when it may not be part of the plan.
+    return sorted(targets, key=lambda each: (str(each) != "onnxruntime:CPU", each.device.kind != "cpu"))
+
+
+def _large_integers(sample: Mapping[str, Any]) -> list[str]:
+    """Return notes on made-up inputs that need more than 32 bits: some runtimes cannot calculate with those."""
+    return [
+        f"input {name!r} was also tried with integers beyond 32 bits, as its type allows; if yours are never that large, bring --inputs"
+        for name, array in sample.items()
+        if array.dtype.kind in "iu" and array.size and int(array.max()) >= 1 << 32
+    ]
 
 
 def _saturates(target: Target) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from aivmm.errors import ModelError
 from aivmm.models.blocks import Place, partition
-from aivmm.models.graph import MAX_LIVE, analyse
+from aivmm.models.graph import MAX_LIVE, analyse, cut_further
 from aivmm.models.order import PreparedGraph
 
 
@@ -280,3 +280,21 @@ def test_of_places_with_no_work_between_them_the_one_with_fewest_bytes_stays() -
 def test_of_cuts_of_equal_weight_the_widest_goes_first() -> None:
     places = {1: Place(level=1, bytes=1), 2: Place(level=3, bytes=1), 3: Place(level=1, bytes=1)}
     assert partition([10.0] * 4, places, 3) == [(0, 0), (1, 2), (3, 3)]
+
+
+def test_blocks_are_cut_further_at_cut_points_and_only_there(tmp_path: Path) -> None:
+    nodes, weights = layers(6)
+    path = save(tmp_path / "m.onnx", nodes, initializers=weights)
+    whole = analyse(path, max_blocks=2)
+    inner = next(cut.position for cut in whole.cut_points if cut.position not in {block.first for block in whole.blocks})
+    found = cut_further(path, whole, [inner, whole.blocks[-1].first])
+    assert sorted({block.first for block in found.blocks}) == sorted({block.first for block in whole.blocks} | {inner})
+    assert [block.index for block in found.blocks] == list(range(len(whole.blocks) + 1))
+    assert found.blocks[0].first == 0 and found.blocks[-1].last == whole.node_count - 1
+    assert all(one.last + 1 == two.first for one, two in pairwise(found.blocks))
+    assert (found.structure, found.content, found.cut_points, found.operators) == (
+        whole.structure, whole.content, whole.cut_points, whole.operators,
+    )  # fmt: skip
+    assert cut_further(path, whole, []) == whole
+    with pytest.raises(ValueError, match="no cut points"):
+        cut_further(path, whole, [whole.node_count + 5])

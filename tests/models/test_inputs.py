@@ -255,3 +255,36 @@ def test_what_is_no_npz_is_one_line(tmp_path: Path) -> None:
             load_inputs(tmp_path / path, SPECS)
         assert str(tmp_path) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "large"),
+    [
+        ("a = Add(t, t)", True),
+        ("b = Mod(t, day) c = Gather(table, b) d = ReduceSum(c) a = Cast<to=7>(d)", True),  # Mod bounds it
+        ("b = Mul(t, two) c = Sub(b, t) a = Unsqueeze(c, zero)", True),
+        ("b = Less(t, day) a = Cast<to=7>(b)", True),
+        ("a = Gather(day, t)", False),  # an index
+        ("b = Cast<to=1>(t) c = Exp(b) a = Cast<to=7>(c)", False),  # a network of floats, which 2^32 would saturate
+        ("b = Mul(t, t) a = Neg(b)", False),  # 2^33 squared fits nowhere
+        ("a = Mod(day, t)", False),
+    ],
+)
+def test_64_bit_integers_that_are_only_calculated_with_go_beyond_32_bits(body: str, large: bool) -> None:
+    model = graph(
+        f"m (int64[40] t) => (int64[n] a) {{ {body} }}",
+        day=np.array([40], np.int64), two=np.array([2], np.int64), zero=np.array([0], np.int64), table=np.zeros((40, 3), np.float32),
+    )  # fmt: skip
+    found = made(spec("t", "int64", 40), model=model)["t"]
+    assert bool((found >= 1 << 32).any()) == large
+    assert found.min() >= 0 and (found < 10).any()  # and small ones are there too
+
+
+def test_an_extent_stays_small() -> None:
+    model = graph("m (int64 t) => (int64[n] a) { b = Add(t, t) a = Range(zero, b, one) }", zero=np.int64(0), one=np.int64(1))
+    assert made(spec("t", "int64"), model=model)["t"] < 10
+
+
+def test_a_lone_64_bit_integer_that_is_only_calculated_with_is_large() -> None:
+    model = graph("m (int64 t) => (int64 a) { a = Add(t, t) }")
+    assert made(spec("t", "int64"), model=model)["t"] >= 1 << 32

@@ -88,8 +88,20 @@ def test_a_forced_cut_lies_where_least_crosses() -> None:
 
 
 def test_as_many_segments_are_made_as_are_asked_for() -> None:
-    ((draft, _),) = cuts({CPU: [MS] * 4, GPU: [MS] * 4}, min_segments=4)
+    (draft, _), *_ = cuts({CPU: [MS] * 4, GPU: [MS] * 4}, min_segments=4)
     assert [(piece.first, piece.last) for piece in draft.pieces] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+
+
+def test_where_the_best_forced_cut_stays_on_one_target_the_best_that_does_not_is_proven_too() -> None:
+    found = cuts({CPU: [MS, MS, MS], GPU: [2 * MS, 3 * MS, None]}, min_segments=2)
+    assert [draft.name for draft, _ in found] == ["cut plan", "hybrid plan"]
+    assert {name for name, _, _ in placed(found[0][0])} == {"one:CPU"}
+    assert placed(found[1][0]) == [("two:GPU.0", 0, 0), ("one:CPU", 1, 2)]
+    assert found[1][1] == pytest.approx(4 * MS + CUT_S)
+
+
+def test_a_forced_cut_that_uses_several_targets_is_proven_alone() -> None:
+    assert len(cuts({CPU: [MS, 9 * MS], GPU: [9 * MS, MS]}, min_segments=2)) == 1
 
 
 def test_more_segments_than_blocks_cannot_be_had() -> None:
@@ -153,7 +165,7 @@ def test_blocks_that_are_faster_alone_are_not_made_slower() -> None:
 
 
 def test_a_target_that_lacks_a_block_is_not_scaled() -> None:
-    ((draft, predicted),) = cuts(
+    (draft, predicted), *_ = cuts(
         {CPU: [2 * MS, 2 * MS], GPU: [MS, None]}, wholes={"one:CPU": 2 * MS, "two:GPU.0": 0.1 * MS}, min_segments=2
     )
     assert predicted == pytest.approx(min(2 * MS + CUT_S, 1 * MS + 1 * MS + CUT_S))

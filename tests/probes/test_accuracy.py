@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aivmm.probes.accuracy import combined, judge
+from aivmm.probes.accuracy import combined, judge, narrowed
 
 X = np.array([1.0, -2.0, 3.0], dtype=np.float32)
 
@@ -129,3 +129,32 @@ def test_over_samples_agreements_are_averaged_and_of_all_else_the_worst_counts()
         ]
     )
     assert found == {"cosine": 0.9, "sqnr": 50.0, "relative_l2": 0.2, "top1_agreement": 0.5}
+
+
+def test_float64_computed_as_float32_is_told_and_float64_rounding_is_not() -> None:
+    r = np.random.default_rng(0).standard_normal(100)
+    assert "is float64 and was computed in less" in narrowed({"y": r.astype(np.float32).astype(np.float64)}, {"y": r})
+    assert narrowed({"y": r * (1 + 1e-13)}, {"y": r}) == ""
+    assert narrowed({"y": r.astype(np.float32) * 1.001}, {"y": r.astype(np.float32)}) == ""  # float32 has its limit elsewhere
+
+
+@pytest.mark.parametrize(("found", "expected"), [(0, 2**40), (2**31 - 1, 2**33), (-(2**31), 2**31), (-5, -(2**40))])
+def test_one_integer_beyond_32_bits_that_came_out_as_another_is_told_among_ten_thousand(found: int, expected: int) -> None:
+    r = np.zeros(10_000, dtype=np.int64)
+    x = r.copy()
+    r[77], x[77] = expected, found
+    assert one(x, r).cosine > 0.999  # which no limit on the cosine would see
+    assert "1 integers beyond 32 bits" in narrowed({"y": x}, {"y": r})
+    assert narrowed({"y": r}, {"y": r}) == ""
+    assert narrowed({"y": x}, {"y": np.minimum(r, 9)}) == "" or found >= 9 or expected < 0
+
+
+def test_large_integers_that_stem_from_rounded_floats_may_differ_a_little() -> None:
+    r = np.array([5_000_000_000], dtype=np.int64)
+    assert narrowed({"y": r + 512}, {"y": r}) == ""
+
+
+def test_what_cannot_be_compared_is_left_to_the_judge() -> None:
+    assert narrowed({}, {"y": np.float64([1])}) == ""
+    assert narrowed({"y": np.float64([1, 2])}, {"y": np.float64([1])}) == ""
+    assert narrowed({"y": np.array(["a"], dtype=object)}, {"y": np.array(["a"], dtype=object)}) == ""

@@ -62,3 +62,22 @@ def test_runs_with_strings_go_through_a_feed() -> None:
     request.bind("x", np.array(["a", "b"], dtype=object))
     request.run()
     assert list(request.output("y")) == ["a", "b"]
+
+
+def test_outputs_whose_shapes_are_not_known_keep_their_names_in_every_order_of_binding() -> None:
+    """The library numbers outputs by who was bound first."""
+    from onnx import TensorProto, helper
+
+    count = 8
+    nodes = [helper.make_node("Concat", ["x"] * (index + 1), [f"y{index}"], axis=0) for index in range(count)]
+    outputs = [helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT, [f"n{index}"]) for index in range(count)]
+    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])], outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    request = OnnxRuntime().compile(model, cpu(), Config()).new_request()
+    request.bind("x", np.float32([1, 2]))
+    own = np.zeros(2 * 6, dtype=np.float32)
+    request.bind("y5", own)
+    for _ in range(2):
+        request.run()
+        assert [request.output(f"y{index}").size for index in range(count)] == [2 * (index + 1) for index in range(count)]
+    assert request.output("y5") is own and own.tolist() == [1, 2] * 6
