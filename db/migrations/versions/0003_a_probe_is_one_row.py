@@ -1,4 +1,4 @@
-"""A probe is one row, and two index entries.
+"""A probe is one row with two indices, and a lowering says what it was calibrated on.
 
 Metrics and cautions move into the probe's own row: they were most of all rows, and no question was ever asked of them alone. Keys are
 digests, so an index that begins with them is written all over; behind the subject, of which many probes come together, it is not, and it
@@ -24,7 +24,8 @@ _PROBES = 5000  # that are in memory at a time
 
 
 def upgrade() -> None:
-    """Add the two columns, fill them, and drop the two tables."""
+    """Add the columns, fill those of the probe, drop two tables, and change the indices."""
+    op.add_column("lowering", sa.Column("calibration", sa.String(), nullable=True))
     op.add_column("probe", sa.Column("metrics", sa.JSON(), nullable=True))
     op.add_column("probe", sa.Column("cautions", sa.JSON(), nullable=True))
     op.execute("UPDATE probe SET metrics = '{}' WHERE state = 'measured'")  # each has metrics, if none; what has no caution has no list
