@@ -40,7 +40,7 @@ def evidence(db: str | Path | None = None, **filters: Any) -> pd.DataFrame:
     from aivmm.db.database import Database
     from aivmm.db.frames import evidence as frame
 
-    with Database.open(db) as database:
+    with Database.open(db, make=False) as database:
         return frame(database, **filters)
 
 

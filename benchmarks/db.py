@@ -1,17 +1,22 @@
 """How large can a database grow before anyone notices? Builds one of a million probes and asks it what a tuning asks.
 
     python benchmarks/db.py [--probes 1000000] [--models 2000] [--environments 50] [--batch 20000] [--seed 0] [--folder /tmp/aivmm-db]
-                            [--out benchmarks/results/db.md]
+                            [--db postgresql+psycopg://USER@HOST/EMPTY] [--out benchmarks/results/db.md]
 
-The probes are synthetic and seeded: segments of models on two targets a machine, about 30 durations and 6 metrics each, 1 in 8 with a
-caution, 2 % refused, 1 % failed; every 40th model has 500 blocks. A model is the set of its segments here, and there is no run. Only
+The probes are synthetic and seeded: segments of models on the five targets of a machine, about 30 durations and 6 metrics each, 1 in 8 with
+a caution, 2 % refused, 1 % failed; every 40th model has 500 blocks. A model is the set of its segments here, and there is no run. Only
 `add_many` is timed while the database is built, not the making of its records.
-Questions are asked of a database that was closed and opened again, in a random order of keys.
+Questions are asked of a database that was closed and opened again, in a random order of keys. A garbage collection of the benchmark's own
+million keys is no part of a question, so they are kept out of it (`gc.freeze`).
+
+A figure comes twice: as it went by on the clock, and as CPU time of this process. Where other work shares the machine the two differ; for a
+server the CPU time is the client's alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import os
 import platform
@@ -29,13 +34,15 @@ from itertools import islice
 from pathlib import Path
 
 from aivmm.db.database import Database
+from aivmm.db.query import statistics as statistics_of
 from aivmm.probes.records import Caution, Failed, Measured, Outcome, ProbeKey, Refused, Samples
 from aivmm.runtime.config import Config
 from aivmm.runtime.cpu import cpu_device
 from aivmm.runtime.environment import Environment
 
 LARGE_EVERY, LARGE_BLOCKS = 40, 500
-TARGETS = ("openvino:CPU", "onnxruntime:CPU")
+TARGETS = ("openvino:CPU", "onnxruntime:CPU", "openvino:GPU.0", "onnxruntime:CUDA:0", "openvino:NPU")
+ASKED_TARGETS = (1, 2, 5)
 METRICS = ("compile_s", "first_inference_s", "load_s", "peak_memory_bytes", "relative_l2", "cosine")
 SPREAD = Caution(code="spread", message="the middle half spans 14 % of the median", advice="close what else runs, or raise --budget")
 LIMITS = {"find_s": 1e-3, "find_many_s": 0.1, "insert_per_s": 20_000.0}  # issue 3, point 10
@@ -69,8 +76,8 @@ class World:
         for number in range(size.environments):
             made.environments.append(
                 Environment(
-                    target=TARGETS[number % 2],
-                    device_model=f"CPU of machine {number // 2}",
+                    target=TARGETS[number % len(TARGETS)],
+                    device_model=f"device of machine {number // len(TARGETS)}",
                     driver="",
                     runtime_version="2026.4.0",
                     instruction_sets=("avx2", "avx512f", "fma"),
@@ -88,27 +95,27 @@ class World:
             made.configs.append(Config.of(settings, precision=("fp32", "bf16")[number % 2]))
         return made
 
-    def keys_of(self, model: int, blocks: int, points: int) -> Iterator[ProbeKey]:
-        """Yield a model's probes: every block on both targets of one machine at `points` configs."""
-        machine = model % (len(self.environments) // 2)
+    def keys_of(self, model: int, blocks: int, points: int, *, targets: int = len(TARGETS)) -> Iterator[ProbeKey]:
+        """Yield a model's probes: every block on the targets of one machine (or the first of them) at `points` configs."""
+        machine = model % (len(self.environments) // len(TARGETS))
         for block in range(blocks):
             subject = hashlib.sha256(f"{self.size.seed} {model} {block}".encode()).hexdigest()
-            for side, target in enumerate(TARGETS):
+            for side, target in enumerate(TARGETS[:targets]):
                 for point in range(points):
                     yield ProbeKey(
                         kind="segment",
                         subject=subject,
                         target=target,
-                        environment=self.environments[2 * machine + side].fingerprint,
+                        environment=self.environments[len(TARGETS) * machine + side].fingerprint,
                         config=self.configs[(7 * model + 11 * point) % len(self.configs)],
                     )
 
     def keys(self) -> Iterator[ProbeKey]:
         """Yield all keys, model by model, as tunings would store them; the last model takes what is left over."""
         large = (self.size.models + LARGE_EVERY - 1) // LARGE_EVERY
-        rest = max(0, self.size.probes - large * LARGE_BLOCKS * 2)
+        rest = max(0, self.size.probes - large * LARGE_BLOCKS * len(TARGETS))
         points = 2
-        blocks = max(1, rest // (max(1, self.size.models - large) * 2 * points))
+        blocks = max(1, rest // (max(1, self.size.models - large) * len(TARGETS) * points))
         for model in range(self.size.models):
             yield from self.keys_of(model, LARGE_BLOCKS, 1) if model % LARGE_EVERY == 0 else self.keys_of(model, blocks, points)
         extra = self.size.models
@@ -137,83 +144,106 @@ class World:
                 )
 
 
-def build(world: World, path: Path) -> list[float]:
-    """Fill a new database and return the probes per second of each batch."""
-    rates: list[float] = []
+@dataclass(frozen=True, slots=True)
+class Took:
+    """Seconds of one step: by the clock, and of this process's CPU time."""
+
+    wall_s: float
+    cpu_s: float
+
+    @classmethod
+    def of(cls, step: Callable[[], object]) -> Took:
+        """Time one call."""
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        step()
+        return cls(time.perf_counter() - wall_s, time.process_time() - cpu_s)
+
+
+def build(world: World, location: str | Path) -> list[Took]:
+    """Fill a new database; return what each batch took."""
+    took: list[Took] = []
     outcomes = world.outcomes()
-    with Database.open(path) as database:
+    with Database.open(location) as database:
         for environment in world.environments:
             database.remember_environment(environment)
         while batch := list(islice(outcomes, world.size.batch)):
-            started = time.perf_counter()
-            database.add_many(batch)
-            rates.append(len(batch) / (time.perf_counter() - started))
-            print(f"\r{len(rates) * world.size.batch:>9} probes, {rates[-1]:8.0f}/s", end="", file=sys.stderr, flush=True)
+            took.append(Took.of(lambda batch=batch: database.add_many(batch)))  # type: ignore[misc]
+            print(f"\r{len(took) * world.size.batch:>9} probes, {len(batch) / took[-1].wall_s:8.0f}/s", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return rates
-
-
-def timed(step: Callable[[], object]) -> float:
-    """Return the seconds one call takes."""
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
-
-
-def ask(world: World, path: Path) -> dict[str, list[float]]:
-    """Ask what a tuning asks; return the durations of each question."""
-    rng = random.Random(world.size.seed + 2)
-    every = list(islice(world.keys(), world.size.probes))
-    stored = set(every)
-    large = [list(world.keys_of(model, LARGE_BLOCKS, 1)) for model in range(0, min(world.size.models, 20 * LARGE_EVERY), LARGE_EVERY)]
-    large = [keys for keys in large if keys[-1] in stored]
-    took: dict[str, list[float]] = {}
-    with Database.open(path) as database:
-        took["find_s"] = [timed(lambda key=key: database.find(key)) for key in rng.sample(every, 2000)]  # type: ignore[misc]
-        took["find_many_s"] = [timed(lambda keys=keys: database.find_many(keys)) for keys in large]  # type: ignore[misc]
-        for keys in large:
-            assert len(database.find_many(keys)) == len(keys), "a stored key was not found"
-        took["outcomes_s"] = [
-            timed(lambda keys=keys: database.outcomes(kind="segment", subject={key.subject for key in keys}, target=TARGETS))  # type: ignore[misc]
-            for keys in large
-        ]
-        fresh = [Measured(key=key, samples=world.samples[0], metrics=dict.fromkeys(METRICS, 0.5)) for key in rng.sample(every, 200)]
-        took["add_s"] = [timed(lambda outcome=outcome: database.add(outcome)) for outcome in fresh]  # type: ignore[misc]
     return took
 
 
-def report(size: Size, rates: list[float], took: dict[str, list[float]], file_bytes: int, table_rows: float) -> str:
+def ask(world: World, location: str | Path) -> dict[str, list[Took]]:
+    """Ask what a tuning asks; return what each question took."""
+    rng = random.Random(world.size.seed + 2)
+    every = list(islice(world.keys(), world.size.probes))
+    single, again = rng.sample(every, min(2000, len(every))), rng.sample(every, min(200, len(every)))
+    stored = {key.subject for key in every}
+    large = [
+        model for model in range(0, world.size.models, LARGE_EVERY) if list(world.keys_of(model, LARGE_BLOCKS, 1))[-1].subject in stored
+    ]
+    del every, stored
+    gc.collect()
+    gc.freeze()
+    took: dict[str, list[Took]] = {}
+    with Database.open(location) as database:
+        took["find"] = [Took.of(lambda key=key: database.find(key)) for key in single]  # type: ignore[misc]
+        for count in ASKED_TARGETS:
+            asked = [list(world.keys_of(model, LARGE_BLOCKS, 1, targets=count)) for model in large]
+            took[f"find_many {count}"] = [Took.of(lambda keys=keys: database.find_many(keys)) for keys in asked]  # type: ignore[misc]
+            for keys in asked:
+                assert len(database.find_many(keys)) == len(keys), "a stored key was not found"
+        took["outcomes"] = [
+            Took.of(lambda keys=keys: database.outcomes(kind="segment", subject={key.subject for key in keys}, target=TARGETS[:2]))  # type: ignore[misc]
+            for keys in asked
+        ]
+        fresh = [Measured(key=key, samples=world.samples[0], metrics=dict.fromkeys(METRICS, 0.5)) for key in again]
+        took["add"] = [Took.of(lambda outcome=outcome: database.add(outcome)) for outcome in fresh]  # type: ignore[misc]
+    return took
+
+
+def row(what: str, took: list[Took], limit_s: float | None = None) -> str:
+    """Return a line of the table: median and worst by the clock, median CPU time, and whether the limit is met by the clock."""
+    wall, cpu = (sorted(getattr(each, name) * 1e3 for each in took) for name in ("wall_s", "cpu_s"))
+    median = statistics.median(wall)
+    figures = f"{median:.3g} ms (p99 {wall[int(0.99 * len(wall))]:.3g}) | {statistics.median(cpu):.3g} ms"
+    said = "| |" if limit_s is None else f"< {limit_s * 1e3:g} ms | {'yes' if median < limit_s * 1e3 else '**no**'} |"
+    return f"| {what}, median of {len(took)} | {figures} | {said}"
+
+
+def report(world: World, built: list[Took], took: dict[str, list[Took]], size_bytes: int, server: str) -> str:
     """Return the results as Markdown."""
-    device = cpu_device()
-    overall = len(rates) / sum(1 / rate for rate in rates)
-    last = statistics.median(rates[-max(1, len(rates) // 10) :])
-    find, many = statistics.median(took["find_s"]), statistics.median(took["find_many_s"])
-    p99 = sorted(took["find_s"])[int(0.99 * len(took["find_s"]))]
-
-    def verdict(value: float, limit: float, *, more: bool = False) -> str:
-        return "yes" if (value >= limit if more else value < limit) else "**no**"
-
+    size = world.size
+    wall_s, cpu_s = sum(each.wall_s for each in built), sum(each.cpu_s for each in built)
+    last = built[-max(1, len(built) // 10) :]
+    last_rate = len(last) * size.batch / sum(each.wall_s for each in last)
+    best = size.batch / min(each.wall_s for each in built)
+    rate = size.probes / wall_s
+    engine = server or f"SQLite {sqlite3.sqlite_version}, synchronous=FULL, foreign keys on"
+    load = f"load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else "load unknown"
     lines = [
-        "# The database's scale",
-        "",
         f"`python benchmarks/db.py --probes {size.probes} --models {size.models} --environments {size.environments} --batch {size.batch} "
         f"--seed {size.seed}`, {time.strftime('%Y-%m-%d')}.",
-        f"{device.model}, {os.cpu_count()} CPUs (load {os.getloadavg()[0] if hasattr(os, 'getloadavg') else float('nan'):.1f} at the end), "
-        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, "
-        f"SQLAlchemy {version('sqlalchemy')}; synchronous=FULL, foreign keys on.",
+        f"{cpu_device().model}, {os.cpu_count()} CPUs ({load}), {platform.system()} {platform.machine()}, "
+        f"Python {platform.python_version()}, SQLAlchemy {version('sqlalchemy')}; {engine}.",
         "",
-        "| what | figure | limit | met |",
-        "|---|---|---|---|",
-        f"| evidence for one segment (`find`), median of {len(took['find_s'])} | {find * 1e3:.3f} ms (p99 {p99 * 1e3:.3f} ms) | < 1 ms | "
-        f"{verdict(find, LIMITS['find_s'])} |",
-        f"| all evidence for a 500-block model on 2 targets (`find_many`, 1000 keys), median | {many * 1e3:.0f} ms "
-        f"(worst {max(took['find_many_s']) * 1e3:.0f} ms) | < 100 ms | {verdict(many, LIMITS['find_many_s'])} |",
-        f"| the same by subject (`outcomes`), median | {statistics.median(took['outcomes_s']) * 1e3:.0f} ms | | |",
-        f"| bulk insert (`add_many`), probes/s, whole build | {overall:,.0f} (last tenth {last:,.0f}) | >= 20,000 | "
-        f"{verdict(overall, LIMITS['insert_per_s'], more=True)} |",
-        f"| the same in table rows/s ({table_rows:.2f} rows a probe: probe, metrics, cautions) | {overall * table_rows:,.0f} | | |",
-        f"| one probe, one commit (`add`), median | {statistics.median(took['add_s']) * 1e3:.2f} ms | | |",
-        f"| file | {file_bytes / 1e6:,.0f} MB, {file_bytes / size.probes:,.0f} bytes a probe | | |",
+        "| what | by the clock | CPU time | limit | met |",
+        "|---|---|---|---|---|",
+        row("evidence for one segment (`find`)", took["find"], LIMITS["find_s"]),
+        *(
+            row(
+                f"all evidence for a 500-block model on {count} target{'s' * (count > 1)} (`find_many`, {count * LARGE_BLOCKS} keys)",
+                took[f"find_many {count}"],
+                LIMITS["find_many_s"],
+            )
+            for count in ASKED_TARGETS
+        ),
+        row("the same on 2 targets by subject (`outcomes`)", took["outcomes"]),
+        f"| bulk insert (`add_many`): probes with their samples, metrics and cautions | {rate:,.0f}/s (best batch {best:,.0f}, last tenth "
+        f"{last_rate:,.0f}) | {size.probes / cpu_s:,.0f}/s | >= {LIMITS['insert_per_s']:,.0f}/s | "
+        f"{'yes' if rate >= LIMITS['insert_per_s'] else '**no**'} |",
+        row("one probe, one commit (`add`)", took["add"]),
+        f"| database | {size_bytes / 1e6:,.0f} MB, {size_bytes / size.probes:,.0f} bytes a probe | | | |",
     ]
     return "\n".join(lines) + "\n"
 
@@ -227,30 +257,30 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "aivmm-db")
+    parser.add_argument("--db", help="a database on a server, with nothing in it, instead of a SQLite file")
     parser.add_argument("--keep", action="store_true", help="leave the database in --folder")
     parser.add_argument("--out", type=Path, help="write the results here; default: standard output")
     given = parser.parse_args()
     size = Size(probes=given.probes, models=given.models, environments=given.environments, batch=given.batch, seed=given.seed)
     folder = Path(tempfile.mkdtemp(prefix="scale-", dir=given.folder if given.folder.is_dir() else None))
-    path = folder / "performance.db"
+    location = given.db or folder / "performance.db"
     try:
         world = World.of(size)
-        rates = build(world, path)
-        with sqlite3.connect(path) as connection:
-            counts = {name: connection.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in ("probe", "metric", "caution")}
-        connection.close()
-        table_rows = sum(counts.values()) / counts["probe"]
-        file_bytes = path.stat().st_size
-        text = report(size, rates, ask(world, path), file_bytes, table_rows)
+        built = build(world, location)
+        with Database.open(location) as database:
+            size_bytes = statistics_of(database)["size_bytes"]
+            with database.reading() as connection:
+                server = "" if database.path else "PostgreSQL " + ".".join(map(str, connection.dialect.server_version_info or ()))
+        text = report(world, built, ask(world, location), size_bytes, server)
     finally:
         if given.keep:
-            print(f"kept {path}", file=sys.stderr)
+            print(f"kept {location}", file=sys.stderr)
         else:
             shutil.rmtree(folder)
     if given.out is None:
         print(text)
     else:
-        given.out.write_text(text, encoding="utf-8")
+        given.out.write_text(f"# The database's scale\n\n{text}", encoding="utf-8")
 
 
 if __name__ == "__main__":

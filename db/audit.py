@@ -136,11 +136,10 @@ def _probe(row: Row) -> Iterator[str]:
             yield "it was measured and has no effective config"
         if not all(isinstance(count, int) for count in (row["placement"] or {}).values()):
             yield "its placement does not count nodes"
-
-
-def _metric(row: Row) -> Iterator[str]:
-    if not math.isfinite(row["value"]):
-        yield f"{row['name']} is {row['value']}"
+        for name, value in row["metrics"].items():
+            if type(value) not in (int, float) or not math.isfinite(value):
+                yield f"{name} is {str(value)[:40]}, which is no number"
+    list(map(codec.caution_from_json, row["cautions"] or ()))
 
 
 def _run(row: Row) -> Iterator[str]:
@@ -178,7 +177,6 @@ _RULES: dict[str, Callable[[Row], Iterator[str]]] = {
     "model_operator": _model_operator,
     "model_block": _model_block,
     "probe": _probe,
-    "metric": _metric,
     "run": _run,
     "proof": _proof,
     "plan": _plan,

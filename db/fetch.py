@@ -7,7 +7,6 @@ longer than the database's. Values are always bound, never part of a statement.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,23 +15,26 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from aivmm.db.codec import unpack_samples
+from aivmm.db.codec import caution_from_json, unpack_samples
 from aivmm.db.schema import probe
 from aivmm.db.store import chunks
 from aivmm.errors import DatabaseError
-from aivmm.probes.records import Caution, Failed, Measured, Outcome, ProbeKey, Refused
+from aivmm.probes.records import Failed, Measured, Outcome, ProbeKey, Refused
 from aivmm.runtime.config import Config
+
+_decode = json.JSONDecoder().raw_decode  # `loads` looks for white space twice, which takes as long as a small object
 
 LoadConfigs = Callable[[Connection, Iterable[str | None]], Mapping[str, Config]]
 
-_COLUMNS = ", ".join(f"probe.{column.name}" for column in probe.c)
-_CONFIG, _EFFECTIVE, _STATE = (list(probe.c.keys()).index(name) for name in ("config_digest", "effective_digest", "state"))
+_KEY = ("kind", "subject", "target", "environment", "config_digest", "batch", "callers")  # of the probe's columns, those that its key is of
+_OUTCOME = [f"probe.{column.name}" for column in probe.c if column.name not in _KEY]
+_EFFECTIVE = _OUTCOME.index("probe.effective_digest")
+# The newest of a key is one step in the index, however often it was measured.
+_NEWEST = "(SELECT max(probe.id) FROM probe WHERE probe.subject = wanted.subject AND probe.key = wanted.key)"
 _NEWEST_OF_KEYS = (
-    f"SELECT {_COLUMNS} FROM probe WHERE probe.id IN (SELECT max(probe.id) FROM probe WHERE probe.key IN (?) GROUP BY probe.key)"
+    f"WITH wanted(subject, key) AS (VALUES (?)) SELECT {', '.join(_OUTCOME)} FROM probe WHERE probe.id IN (SELECT {_NEWEST} FROM wanted)"
 )
-_BY_ID = f"SELECT {_COLUMNS} FROM probe WHERE probe.id IN (?)"
-_METRICS = "SELECT metric.probe_id, name, value FROM metric WHERE probe_id IN (?)"
-_CAUTIONS = "SELECT caution.probe_id, code, message, advice FROM caution WHERE probe_id IN (?) ORDER BY probe_id, position"
+_BY_ID = f"SELECT {', '.join([*_OUTCOME, *_KEY])} FROM probe WHERE probe.id IN (?)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,44 +54,34 @@ class Reader:
     load_configs: LoadConfigs
     location: str
 
-    def newest(self, keys: Sequence[str]) -> Iterator[tuple[str, Entry]]:
-        """Yield (key digest, entry) of the newest probe of each key digest that has one."""
-        for some in chunks(keys):
-            yield from self._entries(self._ask(_NEWEST_OF_KEYS, some))
+    def newest(self, keys: Mapping[str, ProbeKey]) -> Iterator[tuple[ProbeKey, Entry]]:
+        """Yield the newest probe of each key that has one; `keys` are by their digests."""
+        for some in chunks(list(keys)):
+            pairs = [value for digest in some for value in (keys[digest].subject, digest)]
+            rows = self._ask(_NEWEST_OF_KEYS, pairs, width=2)
+            yield from zip((keys[row[1]] for row in rows), self._entries(rows, keys), strict=True)
 
     def by_id(self, ids: Sequence[str]) -> Iterator[Entry]:
         """Yield the entries of `ids`, in their order; an id that is not stored is left out."""
         for some in chunks(ids):
-            found = {entry.id: entry for _, entry in self._entries(self._ask(_BY_ID, some))}
+            rows = self._ask(_BY_ID, some)
+            width = len(_OUTCOME)
+            configs = self.load_configs(self.connection, {row[width + _KEY.index("config_digest")] for row in rows})
+            keys = {row[1]: _key(row[width:], configs) for row in rows}
+            found = {entry.id: entry for entry in self._entries(rows, keys)}
             yield from (found[each] for each in some if each in found)
 
-    def _ask(self, query: str, values: Sequence[str]) -> Sequence[Any]:
-        return self.connection.exec_driver_sql(_expanded(query, len(values), self.connection.dialect.paramstyle), tuple(values)).fetchall()
+    def _ask(self, query: str, values: Sequence[str], *, width: int = 1) -> Sequence[Any]:
+        asked = _expanded(query, len(values), width, self.connection.dialect.paramstyle)
+        return self.connection.exec_driver_sql(asked, tuple(values)).fetchall()
 
-    def _entries(self, rows: Sequence[Any]) -> list[tuple[str, Entry]]:
-        measured = [row[0] for row in rows if row[_STATE] == "measured"]
-        metrics: dict[str, dict[str, float]] = defaultdict(dict)
-        cautions: dict[str, list[Caution]] = defaultdict(list)
-        if measured:
-            for identity, name, value in self._ask(_METRICS, measured):
-                metrics[identity][name] = value
-            for identity, code, message, advice in self._ask(_CAUTIONS, measured):
-                cautions[identity].append(Caution(code=code, message=message, advice=advice))
-        configs = self.load_configs(self.connection, [row[place] for row in rows for place in (_CONFIG, _EFFECTIVE)])
-        return [(row[1], self._entry(row, configs, metrics[row[0]], tuple(cautions.get(row[0], ())))) for row in rows]
+    def _entries(self, rows: Sequence[Any], keys: Mapping[str, ProbeKey]) -> list[Entry]:
+        """Return what rows say; `keys` are by their digests."""
+        configs = self.load_configs(self.connection, {row[_EFFECTIVE] for row in rows})
+        return [self._entry(row, configs, keys[row[1]]) for row in rows]
 
-    def _entry(self, row: Any, configs: Mapping[str, Config], metrics: Mapping[str, float], cautions: tuple[Caution, ...]) -> Entry:
-        identity, _, kind, subject, target, environment, config, batch, callers, state, *rest = row
-        blob, reason, output, effective, placement, race, stored_at = rest
-        key = ProbeKey(
-            kind=kind,
-            subject=subject,
-            target=target,
-            environment=environment,
-            config=configs[config],
-            batch=batch,
-            callers=callers,
-        )
+    def _entry(self, row: Any, configs: Mapping[str, Config], key: ProbeKey) -> Entry:
+        identity, _, state, blob, reason, output, effective, placement, race, stored_at, metrics, cautions, *_ = row
         outcome: Outcome
         if state == "measured":
             try:
@@ -100,10 +92,10 @@ class Reader:
             outcome = Measured(
                 key=key,
                 samples=samples,
-                metrics=metrics,
-                cautions=cautions,
+                metrics=_json(metrics),
+                cautions=tuple(map(caution_from_json, _json(cautions))) if cautions else (),
                 effective_config=configs[effective].as_dict(),
-                placement=json.loads(placement) if isinstance(placement, str) else placement,
+                placement=dict(_shared(placement)) if isinstance(placement, str) else placement,
                 race=race,
             )
         elif state == "refused":
@@ -113,14 +105,34 @@ class Reader:
         return Entry(id=identity, measured_at=moment(stored_at), outcome=outcome)
 
 
+def _key(values: Sequence[Any], configs: Mapping[str, Config]) -> ProbeKey:
+    kind, subject, target, environment, config, batch, callers = values
+    return ProbeKey(
+        kind=kind, subject=subject, target=target, environment=environment, config=configs[config], batch=batch, callers=callers
+    )
+
+
+def _json(value: Any) -> Any:
+    """Return a stored JSON value as a driver gives it: SQLite has text."""
+    return _decode(value.lstrip())[0] if isinstance(value, str) else value
+
+
+@lru_cache(maxsize=4096)
+def _shared(text: str) -> Any:
+    """As `_json`, for what thousands of probes share: to be copied."""
+    return _json(text)
+
+
 def moment(value: str | datetime) -> datetime:
     """Return a stored moment, in UTC, as a driver gives it: SQLite has text without a zone."""
     if isinstance(value, str):
-        return datetime.fromisoformat(value).replace(tzinfo=UTC)
+        return datetime.fromisoformat(value + "+00:00")
     return value.astimezone(UTC)
 
 
 @lru_cache(maxsize=256)
-def _expanded(query: str, count: int, style: str) -> str:
-    """Return the query with as many marks in its `(?)` as there are values, in the driver's style."""
-    return query.replace("(?)", f"({', '.join(['?' if style == 'qmark' else '%s'] * count)})")
+def _expanded(query: str, count: int, width: int, style: str) -> str:
+    """Return the query with as many marks in its `(?)` as there are values, in the driver's style; of `width` 2 and more, in groups."""
+    mark = "?" if style == "qmark" else "%s"
+    groups = [f"({', '.join([mark] * width)})"] * (count // width) if width > 1 else [f"({', '.join([mark] * count)})"]
+    return query.replace("(?)", ", ".join(groups))

@@ -1,22 +1,22 @@
 """The way in for measurements: outcomes become driver-ready values, and many rows go into one statement.
 
 Building a dictionary a row and letting SQLAlchemy convert each value costs more than SQLite takes to store it. Here the values are made
-once, as the driver takes them, in one flat list a table.
+once, as the driver takes them, in one flat list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any
 
 from sqlalchemy import Connection, Table
 from sqlalchemy.engine import Dialect
+from sqlalchemy.exc import DBAPIError
 
-from aivmm.db.codec import clean, dump_json, finite, key_digest, new_ids, pack_samples
-from aivmm.db.schema import caution, metric, probe, run_probe
+from aivmm.db.codec import cautions_text, clean, dump_json, key_digest, metrics_text, new_ids, pack_samples
+from aivmm.db.schema import probe, run_probe
 from aivmm.db.store import now
 from aivmm.probes.records import Failed, Measured, Outcome, Refused
 from aivmm.runtime.config import Config, Setting
@@ -24,6 +24,7 @@ from aivmm.runtime.config import Config, Setting
 STATES: dict[type[Outcome], str] = {Measured: "measured", Refused: "refused", Failed: "failed"}
 
 _VALUES = 30  # in one statement: several narrow rows at once are faster than one each, a wide row is fastest alone (both measured)
+_COPY = 100  # rows from which a server's COPY pays
 _BULK = 1000  # probes from which a larger page cache pays
 _CACHE_KIB = 65536
 _MOMENT = probe.c.measured_at.type
@@ -68,13 +69,11 @@ class Configs:
 
 @dataclass(slots=True)
 class Batch:
-    """Outcomes as values: one flat list a table, in the order of its columns."""
+    """Outcomes as values: one flat list, in the order of the table's columns."""
 
     ids: list[str]
     configs: Configs = field(default_factory=Configs)
     probes: list[Any] = field(default_factory=list)
-    metrics: list[Any] = field(default_factory=list)
-    cautions: list[Any] = field(default_factory=list)
 
     @classmethod
     def of(cls, outcomes: Sequence[Outcome], dialect: Dialect) -> Batch:
@@ -91,15 +90,13 @@ class Batch:
         """Store all of it; the configs are stored already. Raises IntegrityError when an environment or the run is not."""
         with large_cache(connection, len(self.ids)):
             insert_values(connection, probe, self.probes)
-            insert_values(connection, metric, self.metrics)
-            insert_values(connection, caution, self.cautions)
             if run_id:
                 insert_values(connection, run_probe, [value for identity in self.ids for value in (run_id, identity, False)])
 
     def _add(self, identity: str, outcome: Outcome, stored_at: object) -> None:
         key = outcome.key
         config = self.configs.digest(key.config)
-        samples = effective = placement = None
+        samples = effective = placement = metrics = cautions = None
         reason = output = race = ""
         match outcome:
             case Measured():
@@ -107,12 +104,8 @@ class Batch:
                 effective = self.configs.digest_of(outcome.effective_config)
                 placement = self.configs.placement(outcome.placement)
                 race = outcome.race
-                metrics = self.metrics
-                for name, value in outcome.metrics.items():
-                    # `finite` is for what is not plain: a call for each of a million numbers is felt
-                    metrics += (identity, name, value if type(value) is float and isfinite(value) else finite(name, value))
-                for position, each in enumerate(outcome.cautions):
-                    self.cautions += (identity, position, each.code, clean(each.message), clean(each.advice))
+                metrics = metrics_text(outcome.metrics)
+                cautions = cautions_text(outcome.cautions) if outcome.cautions else None
             case Refused():
                 reason = clean(outcome.reason)
             case Failed():
@@ -137,6 +130,8 @@ class Batch:
             placement,
             race,
             stored_at,
+            metrics,
+            cautions,
         )
 
 
@@ -146,6 +141,9 @@ def insert_values(connection: Connection, table: Table, values: Sequence[Any], *
     With `ignore`, rows whose key exists already are left out. Values are always bound, never part of the statement.
     """
     width = len(table.c)
+    if connection.dialect.name == "postgresql" and not ignore and len(values) >= _COPY * width:
+        _copy(connection, table, zip(*[iter(values)] * width, strict=True))
+        return
     step = max(1, _VALUES // width) * width
     whole = len(values) - len(values) % step
     if whole:
@@ -154,6 +152,20 @@ def insert_values(connection: Connection, table: Table, values: Sequence[Any], *
     if whole < len(values):
         rest = _statement(connection, table, (len(values) - whole) // width, ignore)
         connection.exec_driver_sql(rest, tuple(values[whole:]))
+
+
+def _copy(connection: Connection, table: Table, rows: Iterable[Sequence[Any]]) -> None:
+    """Insert rows by the server's own way in for many, which takes half the time."""
+    quote = connection.dialect.identifier_preparer
+    statement = f"COPY {quote.format_table(table)} ({', '.join(quote.quote(column.name) for column in table.c)}) FROM STDIN"
+    driver = connection.dialect.loaded_dbapi
+    assert driver is not None
+    try:
+        with connection.connection.cursor() as cursor, cursor.copy(statement) as copy:
+            for row in rows:
+                copy.write_row(row)
+    except driver.Error as error:
+        raise DBAPIError.instance(statement, None, error, driver.Error) from error  # as all that goes through SQLAlchemy
 
 
 def _statement(connection: Connection, table: Table, rows: int, ignore: bool) -> str:

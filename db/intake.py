@@ -24,8 +24,6 @@ from aivmm.errors import DatabaseError
 _PART_OF = {
     "model_operator": ("model", "model_id"),
     "model_block": ("model", "model_id"),
-    "metric": ("probe", "probe_id"),
-    "caution": ("probe", "probe_id"),
     "transfer": ("probe", "probe_id"),
     "run_probe": ("run", "run_id"),
     "run_environment": ("run", "run_id"),

@@ -50,7 +50,7 @@ class ProbeStore(Store):
         return self.find_many([key]).get(key)
 
     def find_many(self, keys: Iterable[ProbeKey]) -> dict[ProbeKey, Outcome]:
-        """Return the newest outcome of each key that has one, with three queries for every 500 keys."""
+        """Return the newest outcome of each key that has one, with one query for every 400 keys."""
         return {key: entry.outcome for key, entry in self.find_entries(keys).items()}
 
     def find_entries(self, keys: Iterable[ProbeKey]) -> dict[ProbeKey, Entry]:
@@ -58,7 +58,7 @@ class ProbeStore(Store):
         configs = Configs()
         by_digest = {key_digest(key, configs.digest(key.config)): key for key in keys}
         with self._reading() as connection:
-            return {by_digest[key]: entry for key, entry in self._reader(connection).newest(list(by_digest))}
+            return dict(self._reader(connection).newest(by_digest))
 
     def outcomes(
         self, *, kind: Some = None, subject: Some = None, target: Some = None, environment: Some = None, all: bool = False
@@ -76,16 +76,16 @@ class ProbeStore(Store):
         self, *, kind: Some = None, subject: Some = None, target: Some = None, environment: Some = None, all: bool = False
     ) -> list[Entry]:
         """As `outcomes`, with ids and times."""
-        # A subject has a handful of rows, a target has half of them: without statistics SQLite may take the wrong one's index,
+        # A subject has a handful of rows, an environment may have most of them: without statistics SQLite may take the wrong one's index,
         # and an expression has none.
-        hidden = (lambda column: func.coalesce(column, "")) if subject is not None else (lambda column: column)
-        filters = [_fits(probe.c.kind, kind), _fits(hidden(probe.c.target), target), _fits(hidden(probe.c.environment), environment)]
+        filters = [_fits(probe.c.kind, kind), _fits(probe.c.target, target)]
+        filters.append(_fits(probe.c.environment if subject is None else func.coalesce(probe.c.environment, ""), environment))
         subjects = list(subject) if isinstance(subject, Collection) and not isinstance(subject, str) else None
         ids: list[str] = []
         with self._reading() as connection:
             for some in [subject] if subjects is None else chunks(subjects):
                 conditions = [each for each in [*filters, _fits(probe.c.subject, some)] if each is not None]
-                query = select(probe.c.id) if all else select(func.max(probe.c.id)).group_by(probe.c.key)
+                query = select(probe.c.id) if all else select(func.max(probe.c.id)).group_by(probe.c.subject, probe.c.key)
                 ids += connection.scalars(query.where(*conditions))
             return list(self._reader(connection).by_id(sorted(ids)))
 

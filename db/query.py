@@ -73,7 +73,7 @@ def find(database: Database, wanted: Filter, *, limit: int | None = None) -> Fou
 
 def select_ids(connection: Connection, wanted: Filter) -> Select[Any]:
     """Return the query for the ids of the probes that fit, oldest first."""
-    query = select(probe.c.id) if wanted.every else select(func.max(probe.c.id)).group_by(probe.c.key)
+    query = select(probe.c.id) if wanted.every else select(func.max(probe.c.id)).group_by(probe.c.subject, probe.c.key)
     conditions = [column == value for column, value in ((probe.c.kind, wanted.kind), (probe.c.state, wanted.state)) if value is not None]
     if wanted.model is not None:
         conditions.append(of_models(models_named(connection, wanted.model), wanted.model))

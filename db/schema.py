@@ -201,7 +201,7 @@ probe = Table(
     "probe",
     metadata,
     _id(),  # time-ordered: the newest of a key is the greatest id
-    Column("key", String, nullable=False),  # digest of the next seven: one short index instead of a wide one
+    Column("key", String, nullable=False),  # digest of the next seven: short in the index
     Column("kind", String, nullable=False),
     Column("subject", String, nullable=False),
     Column("target", String, nullable=False),
@@ -217,30 +217,12 @@ probe = Table(
     _json("placement", nullable=True),
     Column("race", String, nullable=False, default=""),
     Column("measured_at", UtcDateTime, nullable=False),
-    Index("ix_probe_key_id", "key", "id"),
-    Index("ix_probe_subject_kind", "subject", "kind"),
+    # With the probe and not in tables of their own: read and written with it each time, half of all rows and time was theirs.
+    _json("metrics", nullable=True),  # name -> number; open: the unit is in the name, a new metric needs no migration
+    _json("cautions", nullable=True),  # objects of code, message and advice; what has none has no list
+    # Keys are as good as random: an index that began with them would be written all over. Many probes of a subject come together.
+    Index("ix_probe_subject_key_id", "subject", "key", "id"),
     Index("ix_probe_environment_kind", "environment", "kind"),
-    Index("ix_probe_target_kind", "target", "kind"),
-)
-
-metric = Table(
-    "metric",  # open: the unit is in the name, a new metric needs no migration
-    metadata,
-    _of("probe_id", "probe.id", primary_key=True),
-    Column("name", String, primary_key=True),
-    Column("value", Double, nullable=False),
-    sqlite_with_rowid=False,
-)
-
-caution = Table(
-    "caution",
-    metadata,
-    _of("probe_id", "probe.id", primary_key=True),
-    Column("position", Integer, primary_key=True, autoincrement=False),
-    Column("code", String, nullable=False),
-    Column("message", Text, nullable=False),
-    Column("advice", Text, nullable=False),
-    sqlite_with_rowid=False,
 )
 
 transfer = Table(
@@ -263,6 +245,7 @@ lowering = Table(
     Column("content", String, nullable=False, index=True),  # of the fp32 model
     Column("precision", String, nullable=False),
     _json("recipe"),
+    Column("calibration", String),  # digest of the samples; rows of before schema 0003 do not say
     Column("lowered_content", String, index=True),  # None when it could not be made
     Column("reason", Text, nullable=False),
     Column("data", String, nullable=False),  # real, synthetic

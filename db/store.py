@@ -17,7 +17,7 @@ from aivmm.db.location import Location
 from aivmm.db.schema import config
 from aivmm.runtime.config import Config
 
-CHUNK = 500  # values in one IN list: below the smallest limit of any SQLite (999)
+CHUNK = 400  # in one list: two values each are still below the smallest limit of any SQLite (999)
 
 
 class Store:

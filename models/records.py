@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from aivmm.tensors import TensorSpec
 
@@ -87,3 +88,21 @@ class ModelFacts:
     batch: int  # the batch bound here
     batchable: bool  # True when another batch could be bound
     notes: tuple[str, ...]  # what was changed on the way in: "opset 1 raised to 17"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lowering:
+    """A precision variant of a prepared model, known by its content, recipe and calibration; or why it could not be made."""
+
+    content: str  # content hash of the fp32 model
+    precision: str
+    recipe: str  # its name
+    recipe_digest: str  # of the recipe with its options and its tool's version
+    options: Mapping[str, str | int | float | bool]
+    calibration: str  # digest of the samples it was calibrated on
+    data: Literal["real", "synthetic"]  # what those were
+    lowered_content: str | None = None  # SHA-256 of the lowered model's file; None when it could not be made
+    reason: str = ""  # why not
+    weight_bytes: int | None = None  # of all weights, as stored
+    duration_s: float = 0.0  # of lowering it
+    accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # target -> metric -> value against fp32

@@ -53,6 +53,7 @@ class Made:
     nodes: int  # operators that were lowered
     weight_bytes: int
     duration_s: float
+    sha256: str  # of the file
     notes: tuple[str, ...]
 
 

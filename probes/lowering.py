@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,14 @@ def lower(
         "nodes": made.nodes,
         "weight_bytes": made.weight_bytes,
         "duration_s": made.duration_s,
+        "sha256": _sha256(made.path),
         "notes": list(made.notes),
     }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def rebatch(state: object, *, lowered: str, base: str, prepared: str, destination: str) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def report(
     from aivmm.db.database import Database
     from aivmm.tuner.reporting import write_report
 
-    with Database.open(db) as database:
+    with Database.open(db, make=False) as database:
         record = database.run(run)
         path = output or Path(f"{record.model.name.removeprefix('demo:')}.report.html")
         write_report(database, record.id, path)

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aivmm.errors import UsageError
+from aivmm.tuner.db_table import print_frame
 from aivmm.tuner.text import printable
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ Model = Annotated[
 Target = Annotated[str | None, typer.Option(metavar="PATTERN", help="`openvino`, `openvino:GPU`, `*:CPU`, ...")]
 Since = Annotated[str | None, typer.Option(metavar="WHEN", help="`7d`, `12h`, or a date such as `2026-05-04`.")]
 
-_SHOWN = ("measured_at", "kind", "name", "target", "precision", "batch", "callers", "state", "median_s", "p90_s", "cautions")
 _TABLE_ROWS = 50
 FORMATS = ("table", "csv", "json", "parquet")
 
@@ -62,7 +62,7 @@ def stats(db: Db = None, as_json: Json = False) -> None:
     from aivmm.db.database import Database
     from aivmm.db.query import statistics
 
-    with Database.open(db) as database:
+    with Database.open(db, make=False) as database:
         found = statistics(database)
     if as_json:
         _print_json({**found, "schema": 1, "revision": found["schema"]})
@@ -134,7 +134,7 @@ def query(
     )
     if form == "table" and output is None and limit is None:
         limit = _TABLE_ROWS
-    with Database.open(db) as database:
+    with Database.open(db, make=False) as database:
         wanted = _in_environment(wanted, environment, database, backend)
         found = find(database, wanted, limit=limit)
         frame = frame_of(database, found.entries)
@@ -143,7 +143,10 @@ def query(
         told = {"schema": 1, "output": str(output), "format": form, "rows": len(frame), "total": found.total}
         _print_json(told) if as_json else print(f"{len(frame)} of {found.total} written to {output}", file=sys.stderr)
     elif form == "table":
-        _print_frame(frame)
+        if found.total:
+            print_frame(frame)
+        else:
+            print("nothing that is stored fits" if wanted != Filter() else "nothing is stored yet", file=sys.stderr)
         if found.total > len(frame):
             print(f"the newest {len(frame)} of {found.total}; see --limit", file=sys.stderr)
     elif form == "csv":
@@ -170,13 +173,13 @@ def export_(
     from aivmm.db.query import Filter
 
     wanted = Filter(model=model, target=target, since=_moment("--since", since), every=True)
-    with Database.open(db) as database:
+    with Database.open(db, make=False) as database:
         manifest = export(database, place, None if wanted == Filter(every=True) else wanted)
     rows = {name: each["rows"] for name, each in manifest["tables"].items()}
     if as_json:
         _print_json({"schema": 1, "path": str(place), "revision": manifest["schema"], "rows": rows})
     else:
-        print(f"{rows['probe']:,} probes and {rows['run']:,} runs written to {place}")
+        print(f"{_count(rows['probe'], 'probe')} and {_count(rows['run'], 'run')} written to {place}")
 
 
 @app.command("import")
@@ -242,12 +245,12 @@ def prune(
     Prune(older_than=before, model=model, other_than=() if environment else None, failed=failed, keep_newest=keep_newest, runs=runs)
     here = _this_environment(backend) if environment else None
     wanted = Prune(older_than=before, model=model, other_than=here, failed=failed, keep_newest=keep_newest, runs=runs)
-    with Database.open(db) as database:
+    with Database.open(db, make=False) as database:
         pruned = prune_(database, wanted, dry_run=dry_run)
     if as_json:
         _print_json({"schema": 1, "dry_run": dry_run, **asdict(pruned)})
         return
-    what = f"{pruned.probes:,} probes and {pruned.runs:,} runs"
+    what = f"{_count(pruned.probes, 'probe')} and {_count(pruned.runs, 'run')}"
     print(f"{what} would go" if dry_run else f"{what} removed, {_bytes(pruned.freed_bytes)} freed")
     if pruned.kept_for_runs:
         print(f"note: {pruned.kept_for_runs:,} more fit, and stay because a run rests on them (see --runs)", file=sys.stderr)
@@ -260,7 +263,7 @@ def check(db: Db = None, as_json: Json = False) -> None:
     """Read everything and say what is wrong: pages, references, samples, digests. Exits with 1 when something is."""
     from aivmm.db.database import Database
 
-    with Database.open(db) as database:
+    with Database.open(db, make=False) as database:
         problems = database.check()
         location = database.location
     if as_json:
@@ -268,7 +271,7 @@ def check(db: Db = None, as_json: Json = False) -> None:
     else:
         for problem in problems:
             print(printable(problem))
-        print(f"{len(problems)} problems in {location}" if problems else f"{location} is sound")
+        print(f"{_count(len(problems), 'problem')} in {location}" if problems else f"{location} is sound")
     if problems:
         raise typer.Exit(1)
 
@@ -352,40 +355,15 @@ def _json_value(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _print_frame(frame: pd.DataFrame) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in _SHOWN:
-        table.add_column(
-            heading.removesuffix("_s"), overflow="fold", justify="right" if heading in ("median_s", "p90_s", "batch") else "left"
-        )
-    for row in frame[[*_SHOWN, "reason"]].to_dict("records"):
-        cells = {
-            **row,
-            "measured_at": f"{row['measured_at']:%Y-%m-%d %H:%M}",
-            "precision": row["precision"] or "default",
-            "median_s": _duration(row["median_s"]),
-            "p90_s": _duration(row["p90_s"]),
-            "cautions": row["cautions"] or row["reason"],
-        }
-        # What a driver said may be long, and a model's names are its author's.
-        table.add_row(*(Text(printable(str(cells[name]))[:80]) for name in _SHOWN))
-    Console(highlight=False).print(table)
-
-
-def _duration(seconds: float) -> str:
-    if seconds != seconds:
-        return ""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
-
-
 def _bytes(count: int) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} bytes"
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _minute(text: str | None) -> str:
@@ -398,8 +376,10 @@ def _tell_added(told: list[dict[str, Any]], as_json: bool) -> None:
         return
     for each in told:
         added = each["added"]
-        some = ", ".join(f"{count:,} {name}" for name, count in added.items() if count and name in ("probe", "run", "model", "environment"))
-        print(f"{each['source']}: new are {some}" if any(added.values()) else f"{each['source']}: nothing is new")
+        some = ", ".join(_count(added[name], name) for name in ("probe", "run", "model", "environment") if added[name])
+        if not some and any(added.values()):
+            some = _count(sum(added.values()), "row")  # devices, blocks, configs, ...
+        print(f"{each['source']}: {f'new: {some}' if some else 'nothing is new'}")
 
 
 def _print_json(value: Any) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aivmm.errors import Unsupported
+from aivmm.models.records import Lowering
 from aivmm.probes.client import WorkerDied
-from aivmm.probes.lab import Lab
+from aivmm.probes.lab import Lab, Made
 from aivmm.runtime.folders import cache_folder
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ class Lowerer:
     category: str
     calibration: Sequence[Path]
     calibration_digest: str
+    real_data: bool  # the samples are the user's
     saturates: bool  # a CPU takes part whose int8 products overflow 16 bits
     notes: list[str]
-    _made: dict[str, Path | Unsupported] = field(default_factory=dict)
+    _made: dict[str, Made | Unsupported] = field(default_factory=dict)
     _carried: dict[tuple[str, int], Path | Unsupported] = field(default_factory=dict)
 
     def recipe(self, precision: str) -> Recipe:
@@ -54,7 +56,28 @@ class Lowerer:
         """
         if precision not in self._made:
             self._made[precision] = self._lower(precision)
-        return _or_raise(self._made[precision])
+        return _or_raise(self._made[precision]).path
+
+    def record(self, precision: str, *, accuracy: Mapping[str, Mapping[str, float]] | None = None) -> Lowering | None:
+        """Return what the database keeps of the model lowered to `precision`, None when that was not tried; `accuracy` is by target."""
+        recipe, made = self.recipe(precision), self._made.get(precision)
+        if made is None:
+            return None
+        if isinstance(made, Unsupported):
+            said: dict[str, Any] = {"reason": made.message}
+        else:
+            said = {"lowered_content": made.sha256, "weight_bytes": made.weight_bytes, "duration_s": made.duration_s}
+        return Lowering(
+            content=self.content,
+            precision=precision,
+            recipe=recipe.name,
+            recipe_digest=recipe.digest(),
+            options=dict(recipe.options),
+            calibration=self.calibration_digest if recipe.needs_data else "",
+            data="real" if self.real_data else "synthetic",
+            accuracy=accuracy or {},
+            **said,
+        )
 
     def carried(self, precision: str, batch: int, prepared: Path) -> Path:
         """Return the lowered model carried over to another batch, for which the model itself lies at `prepared`. Raises as `path`."""
@@ -70,7 +93,7 @@ class Lowerer:
                 self._carried[precision, batch] = Unsupported(f"carrying the {precision} model over to batch {batch} {died.reason}")
         return _or_raise(self._carried[precision, batch])
 
-    def _lower(self, precision: str) -> Path | Unsupported:
+    def _lower(self, precision: str) -> Made | Unsupported:
         recipe = self.recipe(precision)
         try:
             made = self.lab.lower(
@@ -81,7 +104,7 @@ class Lowerer:
         except WorkerDied as died:
             return Unsupported(f"lowering to {precision} with {recipe.name} {died.reason}")
         self.notes.extend(made.notes)
-        return made.path
+        return made
 
 
 def _cache(fallback: Path) -> Path:
@@ -93,7 +116,10 @@ def _cache(fallback: Path) -> Path:
     return folder
 
 
-def _or_raise(made: Path | Unsupported) -> Path:
+Result = TypeVar("Result")
+
+
+def _or_raise(made: Result | Unsupported) -> Result:
     if isinstance(made, Unsupported):
         raise made
     return made

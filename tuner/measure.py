@@ -231,7 +231,17 @@ class Measurer:
         known = self._rejected.get(candidate.key) or self._known(candidate)
         return known if isinstance(known, Rejection) and known.state in ("refused", "failed") else None
 
+    def _remember_lowering(self, candidate: Candidate, loaded: Loaded | None) -> None:
+        """Keep which variant of the model a candidate ran, and how near it came to fp32 on its target, or why there is none."""
+        lowered = candidate.config.lowered
+        if lowered is not None:
+            accuracy = {str(candidate.target): loaded.accuracy} if loaded and loaded.accuracy and not loaded.problem else {}
+            record = self.subject.lowerer.record(lowered, accuracy=accuracy)
+            if record is not None:
+                self.database.remember_lowering(record)
+
     def _reject(self, candidate: Candidate, outcome: Refused | Failed) -> Rejection:
+        self._remember_lowering(candidate, None)
         self.database.add(outcome, run_id=self.run_id)
         self.counts.add(outcome, reused=False)
         rejection = Rejection(state="refused" if isinstance(outcome, Refused) else "failed", reason=outcome.reason)
@@ -269,6 +279,7 @@ class Measurer:
                 placement=loaded.nodes,
                 race=name,
             )
+            self._remember_lowering(candidate, loaded)
         self.database.add_many(outcomes.values(), run_id=self.run_id)
         self._races[name] = outcomes
         for key, outcome in outcomes.items():

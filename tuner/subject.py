@@ -115,6 +115,7 @@ class Subject:
                 category=self.facts.category.name,
                 calibration=calibration,
                 calibration_digest=_digest_of(calibration),
+                real_data=bool(self._calibration),
                 saturates=any(map(_saturates, self._by_name.values())),
                 notes=self.notes,
             )

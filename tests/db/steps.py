@@ -32,8 +32,8 @@ revision = "test_fail"
 down_revision = "{before}"
 
 def upgrade():
-    op.drop_table("metric")
-    op.execute("DELETE FROM caution")
+    op.drop_table("model_block")
+    op.execute("DELETE FROM model_operator")
     op.execute("UPDATE probe SET batch = batch + 1")
     op.execute("SELECT 1 FROM no_such_table")
 """

@@ -168,10 +168,10 @@ def column(table: str, name: str, value: Any) -> Callable[[Path], None]:
 
 
 def other_types(folder: Path) -> None:
-    file = folder / "metric.parquet"
+    file = folder / "operator.parquet"
     found = pq.read_table(file)
-    index = found.schema.get_field_index("value")
-    pq.write_table(found.set_column(index, "value", found.column("value").cast(pa.string())), file, use_dictionary=False)
+    index = found.schema.get_field_index("flops")
+    pq.write_table(found.set_column(index, "flops", found.column("flops").cast(pa.string())), file, use_dictionary=False)
     sign(folder)
 
 
@@ -201,7 +201,7 @@ def fewer_rows(folder: Path) -> None:
 
 HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a bit flipped": (flip, "not the file that was exported"),
-    "a file missing": (lambda folder: (folder / "metric.parquet").unlink(), "has no metric.parquet"),
+    "a file missing": (lambda folder: (folder / "config.parquet").unlink(), "has no config.parquet"),
     "a file truncated": (lambda folder: os.truncate(folder / "probe.parquet", 100), "not the file"),
     "a link for a file": (a_link, "not a plain file"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "has no manifest"),
@@ -222,8 +222,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "JSON that is none": (column("config", "settings", "{"), "config: settings"),
     "JSON with NaN": (column("config", "settings", '{"a": NaN}'), "NaN"),
     "settings that are not those of the digest": (column("config", "settings", '{"a": 1}'), "its digest"),
-    "a metric that is no number": (column("metric", "value", float("nan")), "is nan"),
-    "text with a NUL": (column("caution", "message", "a\0b"), "does not belong"),
+    "a metric that is no number": (column("probe", "metrics", '{"compile_s": 9e999}'), "is inf, which is no number"),
+    "a metric that is text": (column("probe", "metrics", '{"compile_s": "1"}'), "which is no number"),
+    "cautions that are none": (column("probe", "cautions", '[{"code": "spread"}]'), "cannot be read"),
+    "text with a NUL": (column("probe", "reason", "a\0b"), "does not belong"),
     "a part of something missing": (lambda folder: (rewrite_without(folder, "config"), sign(folder))[0], "refers to one that is missing"),
     "a run that is no run": (column("run", "id", "../../etc/passwd"), "is not a UUID"),
 }
@@ -359,7 +361,7 @@ def test_what_cannot_be_merged_is_said_in_one_line(empty: Database, tmp_path: Pa
         "UPDATE probe SET placement = '{'",
         "UPDATE probe SET measured_at = 'yesterday'",
         "UPDATE config SET settings = '[1]'",
-        "UPDATE metric SET value = 9e999",
+        "UPDATE probe SET metrics = '{\"compile_s\": 9e999}'",
         "UPDATE run SET facts = '{\"name\": 1}'",
     ],
 )

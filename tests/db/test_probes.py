@@ -9,7 +9,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-import sqlalchemy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -137,23 +136,6 @@ def test_more_keys_than_one_query_takes_are_all_found(database: Database, measur
     database.add_many(made)
     assert database.find_many(outcome.key for outcome in made) == {outcome.key: outcome for outcome in made}
     assert len(database.outcomes(subject=[str(number) for number in range(1201)])) == 1201
-
-
-def test_a_key_is_looked_up_in_an_index_alone(database: Database, measured: Make) -> None:
-    """A scan of the table would be found by nobody until the database has its first million rows."""
-    statements: list[tuple[str, Any]] = []
-    sqlalchemy.event.listen(database._engine, "before_cursor_execute", lambda *call: statements.append((call[2], call[3])))
-    database.find(measured().key)
-    database.add(measured())
-    database.find(measured().key)
-    selects = [(text, values) for text, values in statements if text.startswith("SELECT probe")]
-    assert len(selects) == 2
-    if database._engine.dialect.name == "sqlite":
-        with database._reading() as connection:
-            plan = connection.exec_driver_sql("EXPLAIN QUERY PLAN " + selects[0][0], selects[0][1]).all()
-        steps = " / ".join(row[3] for row in plan)
-        assert "SCAN" not in steps
-        assert "COVERING INDEX ix_probe_key_id" in steps
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -62,17 +63,39 @@ def test_path_opens_nothing(tmp_path: Path) -> None:
 
 def test_stats_query_and_check_say_what_is_there(db: Place) -> None:
     stats = ok(db.aivmm("db", "stats", "--json")).json
-    assert (stats["tables"]["probe"], stats["tables"]["metric"], stats["environments"]) == (4, 3, 1)
+    assert (stats["tables"]["probe"], stats["tables"]["config"], stats["environments"]) == (4, 2, 1)
     assert "4 (1 failed, 3 measured; 4 segment)" in ok(db.aivmm("db", "stats")).out
     shown = ok(db.aivmm("db", "query", "--limit", "3"))
     assert "\x1b" not in shown.out
     assert "two" in shown.out
     assert "segfault" in shown.out
+    assert len(shown.out.splitlines()) == 4  # a heading and a line each, however long
+    assert "nan" not in shown.out
     assert "3 of 4" in shown.err
     found = ok(db.aivmm("db", "query", "--state", "measured", "--json")).json
     assert [each["subject"] for each in found["probes"]] == ["one", "two", "\x1b[2Jthree"]
     assert found["probes"][0]["median_s"] == (1 / 3 + 0.5) / 2
     assert ok(db.aivmm("db", "check", "--json")).json["problems"] == []
+
+
+def test_a_database_that_is_not_there_is_not_made_by_asking(tmp_path: Path) -> None:
+    place = Place.at(tmp_path)
+    for arguments in (("stats",), ("query",), ("check",), ("export", "out"), ("prune", "--failed")):
+        done = place.aivmm("db", *arguments)
+        assert done.code == 2
+        assert f"there is no database {place.db}" in done.err
+        assert len(done.error_lines) == 1
+    assert not place.db.exists()
+
+
+def test_what_no_runtime_was_asked_for_is_called_default(db: Place) -> None:
+    with Database.open(db.db) as database:
+        plain = Measured(key=replace(key("plain"), config=Config.of({"THREADS": 2})), samples=Samples(timed_s=(0.1,)))
+        database.add(plain)
+    lines = ok(db.aivmm("db", "query")).out.splitlines()
+    assert "default" in lines[-1] and "THREADS=2" in lines[-1] and "100 ms" in lines[-1]
+    nothing = ok(db.aivmm("db", "query", "--state", "refused"))
+    assert (nothing.out, "nothing that is stored fits" in nothing.err) == ("", True)
 
 
 def test_query_writes_the_formats_that_others_read(db: Place) -> None:
@@ -93,13 +116,13 @@ def test_measurements_travel_and_arrive_once(db: Place) -> None:
     assert told["sources"][0]["added"]["probe"] == 4
     assert "nothing is new" in ok(db.aivmm("db", "import", "out", "--db", "other.db")).out
     assert "nothing is new" in ok(db.aivmm("db", "merge", "other.db")).out
-    assert "4 probe" in ok(db.aivmm("db", "merge", "other.db", "--db", "third.db")).out
+    assert "new: 4 probes, 1 environment" in ok(db.aivmm("db", "merge", "other.db", "--db", "third.db")).out
 
 
 def test_prune_says_first_and_then_does(db: Place) -> None:
     assert ok(db.aivmm("db", "prune", "--failed", "--dry-run", "--json")).json["probes"] == 1
-    assert "1 probes and 0 runs would go" in ok(db.aivmm("db", "prune", "--failed", "--dry-run")).out
-    assert "1 probes and 0 runs removed" in ok(db.aivmm("db", "prune", "--failed")).out
+    assert "1 probe and 0 runs would go" in ok(db.aivmm("db", "prune", "--failed", "--dry-run")).out
+    assert "1 probe and 0 runs removed" in ok(db.aivmm("db", "prune", "--failed")).out
     assert ok(db.aivmm("db", "stats", "--json")).json["tables"]["probe"] == 3
 
 
