@@ -11,6 +11,7 @@ from aivmm.planner.partition import cut_drafts
 from aivmm.probes.transfers import TransferFit
 from aivmm.runtime.config import Config
 from aivmm.runtime.plan import Accuracy, Number
+from aivmm.runtime.target import Target
 from aivmm.tuner.anatomy import Anatomist, medians
 from aivmm.tuner.emit import folder_bytes
 from aivmm.tuner.explore import Explorer
@@ -89,6 +90,7 @@ class Decider:
             if candidate.callers == 1 and candidate.batch == base and candidate.config.lowered is None
         ]
         best_config |= {str(candidate.target): candidate.config for candidate, _ in reversed(alone)}
+        best_config = {str(each): self._allowed(each, best_config[str(each)]) for each in self.work.targets if str(each) in best_config}
         wholes: dict[str, float] = {}
         for candidate, score in alone:
             name = str(candidate.target)
@@ -112,6 +114,11 @@ class Decider:
         fit = self.handovers.get((source, destination))
         return None if fit is None else fit.seconds(size_bytes)
 
+    def _allowed(self, target: Target, config: Config) -> Config:
+        """Return `config`, in the first native precision that the user allows where its own is not allowed (bf16 is a default of some)."""
+        allowed = [each for each in self.work.precisions(target) if each in target.precisions]
+        return replace(config, precision=allowed[0]) if allowed and self._not_among_precisions(target, config) else config
+
     def _entrant(self, number: int, draft: Draft, role: str) -> Entrant:
         prepared: Prepared = self.work.subject.at(draft.batch)
         bundle = self.work.folder / f"entrant-{number}.aivmm"
@@ -134,20 +141,24 @@ class Decider:
 
     def _not_allowed(self, draft: Draft) -> str:
         """Say why a baseline may be shown but must not be the plan, by what the user allowed; "" when nothing is against it."""
-        target, precision = draft.pieces[0].target, draft.pieces[0].config.precision
+        target = draft.pieces[0].target
         if target.name == "AUTO" and any(
             each.runtime == target.runtime and each not in self.work.targets for each in self.work.all_targets
         ):
             return "AUTO may use devices outside --targets"
+        return next(filter(None, (self._not_among_precisions(piece.target, piece.config) for piece in draft.pieces)), "")
+
+    def _not_among_precisions(self, target: Target, config: Config) -> str:
+        """Say how a config breaks --precisions; "" when it does not. A config that names none computes in its target's default."""
         wanted = self.work.options.precisions
+        if not wanted or config.precision in wanted:
+            return ""
+        if config.precision is not None:
+            return f"it computes in {config.precision}, which is not among --precisions"
         default = self.explorer.default_precision(target)
-        if wanted and precision is None and (default not in wanted if default else not set(target.precisions) <= set(wanted)):
-            return (
-                f"its default computes in {default}, which is not among --precisions"
-                if default
-                else "its default may not be in --precisions"
-            )
-        return ""
+        if default:
+            return "" if default in wanted else f"its default computes in {default}, which is not among --precisions"
+        return "" if set(target.precisions) <= set(wanted) else "its default may not be in --precisions"
 
     def predicted_s(self, proof: Proof) -> float | None:
         """Return the seconds of one call that the search expected of the plan, or None when it never measured it."""

@@ -176,15 +176,20 @@ def test_a_lowered_network_of_convolutions_runs_on_both_runtimes_and_stays_near(
 
 @pytest.mark.parametrize("name", [each.name for kind in ("int8", "int4") for each in recipes(kind, "language transformer")])
 def test_lowered_products_run_on_both_runtimes_and_stay_near(tmp_path: Path, name: str) -> None:
-    source = prepared(products(tmp_path / "m.onnx"), 4)
+    # Not 4, 6 or 8 rows: OpenVINO 2026.4.1 then makes one kernel of both products, which answers wrongly on AVX512_VNNI, also for models
+    # that nobody lowered, and in every precision asked for. Whoever measures such a model sees it; it says nothing about the lowering.
+    source = prepared(products(tmp_path / "m.onnx"), 5)
     how = recipe(name)
     made = lower(source, tmp_path / "low.onnx", how, feeds(source, 16) if how.needs_data else [])
     assert made.nodes == 2
     assert interface(made.path) == interface(source)
     assert made.weight_bytes < 0.45 * lowering_model.weight_bytes(lowering_model.read(source))
-    for run in RUNTIMES.values():
-        for feed in feeds(source, 2, seed=1):
-            assert cosine(run(made.path, feed), by_onnxruntime(source, feed)) > (0.98 if how.precision == "int8" else 0.95)
+    limit = 0.98 if how.precision == "int8" else 0.95
+    for feed in feeds(source, 2, seed=1):
+        expected = by_onnxruntime(source, feed)
+        assert cosine(as_written(made.path, feed), expected) > limit
+        for run in RUNTIMES.values():
+            assert cosine(run(made.path, feed), expected) > limit
 
 
 @pytest.mark.parametrize("name", ["nncf-mixed-7bit", "ort-minmax-7bit"])

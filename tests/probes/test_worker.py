@@ -27,6 +27,7 @@ from aivmm.runtime.config import Config, Knob
 from aivmm.runtime.engine import find_target
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Device, Target, Unavailable
+from tests.contracts import exact
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, reference, write_model
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks are those of POSIX")
@@ -330,7 +331,8 @@ def test_a_model_is_loaded_timed_judged_and_asked_for_outputs(tmp_path: Path, ta
     save_arrays(tmp_path / "y.npz", reference(model, {"x": x}))
     runtime, _, name = target.partition(":")
     with Lab() as lab:
-        loaded = lab.load(path, find_target(load_backend(runtime), name), Config(), inputs=tmp_path / "x.npz", reference=tmp_path / "y.npz")
+        found = find_target(load_backend(runtime), name)
+        loaded = lab.load(path, found, exact(found), inputs=tmp_path / "x.npz", reference=tmp_path / "y.npz")
         assert loaded.problem == "" and loaded.accuracy["relative_l2"] < 1e-4 and loaded.compile_s > 0
         loaded.contestant.block(0)
         loaded.contestant.block(1)

@@ -6,9 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import numpy.typing as npt
 import onnx
 import psutil
 from onnx import TensorProto, helper, numpy_helper
+
+from aivmm.tuner.options import DEFAULT_COSINE
 
 ROOT = Path(__file__).parent.parent.parent
 MODELS = ROOT.parent / "shared" / "models"
@@ -183,6 +186,34 @@ def reference(model: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
     session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+def computes_exactly(stages: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether all stages of a plan compute in fp32. A "default" may be bf16: OpenVINO's is on a CPU that has it."""
+    return all({"default": default_precision(each["target"])}.get(each["precision"], each["precision"]) == "fp32" for each in stages)
+
+
+@cache
+def default_precision(target: str) -> str:
+    """Return what a target computes in when it is told nothing; "fp32" or something else, in the runtime's words."""
+    import openvino
+
+    hint = "f32" if target.startswith("onnxruntime") else openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
+    return "fp32" if hint == "f32" else str(hint)
+
+
+def assert_as_promised(stages: Iterable[Mapping[str, Any]], mine: Mapping[str, Array], theirs: Mapping[str, Array]) -> None:
+    """A plan in fp32 answers as the reference does, and any other within the accuracy limit that holds when none is given."""
+    if computes_exactly(stages):
+        assert relative_l2(mine, theirs) <= 1e-4
+    for name, expected in theirs.items():
+        assert cosine(mine[name], expected) >= DEFAULT_COSINE
+
+
+def cosine(mine: Array, theirs: Array) -> float:
+    """Return the cosine of the angle between two tensors."""
+    mine, theirs = mine.astype(np.float64).ravel(), theirs.astype(np.float64).ravel()
+    return float(mine @ theirs / (np.linalg.norm(mine) * np.linalg.norm(theirs)))
 
 
 def relative_l2(mine: Mapping[str, Array], theirs: Mapping[str, Array]) -> float:

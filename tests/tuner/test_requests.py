@@ -19,12 +19,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place.at(tmp_path_factory.mktemp("requests"))
 
 
-def test_a_forced_cut_of_real_inputs_runs_right(shared: Place, tiny: Path, tmp_path: Path) -> None:
+def test_a_forced_cut_of_real_inputs_runs_right_in_the_precision_allowed(shared: Place, tiny: Path, tmp_path: Path) -> None:
     images = np.random.default_rng(11).random((3, 1, 3, 16, 16), dtype=np.float32)
     np.savez(tmp_path / "images.npz", input=images)
     done = shared.aivmm(
-        "tune", tiny, "--shape", "input=1x3x16x16", "--inputs", tmp_path / "images.npz", "--min-segments", "2", "--budget", "6s",
-        "--trials", "1", "--json", "-q", "-o", "cut.aivmm",
+        "tune", tiny, "--shape", "input=1x3x16x16", "--inputs", tmp_path / "images.npz", "--min-segments", "2", "--precisions", "fp32",
+        "--budget", "6s", "--trials", "1", "--json", "-q", "-o", "cut.aivmm",
     )  # fmt: skip
     assert (done.code, done.err) == (0, "")
     found = done.json
