@@ -271,9 +271,9 @@ class _BoundRequest:
         self._session = session
         self._binding = session.io_binding()
         self._inputs = {each.name for each in executable.inputs}
-        self._order = [each.name for each in executable.outputs]
+        self._places: dict[str, int] = {}  # output -> its place among what the binding holds, which is in the order of binding
         self._bound: dict[str, Buffer] = {}
-        self._free = set(self._order)
+        self._free = dict.fromkeys(each.name for each in executable.outputs)
 
     def bind(self, name: str, buffer: Buffer) -> None:
         """Share `buffer` with the session; kept alive here, since the binding holds its address only.
@@ -287,13 +287,15 @@ class _BoundRequest:
         if name in self._inputs:
             self._binding.bind_cpu_input(name, buffer)
         else:
-            self._free.discard(name)
+            self._free.pop(name, None)
+            self._places.setdefault(name, len(self._places))
             self._binding.bind_ortvalue_output(name, _ort().OrtValue.ortvalue_from_numpy(buffer))
 
     def run(self) -> None:
         """Run. No RunOptions: an unset one costs 50 µs inside the library."""
         # Unbound outputs are allocated by the session, which then insists on that shape in the next run: bind them anew.
         for name in self._free:
+            self._places.setdefault(name, len(self._places))
             self._binding.bind_output(name, "cpu")
         try:
             self._session.run_with_iobinding(self._binding)
@@ -301,11 +303,19 @@ class _BoundRequest:
             raise Unsupported(f"ONNX Runtime while running: {_words(error)}") from error
 
     def output(self, name: str) -> Buffer:
-        """Return the output's array."""
+        """Return the output's array.
+
+        Raises:
+            Unsupported: NumPy has no such elements (bfloat16 and its like).
+        """
         bound = self._bound.get(name)
         if bound is not None:
             return bound
-        array: Buffer = self._binding.get_outputs()[self._order.index(name)].numpy()
+        value = self._binding.get_outputs()[self._places[name]]
+        try:
+            array: Buffer = value.numpy()
+        except RuntimeError as error:
+            raise Unsupported(f"ONNX Runtime cannot hand out {name!r}: {_words(error)}", advice="cast it inside the model") from error
         return array
 
 
