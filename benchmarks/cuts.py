@@ -258,8 +258,8 @@ def report(found: Iterable[Found]) -> list[str]:
         *environment(),
         "",
         f"Each cell: worst relative L2 error of all outputs over all cut points (at which position); how many cuts agree in every bit; how "
-        f"many are beyond the limit, {SAME:g} on one target and {ACROSS:g} across; how many one of the runtimes refused. `uncut` is OpenVINO "
-        "against ONNX Runtime without any cut: what the last two columns have to be read against.",
+        f"many are beyond the limit, {SAME:g} on one target and {ACROSS:g} across; how many one of the runtimes refused. `uncut` is "
+        "OpenVINO against ONNX Runtime without any cut: what the last two columns have to be read against.",
         "",
         f"| model | nodes | cut points | {' | '.join(titles)} | uncut | seconds |",
         f"|{'---|' * (len(titles) + 5)}",

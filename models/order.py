@@ -40,7 +40,8 @@ class Boundary:
 class PreparedGraph:
     """A prepared model file, loaded once; external data stays on disk and is mapped when it is read.
 
-    `nodes` is the shared topological order; positions everywhere in `models` are indices into it.
+    `nodes` is the shared topological order; positions everywhere in `models` are indices into it. `outputs` leaves out those that are
+    inputs: no runtime writes them (`aivmm.models.intake_plain`).
 
     Raises:
         ModelError: the graph is cyclic, or a node reads what nothing produces.
@@ -52,7 +53,7 @@ class PreparedGraph:
         self.graph = self.model.graph
         self._reads: dict[ir.Node, tuple[ir.Value, ...]] = {}
         self.inputs = tuple(value for value in self.graph.inputs if not value.is_initializer())
-        self.outputs = tuple(dict.fromkeys(self.graph.outputs))
+        self.outputs = tuple(value for value in dict.fromkeys(self.graph.outputs) if value not in self.inputs)
         self.nodes = _best_order(self.outputs, tuple(self.graph), self.reads)
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self._last_read: dict[ir.Value, int] = {}
@@ -86,7 +87,7 @@ class PreparedGraph:
     def boundary(self, first: int, last: int) -> Boundary:
         """Return what crosses the edge of the nodes [first, last]; the whole graph keeps its declared inputs and outputs, in their order.
 
-        Outputs of the model that are inputs or constants of it belong to the run that starts at node 0.
+        Outputs of the model that are constants of it belong to the run that starts at node 0.
         """
         inside = self.nodes[first : last + 1]
         read = dict.fromkeys(value for node in inside for value in self.reads(node))
@@ -97,7 +98,7 @@ class PreparedGraph:
         made = dict.fromkeys(value for node in inside for value in node.outputs)
         declared = set(self.outputs)
         return Boundary(
-            inputs=tuple(dict.fromkeys(value for value in (*read, *passed) if value not in made and not value.is_initializer())),
+            inputs=tuple(value for value in read if value not in made and not value.is_initializer()),
             outputs=(*(value for value in made if value in declared or self.last_read(value) > last), *passed),
             initializers=tuple(initializers),
         )
@@ -254,8 +255,16 @@ def tensor_spec(value: ir.Value) -> TensorSpec:
 
 
 def can_cross(value: ir.Value) -> bool:
-    """Say whether `value` can be handed from one segment to another: a dense tensor of known element type and rank."""
-    return isinstance(value.type, ir.TensorType) and dtype_name(value.dtype) != "unknown" and value.shape is not None
+    """Say whether `value` can be handed from one segment to another: a dense tensor of known rank, of strings or what NumPy has a type for.
+
+    Neither runtime hands out bfloat16, 8-bit floats or 4-bit integers as arrays.
+    """
+    return isinstance(value.type, ir.TensorType) and value.shape is not None and _handed_out(value.dtype)
+
+
+@cache
+def _handed_out(dtype: ir.DataType | None) -> bool:
+    return dtype == ir.DataType.STRING or (dtype_name(dtype) != "unknown" and np.dtype(dtype.numpy()).kind in "biufc")
 
 
 def elements(shape: Sequence[int]) -> int:
