@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -30,14 +30,17 @@ _ACTIVATIONS = frozenset(("Relu", "LeakyRelu", "PRelu", "Clip", "Sigmoid", "Hard
 _FUSED = VIEWS | _ARITHMETIC | _ACTIVATIONS | frozenset(("Gelu", "QuickGelu", "FastGelu", "BiasGelu", "Mish", "Swish", "Softplus"))
 
 
-def analyse(path: Path, *, max_blocks: int = 24) -> Structure:
+def analyse(path: Path, *, max_blocks: int = 24, pieces: Sequence[Collection[str]] = ()) -> Structure:
     """Take the prepared model at `path` apart. Equal files give equal results; names do not matter to hashes, cuts or blocks.
+
+    With `pieces` (convex sets of node names, see `PreparedGraph` and `aivmm.models.pieces`) the order is one in which each is a run, and no
+    block reaches across the edge of one. Positions then count in that order: slice with a `PreparedGraph` of the same pieces.
 
     Raises:
         ModelError: the graph is cyclic, or a node reads what nothing produces.
-        ValueError: `max_blocks` is not positive.
+        ValueError: `max_blocks` is not positive; the pieces are not convex; what cannot cross a cut crosses the edge of one.
     """
-    return analyse_graph(PreparedGraph(path), max_blocks=max_blocks)
+    return analyse_graph(PreparedGraph(path, pieces=pieces), max_blocks=max_blocks)
 
 
 def analyse_graph(prepared: PreparedGraph, *, max_blocks: int = 24) -> Structure:
@@ -51,7 +54,7 @@ def analyse_graph(prepared: PreparedGraph, *, max_blocks: int = 24) -> Structure
     cuts = _cut_points(prepared, work)
     fused = _fused_positions(prepared.nodes)
     places = {cut.position: _place(cut) for cut in cuts if cut.position not in fused}
-    spans = partition(work, places, max_blocks)
+    spans = _spans(prepared, work, places, max_blocks)
     whole = hasher.whole()
     return Structure(
         structure=whole.structure,
@@ -67,16 +70,31 @@ def analyse_graph(prepared: PreparedGraph, *, max_blocks: int = 24) -> Structure
 
 
 def _cut_points(prepared: PreparedGraph, work: Sequence[float]) -> tuple[CutPoint, ...]:
-    """All places with at most `MAX_LIVE` tensors alive that can cross an edge, and with work on both sides."""
+    """All places with at most `MAX_LIVE` tensors alive that can cross an edge, and with work on both sides; and the edges of pieces."""
     before = [0.0, *accumulate(work)]
+    edges = {first for first, _ in prepared.runs}
     found = []
     for position, live in prepared.live():
-        if len(live) <= MAX_LIVE and useful(position, before) and all(map(can_cross, live)):
+        if position in edges and not all(map(can_cross, live)):
+            raise ValueError(f"cannot cut through {next(value.name for value in live if not can_cross(value))!r}, at the edge of a piece")
+        if position in edges or (len(live) <= MAX_LIVE and useful(position, before) and all(map(can_cross, live))):
             sizes = [nbytes(value) for value in live]
             known = [size for size in sizes if size is not None]
             total = sum(known) if len(known) == len(sizes) else None
             found.append(CutPoint(position=position, tensors=tuple(map(tensor_spec, live)), bytes=total))
     return tuple(found)
+
+
+def _spans(prepared: PreparedGraph, work: Sequence[float], places: Mapping[int, Place], max_blocks: int) -> list[tuple[int, int]]:
+    """The blocks, piece by piece where pieces are asked for: each has its share of them, by work, and at least one."""
+    spans = []
+    total = math.fsum(work) or 1.0
+    for first, last in prepared.runs or ((0, len(work) - 1),):
+        inside = work[first : last + 1]
+        share = max(1, round(max_blocks * math.fsum(inside) / total)) if prepared.runs else max_blocks
+        mine = {position - first: place for position, place in places.items() if first < position <= last}
+        spans += [(first + start, first + end) for start, end in partition(inside, mine, share)]
+    return spans
 
 
 def _place(cut: CutPoint) -> Place:
