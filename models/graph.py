@@ -14,6 +14,7 @@ import onnx_ir as ir
 from aivmm.models.blocks import Place, partition, useful
 from aivmm.models.flops import VIEWS
 from aivmm.models.hashing import Hasher, weight_bytes
+from aivmm.models.layers import blocks_along_repeats
 from aivmm.models.operators import find_operators
 from aivmm.models.order import PreparedGraph, can_cross, nbytes, tensor_spec
 from aivmm.models.records import Block, CutPoint, Operator, Structure
@@ -54,7 +55,7 @@ def analyse_graph(prepared: PreparedGraph, *, max_blocks: int = 24) -> Structure
     cuts = _cut_points(prepared, work)
     fused = _fused_positions(prepared.nodes)
     places = {cut.position: _place(cut) for cut in cuts if cut.position not in fused}
-    spans = _spans(prepared, work, places, max_blocks)
+    spans = _spans(prepared, hasher, work, places, max_blocks)
     whole = hasher.whole()
     return Structure(
         structure=whole.structure,
@@ -85,13 +86,19 @@ def _cut_points(prepared: PreparedGraph, work: Sequence[float]) -> tuple[CutPoin
     return tuple(found)
 
 
-def _spans(prepared: PreparedGraph, work: Sequence[float], places: Mapping[int, Place], max_blocks: int) -> list[tuple[int, int]]:
+def _spans(
+    prepared: PreparedGraph, hasher: Hasher, work: Sequence[float], places: Mapping[int, Place], max_blocks: int
+) -> list[tuple[int, int]]:
     """The blocks, piece by piece where pieces are asked for: each has its share of them, by work, and at least one."""
+    if not prepared.runs:
+        kinds = [hasher.signature(node) for node in prepared.nodes]
+        alike = blocks_along_repeats(kinds, work, places, max_blocks, lambda first, last: hasher.run(first, last).structure)
+        return alike or partition(work, places, max_blocks)
     spans = []
     total = math.fsum(work) or 1.0
-    for first, last in prepared.runs or ((0, len(work) - 1),):
+    for first, last in prepared.runs:
         inside = work[first : last + 1]
-        share = max(1, round(max_blocks * math.fsum(inside) / total)) if prepared.runs else max_blocks
+        share = max(1, round(max_blocks * math.fsum(inside) / total))
         mine = {position - first: place for position, place in places.items() if first < position <= last}
         spans += [(first + start, first + end) for start, end in partition(inside, mine, share)]
     return spans

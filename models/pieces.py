@@ -37,9 +37,7 @@ def split_around(prepared: PreparedGraph, refused: Collection[str]) -> Pieces:
     odd = {group[numbers[name]] for name in refused}
     found = [kept for kind in (odd, set(group) - odd) for kept in levels(needs, group, kind)]
     best = min(found, key=lambda level: (len(set(level)), _moved_bytes(prepared, level)))
-    return tuple(
-        tuple(str(node.name) for node, mine in zip(nodes, best, strict=True) if mine == level) for level in sorted(set(best))
-    )
+    return tuple(tuple(str(node.name) for node, mine in zip(nodes, best, strict=True) if mine == level) for level in sorted(set(best)))
 
 
 def _kept_together(prepared: PreparedGraph) -> list[int]:
