@@ -66,7 +66,7 @@ def ring(needs: Needs, group: Sequence[int]) -> list[int]:
 
 
 def closed(needs: Needs, group: Sequence[int]) -> list[int]:
-    """Return the finest grouping that can be arranged and keeps together what `group` keeps together; a group is named by one of its own."""
+    """Return the finest grouping that can be arranged and keeps together what `group` does; a group is named by one of its own."""
     merged = list(group)
     while cycle := ring(needs, merged):
         inside = set(cycle)

@@ -18,7 +18,7 @@ def split_around(prepared: PreparedGraph, refused: Collection[str]) -> Pieces:
     """Return the fewest pieces, in an order in which they can run, such that each holds only nodes named in `refused`, or none of them.
 
     A piece need not be connected. What only a sequence, an optional or a value of unknown type joins stays together, and with a refused
-    node counts as refused. Where there is a choice of piece, the one of two rules (as early as possible, as late as possible) is taken whose
+    node counts as refused. Where there is a choice of piece, that of two rules (as early as possible, as late as possible) is taken whose
     cuts move fewer bytes. The names are those of the prepared model's nodes.
 
     Raises:

@@ -58,6 +58,7 @@ def prepare(
     _set_shapes(model, bound)
     notes += [*bound.notes, *infer_shapes(model)]
     made = _outputs(model, bound, source.parent, notes)
+    _show_inner_ranks(model, bound, source.parent)
     _write(model, destination)
     inputs = tuple(_spec(value) for value in model.graph.inputs)
     known = {spec.name: spec for spec in (*inputs, *made)}
@@ -178,6 +179,15 @@ def _outputs(model: ir.Model, bound: Bound, folder: Path, notes: list[str]) -> t
         else:
             value.shape = ir.Shape([None] * rank)
     return tuple(_spec(value) for value in model.graph.outputs)
+
+
+def _show_inner_ranks(model: ir.Model, bound: Bound, folder: Path) -> None:
+    """Behind a Loop no rank can be inferred, and no cut can be made without one: one run tells, as it does for outputs."""
+    hidden = {str(value.name): value for node in model.graph for value in node.outputs if value.shape is None and value.uses()}
+    hidden = {name: value for name, value in hidden.items() if not value.is_graph_output()}
+    for name, (dtype, rank) in Trial(model, folder).kinds(bound.shapes, list(hidden)).items():
+        hidden[name].type = ir.TensorType(dtype)
+        hidden[name].shape = ir.Shape([None] * rank)
 
 
 def _spec(value: ir.Value) -> TensorSpec:

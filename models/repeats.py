@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repeat:
-    """`count` pieces of `period` items each, all alike, one after another from `first` on; the likeness reaches to the item before `reach`."""
+    """`count` pieces of `period` items each, all alike, one after another from `first` on; the likeness goes on until `reach`."""
 
     first: int
     period: int

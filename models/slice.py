@@ -68,7 +68,9 @@ class WeightStore:
             return known, length
         alignment = _LARGE_ALIGNMENT if length >= _LARGE else _ALIGNMENT
         offset = -(-self._end // alignment) * alignment
-        with self.path.open("ab" if self._places else "wb") as file:
+        if not self._places:
+            self.path.unlink(missing_ok=True)  # not emptied: a runtime may have mapped what an earlier store wrote there
+        with self.path.open("ab") as file:
             file.write(bytes(offset - self._end))
             for chunk in raw_chunks(tensor):
                 file.write(chunk)
@@ -119,7 +121,9 @@ class Slicer:
         inside = nodes[first : last + 1]
         writer = _Writer(store, self._hasher)
         model = self._model(writer.graph(inside, edge), opsets=self.prepared.model.opset_imports)
-        destination.write_bytes(model.SerializeToString(deterministic=True))
+        draft = destination.with_name(f"{destination.name}.part")
+        draft.write_bytes(model.SerializeToString(deterministic=True))
+        draft.replace(destination)  # not overwritten: a runtime may have mapped what was there
         hashes = self._hasher.run(first, last)
         return Segment(
             path=destination,
