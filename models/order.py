@@ -237,7 +237,9 @@ def _owners(nodes: Sequence[ir.Node], pieces: Sequence[Collection[str]]) -> list
 
 
 def _why_not(cycle: Sequence[int], nodes: Sequence[ir.Node], pieces: int) -> str:
-    shown = [f"piece {owner}" if owner < pieces else f"node {nodes[owner - pieces].name!r}" for owner in reversed(cycle)]
+    along = list(reversed(cycle))
+    start = along.index(min(along))
+    shown = [f"piece {owner}" if owner < pieces else f"node {nodes[owner - pieces].name!r}" for owner in along[start:] + along[:start]]
     return f"the pieces are not convex: {' -> '.join([*shown[:6], *(['...'] if len(shown) > 6 else []), shown[0]])}"
 
 
