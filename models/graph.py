@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -15,6 +15,7 @@ import onnx_ir as ir
 from aivmm.models.blocks import Place, partition, useful
 from aivmm.models.flops import VIEWS
 from aivmm.models.hashing import Hasher, weight_bytes
+from aivmm.models.layers import blocks_along_repeats
 from aivmm.models.operators import find_operators
 from aivmm.models.order import PreparedGraph, can_cross, nbytes, tensor_spec
 from aivmm.models.records import Block, CutPoint, Operator, Structure
@@ -31,14 +32,17 @@ _ACTIVATIONS = frozenset(("Relu", "LeakyRelu", "PRelu", "Clip", "Sigmoid", "Hard
 _FUSED = VIEWS | _ARITHMETIC | _ACTIVATIONS | frozenset(("Gelu", "QuickGelu", "FastGelu", "BiasGelu", "Mish", "Swish", "Softplus"))
 
 
-def analyse(path: Path, *, max_blocks: int = 24) -> Structure:
+def analyse(path: Path, *, max_blocks: int = 24, pieces: Sequence[Collection[str]] = ()) -> Structure:
     """Take the prepared model at `path` apart. Equal files give equal results; names do not matter to hashes, cuts or blocks.
+
+    With `pieces` (convex sets of node names, see `PreparedGraph` and `aivmm.models.pieces`) the order is one in which each is a run, and no
+    block reaches across the edge of one. Positions then count in that order: slice with a `PreparedGraph` of the same pieces.
 
     Raises:
         ModelError: the graph is cyclic, or a node reads what nothing produces.
-        ValueError: `max_blocks` is not positive.
+        ValueError: `max_blocks` is not positive; the pieces are not convex; what cannot cross a cut crosses the edge of one.
     """
-    return analyse_graph(PreparedGraph(path), max_blocks=max_blocks)
+    return analyse_graph(PreparedGraph(path, pieces=pieces), max_blocks=max_blocks)
 
 
 def analyse_graph(prepared: PreparedGraph, *, max_blocks: int = 24) -> Structure:
@@ -52,7 +56,7 @@ def analyse_graph(prepared: PreparedGraph, *, max_blocks: int = 24) -> Structure
     cuts = _cut_points(prepared, work)
     fused = _fused_positions(prepared.nodes)
     places = {cut.position: _place(cut) for cut in cuts if cut.position not in fused}
-    spans = partition(work, places, max_blocks)
+    spans = _spans(prepared, hasher, work, places, max_blocks)
     whole = hasher.whole()
     return Structure(
         structure=whole.structure,
@@ -90,16 +94,37 @@ def cut_further(path: Path, structure: Structure, positions: Collection[int]) ->
 
 
 def _cut_points(prepared: PreparedGraph, work: Sequence[float]) -> tuple[CutPoint, ...]:
-    """All places with at most `MAX_LIVE` tensors alive that can cross an edge, and with work on both sides."""
+    """All places with at most `MAX_LIVE` tensors alive that can cross an edge, and with work on both sides; and the edges of pieces."""
     before = [0.0, *accumulate(work)]
+    edges = {first for first, _ in prepared.runs}
     found = []
     for position, live in prepared.live():
-        if len(live) <= MAX_LIVE and useful(position, before) and all(map(can_cross, live)):
+        if position in edges and not all(map(can_cross, live)):
+            raise ValueError(f"cannot cut through {next(value.name for value in live if not can_cross(value))!r}, at the edge of a piece")
+        if position in edges or (len(live) <= MAX_LIVE and useful(position, before) and all(map(can_cross, live))):
             sizes = [nbytes(value) for value in live]
             known = [size for size in sizes if size is not None]
             total = sum(known) if len(known) == len(sizes) else None
             found.append(CutPoint(position=position, tensors=tuple(map(tensor_spec, live)), bytes=total))
     return tuple(found)
+
+
+def _spans(
+    prepared: PreparedGraph, hasher: Hasher, work: Sequence[float], places: Mapping[int, Place], max_blocks: int
+) -> list[tuple[int, int]]:
+    """The blocks, piece by piece where pieces are asked for: each has its share of them, by work, and at least one."""
+    if not prepared.runs:
+        kinds = [hasher.signature(node) for node in prepared.nodes]
+        alike = blocks_along_repeats(kinds, work, places, max_blocks, lambda first, last: hasher.run(first, last).structure)
+        return alike or partition(work, places, max_blocks)
+    spans = []
+    total = math.fsum(work) or 1.0
+    for first, last in prepared.runs:
+        inside = work[first : last + 1]
+        share = max(1, round(max_blocks * math.fsum(inside) / total))
+        mine = {position - first: place for position, place in places.items() if first < position <= last}
+        spans += [(first + start, first + end) for start, end in partition(inside, mine, share)]
+    return spans
 
 
 def _place(cut: CutPoint) -> Place:

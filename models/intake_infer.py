@@ -18,6 +18,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, Valu
 from onnx.reference import ReferenceEvaluator
 
 from aivmm.models.intake_native import SMALL_BYTES, skeleton
+from aivmm.models.wire import rename
 
 _ROUNDS = 12
 # fmt: off
@@ -218,20 +219,8 @@ def _inlined(node: NodeProto, branch: GraphProto) -> tuple[list[NodeProto], list
 def _renamed(node: NodeProto, names: dict[str, str]) -> NodeProto:
     copy = NodeProto()
     copy.CopyFrom(node)
-    _rename_in_place(copy, names)
+    rename(copy, names)
     return copy
-
-
-def _rename_in_place(node: NodeProto, names: dict[str, str]) -> None:
-    """Rename what a node reads and writes, in its subgraphs too (names are unique along a scope, so nothing is shadowed)."""
-    node.input[:] = [names.get(name, name) for name in node.input]
-    node.output[:] = [names.get(name, name) for name in node.output]
-    for attribute in node.attribute:
-        for graph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-            for inner in graph.node:
-                _rename_in_place(inner, names)
-            for output in graph.output:
-                output.name = names.get(output.name, output.name)
 
 
 def _ask_runtime(bare: ModelProto, known: dict[str, TypeProto]) -> list[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 SECONDS = 8.0  # for all trials of one model together
@@ -77,7 +78,23 @@ class Trial:
             return {}
         return {name: result.ndim for name, result in zip(names, results, strict=True) if isinstance(result, np.ndarray)}
 
-    def _open(self) -> bool:
+    def kinds(self, shapes: Mapping[str, tuple[int, ...]], names: Sequence[str]) -> dict[str, tuple[ir.DataType, int]]:
+        """Element types and ranks of those of the values `names` that are tensors, as one run shows them; empty when it cannot be run."""
+        feed = self._feed(shapes)
+        if feed is None or not names or not self._open(names):
+            return {}
+        tensors = [output.name for output in self._session.get_outputs() if output.name in names and output.type.startswith("tensor(")]
+        try:
+            arrays = dict(zip(tensors, self._session.run(tensors, feed), strict=True)) if tensors else {}
+        except Exception:  # noqa: BLE001 - as above; there is no answer then
+            return {}
+        return {
+            name: (ir.DataType.STRING if array.dtype.kind in "OSU" else ir.DataType.from_numpy(array.dtype), array.ndim)
+            for name, array in arrays.items()
+        }
+
+    def _open(self, extra: Sequence[str] = ()) -> bool:
+        """Open a session whose outputs are the model's and `extra`."""
         if self._session is None and self._end is None:
             self._end = time.monotonic() + SECONDS
             try:
@@ -87,8 +104,9 @@ class Trial:
                 options.log_severity_level = 4
                 options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
                 options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
-                content = ir.to_proto(self._model).SerializeToString()
-                self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+                proto = ir.to_proto(self._model)
+                proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in extra)
+                self._session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
             except Exception as error:  # noqa: BLE001 - a model that ONNX Runtime cannot load may still be one for another runtime
                 self.reason = " ".join(str(error).split())[-160:]
         return self._session is not None

@@ -7,7 +7,8 @@ most one tensor is alive wins (then the one with fewer tensors alive in sum, the
    measure, so that they do not keep a large tensor alive for the sake of a small one;
 2. the order of the file.
 
-The first does not depend on names nor on the file's order. Nodes that no output needs are in neither.
+The first does not depend on names nor on the file's order. Nodes that no output needs are in neither. Where sets of nodes are asked to
+stand together, the better of the two is rearranged no further than that takes (`aivmm.models.contract`).
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from aivmm.errors import ModelError
+from aivmm.models.contract import arrange, ring
 from aivmm.tensors import TensorSpec
 
 Reads = Callable[[ir.Node], Sequence[ir.Value]]
@@ -40,20 +42,28 @@ class Boundary:
 class PreparedGraph:
     """A prepared model file, loaded once; external data stays on disk and is mapped when it is read.
 
-    `nodes` is the shared topological order; positions everywhere in `models` are indices into it.
+    `nodes` is the shared topological order; positions everywhere in `models` are indices into it. `outputs` leaves out those that are
+    inputs: no runtime writes them (`aivmm.models.intake_plain`).
+
+    `pieces` asks for another order: disjoint sets of nodes, by name, each of which is to be a run. `runs` are then the first and last
+    positions of these and of the runs of other nodes between them, in order; without, it is empty.
 
     Raises:
         ModelError: the graph is cyclic, or a node reads what nothing produces.
+        ValueError: the pieces overlap, name a node that does not exist, or cannot all be runs of one order.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, pieces: Sequence[Collection[str]] = ()) -> None:
         self.path = path
         self.model = ir.load(path)
         self.graph = self.model.graph
         self._reads: dict[ir.Node, tuple[ir.Value, ...]] = {}
         self.inputs = tuple(value for value in self.graph.inputs if not value.is_initializer())
-        self.outputs = tuple(dict.fromkeys(self.graph.outputs))
+        self.outputs = tuple(value for value in dict.fromkeys(self.graph.outputs) if value not in self.inputs)
         self.nodes = _best_order(self.outputs, tuple(self.graph), self.reads)
+        self.runs: tuple[tuple[int, int], ...] = ()
+        if pieces:
+            self.nodes, self.runs = _with_runs(self.nodes, pieces, self.reads)
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self._last_read: dict[ir.Value, int] = {}
         for index, node in enumerate(self.nodes):
@@ -86,7 +96,7 @@ class PreparedGraph:
     def boundary(self, first: int, last: int) -> Boundary:
         """Return what crosses the edge of the nodes [first, last]; the whole graph keeps its declared inputs and outputs, in their order.
 
-        Outputs of the model that are inputs or constants of it belong to the run that starts at node 0.
+        Outputs of the model that are constants of it belong to the run that starts at node 0.
         """
         inside = self.nodes[first : last + 1]
         read = dict.fromkeys(value for node in inside for value in self.reads(node))
@@ -97,7 +107,7 @@ class PreparedGraph:
         made = dict.fromkeys(value for node in inside for value in node.outputs)
         declared = set(self.outputs)
         return Boundary(
-            inputs=tuple(dict.fromkeys(value for value in (*read, *passed) if value not in made and not value.is_initializer())),
+            inputs=tuple(value for value in read if value not in made and not value.is_initializer()),
             outputs=(*(value for value in made if value in declared or self.last_read(value) > last), *passed),
             initializers=tuple(initializers),
         )
@@ -197,6 +207,42 @@ def _best_order(outputs: Sequence[ir.Value], as_filed: Sequence[ir.Node], reads:
     return tuple(best)
 
 
+def _with_runs(
+    nodes: Sequence[ir.Node], pieces: Sequence[Collection[str]], reads: Reads
+) -> tuple[tuple[ir.Node, ...], tuple[tuple[int, int], ...]]:
+    """Return the nodes in an order in which each piece is a run, and the runs: those, and what stands between them."""
+    index = {node: number for number, node in enumerate(nodes)}
+    owner = _owners(nodes, pieces)
+    needs = [[index[maker] for value in reads(node) if (maker := value.producer()) is not None and maker in index] for node in nodes]
+    group = [len(pieces) + number if piece is None else piece for number, piece in enumerate(owner)]
+    order = arrange(needs, group)
+    if order is None:
+        raise ValueError(_why_not(ring(needs, group), nodes, len(pieces)))
+    starts = [at for at in range(len(order)) if at == 0 or owner[order[at]] != owner[order[at - 1]]]
+    return tuple(nodes[number] for number in order), tuple((first, end - 1) for first, end in pairwise([*starts, len(order)]))
+
+
+def _owners(nodes: Sequence[ir.Node], pieces: Sequence[Collection[str]]) -> list[int | None]:
+    """Return for each node the number of its piece, None for those of no piece."""
+    found: dict[str, int] = {}
+    for number, piece in enumerate(pieces):
+        for name in piece:
+            if name in found:
+                raise ValueError(f"node {name!r} is in two pieces")
+            found[name] = number
+    unknown = sorted(set(found) - {str(node.name) for node in nodes})
+    if unknown:
+        raise ValueError(f"the model has no node {unknown[0]!r}")
+    return [found.get(str(node.name)) for node in nodes]
+
+
+def _why_not(cycle: Sequence[int], nodes: Sequence[ir.Node], pieces: int) -> str:
+    along = list(reversed(cycle))
+    start = along.index(min(along))
+    shown = [f"piece {owner}" if owner < pieces else f"node {nodes[owner - pieces].name!r}" for owner in along[start:] + along[:start]]
+    return f"the pieces are not convex: {' -> '.join([*shown[:6], *(['...'] if len(shown) > 6 else []), shown[0]])}"
+
+
 def _is_sorted(order: Sequence[ir.Node], reads: Reads) -> bool:
     position = {node: index for index, node in enumerate(order)}
     return all(
@@ -254,8 +300,16 @@ def tensor_spec(value: ir.Value) -> TensorSpec:
 
 
 def can_cross(value: ir.Value) -> bool:
-    """Say whether `value` can be handed from one segment to another: a dense tensor of known element type and rank."""
-    return isinstance(value.type, ir.TensorType) and dtype_name(value.dtype) != "unknown" and value.shape is not None
+    """Say whether `value` can be handed from one segment to another: a dense tensor of known rank, of strings or what NumPy has a type for.
+
+    Neither runtime hands out bfloat16, 8-bit floats or 4-bit integers as arrays.
+    """
+    return isinstance(value.type, ir.TensorType) and value.shape is not None and _handed_out(value.dtype)
+
+
+@cache
+def _handed_out(dtype: ir.DataType | None) -> bool:
+    return dtype == ir.DataType.STRING or (dtype_name(dtype) != "unknown" and np.dtype(dtype.numpy()).kind in "biufc")
 
 
 def elements(shape: Sequence[int]) -> int:

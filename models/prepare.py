@@ -13,6 +13,7 @@ from aivmm.models.category import detect
 from aivmm.models.intake_infer import infer_shapes
 from aivmm.models.intake_interface import keep_tensors
 from aivmm.models.intake_native import described
+from aivmm.models.intake_plain import plain_model, plain_proto
 from aivmm.models.intake_trial import Trial
 from aivmm.models.intake_versions import fit_versions, repair_old
 from aivmm.models.load import LoadedModel, load_model
@@ -34,7 +35,8 @@ def prepare(
 ) -> ModelFacts:
     """Write the prepared form of the model at `source` to `destination`, and say what it is and what was changed.
 
-    Weights that do not fit into one file go to `<destination>.data`. `shapes` binds whole inputs, `dims` symbolic dimensions, `batch` what
+    Weights that do not fit into one file go to `<destination>.data`. Outputs that are inputs are left to whoever runs the model, since no
+    runtime writes them; the facts still list them. `shapes` binds whole inputs, `dims` symbolic dimensions, `batch` what
     is left open of the batch. Raises `ModelError` for a file that cannot be used, `UsageError` for a shape that does not fit, for extents
     that must be given, and for a destination that cannot be written. Runs native code (shape inference, trial runs): call it in a worker.
     """
@@ -43,6 +45,9 @@ def prepare(
     if destination.exists() and destination.samefile(source):
         raise UsageError(f"{destination} is the model itself", advice="write the prepared model to another file")
     model = _tidied(_read(loaded, notes), notes)
+    interface = [value.name or "" for value in model.graph.outputs]
+    _note_interface(model, notes)
+    plain_model(model, notes)
     bound = bind(
         [_open_input(value) for value in model.graph.inputs],
         shapes=shapes or {},
@@ -52,16 +57,18 @@ def prepare(
     )
     _set_shapes(model, bound)
     notes += [*bound.notes, *infer_shapes(model)]
-    outputs = _outputs(model, bound, source.parent, notes)
-    _note_interface(model, notes)
+    made = _outputs(model, bound, source.parent, notes)
+    _show_inner_ranks(model, bound, source.parent)
     _write(model, destination)
+    inputs = tuple(_spec(value) for value in model.graph.inputs)
+    known = {spec.name: spec for spec in (*inputs, *made)}
     return ModelFacts(
         name=source.stem,
         path=str(source),
         sha256=loaded.sha256,
         category=detect(described(model)),
-        inputs=tuple(_spec(value) for value in model.graph.inputs),
-        outputs=outputs,
+        inputs=inputs,
+        outputs=tuple(known[name] for name in interface),
         opset=model.opset_imports.get("", 0),
         ir_version=model.ir_version,
         batch=bound.batch,
@@ -74,6 +81,7 @@ def _read(loaded: LoadedModel, notes: list[str]) -> ir.Model:
     """The model in onnx-ir's form, of a supported version; external weights stay on disk until they are written."""
     was_old = repair_old(loaded.proto, notes)
     keep_tensors(loaded.proto, notes)
+    plain_proto(loaded.proto, notes)
     try:
         model = ir.from_proto(loaded.proto)
     except Exception as error:  # onnx-ir raises several kinds for models that the checks of load.py still let through
@@ -171,6 +179,15 @@ def _outputs(model: ir.Model, bound: Bound, folder: Path, notes: list[str]) -> t
         else:
             value.shape = ir.Shape([None] * rank)
     return tuple(_spec(value) for value in model.graph.outputs)
+
+
+def _show_inner_ranks(model: ir.Model, bound: Bound, folder: Path) -> None:
+    """Behind a Loop no rank can be inferred, and no cut can be made without one: one run tells, as it does for outputs."""
+    hidden = {str(value.name): value for node in model.graph for value in node.outputs if value.shape is None and value.uses()}
+    hidden = {name: value for name, value in hidden.items() if not value.is_graph_output()}
+    for name, (dtype, rank) in Trial(model, folder).kinds(bound.shapes, list(hidden)).items():
+        hidden[name].type = ir.TensorType(dtype)
+        hidden[name].shape = ir.Shape([None] * rank)
 
 
 def _spec(value: ir.Value) -> TensorSpec:

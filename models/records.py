@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from aivmm.models.repeats import Repeat, stretches
 from aivmm.tensors import TensorSpec
 
 
@@ -71,6 +72,11 @@ class Structure:
     cut_points: tuple[CutPoint, ...]
     blocks: tuple[Block, ...]
     data_dependent: bool = False
+
+    @property
+    def repeats(self) -> tuple[Repeat, ...]:
+        """Where blocks repeat, by their structure hashes, in order; positions are indices into `blocks`."""
+        return tuple(stretches([block.structure for block in self.blocks], [1.0] * len(self.blocks)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,8 @@ nodes at known positions rather than extracted by reachability: what is in a seg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,8 @@ import onnx_ir as ir
 
 from aivmm.models.hashing import Hasher, raw_chunks, weight_bytes
 from aivmm.models.operators import data_dependent
-from aivmm.models.order import Boundary, PreparedGraph, can_cross, tensor_spec
-from aivmm.models.wire import node_proto, tensor_proto, value_proto
+from aivmm.models.order import Boundary, PreparedGraph, can_cross, captures, subgraphs, tensor_spec
+from aivmm.models.wire import node_proto, rename, tensor_proto, value_proto
 from aivmm.tensors import TensorSpec
 
 EXTERNAL_BYTES = 1 << 10  # smaller weights are written into the model itself
@@ -67,7 +68,9 @@ class WeightStore:
             return known, length
         alignment = _LARGE_ALIGNMENT if length >= _LARGE else _ALIGNMENT
         offset = -(-self._end // alignment) * alignment
-        with self.path.open("ab" if self._places else "wb") as file:
+        if not self._places:
+            self.path.unlink(missing_ok=True)  # not emptied: a runtime may have mapped what an earlier store wrote there
+        with self.path.open("ab") as file:
             file.write(bytes(offset - self._end))
             for chunk in raw_chunks(tensor):
                 file.write(chunk)
@@ -118,7 +121,9 @@ class Slicer:
         inside = nodes[first : last + 1]
         writer = _Writer(store, self._hasher)
         model = self._model(writer.graph(inside, edge), opsets=self.prepared.model.opset_imports)
-        destination.write_bytes(model.SerializeToString(deterministic=True))
+        draft = destination.with_name(f"{destination.name}.part")
+        draft.write_bytes(model.SerializeToString(deterministic=True))
+        draft.replace(destination)  # not overwritten: a runtime may have mapped what was there
         hashes = self._hasher.run(first, last)
         return Segment(
             path=destination,
@@ -160,6 +165,7 @@ class _Writer:
         graph = onnx.GraphProto(name="segment")
         graph.initializer.extend(self.tensor(value.const_value, value.name) for value in edge.initializers)
         graph.node.extend(node_proto(node, self.tensor) for node in nodes)
+        _copy_captured(graph, nodes, edge.outputs)
         graph.input.extend(map(value_proto, edge.inputs))
         graph.output.extend(map(value_proto, edge.outputs))
         shown = set(edge.outputs)
@@ -176,6 +182,34 @@ class _Writer:
         for key, value in (("location", self._store.path.name), ("offset", offset), ("length", length)):
             proto.external_data.add(key=key, value=str(value))
         return proto
+
+
+def _copy_captured(graph: onnx.GraphProto, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> None:
+    """Let subgraphs read a copy of what is an output of the segment too: OpenVINO mixes the two up (`aivmm.models.intake_plain`)."""
+    captured = {value for node in nodes for value in captures(node)}
+    mixed = {value.name for value in outputs if value in captured and value.producer() is not None}
+    if not mixed:
+        return
+    taken = {name for node in nodes for name in _names(node)}
+    copies = {name: next(wish for count in itertools.count() if (wish := f"{name}.copy{count}") not in taken) for name in mixed}
+    written = list(graph.node)
+    del graph.node[:]
+    for node in written:
+        if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
+            outside = list(node.output)
+            rename(node, copies)
+            node.output[:] = outside
+        graph.node.append(node)
+        graph.node.extend(onnx.NodeProto(op_type="Identity", input=[name], output=[copies[name]]) for name in node.output if name in mixed)
+
+
+def _names(node: ir.Node) -> Iterator[str]:
+    """Yield the names that `node` and its subgraphs define."""
+    yield from (value.name or "" for value in node.outputs)
+    for body in subgraphs(node):
+        yield from (value.name or "" for value in (*body.inputs, *body.initializers.values()))
+        for inner in body:
+            yield from _names(inner)
 
 
 def segment(model: Path, first: int, last: int, destination: Path, *, weights: WeightStore | None = None) -> Segment:

@@ -81,3 +81,15 @@ def _graph_proto(graph: ir.Graph, store: Store) -> onnx.GraphProto:
     del proto.value_info[:]
     proto.value_info.extend(kept)
     return proto
+
+
+def rename(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
+    """Rename, in place, what a node reads and writes, in its subgraphs too (names are unique along a scope, so nothing is shadowed)."""
+    node.input[:] = [names.get(name, name) for name in node.input]
+    node.output[:] = [names.get(name, name) for name in node.output]
+    for attribute in node.attribute:
+        for graph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+            for inner in graph.node:
+                rename(inner, names)
+            for output in graph.output:
+                output.name = names.get(output.name, output.name)

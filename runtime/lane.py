@@ -169,10 +169,12 @@ class Lane:
                     consumer.bind(spec.name, buffer)
 
     def _reader(self, name: str, stages: Sequence[Stage]) -> tuple[str, Callable[[str], Buffer]]:
+        """Return where an output without a buffer is read: what its stage's runtime allocated, or the input that it is."""
         for stage, request in zip(stages, self._requests, strict=True):
             if any(each.name == name for each in stage.outputs):
                 return name, request.output
-        raise KeyError(name)  # the plan was checked: each output has a stage
+        handed = next(direct for direct in self._direct if direct[0] == name)  # the plan was checked: what no stage makes is an input
+        return name, lambda _: handed[4]
 
     @property
     def buffers(self) -> Mapping[str, Buffer]:

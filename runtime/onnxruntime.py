@@ -317,14 +317,21 @@ class _BoundRequest:
             raise Unsupported(f"ONNX Runtime while running: {_words(error)}") from error
 
     def output(self, name: str) -> Buffer:
-        """Return the output's array."""
+        """Return the output's array.
+
+        Raises:
+            Unsupported: NumPy has no such elements (bfloat16 and its like).
+        """
         bound = self._bound.get(name)
         if bound is not None:
             return bound
         value = self._binding.get_outputs()[self._places[name]]
         if is_foreign(self._types[name]):
             return _foreign_copy(value, foreign_dtype(self._types[name], name))
-        array: Buffer = value.numpy()
+        try:
+            array: Buffer = value.numpy()
+        except RuntimeError as error:
+            raise Unsupported(f"ONNX Runtime cannot hand out {name!r}: {_words(error)}", advice="cast it inside the model") from error
         return array
 
 

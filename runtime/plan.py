@@ -159,9 +159,9 @@ class Plan(_Part):
                     made[each.name] = each.spec
                 known |= made
             for each in self.model.outputs:
-                if each.name not in made:
+                if each.name not in known:
                     raise ValueError(f"no stage makes the output {each.name!r}")
-                _require_agreement(each.spec, made[each.name])
+                _require_agreement(each.spec, known[each.name])
         return self
 
     def targets(self) -> tuple[str, ...]:

@@ -158,6 +158,31 @@ def _element_types() -> list[Case]:
             {"y": np.array([[1, 2], [3, 4]], dtype=np.float32)},
         ),
         Case(
+            "outputs of sizes known only after the run beside one that is known, alike in no order",
+            onnx_model(
+                [
+                    helper.make_node("NonZero", ["x"], ["places"]),
+                    helper.make_node("Relu", ["x"], ["plain"]),
+                    helper.make_node("Cast", ["places"], ["floats"], to=TensorProto.FLOAT),
+                    helper.make_node("Neg", ["floats"], ["negated"]),
+                ],
+                [("x", TensorProto.FLOAT, (2, 3))],
+                [
+                    ("negated", TensorProto.FLOAT, (2, "n")),
+                    ("plain", TensorProto.FLOAT, (2, 3)),
+                    ("places", TensorProto.INT64, (2, "n")),
+                    ("floats", TensorProto.FLOAT, (2, "n")),
+                ],
+            ),
+            {"x": np.array([[1, 0, 3], [0, 5, 0]], dtype=np.float32)},
+            {
+                "negated": np.array([[0, 0, -1], [0, -2, -1]], dtype=np.float32),
+                "plain": np.array([[1, 0, 3], [0, 5, 0]], dtype=np.float32),
+                "places": np.array([[0, 0, 1], [0, 2, 1]], dtype=np.int64),
+                "floats": np.array([[0, 0, 1], [0, 2, 1]], dtype=np.float32),
+            },
+        ),
+        Case(
             "names with slashes and colons, inputs not in order of use, a tensor that is output and used on",
             onnx_model(
                 [helper.make_node("Sub", ["b/in:0", "a:0"], ["mid/out:1"]), helper.make_node("Relu", ["mid/out:1"], ["z;end"])],
