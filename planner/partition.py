@@ -14,6 +14,8 @@ from aivmm.planner.chain import ChainPlan, place
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Target
 
+Handover = Callable[[str, str, int], float | None]  # source, destination, bytes -> seconds
+
 # What a cut costs on host memory, modelled: the floor of an extra bound call, and writing plus reading the tensors that cross it where
 # handing over has not been measured.
 CUT_S = 15e-6
@@ -31,7 +33,8 @@ def cut_drafts(
     min_segments: int,
     uncut_s: float | None,
     batch: int,
-    handover_s: Callable[[str, str, int], float | None] = lambda source, destination, size_bytes: None,
+    handover_s: Handover = lambda source, destination, size_bytes: None,
+    segment_s: Mapping[tuple[int, int, str], float] | None = None,
 ) -> list[tuple[Draft, float]]:
     """Return cut plans worth proving, each with its predicted seconds.
 
@@ -43,6 +46,8 @@ def cut_drafts(
         min_segments: the fewest segments asked for; above 1 the best cut is returned whatever it promises, and where it stays on one target
             also the best that does not: which one wins is for the proof to say.
         uncut_s: the best uncut plan.
+        segment_s: (first block, last block, target) -> measured seconds of a whole segment in its place, less what the boundary before it
+            is priced at (`crossing_s`).
         handover_s: measured seconds of handing so many bytes from one target (by name) to another; None where that is not known.
 
     Raises:
@@ -73,8 +78,9 @@ def cut_drafts(
     prices = _prices(structure, names, handover_s)  # [boundary, from, to]
     width = len(names)
     boundary = prices * (1 - np.eye(width))[None]
+    placing = {"choices": names, "min_segments": min_segments, "segment_cost": _segment_cost(segment_s)}
     try:
-        plans = [place(costs, boundary, choices=names, cut=np.diagonal(prices, axis1=1, axis2=2), min_segments=min_segments)]
+        plans = [place(costs, boundary, cut=np.diagonal(prices, axis1=1, axis2=2), **placing)]
     except Infeasible as error:
         raise UsageError(
             f"the model cannot be cut into {min_segments} segments here: {error.message}", advice="lower --min-segments"
@@ -83,7 +89,7 @@ def cut_drafts(
         return []
     if forced and len({name for _, _, name in plans[0].segments}) == 1:
         with suppress(Infeasible):  # without cuts within one target, each segment is on another one than the last
-            plans.append(place(costs, boundary, choices=names, min_segments=min_segments))
+            plans.append(place(costs, boundary, **placing))
     by_name = {str(target): target for target in targets}
 
     def draft(name: str, plan: ChainPlan[str]) -> Draft:
@@ -103,17 +109,22 @@ def _scale(structure: Structure, medians: Mapping[tuple[int, str], float], whole
     return min(1.0, wholes[target] / sum(part for part in parts if part is not None))
 
 
-def _prices(
-    structure: Structure, names: Sequence[str], handover_s: Callable[[str, str, int], float | None]
-) -> np.ndarray[tuple[int, int, int], np.dtype[np.float64]]:
+def _segment_cost(measured: Mapping[tuple[int, int, str], float] | None) -> Callable[[int, int, str], float | None] | None:
+    return None if not measured else lambda first, last, target: measured.get((first, last, target))
+
+
+def crossing_s(structure: Structure, index: int, source: str, destination: str, handover_s: Handover) -> float:
+    """Return what the boundary before the block `index` is priced at between two targets, in seconds."""
+    size = _crossing_bytes(structure, index)
+    measured = handover_s(source, destination, size)
+    return CUT_S + (size / BYTES_PER_S if measured is None else measured)
+
+
+def _prices(structure: Structure, names: Sequence[str], handover_s: Handover) -> np.ndarray[tuple[int, int, int], np.dtype[np.float64]]:
     """Return what each boundary costs between each two targets, in seconds: [boundary, from, to]."""
-
-    def price(source: str, destination: str, size: int) -> float:
-        measured = handover_s(source, destination, size)
-        return CUT_S + (size / BYTES_PER_S if measured is None else measured)
-
-    sizes = [_crossing_bytes(structure, index) for index in range(1, len(structure.blocks))]
-    return np.array([[[price(a, b, size) for b in names] for a in names] for size in sizes]).reshape(len(sizes), len(names), len(names))
+    boundaries = range(1, len(structure.blocks))
+    table = [[[crossing_s(structure, index, a, b, handover_s) for b in names] for a in names] for index in boundaries]
+    return np.array(table).reshape(len(boundaries), len(names), len(names))
 
 
 def _crossing_bytes(structure: Structure, index: int) -> int:

@@ -260,6 +260,28 @@ def load_bundle(state: State, *, name: str, bundle: str, inputs: str, reference:
     return answer
 
 
+def stages(state: State, *, name: str, inputs: str, seconds: float) -> dict[str, Any]:
+    """Time each stage of a loaded bundle in its place, for `seconds` in all, and then alone, on the buffers that the engine has bound.
+
+    Returns `stages`, each with `placed` and `alone`: durations in seconds. In its place a stage finds the caches as its neighbours left
+    them, and what it takes includes taking over what they made.
+    """
+    runner = state.runners[name]
+    assert isinstance(runner, EngineRunner)
+    arrays, lane, clock = load_arrays(inputs), runner.engine.one_lane(), time.perf_counter
+    for _ in range(3):
+        lane.run(arrays)
+    counts = [each.count for each in lane.clocks]
+    end = clock() + seconds
+    while lane.clocks[0].count < counts[0] + 5 or clock() < end:
+        lane.run(arrays)
+    placed = [
+        [each / 1e9 for each in stage.recent_ns()[-(stage.count - before) :]] for stage, before in zip(lane.clocks, counts, strict=True)
+    ]
+    alone = [time_steps([run], seconds=seconds / len(placed), least=5, settle=3, each=True).durations for run in lane.runs]
+    return {"stages": [{"placed": one, "alone": other} for one, other in zip(placed, alone, strict=True)]}
+
+
 def outputs(state: State, *, name: str, inputs: str, destination: str) -> dict[str, Any]:
     """Run once on the arrays in `inputs` and write the outputs to `destination`."""
     save_arrays(destination, state.runners[name].outputs(load_arrays(inputs)))
@@ -372,6 +394,7 @@ OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "probe": probe,
     "rebatch": rebatch,
     "samples": samples,
+    "stages": stages,
     "timed": timed,
     **conformance.OPERATIONS,
     **operator_probes.OPERATIONS,

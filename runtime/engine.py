@@ -123,6 +123,10 @@ class Engine:
         finally:
             self._free.put(lane)
 
+    def one_lane(self) -> Lane:
+        """Return one caller's way through the plan, for probes of its stages. Nobody else may run the engine meanwhile."""
+        return self._lanes[0]
+
     def stats(self) -> dict[str, Any]:
         """Return what has run so far: per stage the count and latency quantiles in seconds, the stages in use, and the events."""
         stages = []

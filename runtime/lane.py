@@ -177,6 +177,11 @@ class Lane:
         return name, lambda _: handed[4]
 
     @property
+    def runs(self) -> Sequence[Callable[[], None]]:
+        """What runs each stage alone, on what the last `run` bound: for probes that hold it against the stage in its place."""
+        return [request.run for request in self._requests]
+
+    @property
     def buffers(self) -> Mapping[str, Buffer]:
         """The bound buffers by tensor name, for tests that follow pointers."""
         return self._buffers

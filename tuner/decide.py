@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from aivmm.planner.candidates import Candidate, Draft, Score
 from aivmm.planner.constraints import ACCURACY, check
-from aivmm.planner.partition import cut_drafts
 from aivmm.probes.transfers import TransferFit
 from aivmm.runtime.config import Config
 from aivmm.runtime.plan import Accuracy, Number
 from aivmm.runtime.target import Target
-from aivmm.tuner.anatomy import Anatomist, medians
+from aivmm.tuner.anatomy import Anatomist
+from aivmm.tuner.cutting import Cutter
 from aivmm.tuner.emit import folder_bytes
 from aivmm.tuner.explore import Explorer
 from aivmm.tuner.options import DEFAULT_COSINE
@@ -95,24 +95,12 @@ class Decider:
         for candidate, score in alone:
             name = str(candidate.target)
             wholes[name] = min(wholes.get(name, score.median_s), score.median_s)
-        drafts = cut_drafts(
-            self.work.subject.structure,
-            self.work.targets,
-            medians(self.anatomist.found, self.anatomist.wrong),
-            configs={name: _as_checked(config) for name, config in best_config.items()},
-            wholes=wholes,
-            min_segments=self.work.options.min_segments,
-            uncut_s=min(wholes.values(), default=None),
-            batch=base,
-            handover_s=self._handover_s,
-        )
+        new = not self.explorer.searched_before
+        cutter = Cutter(self.work, self.anatomist, self.handovers, self.explorer.measurer.counts, measure_new=new)
+        drafts = cutter.drafts(configs={name: _as_checked(config) for name, config in best_config.items()}, wholes=wholes)
         for draft, predicted in drafts:
             self._predicted[draft.name] = predicted
         return [draft for draft, _ in drafts]
-
-    def _handover_s(self, source: str, destination: str, size_bytes: int) -> float | None:
-        fit = self.handovers.get((source, destination))
-        return None if fit is None else fit.seconds(size_bytes)
 
     def _allowed(self, target: Target, config: Config) -> Config:
         """Return `config`, in the first native precision that the user allows where its own is not allowed (bf16 is a default of some)."""

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aivmm.models.records import ModelFacts
-from aivmm.planner.candidates import Draft
+from aivmm.planner.candidates import Draft, Piece
 from aivmm.planner.constraints import human
 from aivmm.probes.compare import Comparison
-from aivmm.runtime.config import Config
 from aivmm.runtime.plan import Accuracy
 from aivmm.tuner.measure import Counts
 from aivmm.tuner.prove import Entrant, Proof, call_s, interval_s
@@ -26,18 +25,19 @@ def describe(draft: Draft) -> str:
     """Say what a draft runs: `openvino:CPU, 2 threads`, `openvino:CPU -> onnxruntime:CPU (2 segments)`."""
     parts = []
     for piece in draft.pieces:
-        parts.append(", ".join([str(piece.target), *_settings(piece.config)]))
+        parts.append(", ".join([str(piece.target), *_settings(piece)]))
     text = parts[0] if len(parts) == 1 else " -> ".join(parts) + f" ({len(parts)} segments)"
     extra = [f"batch {draft.batch}"] * (draft.batch > 1) + [f"{draft.callers} callers"] * (draft.callers > 1)
     return ", ".join([text, *extra])
 
 
-def _settings(config: Config) -> list[str]:
-    shown = []
+def _settings(piece: Piece) -> list[str]:
+    shown, config = [], piece.config
     for name, value in config.settings:
         noun = _THREADS.get(name)
         shown.append(f"{value} {noun}{'' if value == 1 else 's'}" if noun else f"{name}={value}")
-    if config.precision not in (None, "fp32"):
+    # Where a target runs several precisions its default may be another one than fp32, so that is said too.
+    if config.precision is not None and (config.precision != "fp32" or len(piece.target.precisions) > 1):
         shown.append(str(config.precision))
     return shown or ["default settings"]
 

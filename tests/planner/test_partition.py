@@ -9,7 +9,7 @@ import pytest
 from aivmm.errors import UsageError
 from aivmm.models.records import Block, CutPoint, Structure
 from aivmm.planner.candidates import Draft
-from aivmm.planner.partition import BYTES_PER_S, CUT_S, cut_drafts
+from aivmm.planner.partition import BYTES_PER_S, CUT_S, crossing_s, cut_drafts
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Device, Target
 from aivmm.tensors import TensorSpec
@@ -53,6 +53,7 @@ def cuts(
     configs: Mapping[str, Config] | None = None,
     crossing: Sequence[int | None] = (),
     batch: int = 1,
+    segment_s: Mapping[tuple[int, int, str], float] | None = None,
 ) -> list[tuple[Draft, float]]:
     """Place a chain with these seconds of each block on each target; None is a block that a target does not run right."""
     blocks = len(next(iter(costs.values())))
@@ -66,6 +67,7 @@ def cuts(
         min_segments=min_segments,
         uncut_s=uncut_s,
         batch=batch,
+        segment_s=segment_s,
     )
 
 
@@ -182,3 +184,18 @@ def test_each_piece_has_the_best_known_config_of_its_target_or_plain_fp32() -> N
 def test_unknown_bytes_at_a_cut_count_as_none() -> None:
     ((_, predicted),) = cuts({CPU: [MS, MS]}, min_segments=2, crossing=[None])
     assert predicted == pytest.approx(2 * MS + CUT_S)
+
+
+def test_what_a_whole_segment_takes_in_its_place_replaces_the_sum_of_its_blocks() -> None:
+    costs = {CPU: [1 * MS, 1 * MS, 10 * MS], GPU: [10 * MS, 10 * MS, 1 * MS]}
+    ((before, predicted),) = cuts(costs, min_segments=2)
+    assert placed(before) == [("one:CPU", 0, 1), ("two:GPU.0", 2, 2)]
+    ((after, slower),) = cuts(costs, min_segments=2, segment_s={(0, 1, "one:CPU"): 60 * MS})
+    assert ("one:CPU", 0, 1) not in placed(after)
+    assert slower > predicted
+
+
+def test_a_measured_handover_prices_the_cut_instead_of_the_model_of_it() -> None:
+    crossing = structure(2, crossing=[1000])
+    assert crossing_s(crossing, 1, "one:CPU", "two:GPU.0", lambda source, destination, size: size * 1e-6) == pytest.approx(CUT_S + 1 * MS)
+    assert crossing_s(crossing, 1, "one:CPU", "two:GPU.0", lambda source, destination, size: None) == CUT_S + 1000 / BYTES_PER_S
