@@ -37,7 +37,7 @@ _LINE_BYTES = 16 << 20  # the longest answer taken
 _UNREAD = 8  # how many answers may wait: one is asked for at a time, so more are rubbish
 _LAST_WORDS_S = 0.3  # for a worker that hangs to say where
 # What uses something that was loaded before: it makes no sense in a fresh worker.
-_NEEDS_LOADED = frozenset({"judge", "outputs", "timed"})
+_NEEDS_LOADED = frozenset({"judge", "outputs", "stages", "timed"})
 _ERRORS: dict[str, type[AivmmError]] = {"Unsupported": Unsupported, "UsageError": UsageError, "ModelError": ModelError}
 
 

@@ -41,7 +41,9 @@ def test_each_segment_is_timed_between_its_neighbours_and_alone(tmp_path: Path, 
 
 
 def test_a_bundle_that_does_not_load_is_a_reason(tmp_path: Path, draft: Draft) -> None:
-    answer = probe_in_place(draft, tmp_path / "nowhere.aivmm", sample=tmp_path / "sample.npz")
+    sample = tmp_path / "sample.npz"
+    save_arrays(sample, {"x": normal(2, 64)})
+    answer = probe_in_place(draft, tmp_path / "nowhere.aivmm", sample=sample)
     assert isinstance(answer, str) and answer
 
 
