@@ -19,7 +19,7 @@ from aivmm.planner.evaluate import evaluate
 from aivmm.planner.problem import Choice, Edge, Goal, Move, Node, Place, PlacedDevice, Problem
 from aivmm.planner.problem_files import read_problem
 from aivmm.planner.solve import Solution, solve
-from tests.planner.placing import chain, optimum, problems, published
+from tests.planner.placing import chain, dense, optima, problems, published
 
 EACH_KIND = [
     pytest.param(goal, contiguous, id=f"{goal}{' contiguous' * contiguous}")
@@ -29,8 +29,8 @@ EACH_KIND = [
 WITHIN = 1e-6  # HiGHS's tolerance
 
 
-def agrees_with_brute_force(problem: Problem, goal: Goal, contiguous: bool) -> None:
-    best = optimum(problem, goal, contiguous=contiguous)
+def agrees_with_brute_force(problem: Problem, goal: Goal, contiguous: bool, best: float | None = None) -> None:
+    best = optima(problem)[goal, contiguous] if best is None else best
     if best == math.inf:
         with pytest.raises(Infeasible):
             solve(problem, goal, contiguous=contiguous)
@@ -46,10 +46,17 @@ def agrees_with_brute_force(problem: Problem, goal: Goal, contiguous: bool) -> N
 
 
 @pytest.mark.parametrize(("goal", "contiguous"), EACH_KIND)
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems())
 def test_the_optimum_is_that_of_brute_force(problem: Problem, goal: Goal, contiguous: bool) -> None:
     agrees_with_brute_force(problem, goal, contiguous)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_tensors_that_pass_a_segment_by_are_neither_paid_nor_forgotten_there(seed: int) -> None:
+    problem = dense(seed)
+    for (goal, contiguous), best in optima(problem).items():
+        agrees_with_brute_force(problem, goal, contiguous, best)
 
 
 @pytest.mark.slow
