@@ -15,9 +15,9 @@ from aivmm.planner.downsets import Search, depends_on_sender, every_downset, swe
 from aivmm.planner.elimination import Elimination
 from aivmm.planner.evaluate import evaluate
 from aivmm.planner.improve import improve
-from aivmm.planner.problem import Goal, Problem
+from aivmm.planner.problem import Edge, Goal, Move, Problem
 from aivmm.planner.program import Program
-from tests.planner.placing import dense, optima
+from tests.planner.placing import chain, dense, optima
 
 GOALS: tuple[Goal, ...] = ("latency", "throughput")
 ALIKE, BY_PAIR = (0, 2, 4, 6), (1, 3, 5, 7)  # seeds: whether a reader pays the same wherever a tensor comes from
@@ -72,6 +72,19 @@ def test_downsets_bracket_the_optimum_where_prices_depend_on_the_sender(seed: in
     assert least is not None and most is not None
     assert least[1] <= best[goal, True] * (1 + 1e-12)
     assert most[1] >= best[goal, True] * (1 - 1e-12)
+
+
+@pytest.mark.parametrize(("goal", "value"), [("latency", 3 + 1 + 1 + 5), ("throughput", 1 + 1 + 5)])
+def test_a_segment_does_not_pay_for_a_tensor_that_passes_it_by(goal: Goal, value: float) -> None:
+    problem = chain({"a": 1.0}, {"b": 1.0}, {"c": 1.0}, boundary=1.0)
+    skip = Edge(source="0", reader="2", tensor="skip", bytes=4.0)
+    moves = {pair: Move(1.0, 1.0) for pair in problem.transfers}
+    merged = condensed(compact(replace(problem, edges=[*problem.edges, skip], transfers=moves)))
+    family = every_downset(merged, 1000, in_time())
+    assert family is not None
+    found = Search(merged, family, goal, "exact").run(in_time())
+    assert found is not None
+    assert found[1] == value  # b receives from a, c receives from b, and the skip goes from a to c
 
 
 def test_some_downsets_give_a_plan_that_costs_what_they_say() -> None:
