@@ -39,6 +39,7 @@ _BOUND_S = 5.0
 _CONTIGUOUS_SHARE = 0.5  # of the time, at most, goes into the contiguous plan from which the others start
 _PROGRAM_SHARE = 0.6
 _BALANCE_SHARE = 0.2
+_TOLERANCE = 1e-5  # relative; HiGHS's, with a margin
 _SAME = 1e-9  # relative; differences below are rounding
 
 
@@ -84,6 +85,8 @@ def solve(problem: Problem, goal: Goal, *, contiguous: bool = False, time_limit_
             raise Infeasible("no plan keeps the limits on memory and the unsupported pairs", advice=_advice(contiguous))
         raise UsageError(f"no plan was found within {time_limit_s:g} s", advice="raise the time limit")
     objective = best.evaluation.objective(goal)
+    if best.bound > objective * (1 + _TOLERANCE):
+        raise RuntimeError(f"a solver is wrong: it proved that no plan is below {best.bound}, and there is one of {objective}")
     bound = objective if best.bound >= objective * (1 - _SAME) else best.bound
     return Solution(
         objective=objective,

@@ -194,6 +194,18 @@ def test_contention_can_make_one_device_better_than_two() -> None:
     assert solve(stalled, "latency").objective == 4
 
 
+@pytest.mark.parametrize(("factor", "best"), [(1.0, 2.0), (1.5, 3.0), (9.0, 4.0)])
+def test_identical_devices_slow_each_other_and_not_themselves(factor: float, best: float) -> None:
+    problem = Problem(
+        devices=[PlacedDevice(name="a", count=2)],
+        choices=[Choice(name="a", target="a", device="a")],
+        nodes=[Node(id=id, costs={"a": 2.0}) for id in ("0", "1")],
+        contention={("a", "a"): factor},
+    )
+    found = solve(problem, "throughput")
+    assert (found.objective, found.gap) == (best, 0.0)
+
+
 @pytest.mark.parametrize(
     ("problem", "words"),
     [

@@ -139,6 +139,15 @@ def test_the_integer_program_says_when_nothing_is_below_a_limit() -> None:
     assert answer.spots is None and answer.bound == limit
 
 
+def test_the_integer_program_sees_a_circle_of_three_devices() -> None:
+    rows = [chain({one: 1.0}, {other: 1.0}) for one, other in (("a", "b"), ("b", "c"), ("c", "a"))]
+    nodes = [replace(node, id=f"{row}.{node.id}") for row, each in enumerate(rows) for node in each.nodes]
+    edges = [Edge(source=f"{row}.0", reader=f"{row}.1") for row in range(3)]
+    problem = replace(chain({"a": 1.0}, {"b": 1.0}, {"c": 1.0}), nodes=nodes, edges=edges)
+    answer = Program(condensed(compact(problem)), "latency", contiguous=True).solve(60)
+    assert answer.spots is None and answer.bound == math.inf
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_elimination_is_exact_where_memory_does_not_bind(seed: int) -> None:
     problem = without_memory(dense(seed))
