@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from aivmm.planner.balance import balanced
+from aivmm.planner.bounds import counting_bound, load_bound
 from aivmm.planner.compact import Compact, assignment_of, compact, condensed, loads_of, spots_of
 from aivmm.planner.downsets import Search, depends_on_sender, every_downset, swept_downsets
 from aivmm.planner.elimination import Elimination
@@ -165,6 +166,20 @@ def test_prices_never_claim_more_than_the_optimum(seed: int) -> None:
     assert len(bounds) > 5
     assert max(bounds) <= best["throughput", False] * (1 + 1e-12)
     assert max(bounds) > bounds[0] or len(set(bounds)) == 1, "prices that move do better than equal ones"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_quick_bounds_never_claim_more_than_the_optimum(seed: int) -> None:
+    problem, best = problem_and_optima(seed)
+    for merged, optimum in ((compact(problem), best["throughput", False]), (condensed(compact(problem)), best["throughput", True])):
+        assert 0 < load_bound(merged) <= optimum * (1 + 1e-6)
+        assert counting_bound(merged) <= optimum * (1 + 1e-12)
+
+
+def test_five_equal_nodes_on_two_devices_put_three_on_one() -> None:
+    merged = compact(chain(*[{"a": 2.0, "b": 2.0, "slow": 9.0}] * 5))
+    assert counting_bound(merged) == pytest.approx(6.0)
+    assert load_bound(merged) == pytest.approx(6.0)
 
 
 @pytest.mark.parametrize("seed", range(4))
