@@ -12,7 +12,7 @@ import numpy.typing as npt
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from aivmm.planner.problem import Place, Problem, topological_order
+from aivmm.planner.problem import Node, Place, Problem, topological_order
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -121,7 +121,7 @@ def _ungrouped(problem: Problem) -> Compact:
     return Compact(
         members=tuple((index,) for index in range(len(problem.nodes))),
         cost=np.array([[node.costs.get(name, np.inf) for name in choices] for node in problem.nodes], dtype=np.float64),
-        memory=np.array([[node.memory_in(name) for name in choices] for node in problem.nodes], dtype=np.float64),
+        memory=np.array([_memory(node, choices) for node in problem.nodes], dtype=np.float64),
         tensors=tuple(
             Tensor(at[source], tuple(to), export[:, 0] + export[:, 1] * size, move[:, :, 0] + move[:, :, 1] * size)
             for (source, _, size), to in readers.items()
@@ -131,6 +131,12 @@ def _ungrouped(problem: Problem) -> Compact:
         capacity=np.array([each.memory_bytes for each in problem.devices], dtype=np.float64),
         slowed=slowed,
     )
+
+
+def _memory(node: Node, choices: list[str]) -> list[float]:
+    if isinstance(node.memory_bytes, Mapping):
+        return [node.memory_in(name) for name in choices]
+    return [node.memory_bytes] * len(choices)  # without asking each choice: chains have thousands of blocks
 
 
 def _linear(problem: Problem, key: tuple[str, ...]) -> tuple[float, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -17,34 +16,25 @@ _LEAST_GAIN = 1e-7  # relative; less is the tolerance of the solver
 
 def improve(merged: Compact, spots: Spots, deadline: float) -> Spots:
     """Return a placement whose largest load is at most that of `spots`, better if time and luck allow."""
-    while time.perf_counter() < deadline:
-        better = next(_better(merged, spots, deadline), None)
-        if better is None:
-            break
+    while better := _better(merged, spots, deadline):
         spots = better
     return spots
 
 
-def _better(merged: Compact, spots: Spots, deadline: float) -> Iterator[Spots]:
-    """Yield placements with a smaller largest load, or with as large a one on fewer devices."""
+def _better(merged: Compact, spots: Spots, deadline: float) -> Spots | None:
+    """Return a placement in which fewer devices have the largest load, or none has; None when no few devices can bring that about."""
     loads = loads_of(merged, spots)
     worst = max(loads, key=lambda each: loads[each])
+    top = loads[worst] * (1 - _LEAST_GAIN)
     others = sorted(loads.keys() - {worst}, key=lambda each: loads[each])
     for partners in itertools.chain.from_iterable(itertools.combinations(others, size) for size in (1, 2, 3)):
         left = deadline - time.perf_counter()
         if left <= 0:
-            return
+            break
         found = _reshared(merged, spots, {worst, *partners}, loads[worst], min(_STEP_S, left))
-        if found is not None:
-            after = loads_of(merged, found)
-            if _rank(list(after.values())) < _rank(list(loads.values())):
-                yield found
-
-
-def _rank(loads: list[float]) -> tuple[float, int]:
-    """Return what a smaller value of means better: the largest load, and how many devices have it, but for rounding."""
-    top = max(loads)
-    return (top - top * _LEAST_GAIN * 0, sum(load > top * (1 - _LEAST_GAIN) for load in loads))
+        if found and sum(load > top for load in loads_of(merged, found).values()) < sum(load > top for load in loads.values()):
+            return found
+    return None
 
 
 def _reshared(merged: Compact, spots: Spots, boxes: set[tuple[int, int]], top: float, seconds: float) -> Spots | None:
@@ -61,4 +51,4 @@ def _reshared(merged: Compact, spots: Spots, boxes: set[tuple[int, int]], top: f
             allowed[group, at[spot]] = True
     program = Program(merged, "throughput", allowed=allowed)
     free = frozenset(program.boxes.index(box) for box in boxes)
-    return program.solve(seconds, at_most=top * (1 - _LEAST_GAIN), free=free).spots
+    return program.solve(seconds, at_most=top * (1 - _LEAST_GAIN), free=free, others_at_most=top).spots

@@ -25,7 +25,7 @@ Spots = list[tuple[int, int]]
 Allowed = npt.NDArray[np.bool_]  # [groups, places]
 
 _SCALE = 100.0  # what the objective is scaled to: HiGHS's tolerances are absolute
-_INFEASIBLE, _LIMIT, _OPTIMAL = 2, 1, 0  # what SciPy calls HiGHS's answers
+_INFEASIBLE, _OPTIMAL = 2, 0  # what SciPy calls HiGHS's answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,6 @@ class Answer:
 
     spots: Spots | None
     bound: float
-    done: bool  # whether the search ended by itself: `spots` are optimal, or there are none
 
 
 @dataclass(slots=True)
@@ -182,8 +181,16 @@ class Program:
             rows.add(terms, high=1.0)
         self.orders = (first, len(self.boxes) ** 2)
 
-    def solve(self, time_limit_s: float, *, at_most: float = math.inf, free: frozenset[int] | None = None, relaxed: bool = False) -> Answer:
-        """Minimise latency, or the largest load: of all devices, or of those in `free` while the others stay at most `at_most`.
+    def solve(
+        self,
+        time_limit_s: float,
+        *,
+        at_most: float = math.inf,
+        free: frozenset[int] | None = None,
+        others_at_most: float = math.inf,
+        relaxed: bool = False,
+    ) -> Answer:
+        """Minimise latency, or the largest load: of all devices, or of those in `free` while the others stay below `others_at_most`.
 
         Args:
             at_most: placements above are of no interest; a bound is then the lesser of it and what the search proves.
@@ -191,51 +198,61 @@ class Program:
             relaxed: let groups be split into fractions, which makes a bound quickly and no placement.
         """
         unit = self._unit(at_most)
-        rows, size = self.rows, self.rows.variables + 1
-        top = size - 1
-        cost, upper = np.zeros(size), np.ones(size)
-        upper[top] = max(at_most * unit, 0.0) if self.goal == "throughput" else np.inf
-        upper[: self.allowed.size] = self.allowed.ravel()
-        loads = self._loads(unit)
-        if self.goal == "latency":
-            for terms in loads:
-                for column, value in terms:
-                    cost[column] += value
-        else:
-            cost[top] = 1.0
-        whole = np.zeros(size)
-        whole[: self.allowed.size] = 1
-        if self.contiguous:
-            whole[self.orders[0] : self.orders[0] + self.orders[1]] = 1
-        extra = _Rows(variables=size)
-        if self.goal == "throughput":
-            for box, terms in enumerate(loads):
-                if free is None or box in free:
-                    extra.add([*terms, (top, -1.0)])
-                else:
-                    extra.add(terms, high=at_most * unit)
+        loads = [[(column, value * unit) for column, value in terms] for terms in self.load]
+        caps = self._caps(loads, free, others_at_most * unit) if self.goal == "throughput" else _Rows()
+        size = self.rows.variables + 1
         with native_stdout_to_stderr():
             result = milp(
-                cost,
-                constraints=[_constraint(each, size) for each in (rows, extra) if each.low],
-                bounds=Bounds(np.zeros(size), upper),
-                integrality=whole * (not relaxed),
+                self._costs(loads),
+                constraints=[_constraint(each, size) for each in (self.rows, caps) if each.low],
+                bounds=Bounds(np.zeros(size), self._upper(at_most * unit)),
+                integrality=self._whole() * (not relaxed),
                 options={"time_limit": max(time_limit_s, 0.01), "mip_rel_gap": 0.0},
             )
         if relaxed:
-            return Answer(None, result.fun / unit if result.status == _OPTIMAL else 0.0, False)
+            return Answer(None, result.fun / unit if result.status == _OPTIMAL else 0.0)
         if result.status == _INFEASIBLE:
-            return Answer(None, at_most, True)
-        bound = 0.0 if result.mip_dual_bound is None or not math.isfinite(result.mip_dual_bound) else result.mip_dual_bound / unit
-        return Answer(None if result.x is None else self._spots(result.x), min(bound, at_most), result.status == _OPTIMAL)
+            return Answer(None, at_most)
+        proven = result.mip_dual_bound
+        bound = proven / unit if proven is not None and math.isfinite(proven) else 0.0
+        return Answer(None if result.x is None else self._spots(result.x), min(bound, at_most))
+
+    def _caps(self, loads: list[list[tuple[int, float]]], free: frozenset[int] | None, others: float) -> _Rows:
+        """Return the rows that hold the loads below the last variable, or below what the others may have."""
+        caps = _Rows()
+        for box, terms in enumerate(loads):
+            if free is None or box in free:
+                caps.add([*terms, (self.rows.variables, -1.0)])
+            else:
+                caps.add(terms, high=others)
+        return caps
+
+    def _costs(self, loads: list[list[tuple[int, float]]]) -> Array:
+        cost = np.zeros(self.rows.variables + 1)
+        if self.goal == "throughput":
+            cost[-1] = 1.0
+        else:
+            for column, value in itertools.chain.from_iterable(loads):
+                cost[column] += value
+        return cost
+
+    def _upper(self, at_most: float) -> Array:
+        upper = np.ones(self.rows.variables + 1)
+        upper[: self.allowed.size] = self.allowed.ravel()
+        upper[-1] = at_most if self.goal == "throughput" else np.inf
+        return upper
+
+    def _whole(self) -> Array:
+        whole = np.zeros(self.rows.variables + 1)
+        whole[: self.allowed.size] = 1
+        if self.contiguous:
+            whole[self.orders[0] : self.orders[0] + self.orders[1]] = 1
+        return whole
 
     def _unit(self, at_most: float) -> float:
         """Return the factor that brings the objective near `_SCALE`."""
         typical = at_most if math.isfinite(at_most) else float(self.merged.cheapest.sum())
         return _SCALE / typical if typical > 0 else 1.0
-
-    def _loads(self, unit: float) -> list[list[tuple[int, float]]]:
-        return [[(column, value * unit) for column, value in terms] for terms in self.load]
 
     def _spots(self, x: Array) -> Spots:
         picks = x[: self.allowed.size].reshape(self.allowed.shape).argmax(axis=1)

@@ -20,6 +20,7 @@ import numpy as np
 
 from aivmm.errors import Infeasible, UsageError
 from aivmm.planner.balance import balanced
+from aivmm.planner.bounds import load_bound
 from aivmm.planner.chain import place
 from aivmm.planner.compact import Compact, Ints, assignment_of, chains_of, compact, condensed, spots_of
 from aivmm.planner.downsets import Doubt, Family, Search, depends_on_sender, every_downset, swept_downsets
@@ -35,10 +36,10 @@ _MOST_DOWNSETS = 20_000
 _MOST_CELLS = 30_000_000  # of the tables of one search over downsets
 _MOST_ORDER_ROWS = 200_000  # of the program that keeps placements contiguous
 _MOST_WAYS = 200  # to say how many devices of each kind are used
-_BOUND_S = 5.0
 _CONTIGUOUS_SHARE = 0.5  # of the time, at most, goes into the contiguous plan from which the others start
 _PROGRAM_SHARE = 0.6
 _BALANCE_SHARE = 0.2
+_TOLERANCE = 1e-5  # relative; HiGHS's, with a margin
 _SAME = 1e-9  # relative; differences below are rounding
 
 
@@ -84,6 +85,8 @@ def solve(problem: Problem, goal: Goal, *, contiguous: bool = False, time_limit_
             raise Infeasible("no plan keeps the limits on memory and the unsupported pairs", advice=_advice(contiguous))
         raise UsageError(f"no plan was found within {time_limit_s:g} s", advice="raise the time limit")
     objective = best.evaluation.objective(goal)
+    if best.bound > objective * (1 + _TOLERANCE):
+        raise RuntimeError(f"a solver is wrong: it proved that no plan is below {best.bound}, and there is one of {objective}")
     bound = objective if best.bound >= objective * (1 - _SAME) else best.bound
     return Solution(
         objective=objective,
@@ -217,10 +220,10 @@ def _throughput(merged: Compact, best: _Best) -> None:
         part = best.part(1.0)
         _at_fixed_prices(_slowed(merged, merged.count), part)
         best.take(part)
-        best.bound = _load_bound(replace(merged, slowed=np.zeros_like(merged.slowed)))
+        best.bound = load_bound(replace(merged, slowed=np.zeros_like(merged.slowed)))
         return
     parts = [(_slowed(merged, count), count) for count in _uses(merged)]
-    ranked = sorted(((_load_bound(scaled), index) for index, (scaled, _) in enumerate(parts)))
+    ranked = sorted(((load_bound(scaled), index) for index, (scaled, _) in enumerate(parts)))
     bounds = []
     for done, (least, index) in enumerate(ranked):
         part = best.part(1.0 / (len(ranked) - done))
@@ -255,16 +258,8 @@ def _slowed(merged: Compact, count: Ints) -> Compact:
     return merged.scaled(count, 1.0 + (merged.slowed * beside).sum(axis=1))
 
 
-def _load_bound(merged: Compact) -> float:
-    """Return a bound on the largest load: the work shared out in fractions, and the costliest group alone. Transfers are left out."""
-    if not np.isfinite(merged.cheapest).all():
-        return math.inf
-    shared = Program(replace(merged, tensors=()), "throughput").solve(_BOUND_S, relaxed=True).bound
-    return max(shared, float(merged.cheapest.max()))
-
-
 def _at_fixed_prices(merged: Compact, best: _Best) -> None:
-    best.prove(_load_bound(merged))
+    best.prove(load_bound(merged))
     if best.closed():
         return
     if best.contiguous:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -81,14 +82,46 @@ def plans(problem: Problem) -> Iterator[Mapping[str, Place]]:
         yield {node.id: place for node, place in zip(problem.nodes, spots, strict=True)}
 
 
-def optimum(problem: Problem, goal: Goal, *, contiguous: bool) -> float:
-    """Return the least that any allowed plan costs; infinite where there is none."""
-    best = math.inf
+def optima(problem: Problem) -> dict[tuple[Goal, bool], float]:
+    """Return the least that any allowed plan costs, by goal and by whether it is contiguous; infinite where there is none."""
+    goals: tuple[Goal, ...] = ("latency", "throughput")
+    best = dict.fromkeys(itertools.product(goals, (False, True)), math.inf)
     for assignment in plans(problem):
         found = evaluate(problem, assignment)
-        if not found.broken and (found.contiguous or not contiguous):
-            best = min(best, found.objective(goal))
+        if found.broken:
+            continue
+        for goal, contiguous in best:
+            if found.contiguous or not contiguous:
+                best[goal, contiguous] = min(best[goal, contiguous], found.objective(goal))
     return best
+
+
+def dense(seed: int, size: int = 5) -> Problem:
+    """Return a graph with many skips and tensors of many readers on three kinds of devices, where sharing pays and memory often binds."""
+    random = np.random.default_rng(seed)
+    names, counts = ["a", "b", "c"], [1, 2, 1]
+    nodes = [
+        Node(
+            id=str(index),
+            costs={name: float(random.integers(2, 12)) for name in names if random.random() < 0.9},
+            memory_bytes=float(random.integers(0, 3)),
+        )
+        for index in range(size)
+    ]
+    pairs = [pair for pair in itertools.combinations(range(size), 2) if random.random() < 0.6]
+    sizes = random.integers(0, 4, size).tolist()
+    to = {name: float(random.integers(0, 3)) for name in names}
+    by_pair = seed % 2
+    return Problem(
+        devices=[PlacedDevice(name=name, count=count, memory_bytes=4.0) for name, count in zip(names, counts, strict=True)],
+        choices=[Choice(name=name, target=name, device=name) for name in names],
+        nodes=nodes,
+        edges=[Edge(source=str(one), reader=str(other), bytes=sizes[one]) for one, other in pairs],
+        transfers={
+            (one, other): Move(to[other] + by_pair * float(random.integers(0, 3)), 0.5) for one, other in itertools.product(names, names)
+        },
+        exports={name: Move(0.0, 1.0) for name in names[1:]},
+    )
 
 
 def chain(*costs: Mapping[str, float], boundary: float = 1.0, **limits: float) -> Problem:

@@ -47,7 +47,7 @@ def test_a_file_says_all_that_a_problem_holds() -> None:
     assert problem.unit == "s"
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(problems())
 def test_a_problem_comes_back_from_its_json_as_it_was(problem: Problem) -> None:
     assert problem_from_json(problem_to_json(problem)) == problem
