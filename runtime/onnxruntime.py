@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from aivmm.errors import Unsupported
-from aivmm.runtime.backend import Baseline, Buffer, Placement, Request, foreign_dtype, is_foreign, raw_view
+from aivmm.runtime.backend import Baseline, Buffer, Placement, Request, foreign_dtype, holds_foreign, is_foreign, raw_view
 from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.cpu import cpu_device
 from aivmm.runtime.nvml import nvidia_devices
@@ -290,7 +290,7 @@ class _BoundRequest:
         """
         if not buffer.flags.c_contiguous:
             raise Unsupported(f"the array for {name!r} is not C-contiguous, so it cannot be shared")
-        foreign = is_foreign(buffer.dtype.name)
+        foreign = holds_foreign(buffer)
         if name in self._inputs and not foreign:
             self._binding.bind_cpu_input(name, buffer)
         else:

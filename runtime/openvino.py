@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from aivmm.errors import Unsupported
-from aivmm.runtime.backend import Baseline, Buffer, Placement, Request, foreign_dtype, is_foreign, raw_view
+from aivmm.runtime.backend import Baseline, Buffer, Placement, Request, foreign_dtype, holds_foreign, is_foreign, raw_view
 from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.cpu import cpu_device, usable_cores
 from aivmm.runtime.onnx_interface import read_interface
@@ -375,7 +375,7 @@ class _Request:
             return self._tensor(buffer)
         if not (buffer.flags.c_contiguous and buffer.flags.writeable):
             raise Unsupported(f"the array for {name!r} is not C-contiguous or read-only, so it cannot be shared")
-        if is_foreign(buffer.dtype.name):
+        if holds_foreign(buffer):
             ports, index = (self._request.model_outputs, self._outputs)
             if name in self._inputs:
                 ports, index = (self._request.model_inputs, self._inputs)

@@ -6,7 +6,7 @@ when the first is taken. Operators like one that was refused alone are taken for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from aivmm.runtime.config import Config
 from aivmm.runtime.target import Target
 
 _MOST_COMPILES = 48  # beyond it what is left counts as refused: so scattered a refusal leaves no run worth a plan
-_TOO_MUCH = "too much of the model is refused to look further"
+_GAVE_UP = "it lies in a part that is refused; there was no time, or too much is refused, to look further"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +35,16 @@ class RefusedRun:
 
 
 class Refusals:
-    """Finds what `target` refuses of the prepared model at `model`, of which it is known that it refuses the whole."""
+    """Finds what `target` refuses of the prepared model at `model`, of which it is known that it refuses the whole.
 
-    def __init__(self, lab: Lab, target: Target, model: Path, structure: Structure, folder: Path) -> None:
+    Once `stop` says so nothing more is compiled, and what is not known to be taken counts as refused.
+    """
+
+    def __init__(
+        self, lab: Lab, target: Target, model: Path, structure: Structure, folder: Path, *, stop: Callable[[], bool] = lambda: False
+    ) -> None:
         self.compiles = 0
+        self._stop = stop
         self._lab, self._target, self._model, self._folder = lab, target, model, folder
         self._structure = structure
         self._places = [cut.position for cut in structure.cut_points]
@@ -61,7 +67,7 @@ class Refusals:
         middle = self._middle(start, end)
         if middle is None and not seen:
             reason = self._why_refused(start, end)  # it may be taken alone: then nothing but the combination is refused
-        if middle is None or reason == _TOO_MUCH:
+        if middle is None or reason == _GAVE_UP:
             return [self._leaf(start, end, reason)] if reason else []
         before = self._why_refused(start, middle)
         found = self._refused(start, middle, before) if before else []
@@ -86,8 +92,8 @@ class Refusals:
         known = next((reason for each in self._signatures[start:end] if (reason := self._known.get(each))), "")
         if known:
             return known
-        if self.compiles >= _MOST_COMPILES:
-            return _TOO_MUCH
+        if self.compiles >= _MOST_COMPILES or self._stop():
+            return _GAVE_UP
         self.compiles += 1
         path = self._folder / "run.onnx"
         try:

@@ -265,12 +265,18 @@ class Session:
 
     def _look_for_refusals(self, work: Work, explorer: Explorer) -> None:
         """Where a target refuses the whole model, cut the blocks around what it refuses: the rest can still be placed there."""
+        forced = _FORCED_S if self.options.min_segments > 1 else 0.0
+        ends = max(_BLOCKS_UNTIL * self.options.budget_s, work.elapsed() + forced)
+
+        def stop() -> bool:
+            return work.asked() or work.elapsed() > ends
+
         for target in work.targets:
             rejection = explorer.rejection(target)
             if rejection is None or rejection.state != "refused" or len(work.targets) < 2:
                 continue
             self.progress.phase(f"looking for what {target} refuses")
-            search = Refusals(work.lab, target, work.subject.path, work.subject.structure, work.folder / "refusals")
+            search = Refusals(work.lab, target, work.subject.path, work.subject.structure, work.folder / "refusals", stop=stop)
             refused = search.find(rejection.reason)
             for run in refused:
                 where = f"node {run.first}" if run.first == run.last else f"nodes {run.first} to {run.last}"

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from aivmm.errors import Unsupported
-from aivmm.runtime.backend import Request, is_foreign
+from aivmm.runtime.backend import Request, holds_foreign, is_foreign
 from aivmm.runtime.config import Config
 from aivmm.runtime.engine import find_target
 from aivmm.runtime.onnx_interface import ELEMENT_TYPES
@@ -62,4 +62,6 @@ def test_openvino_does_not_take_values_that_share_bytes() -> None:
 
 def test_numpys_own_types_are_not_foreign() -> None:
     assert not any(is_foreign(name) for name in ("float64", "float32", "float16", "int64", "uint8", "bool", "string", "unknown"))
+    assert not any(holds_foreign(np.empty(1, dtype)) for dtype in ("float64", "int64", "longlong", "bool", "O", "U3", "complex64"))
+    assert all(holds_foreign(np.empty(1, dtype)) for dtype in (ml_dtypes.bfloat16, ml_dtypes.float8_e5m2, ml_dtypes.int4))
     assert is_foreign("bfloat16") and is_foreign("float8_e5m2") and is_foreign("int4")

@@ -95,6 +95,14 @@ def test_a_target_that_refuses_nearly_everything_is_not_asked_for_ever(tmp_path:
     assert sum(last - first + 1 for first, last, _ in found) >= LAYERS
 
 
+def test_out_of_time_nothing_more_is_compiled_and_the_whole_counts_as_refused(tmp_path: Path) -> None:
+    path, structure = chain(tmp_path, {13: "Softplus"})
+    search = Refusals(Picky({"Softplus"}), CPU, path, structure, tmp_path / "refusals", stop=lambda: True)  # type: ignore[arg-type]
+    runs = search.find("no such thing")
+    assert search.compiles == 0 and runs[0].first == 0 and runs[-1].last == structure.node_count - 1
+    assert refine(structure, path, runs) == structure
+
+
 def test_blocks_are_cut_around_what_is_refused_and_an_earlier_cut_is_remembered(tmp_path: Path) -> None:
     path, structure = chain(tmp_path, {13: "Softplus"})
     runs = Refusals(Picky({"Softplus"}), CPU, path, structure, tmp_path / "refusals").find("no such thing")  # type: ignore[arg-type]
