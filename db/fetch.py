@@ -59,7 +59,8 @@ class Reader:
         for some in chunks(list(keys)):
             pairs = [value for digest in some for value in (keys[digest].subject, digest)]
             rows = self._ask(_NEWEST_OF_KEYS, pairs, width=2)
-            yield from zip((keys[row[1]] for row in rows), self._entries(rows, keys), strict=True)
+            found = [keys[row[1]] for row in rows]
+            yield from zip(found, self._entries(rows, found), strict=True)
 
     def by_id(self, ids: Sequence[str]) -> Iterator[Entry]:
         """Yield the entries of `ids`, in their order; an id that is not stored is left out."""
@@ -67,7 +68,7 @@ class Reader:
             rows = self._ask(_BY_ID, some)
             width = len(_OUTCOME)
             configs = self.load_configs(self.connection, {row[width + _KEY.index("config_digest")] for row in rows})
-            keys = {row[1]: _key(row[width:], configs) for row in rows}
+            keys = [_key(row[width:], configs) for row in rows]
             found = {entry.id: entry for entry in self._entries(rows, keys)}
             yield from (found[each] for each in some if each in found)
 
@@ -75,10 +76,10 @@ class Reader:
         asked = _expanded(query, len(values), width, self.connection.dialect.paramstyle)
         return self.connection.exec_driver_sql(asked, tuple(values)).fetchall()
 
-    def _entries(self, rows: Sequence[Any], keys: Mapping[str, ProbeKey]) -> list[Entry]:
-        """Return what rows say; `keys` are by their digests."""
+    def _entries(self, rows: Sequence[Any], keys: Sequence[ProbeKey]) -> list[Entry]:
+        """Return what rows say, each of its key."""
         configs = self.load_configs(self.connection, {row[_EFFECTIVE] for row in rows})
-        return [self._entry(row, configs, keys[row[1]]) for row in rows]
+        return [self._entry(row, configs, key) for row, key in zip(rows, keys, strict=True)]
 
     def _entry(self, row: Any, configs: Mapping[str, Config], key: ProbeKey) -> Entry:
         identity, _, state, blob, reason, output, effective, placement, race, stored_at, metrics, cautions, *_ = row

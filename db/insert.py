@@ -7,9 +7,9 @@ once, as the driver takes them, in one flat list.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Connection, Table
 from sqlalchemy.engine import Dialect
@@ -161,7 +161,7 @@ def _copy(connection: Connection, table: Table, rows: Iterable[Sequence[Any]]) -
     driver = connection.dialect.loaded_dbapi
     assert driver is not None
     try:
-        with connection.connection.cursor() as cursor, cursor.copy(statement) as copy:
+        with closing(connection.connection.cursor()) as cursor, cast(Any, cursor).copy(statement) as copy:
             for row in rows:
                 copy.write_row(row)
     except driver.Error as error:

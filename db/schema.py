@@ -245,7 +245,6 @@ lowering = Table(
     Column("content", String, nullable=False, index=True),  # of the fp32 model
     Column("precision", String, nullable=False),
     _json("recipe"),
-    Column("calibration", String),  # digest of the samples; rows of before schema 0003 do not say
     Column("lowered_content", String, index=True),  # None when it could not be made
     Column("reason", Text, nullable=False),
     Column("data", String, nullable=False),  # real, synthetic
@@ -253,6 +252,7 @@ lowering = Table(
     Column("weight_bytes", BigInteger),
     Column("duration_s", Double, nullable=False),
     Column("made_at", UtcDateTime, nullable=False),
+    Column("calibration", String),  # digest of the samples; rows of before schema 0003 do not say
 )
 
 # --- runs

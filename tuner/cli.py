@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -346,5 +346,12 @@ def _print_outcome(summary: Any, notes: list[str], verbose: bool) -> None:
     if summary["plan"]:
         console.print(Text(f"plan    {summary['plan']['path']}"))
     console.print(Text(f"report  {summary['report']}"))
+    console.print(Text(f"probes  {_counted(summary['probes'])}"))
     if summary["plan"]:
         console.print(Text(f"use it  import aivmm; engine = aivmm.load_plan({summary['plan']['path']!r})"))
+
+
+def _counted(probes: Mapping[str, int]) -> str:
+    """Say how many probes were measured now, and how many the database knew already."""
+    known = f"{probes['measured']} measured, {probes['reused']} reused from the database"
+    return ", ".join([known, *(f"{probes[state]} {state}" for state in ("refused", "failed") if probes[state])])

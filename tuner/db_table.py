@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
@@ -41,7 +42,7 @@ def print_frame(frame: pd.DataFrame) -> None:
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def _cells(row: dict[str, Any]) -> dict[str, str]:
+def _cells(row: Mapping[Any, Any]) -> dict[str, str]:
     measured = row["state"] == "measured"
     settings = json.loads(row["config"])["settings"]
     cells = {

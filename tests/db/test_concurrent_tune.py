@@ -1,4 +1,4 @@
-"""The whole command, twice at once on one file, and once on a server."""
+"""The whole command, twice and eight times at once on one file, and once on a server."""
 
 from __future__ import annotations
 
@@ -33,12 +33,14 @@ def is_whole(location: str, summaries: list[dict[str, object]]) -> None:
             assert database.run_structure(run.id) is not None
 
 
-def test_two_tunes_on_one_file_both_end_and_nothing_is_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.timeout(8 * LIMIT_S)
+def test_tunes_on_one_file_all_end_and_nothing_is_lost(tmp_path: Path, count: int) -> None:
     place = Place.at(tmp_path)
-    models = [write_tiny(place.work / "one.onnx"), write_tiny(place.work / "two.onnx", layers=2)]
+    models = [write_tiny(place.work / f"m{number}.onnx", layers=1 + number % 3) for number in range(count)]
     with ExitStack() as stack:
         started = [stack.enter_context(place.started("tune", each, *TINY, *SMALL, "--json")) for each in models]
-        ended = [process.communicate(timeout=2 * LIMIT_S) for process in started]
+        ended = [process.communicate(timeout=count * LIMIT_S) for process in started]
         for process, (_, errors) in zip(started, ended, strict=True):
             assert process.returncode == 0, errors
             assert "locked" not in errors

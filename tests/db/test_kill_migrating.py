@@ -21,6 +21,7 @@ from aivmm.db.engine import make_engine, use_wal
 from aivmm.db.location import Location
 from aivmm.db.migrate import HEAD, History, revision_of, upgrade
 from aivmm.db.schema import metadata
+from tests.db import old_rows
 from tests.db.killing import ENVIRONMENT, bulk, everything_told, half_written, outcome, running, wait_for_server
 from tests.db.postgres import Server
 from tests.db.steps import FAIL, ORPHAN, REBUILD, history
@@ -159,6 +160,35 @@ def test_killed_while_it_migrates_a_file_it_is_old_or_new_and_the_next_one_goes_
     told = kill_migrations(copies(old_file, tmp_path), history(tmp_path, REBUILD), kills, seed=kills)
     with capsys.disabled():
         print(f"\n  {told}")
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
+def test_killed_while_it_takes_the_released_steps_a_file_of_the_first_schema_is_old_or_new(
+    tmp_path: Path, kills: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moments, hit = random.Random(kills), dict.fromkeys(("started", "inside", "committing", "done", "new"), 0)
+    dump = (old_rows.FOLDER / "0001.sql").read_text(encoding="utf-8")
+
+    def first(file: Path) -> Path:
+        with closing(sqlite3.connect(file)) as connection:
+            connection.executescript(dump)
+        return file
+
+    course = Course.of(open_telling, str(first(tmp_path / "timed.db")))
+    for number in range(kills):
+        file = first(tmp_path / f"{number}.db")
+        hit[course.kill(open_telling, str(file), moments=moments)] += 1
+        assert sound(str(file))
+        with closing(sqlite3.connect(file)) as connection:
+            now = "".join(f"{line}\n" for line in connection.iterdump())
+            (revision,) = connection.execute("SELECT version_num FROM aivmm_version").fetchone()
+        assert now == dump if revision == "0001" else revision == HEAD, "neither old nor new"
+        hit["new"] += revision == HEAD
+        with Database.open(file) as database:
+            assert old_rows.read(database) == old_rows.expected("0001")
+            assert database.check() == []
+    with capsys.disabled():
+        print(f"\n  {kills} kills while a file of schema 0001 takes the released steps: {hit}")
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
 
 from aivmm.db.database import Database
+from aivmm.db.frames import evidence
+from aivmm.probes.records import Measured
 from aivmm.runtime.environment import Environment, environment_of
 from aivmm.runtime.target import Device, Target
 
@@ -33,3 +40,30 @@ def test_a_target_is_stored_once_with_its_device_and_environment(database: Datab
     assert [fields(each) for each in database.targets()] == [fields(one), fields(upgraded)]
     assert database.environments() == [environment_of(one), environment_of(upgraded)]
     assert database.remember_device(CPU) == database.remember_device(dataclasses.replace(CPU))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"driver": "581"}, {"runtime_version": "2027.0"}, {"usable_cores": 1}, {"instruction_sets": ("avx2",)}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_changes_on_one_target_hides_its_rows_from_planning_and_no_other_s_and_none_from_reports(
+    database: Database, environment: Environment, measured: Callable[..., Measured], change: dict[str, Any]
+) -> None:
+    other = replace(environment, target="onnxruntime:CUDA:0", device_model="A GPU", runtime_version="1.31")
+    changed = replace(environment, **change)
+    for each in (other, changed):
+        database.remember_environment(each)
+    mine = measured()
+    theirs = replace(mine, key=replace(mine.key, target=other.target, environment=other.fingerprint))
+    database.add_many([mine, theirs])
+    now = [replace(mine.key, environment=changed.fingerprint), theirs.key]  # what a planner asks for after the change
+    assert database.find_many(now) == {theirs.key: theirs}
+    assert database.outcomes(subject="block", environment=[changed.fingerprint, other.fingerprint]) == [theirs]
+    frame = evidence(database)
+    assert frame["environment"].tolist() == [environment.fingerprint, other.fingerprint]
+    again = replace(mine, key=now[0])
+    database.add(again)
+    assert database.find_many(now) == {now[0]: again, theirs.key: theirs}
+    assert database.find(mine.key) == mine  # and back, when the change is undone
+    assert len(evidence(database)) == 3
