@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -106,8 +107,10 @@ def precisions_tried(place: Place) -> set[str | None]:
         (("--dataset", "mine.py"), "mine.py"),
     ],
 )
-def test_what_does_not_fit_is_one_line(shared: Place, tiny: Path, options: tuple[str, ...], said: str) -> None:
-    done = shared.aivmm("tune", tiny, *TINY, *FEW, *options)
+def test_what_does_not_fit_is_one_line(
+    shared: Place, tiny: Path, in_process: Callable[..., Finished], options: tuple[str, ...], said: str
+) -> None:
+    done = in_process(shared, "tune", tiny, *TINY, *FEW, *options)
     assert done.code == 2
     assert len(done.error_lines) == 1 and said in done.error_lines[0]
     assert "Traceback" not in done.err
