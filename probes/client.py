@@ -99,6 +99,7 @@ class Worker:
         self._printed: deque[bytes] = deque()
         self._drain: threading.Thread | None = None
         self._asked = 0
+        self._retired = False
 
     @property
     def pid(self) -> int:
@@ -142,6 +143,11 @@ class Worker:
         _kill_group(process.pid)
         # Its pipes are closed by the threads that read them.
 
+    def retire(self) -> None:
+        """End the process for good: another thread may be about to start it, and that start is then undone."""
+        self._retired = True
+        self.close()
+
     def __enter__(self) -> Worker:
         return self
 
@@ -169,11 +175,16 @@ class Worker:
         self._printed = deque()
         # -P: the current folder may hold an onnx.py, or our own source folders.
         command = [sys.executable, "-P", "-m", "aivmm.probes.worker", str(os.getpid())]
-        self._process = _spawner().submit(_spawn, command).result()
-        guard.watch(self._process.pid)
-        assert self._process.stdout and self._process.stderr
-        threading.Thread(target=_read_answers, args=(self._process.stdout, self._answers), daemon=True).start()
-        self._drain = threading.Thread(target=_keep_tail, args=(self._process.stderr, self._printed), daemon=True)
+        self._process = process = _spawner().submit(_spawn, command).result()
+        assert process.stdout and process.stderr
+        if self._retired:  # before, or meanwhile by another thread, which found no process to end
+            self._end_now()
+            process.stdout.close()
+            process.stderr.close()
+            raise WorkerDied("was ended with its laboratory")
+        guard.watch(process.pid)
+        threading.Thread(target=_read_answers, args=(process.stdout, self._answers), daemon=True).start()
+        self._drain = threading.Thread(target=_keep_tail, args=(process.stderr, self._printed), daemon=True)
         self._drain.start()
         self._ask({"operation": "hello"}, START_LIMIT_S, None)
 

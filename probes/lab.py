@@ -74,10 +74,14 @@ class Lab:
         self._workers: dict[str, Worker] = {}
         self.trouble: list[str] = []  # what went wrong without costing a probe, for the user to know
         self._count = 0
+        self._closed = False
 
     def worker(self, runtime: str) -> Worker:
         """Return the worker that runs one runtime."""
-        return self._workers.setdefault(runtime, Worker(runtime))
+        found = self._workers.setdefault(runtime, Worker(runtime))
+        if self._closed:
+            found.retire()
+        return found
 
     def pids(self) -> list[int]:
         """Return the process ids of the workers that run."""
@@ -277,8 +281,9 @@ class Lab:
 
     def close(self) -> None:
         """End all workers."""
-        for worker in self._workers.values():
-            worker.close()
+        self._closed = True  # for a thread that still looks for devices
+        for worker in list(self._workers.values()):
+            worker.retire()
 
     def __enter__(self) -> Lab:
         return self

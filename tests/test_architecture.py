@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,7 @@ def imported(source: str, module: str, *, package: bool) -> set[str]:
     return found
 
 
+@cache  # each file is asked about once for each library
 def imports_of(file: Path) -> set[str]:
     return imported(file.read_text(encoding="utf-8"), module_of(file), package=file.name == "__init__.py")
 

@@ -370,6 +370,16 @@ def test_what_was_loaded_in_a_worker_that_died_is_lost_and_says_so(compile_wild:
     assert set(contestant.rounds) == {0}
 
 
+def test_a_laboratory_that_closes_while_it_looks_for_devices_leaves_no_worker() -> None:
+    """As when the model cannot be read: nobody waits for the devices, and the thread that looks for them must start nothing more."""
+    with Lab() as lab:
+        looking = threading.Thread(target=lab.discover, args=(["onnxruntime"],))
+        looking.start()
+    looking.join(timeout=60)
+    assert not looking.is_alive()
+    assert lab.pids() == []
+
+
 @pytest.mark.parametrize("how", ["raise", "vanish", "memory"])
 def test_a_plug_in_that_fails_while_looking_is_absent_and_the_others_are_found(
     wild: Path, monkeypatch: pytest.MonkeyPatch, how: str

@@ -23,7 +23,8 @@ from aivmm.tuner.options import DEFAULT_COSINE
 
 ROOT = Path(__file__).parent.parent.parent
 MODELS = ROOT.parent / "shared" / "models"
-SMALL = ("--budget", "20s", "--trials", "3", "--top", "1")  # a bound that the few trials never reach
+SMALL = ("--budget", "10s", "--trials", "3", "--top", "1")  # the trials fit in any case: they are asked for at once
+ONE_RUNTIME = ("--targets", "onnxruntime")  # where a second one would only be measured too, for 10 seconds more
 LIMIT_S = 240.0  # of one command: many times what it takes, for a machine that others keep busy
 
 Array = npt.NDArray[Any]

@@ -43,17 +43,11 @@ Attempt = Callable[..., Finished]
 
 
 @pytest.fixture
-def attempt(place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Attempt:
-    """Run a command in the place, in this process (its workers are real): half the time of a process each, and a bug raises here."""
-    from aivmm.tuner.cli import run
-
-    for name in ("AIVMM_DB", "AIVMM_CACHE", "AIVMM_LOCK", "HOME", "XDG_DATA_HOME", "COLUMNS"):
-        monkeypatch.setenv(name, place.env()[name])
-    monkeypatch.chdir(place.work)
+def attempt(place: Place, in_process: Callable[..., Finished]) -> Attempt:
+    """Run a command in the place with --json, in this process."""
 
     def attempt(*arguments: str | Path) -> Finished:
-        code = run([*map(str, arguments), "--json"])
-        return Finished(code, *capfd.readouterr())
+        return in_process(place, *arguments, "--json")
 
     return attempt
 

@@ -1,9 +1,10 @@
-"""`aivmm db` as its users type it, in processes of its own; what the verbs do is tested in `tests/db`."""
+"""`aivmm db` as its users type it, some in processes of their own; what the verbs do is tested in `tests/db`."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,9 @@ ENVIRONMENT = Environment(
     power_limit_w=None,
     system="test",
 )
+
+
+InProcess = Callable[..., Finished]
 
 
 def key(subject: str) -> ProbeKey:
@@ -78,61 +82,61 @@ def test_stats_query_and_check_say_what_is_there(db: Place) -> None:
     assert ok(db.aivmm("db", "check", "--json")).json["problems"] == []
 
 
-def test_a_database_that_is_not_there_is_not_made_by_asking(tmp_path: Path) -> None:
+def test_a_database_that_is_not_there_is_not_made_by_asking(tmp_path: Path, in_process: InProcess) -> None:
     place = Place.at(tmp_path)
     for arguments in (("stats",), ("query",), ("check",), ("export", "out"), ("prune", "--failed")):
-        done = place.aivmm("db", *arguments)
+        done = in_process(place, "db", *arguments)
         assert done.code == 2
         assert f"there is no database {place.db}" in done.err
         assert len(done.error_lines) == 1
     assert not place.db.exists()
 
 
-def test_what_no_runtime_was_asked_for_is_called_default(db: Place) -> None:
+def test_what_no_runtime_was_asked_for_is_called_default(db: Place, in_process: InProcess) -> None:
     with Database.open(db.db) as database:
         plain = Measured(key=replace(key("plain"), config=Config.of({"THREADS": 2})), samples=Samples(timed_s=(0.1,)))
         database.add(plain)
-    lines = ok(db.aivmm("db", "query")).out.splitlines()
+    lines = ok(in_process(db, "db", "query")).out.splitlines()
     assert "default" in lines[-1] and "THREADS=2" in lines[-1] and "100 ms" in lines[-1]
-    nothing = ok(db.aivmm("db", "query", "--state", "refused"))
+    nothing = ok(in_process(db, "db", "query", "--state", "refused"))
     assert (nothing.out, "nothing that is stored fits" in nothing.err) == ("", True)
 
 
-def test_query_writes_the_formats_that_others_read(db: Place) -> None:
-    csv = ok(db.aivmm("db", "query", "--format", "csv", "--state", "failed")).out
+def test_query_writes_the_formats_that_others_read(db: Place, in_process: InProcess) -> None:
+    csv = ok(in_process(db, "db", "query", "--format", "csv", "--state", "failed")).out
     assert csv.splitlines()[0].startswith("kind,subject,name,target")
     assert "segfault" in csv
-    ok(db.aivmm("db", "query", "-o", "all.parquet"))
+    ok(in_process(db, "db", "query", "-o", "all.parquet"))
     frame = pd.read_parquet(db.work / "all.parquet")
     assert list(frame["state"]) == ["measured"] * 3 + ["failed"]
     assert frame["median_s"][0] == (1 / 3 + 0.5) / 2
-    ok(db.aivmm("db", "query", "-o", "all.json"))
+    ok(in_process(db, "db", "query", "-o", "all.json"))
     assert len(json.loads((db.work / "all.json").read_text(encoding="utf-8"))["probes"]) == 4
 
 
-def test_measurements_travel_and_arrive_once(db: Place) -> None:
-    assert ok(db.aivmm("db", "export", "out", "--json")).json["rows"]["probe"] == 4
-    told = ok(db.aivmm("db", "import", "out", "--db", "other.db", "--json")).json
+def test_measurements_travel_and_arrive_once(db: Place, in_process: InProcess) -> None:
+    assert ok(in_process(db, "db", "export", "out", "--json")).json["rows"]["probe"] == 4
+    told = ok(in_process(db, "db", "import", "out", "--db", "other.db", "--json")).json
     assert told["sources"][0]["added"]["probe"] == 4
-    assert "nothing is new" in ok(db.aivmm("db", "import", "out", "--db", "other.db")).out
-    assert "nothing is new" in ok(db.aivmm("db", "merge", "other.db")).out
-    assert "new: 4 probes, 1 environment" in ok(db.aivmm("db", "merge", "other.db", "--db", "third.db")).out
+    assert "nothing is new" in ok(in_process(db, "db", "import", "out", "--db", "other.db")).out
+    assert "nothing is new" in ok(in_process(db, "db", "merge", "other.db")).out
+    assert "new: 4 probes, 1 environment" in ok(in_process(db, "db", "merge", "other.db", "--db", "third.db")).out
 
 
-def test_prune_says_first_and_then_does(db: Place) -> None:
-    assert ok(db.aivmm("db", "prune", "--failed", "--dry-run", "--json")).json["probes"] == 1
-    assert "1 probe and 0 runs would go" in ok(db.aivmm("db", "prune", "--failed", "--dry-run")).out
-    assert "1 probe and 0 runs removed" in ok(db.aivmm("db", "prune", "--failed")).out
-    assert ok(db.aivmm("db", "stats", "--json")).json["tables"]["probe"] == 3
+def test_prune_says_first_and_then_does(db: Place, in_process: InProcess) -> None:
+    assert ok(in_process(db, "db", "prune", "--failed", "--dry-run", "--json")).json["probes"] == 1
+    assert "1 probe and 0 runs would go" in ok(in_process(db, "db", "prune", "--failed", "--dry-run")).out
+    assert "1 probe and 0 runs removed" in ok(in_process(db, "db", "prune", "--failed")).out
+    assert ok(in_process(db, "db", "stats", "--json")).json["tables"]["probe"] == 3
 
 
-def test_check_ends_with_1_and_the_list(db: Place) -> None:
+def test_check_ends_with_1_and_the_list(db: Place, in_process: InProcess) -> None:
     with closing(sqlite3.connect(db.db)) as connection, connection:
         connection.execute("UPDATE probe SET key = 'x'")
-    done = db.aivmm("db", "check")
+    done = in_process(db, "db", "check")
     assert done.code == 1
     assert done.out.count("its key is not the digest") == 4
-    as_json = db.aivmm("db", "check", "--json")
+    as_json = in_process(db, "db", "check", "--json")
     assert (as_json.code, len(as_json.json["problems"])) == (1, 4)
 
 

@@ -79,7 +79,7 @@ def fragile(tmp_path: Path) -> str:
 
 
 def test_a_setting_that_crashes_the_driver_costs_one_probe_and_is_not_tried_again(place: Place, tiny: Path, fragile: str) -> None:
-    arguments = ("tune", tiny, *TINY, "--backend", "fragile", "--budget", "20s", "--trials", "6", "--top", "1", "--json")
+    arguments = ("tune", tiny, *TINY, "--backend", "fragile", "--budget", "6s", "--trials", "3", "--top", "1", "--json")
     done = place.aivmm(*arguments, PYTHONPATH=fragile)
     assert done.code == 0, done.err
     failures = done.json["probes"]["failed"]

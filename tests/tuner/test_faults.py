@@ -120,7 +120,7 @@ REASONS = {
 }
 WRONG = ("as nan", "as shape")  # it answers, with something that is no answer
 SOUND = ("run print", "compile print")  # a hundred megabytes are printed, and nothing comes of it
-SOME = ("compile segfault", "first rubbish", "run eat", "as nan")
+SOME = ("compile segfault", "first rubbish", "run vanish", "as nan")
 ALL = tuple(f"{when} {how}" for when in ("compile", "first", "run") for how in REASONS)
 PARTS = [ALL[start::12] for start in range(12)]  # few at a time: what crashes takes with it what is loaded, which is then loaded again
 
@@ -223,14 +223,18 @@ def test_operators_that_crash_cost_one_row_each(place: Place, tiny: Path, plug_i
         assert len(list(database.outcomes(kind="operator", all=True))) == before
 
 
-@pytest.mark.parametrize(
-    ("where", "how"),
-    [
-        ("FAULT_LOOKING", "segfault"),
-        pytest.param("FAULT_KNOBS", "vanish", marks=pytest.mark.slow),
-        pytest.param("FAULT_BASELINES", "raise", marks=pytest.mark.slow),
-    ],
-)
+BREAKS = [("FAULT_LOOKING", "segfault"), ("FAULT_KNOBS", "vanish"), ("FAULT_BASELINES", "raise")]
+
+
+def test_a_runtime_that_crashes_while_looking_for_devices_leaves_the_others(place: Place, tiny: Path, plug_ins: Path) -> None:
+    done = tune(place, tiny, plug_ins, "--backend", "faulty", "--backend", "onnxruntime", "--dry-run", FAULT_LOOKING="segfault")
+    assert done.code == 0, done.err
+    assert done.json["targets"] == ["onnxruntime:CPU"] and done.json["baselines"] == ["onnxruntime:CPU default"]
+    assert any("faulty" in each and "SIGSEGV" in each for each in done.json["unavailable"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "how"), BREAKS)
 def test_a_runtime_that_breaks_before_anything_is_measured_leaves_the_others(
     place: Place, tiny: Path, plug_ins: Path, where: str, how: str
 ) -> None:

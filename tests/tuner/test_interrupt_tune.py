@@ -49,29 +49,33 @@ def check_kept(place: Place, status: str) -> None:
         assert database.run(None).status == status
 
 
-def test_once_in_the_search_proves_and_writes_the_best_plan_so_far(place: Place, tiny: Path) -> None:
-    with place.started("tune", tiny, *LONG) as process:
-        until(place, process, "trial", 2)
+def test_once_finishes_with_a_plan_at_any_time_and_the_same_request_goes_on(place: Place, tiny: Path) -> None:
+    with place.started("tune", tiny, *LONG) as process:  # once before anything was measured
+        assert process.stderr
+        while "reading the model" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert json.loads(out)["plan"]
+    check_kept(place, "interrupted")
+    # A search that was cut short is no search that was done: the same request goes on with it.
+    trials, probes = count(place, "trial"), count(place, "probe")
+    with place.started("tune", tiny, *LONG) as process:  # once in the search
+        until(place, process, "trial", 2 * trials + 1)
         workers = workers_of(process.pid)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
-        code = process.returncode
-    assert code == 0, err
+    assert process.returncode == 0, err
     assert err.count(LINE) == 1
     summary: Any = json.loads(out)
     assert summary["plan"] and summary["baselines"]
+    assert summary["probes"]["reused"] > 0
+    assert count(place, "probe") > probes
     assert (place.work / "tiny.aivmm" / "plan.json").is_file()
     assert (place.work / "tiny.aivmm" / "report.html").is_file()
     assert living(workers) == []
     check_kept(place, "interrupted")
-    # A search that was cut short is no search that was done: the same request goes on with it.
-    trials, probes = count(place, "trial"), count(place, "probe")
-    with place.started("tune", tiny, *LONG) as process:
-        until(place, process, "trial", 2 * trials + 1)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
-    assert json.loads(out)["probes"]["reused"] > 0
-    assert count(place, "probe") > probes
 
 
 def test_twice_stops_now_and_keeps_what_was_measured(place: Place, tiny: Path) -> None:
@@ -95,17 +99,4 @@ def test_twice_stops_now_and_keeps_what_was_measured(place: Place, tiny: Path) -
     assert living(workers) == []
     assert list(place.work.iterdir()) == []
     assert count(place, "probe") >= kept
-    check_kept(place, "interrupted")
-
-
-def test_once_before_anything_was_measured_still_gives_a_plan(place: Place, tiny: Path) -> None:
-    with place.started("tune", tiny, *LONG) as process:
-        assert process.stderr
-        while "reading the model" not in process.stderr.readline():
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
-        code = process.returncode
-    assert code == 0, err
-    assert json.loads(out)["plan"]
     check_kept(place, "interrupted")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 
 import aivmm
 from aivmm.db.database import Database
-from tests.tuner.harness import TINY, Place, reference, relative_l2
+from tests.tuner.conftest import Tuned
+from tests.tuner.harness import ONE_RUNTIME, TINY, Finished, Place, reference, relative_l2
 
 FEW = ("--budget", "8s", "--trials", "3", "--top", "1", "--json", "-q")
 METRIC = """
@@ -34,13 +36,18 @@ def shared(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
     return place
 
 
+@pytest.fixture(scope="module")
+def lowered(shared: Place, tiny: Path) -> Finished:
+    """A finished tune that allows int8 alone."""
+    return shared.aivmm("tune", tiny, *TINY, *LOWERED, *FEW, "-o", "low.aivmm")
+
+
 LOWERED = ("--precisions", "int8", "--dataset", "labelled.npz", "--metric", "mine:agreement", "--constraint", "metric>=0.5")
 
 
-def test_a_model_lowered_with_a_data_set_is_judged_by_the_users_metric_and_runs(shared: Place, tiny: Path) -> None:
-    done = shared.aivmm("tune", tiny, *TINY, *LOWERED, *FEW, "-o", "low.aivmm")
-    assert (done.code, done.err) == (0, ""), done.err
-    found = done.json
+def test_a_model_lowered_with_a_data_set_is_judged_by_the_users_metric_and_runs(shared: Place, tiny: Path, lowered: Finished) -> None:
+    assert (lowered.code, lowered.err) == (0, "")
+    found = lowered.json
     assert [stage["precision"] for stage in found["plan"]["stages"]] == ["int8"]
     assert found["accuracy"]["metric"] == "metric" and found["accuracy"]["data"] == "real"
     assert 0.5 <= found["accuracy"]["value"] <= 1.0 and found["accuracy"]["limit"] == 0.5
@@ -59,32 +66,33 @@ def test_a_model_lowered_with_a_data_set_is_judged_by_the_users_metric_and_runs(
     assert 1e-6 < error < 0.2  # lowered in truth, and not to nonsense
 
 
-def test_the_same_again_lowers_and_measures_nothing(shared: Place, tiny: Path) -> None:
-    first = shared.aivmm("tune", tiny, *TINY, *LOWERED, *FEW, "-o", "low.aivmm")
+def test_the_same_again_lowers_and_measures_nothing(shared: Place, tiny: Path, lowered: Finished) -> None:
     kept = {path: path.stat().st_mtime_ns for path in (shared.folder / "cache" / "lowered").iterdir() if path.suffix != ".lock"}
     again = shared.aivmm("tune", tiny, *TINY, *LOWERED, *FEW, "-o", "low.aivmm")
-    assert again.code == first.code == 0
+    assert again.code == lowered.code == 0
     assert again.json["probes"]["measured"] == 0 and again.json["probes"]["reused"] > 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 def test_a_limit_on_the_metric_that_nothing_meets_gives_no_plan(shared: Place, tiny: Path) -> None:
-    done = shared.aivmm("tune", tiny, *TINY, *LOWERED[:-1], "metric>=1.5", *FEW, "-o", "none.aivmm")
+    done = shared.aivmm("tune", tiny, *TINY, *LOWERED[:-1], "metric>=1.5", *FEW, *ONE_RUNTIME, "-o", "none.aivmm")
     assert done.code == 3
     assert done.json["plan"] is None and "metric is" in done.json["verdict"]
     assert not (shared.work / "none.aivmm").exists()
 
 
-def test_eight_real_samples_let_int8_join_and_synthetic_ones_do_not(shared: Place, tiny: Path) -> None:
+def test_eight_real_samples_let_int8_join_and_synthetic_ones_do_not(shared: Place, tiny: Path, tuned: Tuned) -> None:
     np.savez(shared.work / "eight.npz", input=np.random.default_rng(6).standard_normal((16, 1, 3, 16, 16)).astype(np.float32))
-    done = shared.aivmm("tune", tiny, *TINY, "--inputs", "eight.npz", *FEW, "-o", "joined.aivmm")
+    done = shared.aivmm("tune", tiny, *TINY, "--inputs", "eight.npz", *FEW, *ONE_RUNTIME, "-o", "joined.aivmm")
     assert done.code == 0, done.err
-    plain = shared.aivmm("tune", tiny, *TINY, *FEW, "-o", "plain.aivmm")
-    assert plain.code == 0, plain.err
-    with Database.open(str(shared.db)) as database:
-        runs = database.runs()
-        precisions = [{trial.config.precision for trial in database.trials(run.id)} for run in runs[:2]]
-    assert "int8" not in precisions[0] and "int8" in precisions[1]
+    assert "int8" in precisions_tried(shared)
+    assert "fp32" in precisions_tried(tuned.place) and "int8" not in precisions_tried(tuned.place)
+
+
+def precisions_tried(place: Place) -> set[str | None]:
+    """Return the precisions that the newest run of a place searched."""
+    with Database.open(str(place.db)) as database:
+        return {trial.config.precision for trial in database.trials(database.runs()[0].id)}
 
 
 @pytest.mark.parametrize(
@@ -99,22 +107,26 @@ def test_eight_real_samples_let_int8_join_and_synthetic_ones_do_not(shared: Plac
         (("--dataset", "mine.py"), "mine.py"),
     ],
 )
-def test_what_does_not_fit_is_one_line(shared: Place, tiny: Path, options: tuple[str, ...], said: str) -> None:
-    done = shared.aivmm("tune", tiny, *TINY, *FEW, *options)
+def test_what_does_not_fit_is_one_line(
+    shared: Place, tiny: Path, in_process: Callable[..., Finished], options: tuple[str, ...], said: str
+) -> None:
+    done = in_process(shared, "tune", tiny, *TINY, *FEW, *options)
     assert done.code == 2
     assert len(done.error_lines) == 1 and said in done.error_lines[0]
     assert "Traceback" not in done.err
 
 
 def test_int8_calibrated_on_made_up_inputs_says_so(shared: Place, tiny: Path) -> None:
-    done = shared.aivmm("tune", tiny, *TINY, "--precisions", "int8", "--constraint", "cosine>=0.5", *FEW, "-o", "made-up.aivmm")
+    done = shared.aivmm(
+        "tune", tiny, *TINY, "--precisions", "int8", "--constraint", "cosine>=0.5", *FEW, *ONE_RUNTIME, "-o", "made-up.aivmm"
+    )
     assert done.code == 0, done.err
     assert done.json["accuracy"]["data"] == "synthetic"
     assert "int8 was also calibrated on synthetic inputs: bring --dataset" in done.json["verdict"]
 
 
 def test_a_service_level_says_what_it_stands_for(shared: Place, tiny: Path) -> None:
-    done = shared.aivmm("tune", tiny, *TINY, "--service-level", "interactive", *FEW[:-2], "-v", "-o", "level.aivmm")
+    done = shared.aivmm("tune", tiny, *TINY, "--service-level", "interactive", *FEW[:-2], *ONE_RUNTIME, "-v", "-o", "level.aivmm")
     assert done.code == 0, done.err
     assert "service level interactive: objective latency, p99<=100ms" in " ".join(done.out.split())
     plan = json.loads((shared.work / "level.aivmm" / "plan.json").read_text())

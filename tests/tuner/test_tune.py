@@ -18,7 +18,7 @@ from aivmm.db.database import Database
 from aivmm.probes.records import Measured
 from aivmm.runtime.bundle import file_sha256
 from tests.tuner.conftest import Tuned
-from tests.tuner.harness import TINY, Finished, Place, assert_as_promised, listing, reference, run
+from tests.tuner.harness import ONE_RUNTIME, TINY, Finished, Place, assert_as_promised, listing, reference, run
 
 VERDICTS = {"faster", "slower", "same", "ambiguous"}
 
@@ -199,9 +199,7 @@ def test_fresh_measures_again_and_the_words_for_people_are_the_result(tuned: Tun
     (tmp_path / "work").mkdir()
     shutil.copy(tuned.place.db, place.db)
     # --trials 1 makes another request; what was measured before would be reused all the same.
-    done = place.aivmm(
-        "tune", tiny, *TINY, "--budget", "4s", "--trials", "1", "--fresh", "-v", "-q", "--targets", "onnxruntime", "-o", "p.aivmm"
-    )
+    done = place.aivmm("tune", tiny, *TINY, "--budget", "4s", "--trials", "1", "--fresh", "-v", "-q", *ONE_RUNTIME, "-o", "p.aivmm")
     assert (done.code, done.err) == (0, "")
     with Database.open(place.db) as database:
         probes = database.run(None).summary["probes"]
@@ -215,7 +213,7 @@ def test_fresh_measures_again_and_the_words_for_people_are_the_result(tuned: Tun
 def test_a_constraint_that_nothing_meets_exits_with_3_names_what_binds_and_still_reports(tuned: Tuned, tiny: Path) -> None:
     before = listing(tuned.plan)
     done = tuned.place.aivmm(
-        "tune", tiny, *TINY, "--budget", "4s", "--trials", "1", "--json", "--constraint", "latency<1ns", "-o", "none.aivmm"
+        "tune", tiny, *TINY, *ONE_RUNTIME, "--budget", "4s", "--trials", "1", "--json", "--constraint", "latency<1ns", "-o", "none.aivmm"
     )
     try:
         assert done.code == 3, done.err
