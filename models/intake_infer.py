@@ -38,15 +38,20 @@ def infer_shapes(model: ir.Model) -> list[str]:
     """
     recorded = _recorded(model)
     bare = skeleton(model)
+    said = {value.name: value.dtype for value in model.graph.outputs}
     for output in bare.graph.output:
-        if output.type.HasField("tensor_type"):
+        if output.type.HasField("tensor_type"):  # a type that is wrong would stop inference altogether
             output.type.tensor_type.ClearField("shape")
+            output.type.tensor_type.ClearField("elem_type")
     bare.graph.value_info.extend(info for node in bare.graph.node if _foreign(node) for name in node.output if (info := recorded.get(name)))
     known: dict[str, TypeProto] = {}
     _settle(bare, known)
     notes = _ask_runtime(bare, known)
     _settle(bare, known)
     _apply(model, known, recorded)
+    for value in model.graph.outputs:
+        if said[value.name] not in (None, ir.DataType.UNDEFINED, value.dtype):
+            notes.append(f"output {value.name!r} is {value.dtype.numpy().name}, not {said[value.name].numpy().name} as the file says")
     _inside_subgraphs(model)
     missing = sum(value.shape is None for node in model.graph for value in node.outputs if value.name)
     if missing:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
+import psutil
 from onnx_ir.passes import common
 
 from aivmm.errors import ModelError, UsageError
@@ -166,6 +168,12 @@ def _open_input(value: ir.Value) -> OpenInput:
 def _set_shapes(model: ir.Model, bound: Bound) -> None:
     for value in model.graph.inputs:
         value.shape = ir.Shape(bound.shapes[value.name or ""])
+        size = math.prod(bound.shapes[value.name or ""]) * ((value.dtype.bitwidth + 7) // 8 if value.dtype != ir.DataType.STRING else 1)
+        if size > psutil.virtual_memory().total:
+            raise UsageError(
+                f"input {value.name!r} of shape {list(bound.shapes[value.name or ''])} takes {size:,} bytes, more memory than there is",
+                advice=f"bind a smaller one with --shape {value.name}=...",
+            )
 
 
 def _outputs(model: ir.Model, bound: Bound, folder: Path, notes: list[str]) -> tuple[TensorSpec, ...]:
