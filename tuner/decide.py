@@ -146,7 +146,8 @@ class Decider:
         default = self.explorer.default_precision(target)
         if default:
             return "" if default in wanted else f"its default computes in {default}, which is not among --precisions"
-        return "" if set(target.precisions) <= set(wanted) else "its default may not be in --precisions"
+        known = target.name != "AUTO" and set(target.precisions) <= set(wanted)
+        return "" if known else "its default may not be in --precisions"
 
     def predicted_s(self, proof: Proof) -> float | None:
         """Return the seconds of one call that the search expected of the plan, or None when it never measured it."""

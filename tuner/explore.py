@@ -110,6 +110,9 @@ class Explorer:
 
     def default_precision(self, target: Target) -> str | None:
         """Return the precision that a target's default settings compute in, or None when that was not seen."""
+        if target.name == "AUTO":  # which is one of its runtime's targets, with that one's default
+            seen = {self.default_precision(each) for each in self.work.all_targets if each.runtime == target.runtime}
+            return seen.pop() if len(seen) == 1 else None
         only = target.precisions[0] if len(target.precisions) == 1 else None
         return self._default_precisions.get(str(target), only)
 

@@ -10,7 +10,7 @@ import pytest
 import aivmm
 from aivmm.db.database import Database
 from aivmm.models.prepare import prepare
-from tests.tuner.harness import MODELS, TINY, Place, reference, relative_l2
+from tests.tuner.harness import MODELS, TINY, Place, default_precision, reference, relative_l2
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,9 @@ def test_a_forced_cut_of_real_inputs_runs_right_in_the_precision_allowed(shared:
         fresh = {"input": np.random.default_rng(12).standard_normal((1, 3, 16, 16)).astype(np.float32)}
         assert relative_l2(engine.run(fresh), reference(tiny, fresh)) <= 1e-4
     assert "segments" in found["verdict"]
+    allowed = {each["name"]: each["eligible"] for each in found["baselines"]}
+    assert allowed["openvino:CPU default"] == allowed["openvino:AUTO"] == (default_precision("openvino:CPU") == "fp32")
+    assert allowed["onnxruntime:CPU default"]
 
 
 def test_throughput_chooses_a_batch_of_those_allowed(shared: Place, tiny: Path) -> None:
