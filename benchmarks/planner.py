@@ -172,18 +172,20 @@ def chains() -> list[str]:
         (10_000, 8, "latency", False, 5.0),
         (200, TARGETS, "latency", False, 2.0),
         (200, TARGETS, "throughput", True, 2.0),
+        (200, TARGETS, "throughput", False, 2.0),
         (200, TARGETS, "throughput", False, SECONDS),
     ]
     lines = [
         f"Random costs per block, target and precision ({PRECISIONS} precisions), transfers by pair of targets. All that `solve` does is "
-        "timed: arrays, search, pricing by the evaluator.",
+        "timed: arrays, search, pricing by the evaluator. The time limit given is nine tenths of what may be taken; what is not proven optimal "
+        "by then ends with the best found.",
         "",
         "| blocks | targets | objective | kind | objective (s) | bound | gap | seconds | CPU s | limit | |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for blocks, targets, goal, contiguous, limit_s in cases:
         problem = chain_problem(blocks, targets)
-        found, cpu_s = timed(lambda: solve(problem, goal, contiguous=contiguous, time_limit_s=28.0))  # noqa: B023
+        found, cpu_s = timed(lambda: solve(problem, goal, contiguous=contiguous, time_limit_s=0.9 * limit_s))  # noqa: B023
         verdict = "met" if found.seconds <= limit_s else "missed"
         kind = "contiguous" if contiguous else "any pieces"
         lines.append(f"| {blocks} | {targets} | {goal} | {kind} | {row(found, cpu_s)} | {limit_s:g} s | {verdict} |")

@@ -49,7 +49,7 @@ def test_text_says_the_same_to_people(file: Path) -> None:
 
 
 def test_a_published_instance_is_solved_and_nothing_else_is_printed() -> None:
-    done = run("solve", published("bert24_layer"), "--objective", "throughput", "--time-limit", "4", "--json")
+    done = run("solve", published("bert24_layer"), "--objective", "throughput", "--time-limit", "1.5", "--json")
     found = json.loads(done.stdout)
     assert found["bound"] <= found["objective"] < 17.7905
     assert len(found["assignment"]) == 32

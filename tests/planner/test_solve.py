@@ -52,7 +52,7 @@ def test_the_optimum_is_that_of_brute_force(problem: Problem, goal: Goal, contig
     agrees_with_brute_force(problem, goal, contiguous)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_tensors_that_pass_a_segment_by_are_neither_paid_nor_forgotten_there(seed: int) -> None:
     problem = dense(seed)
     for (goal, contiguous), best in optima(problem).items():
