@@ -207,6 +207,7 @@ def test_fresh_measures_again_and_the_words_for_people_are_the_result(tuned: Tun
     assert probes["measured"] > 0 and probes["reused"] == 0
     assert "onnxruntime:CPU default" in done.out
     assert "openvino" not in done.out  # --targets leaves it out, as a baseline too
+    assert f"probes  {probes['measured']} measured, 0 reused from the database" in done.out
     assert "p.aivmm" in done.out and "aivmm.load_plan" in done.out
 
 
