@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aivmm.models.records import Block, Structure
+from aivmm.models.repeats import Repeat
 from aivmm.reports import format as fmt
 from aivmm.reports.data import ReportData, number, stage_target
 
@@ -77,6 +78,7 @@ class Anatomy:
     cuts: tuple[Cut, ...] = ()
     largest_cut: int = 0
     grouped: int = 1  # blocks in one cell
+    alike: tuple[str, ...] = ()  # "blocks 3 to 14 are 12 × the same block"
 
 
 def dissect(data: ReportData, colours: Mapping[str, int]) -> Anatomy:
@@ -89,7 +91,19 @@ def dissect(data: ReportData, colours: Mapping[str, int]) -> Anatomy:
     groups = [blocks[start : start + step] for start in range(0, len(blocks), step)]
     cells = tuple(_cell(group, index, len(groups), stages) for index, group in enumerate(groups))
     cuts = _cuts(data.structure, cells, stages)
-    return Anatomy(stages=stages, cells=cells, cuts=cuts, largest_cut=max((cut.bytes for cut in cuts), default=0), grouped=step)
+    return Anatomy(
+        stages=stages,
+        cells=cells,
+        cuts=cuts,
+        largest_cut=max((cut.bytes for cut in cuts), default=0),
+        grouped=step,
+        alike=tuple(map(_alike, data.structure.repeats)),
+    )
+
+
+def _alike(repeat: Repeat) -> str:
+    what = "block" if repeat.period == 1 else f"{repeat.period} blocks"
+    return f"blocks {repeat.first} to {repeat.end - 1} are {repeat.count} × the same {what}"
 
 
 def operators_of(block: Block, limit: int = 4) -> str:

@@ -120,6 +120,6 @@ def test_shapes_and_types_that_the_file_says_wrongly_are_worked_out_anew(
     weights = [numpy_helper.from_array(np.ones((3, 4), np.float32), "w")]
     nodes = [node("MatMul", ["x", "w"], ["h"]), node("Relu", ["h"], ["y"])]
     (place.work / "net.onnx").write_bytes(model(nodes, outputs=[output], recorded=[recorded], weights=weights))
-    done: Any = attempt("tune", "net.onnx", "--budget", "4s", "--trials", "1", "--min-segments", "2")
+    done: Any = attempt("tune", "net.onnx", "--budget", "4s", "--trials", "1")
     assert done.code == 0, done.err
     assert "Traceback" not in done.err
