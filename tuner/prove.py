@@ -57,6 +57,7 @@ class Entrant:
     fatal: bool = False  # it could not run at all
     choosing: Samples | None = None  # of the first race
     confirmed: Samples | None = None  # of the second, which chose nothing
+    absent: dict[str, str] = field(default_factory=dict)  # what could not be measured of it, and why
 
     @property
     def running(self) -> bool:
@@ -200,8 +201,8 @@ class Prover:
         held, why = device_memory(entrant.worker.pid, _targets_of(entrant))
         if held is not None:
             entrant.metrics["device_memory_bytes"] = float(held)
-        elif why:
-            self._proof.absent["device_memory"] = why
+        else:
+            entrant.absent["device_memory"] = why
         entrant.problem = entrant.problem or problem
         if self._cosine_limit is not None and not entrant.problem:
             entrant.problem = over_limit(accuracy.get("cosine", -1.0), accuracy.get("relative_l2", math.inf), self._cosine_limit)
@@ -312,7 +313,7 @@ class Prover:
             beside = self._proof.best_baseline
             if beside is not None and beside is not plan:
                 self._count_energy(beside)
-            self._proof.absent |= absent(_targets_of(plan), plan.metrics)
+            self._proof.absent |= plan.absent | absent(_targets_of(plan), plan.metrics)
 
     def _count_energy(self, entrant: Entrant) -> bool:
         """Count the energy of one sample, where a counter tells. False when it died of it."""
@@ -333,7 +334,7 @@ class Prover:
             why = "there is no output that is a classifier's" if "agreement" in missing.metric else "there was no time to measure it"
             if missing.metric in ENERGY:
                 why = why_no_energy(_targets_of(entrant)) or why
-            why = self._proof.absent.get(missing.metric, why)
+            why = entrant.absent.get(missing.metric, why)
             sentence = f"{missing.metric} is not known ({why}), so {missing} is not shown to hold"
             found = (*found, Violation(constraint=missing, value=math.nan, percent=math.inf, sentence=sentence))
         if found:
