@@ -269,11 +269,10 @@ def _at_fixed_prices(merged: Compact, best: _Best) -> None:
     _contiguous(condensed(merged), start)
     best.take(start)
     _balance(merged, best)
-    whole = Program(merged, "throughput")
     for share, step in ((0.3, _improve), (0.7, _prove), (1.0, _improve)):
         if best.closed():
             return
-        step(merged, whole, best, best.left() * share)
+        step(merged, best, time.perf_counter() + best.left() * share)
 
 
 def _balance(merged: Compact, best: _Best) -> None:
@@ -284,14 +283,15 @@ def _balance(merged: Compact, best: _Best) -> None:
             break
 
 
-def _improve(merged: Compact, whole: Program, best: _Best, seconds: float) -> None:
+def _improve(merged: Compact, best: _Best, deadline: float) -> None:
     if best.evaluation is not None:
         spots = spots_of(best.problem, merged, best.assignment)
-        best.offer(merged, improve(merged, spots, time.perf_counter() + seconds))
+        best.offer(merged, improve(merged, spots, deadline))
 
 
-def _prove(merged: Compact, whole: Program, best: _Best, seconds: float) -> None:
-    answer = whole.solve(seconds, at_most=best.at_most())
+def _prove(merged: Compact, best: _Best, deadline: float) -> None:
+    program = Program(merged, "throughput")  # which takes a while to write where there are many places
+    answer = program.solve(deadline - time.perf_counter(), at_most=best.at_most())
     best.offer(merged, answer.spots)
     best.prove(answer.bound)
 
