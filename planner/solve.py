@@ -39,6 +39,7 @@ _MOST_WAYS = 200  # to say how many devices of each kind are used
 _CONTIGUOUS_SHARE = 0.5  # of the time, at most, goes into the contiguous plan from which the others start
 _PROGRAM_SHARE = 0.6
 _BALANCE_SHARE = 0.2
+_FLOW_S = 4e-5  # to write a variable of the program and to presolve it, about
 _TOLERANCE = 1e-5  # relative; HiGHS's, with a margin
 _SAME = 1e-9  # relative; differences below are rounding
 
@@ -290,7 +291,10 @@ def _improve(merged: Compact, best: _Best, deadline: float) -> None:
 
 
 def _prove(merged: Compact, best: _Best, deadline: float) -> None:
-    program = Program(merged, "throughput")  # which takes a while to write where there are many places
+    flows = sum(len(each.readers) for each in merged.tensors) * len(merged.places) ** 2
+    if flows * _FLOW_S > deadline - time.perf_counter():
+        return  # it would be over time before the search begins
+    program = Program(merged, "throughput")
     answer = program.solve(deadline - time.perf_counter(), at_most=best.at_most())
     best.offer(merged, answer.spots)
     best.prove(answer.bound)
