@@ -177,8 +177,8 @@ def chains() -> list[str]:
     ]
     lines = [
         f"Random costs per block, target and precision ({PRECISIONS} precisions), transfers by pair of targets. All that `solve` does is "
-        "timed: arrays, search, pricing by the evaluator. The time limit given is nine tenths of what may be taken; what is not proven optimal "
-        "by then ends with the best found.",
+        "timed: arrays, search, pricing by the evaluator. The time limit given is nine tenths of what may be taken; what is not proven "
+        "optimal by then ends with the best found.",
         "",
         "| blocks | targets | objective | kind | objective (s) | bound | gap | seconds | CPU s | limit | |",
         "|---|---|---|---|---|---|---|---|---|---|---|",

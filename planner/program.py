@@ -117,7 +117,8 @@ class Program:
         apart = ~np.eye(len(self.places), dtype=bool)
         for one, other in np.argwhere(np.isinf(move) & apart):
             for reader in tensor.readers:
-                self.rows.add([(self.x(tensor.source, one), 1.0), (self.x(reader, other), 1.0)], high=1.0)
+                if self.allowed[tensor.source, one] and self.allowed[reader, other]:
+                    self.rows.add([(self.x(tensor.source, one), 1.0), (self.x(reader, other), 1.0)], high=1.0)
         move = np.where(np.isfinite(move), move, 0.0)
         for place in np.flatnonzero(tensor.export[self.choice] > 0):
             self._charge_change(tensor.source, tensor.readers, int(place), tensor.export[self.choice[place]], leaving=True)
@@ -131,6 +132,8 @@ class Program:
 
     def _charge_change(self, source: int, readers: tuple[int, ...], place: int, cost: float, *, leaving: bool) -> None:
         """Charge `cost` at a place when the source is there and a reader is not, or (entering) a reader is there and the source is not."""
+        if not self.allowed[[source] if leaving else list(readers), place].any():
+            return
         changed = self.rows.new()
         for reader in readers:
             one, other = (source, reader) if leaving else (reader, source)
@@ -139,23 +142,26 @@ class Program:
 
     def _charge_flow(self, tensor: Tensor, move: Array) -> None:
         """Charge by pairs: one unit flows from where the source is to where each reader is; what moves is the largest of the flows."""
-        width = len(self.places)
-        pairs = [(one, other) for one in range(width) for other in range(width)]
-        moved = self.rows.new(len(pairs))
-        for offset, (one, other) in enumerate(pairs):
-            if one != other:
-                self.load[self.box[other]].append((moved + offset, move[one, other]))
+        senders = np.flatnonzero(self.allowed[tensor.source]).tolist()
+        moved: dict[tuple[int, int], int] = {}
         for reader in tensor.readers:
-            flow = moved
-            if len(tensor.readers) > 1:
-                flow = self.rows.new(len(pairs))
-                for offset in range(len(pairs)):
-                    self.rows.add([(flow + offset, 1.0), (moved + offset, -1.0)])
-            for place in range(width):
-                leaving = [(flow + place * width + other, 1.0) for other in range(width)]
-                arriving = [(flow + other * width + place, 1.0) for other in range(width)]
-                self.rows.add([*leaving, (self.x(tensor.source, place), -1.0)], 0.0, 0.0)
-                self.rows.add([*arriving, (self.x(reader, place), -1.0)], 0.0, 0.0)
+            places = np.flatnonzero(self.allowed[reader]).tolist()
+            first = self.rows.new(len(senders) * len(places))
+            flow = {pair: first + offset for offset, pair in enumerate(itertools.product(senders, places))}
+            for one in senders:
+                self.rows.add([*((flow[one, other], 1.0) for other in places), (self.x(tensor.source, one), -1.0)], 0.0, 0.0)
+            for other in places:
+                self.rows.add([*((flow[one, other], 1.0) for one in senders), (self.x(reader, other), -1.0)], 0.0, 0.0)
+            if len(tensor.readers) == 1:
+                moved = flow
+                break
+            for pair, column in flow.items():
+                if pair not in moved:
+                    moved[pair] = self.rows.new()
+                self.rows.add([(column, 1.0), (moved[pair], -1.0)])
+        for (one, other), column in moved.items():
+            if one != other:
+                self.load[self.box[other]].append((column, move[one, other]))
 
     def _put_in_order(self) -> None:
         """Let each device run one choice only, and the devices have an order in which every edge stays or goes forward."""

@@ -39,6 +39,7 @@ _MOST_WAYS = 200  # to say how many devices of each kind are used
 _CONTIGUOUS_SHARE = 0.5  # of the time, at most, goes into the contiguous plan from which the others start
 _PROGRAM_SHARE = 0.6
 _BALANCE_SHARE = 0.2
+_FLOW_S = 4e-5  # to write a variable of the program and to presolve it, about
 _TOLERANCE = 1e-5  # relative; HiGHS's, with a margin
 _SAME = 1e-9  # relative; differences below are rounding
 
@@ -269,11 +270,10 @@ def _at_fixed_prices(merged: Compact, best: _Best) -> None:
     _contiguous(condensed(merged), start)
     best.take(start)
     _balance(merged, best)
-    whole = Program(merged, "throughput")
     for share, step in ((0.3, _improve), (0.7, _prove), (1.0, _improve)):
         if best.closed():
             return
-        step(merged, whole, best, best.left() * share)
+        step(merged, best, time.perf_counter() + best.left() * share)
 
 
 def _balance(merged: Compact, best: _Best) -> None:
@@ -284,14 +284,18 @@ def _balance(merged: Compact, best: _Best) -> None:
             break
 
 
-def _improve(merged: Compact, whole: Program, best: _Best, seconds: float) -> None:
+def _improve(merged: Compact, best: _Best, deadline: float) -> None:
     if best.evaluation is not None:
         spots = spots_of(best.problem, merged, best.assignment)
-        best.offer(merged, improve(merged, spots, time.perf_counter() + seconds))
+        best.offer(merged, improve(merged, spots, deadline))
 
 
-def _prove(merged: Compact, whole: Program, best: _Best, seconds: float) -> None:
-    answer = whole.solve(seconds, at_most=best.at_most())
+def _prove(merged: Compact, best: _Best, deadline: float) -> None:
+    flows = sum(len(each.readers) for each in merged.tensors) * len(merged.places) ** 2
+    if flows * _FLOW_S > deadline - time.perf_counter():
+        return  # it would be over time before the search begins
+    program = Program(merged, "throughput")
+    answer = program.solve(deadline - time.perf_counter(), at_most=best.at_most())
     best.offer(merged, answer.spots)
     best.prove(answer.bound)
 
