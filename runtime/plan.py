@@ -213,8 +213,14 @@ def parse_plan(text: str | bytes, where: str) -> Plan:
         raise BundleError(f"{where} is nested too deeply to be a plan") from error
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(each) for each in first["loc"]) or "the plan"
+        place = ".".join(_shown(each) for each in first["loc"]) or "the plan"
         raise BundleError(f"{where}: {place}: {first['msg']}") from error
+
+
+def _shown(place: int | str) -> str:
+    """Return a part of a place as one short line: keys come from the file."""
+    text = str(place)
+    return text if text.isidentifier() or text.isdigit() else repr(text[:80])
 
 
 def _no_constant(text: str) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.probes.conftest import python_path
 from tests.tuner.harness import TINY, Place, command, run, write_tiny
 
 # Imported by Python itself in every process, workers included. Whoever opens a socket is written down with its traceback, and refused.
@@ -38,7 +39,7 @@ def guarded(tmp_path: Path) -> tuple[Place, dict[str, str], Path]:
     (tmp_path / "guard" / "sitecustomize.py").write_text(GUARD)
     place = Place.at(tmp_path / "place")
     reached = tmp_path / "reached"
-    env = place.env(PYTHONPATH=str(tmp_path / "guard"), AIVMM_TEST_REACHED=str(reached))
+    env = place.env(PYTHONPATH=python_path(tmp_path / "guard"), AIVMM_TEST_REACHED=str(reached))
     assert "CI" not in env  # NNCF and OpenVINO keep quiet under CI, which would hide what they do at a user's
     return place, env, reached
 

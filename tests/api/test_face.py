@@ -135,7 +135,8 @@ def test_a_tune_returns_the_plan_the_verdict_and_the_report(told: Any, place: Pl
 def test_a_tune_returns_its_baselines(told: Any) -> None:
     baselines = {each["name"]: each for each in told["baselines"]}
     assert {"onnxruntime:CPU default", "openvino:CPU default"} <= baselines.keys()
-    assert all(each["median_s"] > 0 and each["eligible"] for each in baselines.values())
+    assert all(each["median_s"] > 0 for each in baselines.values())
+    assert all(each["eligible"] or "cosine" in each["reason"] for each in baselines.values())  # a bf16 default may be over the limit
     assert told["summary"]["accuracy"]["data"] == "real"
 
 

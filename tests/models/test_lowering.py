@@ -103,12 +103,12 @@ def by_onnxruntime(model: Path, feed: Feed) -> Array:
 
 
 def by_openvino(model: Path, feed: Feed) -> Array:
-    from aivmm.runtime.config import Config
     from aivmm.runtime.target import Target
+    from tests.contracts import exact
 
     backend = OpenVino()
     target = next(each for each in backend.targets() if isinstance(each, Target) and each.name == "CPU")
-    executable = backend.compile(model, target, Config())
+    executable = backend.compile(model, target, exact(target))
     request = executable.new_request()
     request.bind("x", feed["x"])
     request.run()

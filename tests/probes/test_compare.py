@@ -144,7 +144,9 @@ def test_the_fastest_leads_and_a_clear_race_ends_early() -> None:
     assert race(field, budget_s=60, least_rounds=8) == 8
     leader = leader_of(field)
     assert leader is not None and leader.name == "fast"
-    assert versus(field[0], leader).verdict == "slower"
+    assert compare(field[0].samples(), leader.samples()).verdict == "slower"  # type: ignore[arg-type]
+    # What is loaded twice differs by percents for as long as it lives, in one process too: 5 % of one load each is no claim yet.
+    assert versus(field[0], leader).verdict == "ambiguous"
     found = leader.samples()
     assert found and len(found.timed_s) == 24 and set(found.rounds) == set(range(8)) and len(found.warmup_s) == 3
     assert leader.memory_bytes == 5

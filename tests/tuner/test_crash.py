@@ -8,6 +8,7 @@ import pytest
 
 from aivmm.db.database import Database
 from aivmm.probes.records import Failed
+from tests.probes.conftest import python_path
 from tests.tuner.harness import TINY, Place
 
 # A plug-in: ONNX Runtime under another name, whose sessions of more than two threads kill their process at the third run.
@@ -75,7 +76,7 @@ def fragile(tmp_path: Path) -> str:
     (folder / "fragile_backend.py").write_text(BACKEND)
     (folder / "fragile-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fragile\nVersion: 1.0\n")
     (folder / "fragile-1.0.dist-info" / "entry_points.txt").write_text("[aivmm.backends]\nfragile = fragile_backend:Fragile\n")
-    return str(folder)
+    return python_path(folder)
 
 
 def test_a_setting_that_crashes_the_driver_costs_one_probe_and_is_not_tried_again(place: Place, tiny: Path, fragile: str) -> None:

@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[str, Any]:
     write_model(folder / "m.onnx")
-    done = run(folder, "m.onnx", "--db", "p.db", "--dim", "side=16", "--json", "-q")
+    done = run(folder, "m.onnx", "--db", "p.db", "--dim", "side=16", "--targets", "*:CPU", "--json", "-q")
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result
@@ -123,7 +123,7 @@ def test_blocks_are_measured_too(found: dict[str, Any]) -> None:
 
 
 def test_a_second_run_measures_nothing_and_says_the_same(folder: Path, found: dict[str, Any]) -> None:
-    done = run(folder, "m.onnx", "--db", "p.db", "--dim", "side=16", "--json", "-q")
+    done = run(folder, "m.onnx", "--db", "p.db", "--dim", "side=16", "--targets", "*:CPU", "--json", "-q")
     again = json.loads(done.stdout)
     assert again["probes"]["measured"] == 0
     assert again["probes"]["reused"] == found["probes"]["measured"] + found["probes"]["reused"]
@@ -179,10 +179,13 @@ def test_what_a_user_can_fix_is_one_line_and_status_2(
 
 
 def test_a_budget_that_is_spent_skips_and_says_so(folder: Path, found: dict[str, Any]) -> None:
-    done = run(folder, "m.onnx", "--db", "other.db", "--dim", "side=16", "--budget", "0.001s", "--json", "-q", "--no-blocks")
+    done = run(
+        folder, "m.onnx", "--db", "other.db", "--dim", "side=16", "--budget", "0.001s", "--json", "-q", "--no-blocks", "--targets", "*:CPU"
+    )
     result = json.loads(done.stdout)
     assert result["probes"]["measured"] == 0
-    assert result["probes"]["skipped"] == ways(result) * len(result["operators"])
+    pairs = len(result["targets"]) ** 2  # of which transfers were not measured
+    assert result["probes"]["skipped"] == ways(result) * len(result["operators"]) + pairs
     assert any("--budget" in note for note in result["notes"])
 
 

@@ -74,7 +74,8 @@ def test_every_baseline_is_there_with_its_verdict(tuned: Tuned) -> None:
     assert {"onnxruntime:CPU default", "openvino:CPU default", "openvino:CPU LATENCY hint", "openvino:AUTO"} <= baselines.keys()
     for each in baselines.values():
         assert {"name", "target", "config", "median_s", "ci95_s", "ratio_to_plan", "eligible", "verdict"} <= each.keys()
-        assert each["eligible"] is True
+        # A default that computes in bf16 (AMX, AVX512_BF16) may be over the accuracy limit.
+        assert each["eligible"] is True or "cosine" in each["reason"], each["reason"]
         assert each["verdict"] in VERDICTS
         assert each["ci95_s"][0] <= each["median_s"] <= each["ci95_s"][1]
         if each["verdict"] == "faster":
