@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from aivmm.planner.__main__ import main
 from aivmm.planner.problem_files import problem_to_json
 from tests.planner.placing import chain, published
 
@@ -56,17 +57,19 @@ def test_a_published_instance_is_solved_and_nothing_else_is_printed() -> None:
     assert {place.partition(":")[0] for place in found["assignment"].values()} <= {"acc", "cpu"}
 
 
-def test_what_the_user_can_fix_is_one_line_and_exit_2(tmp_path: Path, file: Path) -> None:
+def test_what_the_user_can_fix_is_one_line_and_exit_2(tmp_path: Path) -> None:
     bad = tmp_path / "bad.json"
     bad.write_text('{"schema": 1}')
-    for words in (
-        ("solve", bad, "--objective", "latency"),
-        ("solve", file),
-        ("solve", file, "--objective", "latency", "--time-limit", "0"),
-    ):
-        done = run(*words)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("aivmm.planner: ")
+    done = run("solve", bad, "--objective", "latency")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"aivmm.planner: {bad}: ")
+
+
+def test_options_that_make_no_sense_are_refused_alike(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--objective", "speed"], [], ["--objective", "latency", "--time-limit", "0"]):
+        assert main(["solve", str(file), *words]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and len(err.splitlines()) == 1
 
 
 def test_no_plan_is_exit_3_and_with_json_the_error_is_an_object(tmp_path: Path) -> None:

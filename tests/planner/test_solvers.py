@@ -121,7 +121,7 @@ def replace_edges(merged: Compact, edges: list[tuple[int, int]]) -> Compact:
 
 @pytest.mark.parametrize("goal", GOALS)
 @pytest.mark.parametrize("contiguous", [False, True])
-@pytest.mark.parametrize("seed", [*ALIKE[:2], *BY_PAIR[:2]])
+@pytest.mark.parametrize("seed", [ALIKE[1], BY_PAIR[0]])
 def test_the_integer_program_is_exact_alone(seed: int, contiguous: bool, goal: Goal) -> None:
     problem, best = problem_and_optima(seed)
     merged = condensed(compact(problem)) if contiguous else compact(problem)
