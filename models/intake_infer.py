@@ -40,9 +40,8 @@ def infer_shapes(model: ir.Model) -> list[str]:
     bare = skeleton(model)
     said = {value.name: value.dtype for value in model.graph.outputs}
     for output in bare.graph.output:
-        if output.type.HasField("tensor_type"):  # a type that is wrong would stop inference altogether
+        if output.type.HasField("tensor_type"):
             output.type.tensor_type.ClearField("shape")
-            output.type.tensor_type.ClearField("elem_type")
     bare.graph.value_info.extend(info for node in bare.graph.node if _foreign(node) for name in node.output if (info := recorded.get(name)))
     known: dict[str, TypeProto] = {}
     _settle(bare, known)
@@ -69,10 +68,18 @@ def _settle(bare: ModelProto, known: dict[str, TypeProto]) -> None:
 
 
 def _native(bare: ModelProto) -> ModelProto:
+    asked = ModelProto()
+    asked.CopyFrom(bare)
+    for output in asked.graph.output:  # what the file says may be wrong, and inference believes it
+        output.type.tensor_type.ClearField("elem_type")
     try:
-        return onnx.shape_inference.infer_shapes(bare, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(asked, data_prop=True)
     except Exception:  # noqa: BLE001 - native: several kinds; an operator it refuses (a custom one, odd attributes) leaves shapes unknown
         return bare
+    for output, said in zip(inferred.graph.output, bare.graph.output, strict=True):
+        if not output.type.tensor_type.elem_type:
+            output.type.tensor_type.elem_type = said.type.tensor_type.elem_type
+    return inferred
 
 
 def _recorded(model: ir.Model) -> dict[str, ValueInfoProto]:

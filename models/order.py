@@ -309,7 +309,9 @@ def can_cross(value: ir.Value) -> bool:
 
 @cache
 def _handed_out(dtype: ir.DataType | None) -> bool:
-    return dtype == ir.DataType.STRING or (dtype_name(dtype) != "unknown" and np.dtype(dtype.numpy()).kind in "biufc")
+    if dtype is None or dtype == ir.DataType.UNDEFINED:
+        return False
+    return dtype == ir.DataType.STRING or np.dtype(dtype.numpy()).kind in "biufc"
 
 
 def elements(shape: Sequence[int]) -> int:
