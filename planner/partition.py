@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
+import numpy.typing as npt
 
 from aivmm.errors import Infeasible, UsageError
 from aivmm.models.records import Structure
@@ -78,9 +79,13 @@ def cut_drafts(
     prices = _prices(structure, names, handover_s)  # [boundary, from, to]
     width = len(names)
     boundary = prices * (1 - np.eye(width))[None]
-    placing = {"choices": names, "min_segments": min_segments, "segment_cost": _segment_cost(segment_s)}
+
+    def placed(cut: npt.NDArray[np.float64] | None) -> ChainPlan[str]:
+        priced = _segment_cost(segment_s)
+        return place(costs, boundary, choices=names, cut=cut, min_segments=min_segments, segment_cost=priced)
+
     try:
-        plans = [place(costs, boundary, cut=np.diagonal(prices, axis1=1, axis2=2), **placing)]
+        plans = [placed(np.diagonal(prices, axis1=1, axis2=2))]
     except Infeasible as error:
         raise UsageError(
             f"the model cannot be cut into {min_segments} segments here: {error.message}", advice="lower --min-segments"
@@ -89,7 +94,7 @@ def cut_drafts(
         return []
     if forced and len({name for _, _, name in plans[0].segments}) == 1:
         with suppress(Infeasible):  # without cuts within one target, each segment is on another one than the last
-            plans.append(place(costs, boundary, **placing))
+            plans.append(placed(None))
     by_name = {str(target): target for target in targets}
 
     def draft(name: str, plan: ChainPlan[str]) -> Draft:
@@ -120,7 +125,7 @@ def crossing_s(structure: Structure, index: int, source: str, destination: str, 
     return CUT_S + (size / BYTES_PER_S if measured is None else measured)
 
 
-def _prices(structure: Structure, names: Sequence[str], handover_s: Handover) -> np.ndarray[tuple[int, int, int], np.dtype[np.float64]]:
+def _prices(structure: Structure, names: Sequence[str], handover_s: Handover) -> npt.NDArray[np.float64]:
     """Return what each boundary costs between each two targets, in seconds: [boundary, from, to]."""
     boundaries = range(1, len(structure.blocks))
     table = [[[crossing_s(structure, index, a, b, handover_s) for b in names] for a in names] for index in boundaries]
