@@ -155,12 +155,16 @@ class Decider:
             return None
         draft = proof.plan.draft
         known = [
-            outcome.median_s
-            for candidate, outcome in self.explorer.known.values()
-            if _same(candidate, draft) and isinstance(outcome, Score)
+            outcome.median_s for candidate in self._measured_as(draft) if isinstance(outcome := self.explorer.outcome(candidate), Score)
         ]
         period = self._predicted.get(draft.name, known[0] if known else None)
         return None if period is None else period * draft.callers
+
+    def _measured_as(self, draft: Draft) -> list[Candidate]:
+        """Return the measured candidates that run what a draft runs; a hint that resolves to the default was measured as the default."""
+        same = [candidate for candidate, _ in self.explorer.known.values() if _same(candidate, draft)]
+        aliases = [candidate for _, candidate in self.explorer.aliases if _same(candidate, draft)]
+        return same + [self.explorer.stands_for[each.key] for each in aliases if each.key in self.explorer.stands_for]
 
     def verdict(self, proof: Proof) -> tuple[str, list[str]]:
         """Return the verdict in words, and what stands in the way of a plan (nothing, when there is one)."""

@@ -34,6 +34,7 @@ class Explorer:
     known: dict[str, tuple[Candidate, Score | Rejection]]
     baselines: list[tuple[Baseline, Candidate]]
     aliases: list[tuple[Baseline, Candidate]]
+    stands_for: dict[str, Candidate]  # key of an alias -> the measured candidate that it resolves to
     search: Search
     measurer: Measurer
 
@@ -137,8 +138,8 @@ class Explorer:
 
     def _leave_aliases(self, pairs: list[tuple[Baseline, Candidate]]) -> list[tuple[Baseline, Candidate]]:
         """Set aside AUTO, and hints that resolve to the default: they teach the search nothing. They are proven all the same."""
-        self.aliases = []
-        seen: dict[tuple[str, int, str], Baseline] = {}
+        self.aliases, self.stands_for = [], {}
+        seen: dict[tuple[str, int, str], Candidate] = {}
         kept = []
         for baseline, candidate in pairs:
             if candidate.target.name == "AUTO":
@@ -152,12 +153,21 @@ class Explorer:
                 hint = str(settings.get("INFERENCE_PRECISION_HINT", "float32"))
                 self._default_precisions[str(candidate.target)] = _HINTED.get(hint, hint)
             effective = json.dumps(dict(settings), sort_keys=True, default=str) if settings else ""
-            same = seen.setdefault((str(candidate.target), candidate.callers, effective), baseline)
-            if same is baseline:
+            same = seen.setdefault((str(candidate.target), candidate.callers, effective), candidate)
+            if same is candidate:
                 kept.append((baseline, candidate))
             else:
                 self.aliases.append((baseline, candidate))
+                self.stands_for[candidate.key] = same
+        self._resolve_auto(kept)
         return kept
+
+    def _resolve_auto(self, kept: Sequence[tuple[Baseline, Candidate]]) -> None:
+        """Note that AUTO is expected to do what the default does where its runtime has one device only."""
+        for _, alias in self.aliases:
+            defaults = [each for _, each in kept if each.target.runtime == alias.target.runtime and not each.config.settings]
+            if alias.target.name == "AUTO" and len({each.target for each in defaults}) == 1 and len(defaults) == 1:
+                self.stands_for[alias.key] = defaults[0]
 
     def _twins(self, usable: Sequence[tuple[Baseline, Candidate]]) -> list[tuple[Baseline, Candidate]]:
         """Where a runtime's default is not fp32 (bf16 on AMX), its fp32 twin is the yardstick for accuracy's sake: measure it too."""

@@ -191,6 +191,7 @@ def test_copies_take_turns_and_only_one_worker_runs_at_a_time(load_wild: Callabl
         if sys.platform == "linux":
             assert stopped[4:] == [3] * 16  # all but the one that is asked
         assert all(psutil.Process(each.pid).status() != psutil.STATUS_STOPPED for each in workers)
+        first.durations, first.rounds, second.durations, second.rounds = [1.0, 1.01] * 8, [*range(16)], [1.02, 1.0] * 8, [*range(16)]
         found = versus(first, second, field=(first, second))
         narrow = versus(first, Contestant("m", workers[0], others=(workers[1],), durations=second.durations, rounds=second.rounds))
         assert apart_of(first, second) is not None
