@@ -47,7 +47,7 @@ class Phases(Silent):
 
     def operators_s(self) -> float:
         """Seconds from the first operator to the last, ceilings included."""
-        return self.at["asking what is fused"] - self.at["measuring operators"]
+        return self.at["measuring transfers between targets"] - self.at["measuring operators"]
 
 
 def main() -> None:
