@@ -131,8 +131,8 @@ class UserFunction:
         module = sys.modules[name] = importlib.util.module_from_spec(spec)  # data classes and pickles look their module up
         try:
             spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]  # half of a module must not be found the next time
+        except BaseException:  # not handled, only cleaned up: half of a module must not be found the next time
+            del sys.modules[name]
             raise
         return module
 

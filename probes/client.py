@@ -201,8 +201,7 @@ class Worker:
             raise self._died("") from None  # the pipe broke: it is gone
         except WorkerDied:
             raise
-        except BaseException:
-            # Interrupted: the answer to this question would be taken for the answer to the next one.
+        except BaseException:  # interrupted: the answer to this question would be taken for the answer to the next one
             self._end_now()
             raise
 

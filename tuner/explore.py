@@ -166,7 +166,7 @@ class Explorer:
         """Note that AUTO is expected to do what the default does where its runtime has one device only."""
         for _, alias in self.aliases:
             defaults = [each for _, each in kept if each.target.runtime == alias.target.runtime and not each.config.settings]
-            if alias.target.name == "AUTO" and len({each.target for each in defaults}) == 1 and len(defaults) == 1:
+            if alias.target.name == "AUTO" and len(defaults) == 1:
                 self.stands_for[alias.key] = defaults[0]
 
     def _twins(self, usable: Sequence[tuple[Baseline, Candidate]]) -> list[tuple[Baseline, Candidate]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,21 +185,20 @@ class OperatorProber:
                     if isinstance(model, str):
                         outcomes.append(Refused(key=key, reason=model))
                     else:
-                        jobs.append(replace(model, key=key, target=place[0]))
+                        path, values = model
+                        jobs.append(_Job(key=key, target=place[0], path=path, values=values, flops=operator.flops, bytes=operator.bytes))
                 outcomes += self._probe(jobs)
                 self._store(outcomes)
                 by_key = {each.key: each for each in outcomes}
                 for operator in mine:
                     self.found[operator.signature, str(place[0]), place[1]] = by_key[self._operator_key(operator, *place)]
         finally:
-            for job in built.values():
-                if isinstance(job, _Job):
-                    job.path.unlink()
-                    if job.values is not None:
-                        job.values.unlink()
+            written = [each for each in built.values() if not isinstance(each, str)]
+            for file in (file for files in written for file in files if file is not None):
+                file.unlink()
 
-    def _build(self, models: OperatorModels, operator: Operator) -> _Job | str:
-        """Write the operator's model and the values that it needs; return why not where it cannot stand alone."""
+    def _build(self, models: OperatorModels, operator: Operator) -> tuple[Path, Path | None] | str:
+        """Write the operator's model and, where it needs some, values; return both files, or why it cannot stand alone."""
         path = self.folder / f"operator-{operator.signature[:32]}.onnx"
         try:
             path.write_bytes(models.build(operator.signature))
@@ -211,8 +210,7 @@ class OperatorProber:
         values = path.with_suffix(".npz") if mine else None
         if values is not None:
             save_arrays(values, mine)
-        key = self._operator_key(operator, self.targets[0], "fp32")  # a placeholder until the target is known
-        return _Job(key=key, target=self.targets[0], path=path, values=values, flops=operator.flops, bytes=operator.bytes)
+        return path, values
 
     def _tensor_values(self, models: OperatorModels) -> dict[str, Any]:
         """Return the values that tensors have inside the whole model, from one run on the reference target; nothing where that fails."""
