@@ -176,6 +176,7 @@ class Decider:
                 lowered = next((piece.config.lowered for piece in proof.plan.draft.pieces if piece.config.lowered), None)
                 if lowered and not self.work.subject.real_data:
                     note += f" {lowered} was also calibrated on synthetic inputs: bring --dataset before you rely on it."
+            note += self._silent_precision(proof.plan.draft)
             return sentence(proof, objective=self.work.options.objective, accuracy_text=note), []
         nearest = _nearest(proof)
         asked = ", ".join(self.work.options.constraints) or f"cosine>={DEFAULT_COSINE:g}"
@@ -184,6 +185,14 @@ class Decider:
             return f"No plan meets the constraints ({asked}). {'; '.join(reasons)}", reasons
         reasons = [each.sentence for each in proof.violations[nearest.draft.name]]
         return f"No plan meets the constraints ({asked}). The nearest is {describe(nearest.draft)}: {'; '.join(reasons)}.", reasons
+
+    def _silent_precision(self, draft: Draft) -> str:
+        """Say what a plan that names no precision computes in, where that is not fp32: the runtime decided it without a word."""
+        for piece in draft.pieces:
+            default = self.explorer.default_precision(piece.target)
+            if piece.config.precision is None and default not in (None, "fp32"):
+                return f" {piece.target} computes in {default} by default here."
+        return ""
 
     def accuracy(self, plan: Entrant) -> Accuracy | None:
         """Return how close the plan's outputs are to the reference; None when that cannot be judged."""

@@ -18,7 +18,7 @@ from aivmm.db.database import Database
 from aivmm.probes.records import Measured
 from aivmm.runtime.bundle import file_sha256
 from tests.tuner.conftest import Tuned
-from tests.tuner.harness import ONE_RUNTIME, TINY, Finished, Place, assert_as_promised, listing, reference, run
+from tests.tuner.harness import ONE_RUNTIME, TINY, Finished, Place, assert_as_promised, default_precision, listing, reference, run
 
 VERDICTS = {"faster", "slower", "same", "ambiguous"}
 
@@ -58,6 +58,9 @@ def test_the_json_of_a_tune_has_the_keys_and_types_that_the_design_promises(tune
     assert found["accuracy"] == {"metric": "cosine", "value": pytest.approx(1.0, abs=1e-4), "limit": 0.999, "data": "synthetic"}
     assert 0 < found["wall_s"] < 240
     assert "\n" not in found["verdict"] and found["verdict"].startswith(found["plan"]["stages"][0]["target"])
+    # A runtime's default may compute in bf16 without a word; the verdict has that word.
+    silent = any(each["precision"] == "default" and default_precision(each["target"]) != "fp32" for each in found["plan"]["stages"])
+    assert ("by default here" in found["verdict"]) == silent
 
 
 def test_the_measured_numbers_agree_with_each_other(tuned: Tuned) -> None:
