@@ -320,7 +320,8 @@ def heading(models: Sequence[Subject], options: argparse.Namespace) -> list[str]
     return [
         "# Verdicts on the same thing, and on 5 % more of it",
         "",
-        f"`python benchmarks/aa.py --comparisons {options.comparisons} --rounds {options.rounds} --copies {options.copies} --minutes {options.minutes:g}`",
+        f"`python benchmarks/aa.py --comparisons {options.comparisons} --minutes {options.minutes:g} --rounds {options.rounds} "
+        f"--copies {options.copies}`",
         f"on {device.model}, {device.cores} cores, {platform.system()} {platform.release()}, Python {platform.python_version()},",
         f"openvino {version('openvino')}, onnxruntime {version(ort)}.",
         "",
