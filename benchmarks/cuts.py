@@ -1,12 +1,15 @@
 """How far cutting a model moves its answers: every model, every cut point, on every CPU target and across them.
 
-    python benchmarks/cuts.py [--out benchmarks/results/cuts.md] [--state FOLDER] [--most N] [MODEL ...]
+    python benchmarks/cuts.py [--out benchmarks/results/cuts.md] [--state FOLDER] [--jobs N] [--most N] [--render] [MODEL ...]
 
 Each model (default: those in `../shared/models` and all demo models) is cut in two at each of its cut points and, once, at all of its block
 boundaries. The pieces run one after another through our backends, and their outputs are compared with those of the uncut model on the same
 target; for pieces on different targets with those of the uncut model on ONNX Runtime. ONNX Runtime runs a second time with its
-optimisations off and one thread: then no fusion crosses a cut, and cut and uncut have to agree in every bit. Processes of its own do each
-model; with `--state` what is done is kept there as JSON, and the next call goes on. `--most` takes a sample of the cut points.
+optimisations off and one thread: then no fusion crosses a cut, and cut and uncut have to agree in every bit.
+
+Processes of their own do a few cuts each, `--jobs` of them at a time, each on its share of the cores. What is done is kept in `--state`,
+one line of JSON a cut, so that a run that was killed goes on; `--render` only writes the table of what the folder has, from any machine.
+`--most` takes a sample of the cut points. Nothing is fetched: the demo models are built on the spot.
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ import itertools
 import json
 import os
 import platform
+import queue
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from cuts_table import ALL_BLOCKS, MIXES, Comparison, answers, report
 
 from aivmm.errors import AivmmError
 from aivmm.models.demo import demo_names, write_demo
@@ -46,51 +53,22 @@ from aivmm.runtime.engine import find_target
 from aivmm.runtime.registry import load_backend
 
 ROOT = Path(__file__).parent.parent
-SAME = 1e-5  # relative L2 that cut and uncut may differ by on one target whose kernels depend on what is fused
-ACROSS = 1e-3  # and across targets
-_FP32 = Config(precision="fp32")
-_PLAIN = Config.of({"graph_optimization_level": "disabled", "intra_op_num_threads": 1}, precision="fp32")
-LANES: Mapping[str, tuple[str, Config]] = {
-    "ORT plain": ("onnxruntime:CPU", _PLAIN),
-    "ORT": ("onnxruntime:CPU", _FP32),
-    "OpenVINO": ("openvino:CPU", _FP32),
-}
-MIXES = (("ORT", "OpenVINO"), ("OpenVINO", "ORT"))
+TOGETHER = 12  # cuts a process: few enough that a crash costs little and the last processes end together
+HEAVY_BYTES, FEW = 100_000_000, 3  # where a cut takes seconds
 _ORT = "onnxruntime-gpu" if platform.machine() in ("x86_64", "AMD64") else "onnxruntime"
-ALL_BLOCKS = -1  # in the place of a cut point's position: at all block boundaries at once
 Arrays = Mapping[str, Buffer]
-Comparison = tuple[float | None, bool, str]
 
 
-@dataclass
-class Tally:
-    """What came out for one model on one lane or mix of two."""
-
-    cuts: int = 0
-    bitwise: int = 0
-    worst: float = 0.0  # relative L2 over all outputs
-    where: int = 0  # the cut point's position
-    over: int = 0  # cuts beyond the limit
-    refused: int = 0
-    reason: str = ""
-    blocks: float | None = None  # cut at all block boundaries at once; None: refused
-
-
-@dataclass
-class Found:
-    """All of one model."""
-
-    model: str
-    nodes: int = 0
-    cut_points: int = 0
-    blocks: int = 0
-    seconds: float = 0.0
-    error: str = ""
-    whole: dict[str, str] = field(default_factory=dict)  # lane -> why the uncut model does not run there
-    repeatable: dict[str, bool] = field(default_factory=dict)  # lane -> two runs of the uncut model agree in every bit
-    across: float | None = None  # uncut OpenVINO against uncut ONNX Runtime
-    crashed: list[str] = field(default_factory=list)
-    tallies: dict[str, Tally] = field(default_factory=dict)
+def lanes(threads: int) -> Mapping[str, tuple[str, Config]]:
+    """Return name -> target and config of what is compared; 0 threads are the runtime's default."""
+    ort = {"intra_op_num_threads": threads} if threads else {}
+    openvino = {"INFERENCE_NUM_THREADS": threads} if threads else {}
+    plain = {"graph_optimization_level": "disabled", "intra_op_num_threads": 1}
+    return {
+        "ORT plain": ("onnxruntime:CPU", Config.of(plain, precision="fp32")),
+        "ORT": ("onnxruntime:CPU", Config.of(ort, precision="fp32")),
+        "OpenVINO": ("openvino:CPU", Config.of(openvino, precision="fp32")),
+    }
 
 
 def main() -> None:
@@ -100,133 +78,198 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cuts.md")
     parser.add_argument("--state", type=Path, help="folder of what was done before")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "models")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time; with more than one, each has its share of the cores")
     parser.add_argument("--most", type=int, help="cut points a model, spread evenly; default all")
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--cuts", help=argparse.SUPPRESS)
+    parser.add_argument("--render", action="store_true", help="write the table of what --state has, and run nothing")
+    parser.add_argument("--do", choices=["prepare", "cut"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.cuts:
-        cut(Path(arguments.cuts), [int(each) for each in arguments.models])
+    if arguments.do == "prepare":
+        prepare_one(arguments.models[0], Path(arguments.models[1]), Path(arguments.models[2]))
         return
-    if arguments.one:
-        source, destination = arguments.models
-        Path(destination).write_text(json.dumps(asdict(one(source, arguments.most))))
+    if arguments.do == "cut":
+        folder, log, threads, *positions = arguments.models
+        cut(Path(folder), Path(log), int(threads), list(map(int, positions)))
         return
+    if arguments.render and not arguments.state:
+        parser.error("--render needs --state")
     models = arguments.models or [*map(str, sorted(arguments.shared.glob("*.onnx"))), *(f"demo:{name}" for name in demo_names())]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.state or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        found = []
-        for model in models:
-            found.append(recalled(model, folder, arguments.most))
-            arguments.out.parent.mkdir(exist_ok=True)
-            arguments.out.write_text("\n".join(report(found)) + "\n")  # after each model: a run of hours may be killed
-    print("\n".join(report(found)))
+        state = arguments.state or Path(temporary) / "state"
+        if not arguments.render:
+            Run(models, state, Path(temporary), arguments.jobs, arguments.most).everything()
+        lines = report(state, list(map(name_of, models)))
+    arguments.out.parent.mkdir(exist_ok=True)
+    arguments.out.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
-def recalled(model: str, folder: Path, most: int | None) -> Found:
-    """Return what `folder` has on `model`, or have a process find it out."""
-    name = model if model.startswith("demo:") else Path(model).stem
-    file = folder / f"{name.replace(':', '_')}.json"
-    if not file.exists():
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        limit = [] if most is None else ["--most", str(most)]
-        done = subprocess.run([sys.executable, __file__, "--one", model, str(file), *limit], stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode != 0:
-            return Found(model=name, error=f"exit {done.returncode}: {' '.join(done.stderr.split())[-300:]}")
-    fields: dict[str, Any] = json.loads(file.read_text())
-    tallies = {lane: Tally(**each) for lane, each in fields.pop("tallies").items()}
-    return Found(**fields, tallies=tallies)
+def name_of(model: str) -> str:
+    """Return how the tables and the state's folders call `model`."""
+    return model if model.startswith("demo:") else Path(model).stem
 
 
-def one(model: str, most: int | None) -> Found:
-    """Cut one model everywhere, in processes of its own: a runtime that crashes costs the cut it was at, tried a second time alone."""
-    found = Found(model=model if model.startswith("demo:") else Path(model).stem)
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+@dataclass(frozen=True, order=True)
+class Portion:
+    """What one process cuts; the lesser of two takes longer."""
+
+    haste: int
+    model: str
+    positions: Sequence[int]
+
+
+@dataclass
+class Run:
+    """All models, their cuts dealt out to processes. `state` keeps a folder a model: `facts.json`, and lines on cuts in `*.jsonl`."""
+
+    models: Sequence[str]
+    state: Path
+    work: Path
+    jobs: int
+    most: int | None
+    _portions: queue.PriorityQueue[Portion] = field(default_factory=queue.PriorityQueue)
+    _shares: queue.SimpleQueue[frozenset[int]] = field(default_factory=queue.SimpleQueue)
+
+    def everything(self) -> None:
+        """Prepare every model, and cut each as soon as it is."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            preparing: dict[Future[None], str] = {pool.submit(self._prepare, model): model for model in self.models}
+            cutting: list[Future[None]] = []
+            for prepared in as_completed(preparing):
+                prepared.result()
+                for portion in self._waiting(preparing[prepared]):
+                    self._portions.put(portion)
+                    cutting.append(pool.submit(self._cut_next))
+            for number, done in enumerate(as_completed(cutting), 1):
+                done.result()
+                print(f"{number} of {len(cutting)}", file=sys.stderr, flush=True)
+
+    def _cut_next(self) -> None:
+        """Cut the portion that takes longest of those known now, so that the last ones to end are short."""
+        portion = self._portions.get_nowait()
+        self._cut(portion.model, portion.positions)
+
+    def __post_init__(self) -> None:
+        """Deal out the cores of this process to the jobs; empty sets where they cannot be chosen or need not."""
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") and self.jobs > 1 else []
+        each = max(1, len(cores) // self.jobs)
+        for job in range(self.jobs):
+            self._shares.put(frozenset(cores[(job * each + index) % len(cores)] for index in range(each)) if cores else frozenset())
+
+    @contextmanager
+    def _share(self) -> Iterator[frozenset[int]]:
+        share = self._shares.get()
         try:
-            source = write_demo(model.removeprefix("demo:"), folder) if model.startswith("demo:") else Path(model)
-            facts = prepare(source, folder / "prepared.onnx")
-        except AivmmError as error:
-            found.error = str(error)
-            return found
-        save_arrays(
-            folder / "feeds.npz", make_inputs(onnx.load(folder / "prepared.onnx", load_external_data=False), facts.inputs, seed=0)[0]
-        )
+            yield share
+        finally:
+            self._shares.put(share)
+
+    def _folders(self, model: str) -> tuple[Path, Path]:
+        name = name_of(model).replace(":", "_")
+        for folder in (found := (self.work / name, self.state / name)):
+            folder.mkdir(parents=True, exist_ok=True)
+        return found
+
+    def _prepare(self, model: str) -> None:
+        folder, state = self._folders(model)
+        with self._share() as cores:
+            done = _process(cores, "prepare", model, folder, state)
+        if done.returncode:
+            facts = {"error": f"exit {done.returncode}: {' '.join(done.stderr.split())[-300:]}"}
+            (state / "facts.json").write_text(json.dumps(facts))
+
+    def _waiting(self, model: str) -> list[Portion]:
+        """Return the cuts that are still to be made."""
+        folder, state = self._folders(model)
+        facts = json.loads((state / "facts.json").read_text())
+        if facts.get("error"):
+            return []
+        positions = facts["cut_points"]
+        step = 1 if self.most is None else max(1, len(positions) // self.most)
+        known = _known(state)
+        waiting = [position for position in [ALL_BLOCKS, *positions[step // 2 :: step]] if position not in known]
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        most = FEW if size > HEAVY_BYTES else TOGETHER
+        portions = [waiting[first : first + most] for first in range(0, len(waiting), most)]
+        return [Portion(-size, model, portion) for portion in portions]
+
+    def _cut(self, model: str, positions: Sequence[int]) -> None:
+        """Have `positions` cut: a runtime that crashes costs the cut it was at, tried a second time in a process of its own."""
+        folder, state = self._folders(model)
+        log = state / f"{positions[0]}.{os.getpid()}.jsonl"
+        alone: int | None = None
+        with self._share() as cores:
+            while waiting := [each for each in positions if each not in _known(state)]:
+                wanted = waiting if alone is None else [alone]
+                done = _process(cores, "cut", folder, log, len(cores), *wanted)
+                if done.returncode > 0:
+                    raise RuntimeError(f"{model}: {done.stderr[-2000:]}")
+                if done.returncode < 0:
+                    known = _known(state)
+                    at = next(each for each in wanted if each not in known)
+                    crash = f"cut at {at}: signal {-done.returncode}, " + ("also alone" if alone is not None else "after others")
+                    with log.open("a") as file:
+                        file.write(json.dumps({"crash": crash} | ({"position": at} if alone is not None else {})) + "\n")
+                    alone = at if alone is None else None
+                else:
+                    alone = None
+
+
+def _known(state: Path) -> set[int]:
+    """Return the cuts that `state` has an answer for, be it a crash."""
+    return {line["position"] for line in answers(state) if "position" in line}
+
+
+def _process(cores: frozenset[int], *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run one step in a process on `cores`; an empty set leaves it all of them."""
+    command = [sys.executable, __file__, "--do", *map(str, arguments)]
+    pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, preexec_fn=pin)
+
+
+def prepare_one(model: str, folder: Path, state: Path) -> None:
+    """Write the prepared model and its inputs to `folder`, and what the table says of it to `state`."""
+    facts: dict[str, Any] = {}
+    try:
+        source = write_demo(model.removeprefix("demo:"), folder) if model.startswith("demo:") else Path(model)
+        prepared = prepare(source, folder / "prepared.onnx")
+        feeds = make_inputs(onnx.load(folder / "prepared.onnx", load_external_data=False), prepared.inputs, seed=0)[0]
+        save_arrays(folder / "feeds.npz", feeds)
         structure = analyse(folder / "prepared.onnx")
-        positions = [cut.position for cut in structure.cut_points]
-        found.nodes, found.cut_points, found.blocks = structure.node_count, len(positions), len(structure.blocks)
-        step = 1 if most is None else max(1, len(positions) // most)
-        _cut_all(folder, [ALL_BLOCKS, *positions[step // 2 :: step]], found)
-    found.seconds = time.perf_counter() - started
-    return found
+        facts = {
+            "nodes": structure.node_count,
+            "cut_points": [each.position for each in structure.cut_points],
+            "blocks": len(structure.blocks),
+        }
+    except AivmmError as error:
+        facts = {"error": str(error)}
+    (state / "facts.json").write_text(json.dumps(facts))
 
 
-def _cut_all(folder: Path, positions: list[int], found: Found) -> None:
-    known: dict[int, dict[str, Any]] = {}
-    alone = False
-    while waiting := [position for position in positions if position not in known]:
-        wanted = waiting[:1] if alone else waiting
-        log = folder / "answers.jsonl"
-        log.unlink(missing_ok=True)
-        arguments = [sys.executable, __file__, "--cuts", str(folder), *map(str, wanted)]
-        done = subprocess.run(arguments, stderr=subprocess.PIPE, text=True, check=False)
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        known |= {line["position"]: line for line in lines}
-        if done.returncode > 0:
-            raise RuntimeError(done.stderr[-2000:])
-        if done.returncode < 0 and alone and not lines:
-            found.crashed.append(f"cut at {wanted[0]}, twice: signal {-done.returncode}")
-            known[wanted[0]] = {}
-        elif done.returncode < 0:
-            found.crashed.append(f"cut at {next(each for each in wanted if each not in known)}, after others: signal {-done.returncode}")
-        alone = done.returncode < 0 and not (alone and not lines)
-    for position in positions:
-        _count(found, position, known[position])
-
-
-def _count(found: Found, position: int, answer: Mapping[str, Any]) -> None:
-    found.whole |= answer.get("whole", {})
-    found.repeatable |= answer.get("repeatable", {})
-    found.across = answer.get("across", found.across)
-    for lane, (error, bitwise, reason) in answer.get("lanes", {}).items():
-        tally = found.tallies.setdefault(lane, Tally())
-        if position == ALL_BLOCKS:
-            tally.blocks = error
-        elif error is None:
-            tally.refused += 1
-            tally.reason = tally.reason or reason
-        else:
-            tally.cuts += 1
-            tally.bitwise += bitwise
-            tally.over += not error <= (ACROSS if "|" in lane else SAME)
-            if not error <= tally.worst:
-                tally.worst, tally.where = error, position
-
-
-def cut(folder: Path, positions: Sequence[int]) -> None:
-    """Cut the model in `folder` at `positions` and write a line on each."""
-    with Slicer(folder / "prepared.onnx") as slicer, (folder / "answers.jsonl").open("w") as log:
-        cutter = Cutter(slicer, folder)
+def cut(folder: Path, log: Path, threads: int, positions: Sequence[int]) -> None:
+    """Cut the model in `folder` at `positions` and append a line on each to `log`."""
+    where = environment(threads)
+    with tempfile.TemporaryDirectory(dir=folder) as pieces, Slicer(folder / "prepared.onnx") as slicer, log.open("a") as file:
+        cutter = Cutter(slicer, Path(pieces), load_arrays(str(folder / "feeds.npz")), lanes(threads))
         for position in positions:
-            lanes = cutter.in_blocks() if position == ALL_BLOCKS else cutter.in_two(position)
+            started = time.perf_counter()
+            found = cutter.in_blocks() if position == ALL_BLOCKS else cutter.in_two(position)
             whole = {"whole": cutter.refused, "repeatable": cutter.repeatable, "across": cutter.across}
-            log.write(json.dumps({"position": position, "lanes": lanes, **whole}) + "\n")
-            log.flush()
+            seconds = round(time.perf_counter() - started, 3)
+            file.write(json.dumps({"position": position, "lanes": found, **whole, "seconds": seconds, "where": where}) + "\n")
+            file.flush()
 
 
 class Cutter:
     """Cuts one prepared model and compares; each comparison is (relative L2 error, equal in every bit, why it was refused)."""
 
-    def __init__(self, slicer: Slicer, folder: Path) -> None:
-        self.slicer, self.folder = slicer, folder
-        self.feeds: Arrays = load_arrays(str(folder / "feeds.npz"))
+    def __init__(self, slicer: Slicer, folder: Path, feeds: Arrays, lanes: Mapping[str, tuple[str, Config]]) -> None:
+        self.slicer, self.folder, self.feeds, self.lanes = slicer, folder, feeds, lanes
         self.prepared: PreparedGraph = slicer.prepared
         self.last = len(self.prepared.nodes) - 1
         self.outputs = [str(value.name) for value in self.prepared.outputs]
         self.store = WeightStore(folder / "weights.bin")
-        self.backends = {name: load_backend(name.partition(":")[0]) for name, _ in LANES.values()}
-        self.targets = {name: find_target(self.backends[name], name.partition(":")[2]) for name, _ in LANES.values()}
+        self.backends = {name: load_backend(name.partition(":")[0]) for name, _ in lanes.values()}
+        self.targets = {name: find_target(self.backends[name], name.partition(":")[2]) for name, _ in lanes.values()}
         self.wholes: dict[str, Arrays] = {}
         self.refused: dict[str, str] = {}
         self.repeatable: dict[str, bool] = {}
@@ -238,17 +281,20 @@ class Cutter:
         """Cut before the node `position`."""
         front = self.slicer.write(0, position - 1, self.folder / "front.onnx", weights=self.store).path
         back = self.slicer.write(position, self.last, self.folder / "back.onnx", weights=self.store).path
-        fronts: dict[str, Arrays | AivmmError] = {lane: self._try(lane, front, self.feeds) for lane in LANES}
+        fronts = {lane: self._answers(lane, front, [self.feeds])[0] for lane in self.lanes}
         found: dict[str, Comparison] = {}
-        for first, second in (*((lane, lane) for lane in LANES), *MIXES):
-            name = first if first == second else f"{first} | {second}"
-            expected = self.wholes.get(first) if first == second else self.wholes.get("ORT")
-            before = fronts[first]
-            after = before if isinstance(before, AivmmError) else self._try(second, back, {**self.feeds, **before})
-            if isinstance(after, AivmmError) or isinstance(before, AivmmError):
-                found[name] = (None, False, str(after)[:300])
-            elif expected is not None:
-                found[name] = self._compared({**before, **after}, expected)
+        for second in self.lanes:
+            firsts = [second, *(first for first, then in MIXES if then == second)]
+            ready = {first: {**self.feeds, **before} for first in firsts if not isinstance(before := fronts[first], AivmmError)}
+            afters = dict(zip(ready, self._answers(second, back, list(ready.values())), strict=True))
+            for first in firsts:
+                expected = self.wholes.get(first) if first == second else self.wholes.get("ORT")
+                name = first if first == second else f"{first} | {second}"
+                after = afters.get(first, fronts[first])
+                if isinstance(after, AivmmError):
+                    found[name] = (None, False, str(after)[:300])
+                elif expected is not None:
+                    found[name] = self._compared({**ready[first], **after}, expected)
         return found
 
     def in_blocks(self) -> dict[str, Comparison]:
@@ -261,7 +307,7 @@ class Cutter:
     def _chained(self, lane: str, paths: Sequence[Path]) -> Comparison:
         values = dict(self.feeds)
         for path in paths:
-            answers = self._try(lane, path, values)
+            answers = self._answers(lane, path, [values])[0]
             if isinstance(answers, AivmmError):
                 return None, False, str(answers)[:300]
             values |= answers
@@ -269,28 +315,31 @@ class Cutter:
 
     def _run_whole(self) -> None:
         path = self.slicer.write_whole(self.folder / "whole.onnx", weights=self.store).path
-        for lane in LANES:
-            try:
-                self.wholes[lane] = self._answers(lane, path, self.feeds)
-                again = self._answers(lane, path, self.feeds)
-            except AivmmError as error:
-                self.refused[lane] = str(error)[:300]
+        for lane in self.lanes:
+            once, again = self._answers(lane, path, [self.feeds, self.feeds])
+            if isinstance(once, AivmmError) or isinstance(again, AivmmError):
+                self.refused[lane] = str(once)[:300]
                 continue
-            self.repeatable[lane] = _bitwise(again, self.wholes[lane])
+            self.wholes[lane] = once
+            self.repeatable[lane] = _bitwise(again, once)
 
-    def _try(self, lane: str, path: Path, values: Arrays) -> Arrays | AivmmError:
+    def _answers(self, lane: str, path: Path, inputs: Sequence[Arrays]) -> list[Arrays | AivmmError]:
+        """Compile `path` and return its answers to each of `inputs`, or why there are none."""
+        name, config = self.lanes[lane]
         try:
-            return self._answers(lane, path, values)
+            executable = self.backends[name].compile(path, self.targets[name], config)
         except AivmmError as error:
-            return error
-
-    def _answers(self, lane: str, path: Path, values: Arrays) -> Arrays:
-        name, config = LANES[lane]
-        executable = self.backends[name].compile(path, self.targets[name], config)
+            return [error for _ in inputs]
         try:
-            return ExecutableRunner(executable, values, 1).outputs(values)
+            return [self._answer(executable, values) for values in inputs]
         finally:
             executable.close()
+
+    def _answer(self, executable: Any, values: Arrays) -> Arrays | AivmmError:
+        try:
+            return ExecutableRunner(executable, values, 1).outputs(values)
+        except AivmmError as error:
+            return error
 
     def _compared(self, answers: Arrays, expected: Arrays) -> Comparison:
         return self._error(answers, expected), _bitwise(answers, expected), ""
@@ -305,80 +354,13 @@ def _bitwise(answers: Arrays, expected: Arrays) -> bool:
     return all(np.asarray(answers[name]).tobytes() == np.asarray(value).tobytes() for name, value in expected.items())
 
 
-def report(found: Iterable[Found]) -> list[str]:
-    """Return the file's lines."""
-    found = list(found)
-    columns = [*LANES, *map(" | ".join, MIXES)]
-    titles = [title.replace(" | ", " then ") for title in columns]
-    lines = [
-        *environment(),
-        "",
-        f"Each cell: worst relative L2 error of all outputs over all cut points (at which position); how many cuts agree in every bit; how "
-        f"many are beyond the limit, {SAME:g} on one target and {ACROSS:g} across; how many one of the runtimes refused. `uncut` is "
-        "OpenVINO against ONNX Runtime without any cut: what the last two columns have to be read against.",
-        "",
-        f"| model | nodes | cut points | {' | '.join(titles)} | uncut | seconds |",
-        f"|{'---|' * (len(titles) + 5)}",
-    ]
-    for each in found:
-        if each.error:
-            lines.append(f"| {each.model} | not cut: {each.error} |{' |' * (len(titles) + 3)}")
-            continue
-        cells = [_cell(each.tallies.get(column, Tally())) for column in columns]
-        uncut = "-" if each.across is None else f"{each.across:.1e}"
-        lines.append(f"| {each.model} | {each.nodes} | {each.cut_points} | {' | '.join(cells)} | {uncut} | {each.seconds:.0f} |")
-    lines += ["", *_sums(found, columns, titles), "", *_blocks(found), "", *_refusals(found)]
-    return lines
-
-
-def _cell(tally: Tally) -> str:
-    text = f"{tally.worst:.1e} (at {tally.where}); {tally.bitwise} of {tally.cuts} bitwise; {tally.over} over" if tally.cuts else "none ran"
-    return text + (f"; {tally.refused} refused" if tally.refused else "")
-
-
-def _sums(found: Sequence[Found], columns: Sequence[str], titles: Sequence[str]) -> list[str]:
-    lines = ["| in sum | cuts compared | worst error | bitwise | over the limit | refused |", "|---|---|---|---|---|---|"]
-    for column, title in zip(columns, titles, strict=True):
-        each = [one.tallies[column] for one in found if column in one.tallies]
-        numbers = (sum(tally.cuts for tally in each), f"{max((tally.worst for tally in each), default=0.0):.1e}")
-        rest = (sum(tally.bitwise for tally in each), sum(tally.over for tally in each), sum(tally.refused for tally in each))
-        lines.append(f"| {title} | {' | '.join(map(str, (*numbers, *rest)))} |")
-    return lines
-
-
-def _blocks(found: Sequence[Found]) -> list[str]:
-    lines = [
-        "Cut at all block boundaries at once, relative L2 against the uncut model on the same target:",
-        "",
-        f"| model | blocks | {' | '.join(LANES)} | the uncut model repeats itself bitwise |",
-        f"|{'---|' * (len(LANES) + 3)}",
-    ]
-    for each in found:
-        if not each.error:
-            errors = [each.tallies.get(lane, Tally()).blocks for lane in LANES]
-            cells = " | ".join("-" if error is None else f"{error:.1e}" for error in errors)
-            steady = ", ".join(f"{lane} {'yes' if yes else 'no'}" for lane, yes in each.repeatable.items())
-            lines.append(f"| {each.model} | {each.blocks} | {cells} | {steady} |")
-    return lines
-
-
-def _refusals(found: Sequence[Found]) -> list[str]:
-    lines = [f"- {each.model}: {crash}" for each in found for crash in each.crashed]
-    lines += [f"- {each.model}, whole, {lane}: {reason}" for each in found for lane, reason in each.whole.items()]
-    lines += [f"- {each.model}, a piece, {lane}: {tally.reason}" for each in found for lane, tally in each.tallies.items() if tally.reason]
-    return ["What crashed a process, and what was refused, with the first reason:", "", *(lines or ["- nothing"])]
-
-
-def environment() -> list[str]:
-    """Return where and when this ran."""
-    device = cpu_device()
+def environment(threads: int) -> str:
+    """Return when and where this runs."""
     packages = ", ".join(f"{each} {version(each)}" for each in ("aivmm", "openvino", _ORT, "onnx", "onnx-ir"))
-    return [
-        "# Cut and uncut",
-        "",
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC; {device.model}, {os.cpu_count()} cores; {platform.platform()}; Python "
-        f"{platform.python_version()}; {packages}.",
-    ]
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d} UTC; {cpu_device().model}, {os.cpu_count()} cores; {platform.platform()}; Python "
+        f"{platform.python_version()}; {packages}; threads a model: {threads or 'the default'}"
+    )
 
 
 if __name__ == "__main__":
