@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,10 @@ from aivmm.errors import AivmmError, Infeasible
 from aivmm.planner.levels import goal
 from aivmm.probes.client import WorkerDied
 from aivmm.runtime.target import Target
+from aivmm.tuner import config_file
 from aivmm.tuner.cli_db import app as db_app
 from aivmm.tuner.cli_profile import profile
+from aivmm.tuner.config_file import Defaults
 from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions, parse_batches, parse_budget, parse_dims, parse_list, parse_shapes
 from aivmm.tuner.text import printable
 
@@ -46,6 +49,7 @@ Db = Annotated[
 
 @app.command()
 def tune(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="An ONNX file, or `demo:NAME` (`demo:` lists them).")],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where the plan goes; default `<name>.aivmm`.")
@@ -136,7 +140,7 @@ def tune(
 
     progress = make_progress(quiet=quiet)
     try:
-        outcome = Session(options, progress, command=_command()).run()
+        outcome = Session(options, progress, command=_command(context.obj)).run()
     finally:
         progress.close()
     if not isinstance(outcome, TuneOutcome):
@@ -237,7 +241,10 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit status; a bug keeps its traceback."""
     wants_json = "--json" in arguments
     try:
-        status = app(args=list(arguments), prog_name="aivmm", standalone_mode=False)
+        found = _options_from_file(arguments)
+        status = app(
+            args=list(arguments), prog_name="aivmm", standalone_mode=False, default_map=dict(found.map) if found else None, obj=found
+        )
     except AivmmError as error:
         _print_error(error.message, error.advice, wants_json)
         return 3 if isinstance(error, Infeasible) else 2
@@ -262,8 +269,19 @@ def run(arguments: Sequence[str]) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _command() -> str:
-    return shlex.join(["aivmm", *sys.argv[1:]] if not Path(sys.argv[0]).name.startswith("aivmm-tune") else ["aivmm-tune", *sys.argv[1:]])
+def _options_from_file(arguments: Sequence[str]) -> Defaults | None:
+    """Return what a configuration file says for this command line, and say it: nothing is set in silence."""
+    file = config_file.find(Path.cwd(), os.environ)
+    found = file and config_file.defaults(file, typer.main.get_command(app), arguments)
+    if found and not {"-q", "--quiet", "-h", "--help"} & set(arguments):
+        print(f"options {printable(found.said())}", file=sys.stderr)
+    return found or None
+
+
+def _command(from_file: Defaults | None) -> str:
+    """Return a command line that asks for the same again, also where the configuration file is another one."""
+    name = "aivmm-tune" if Path(sys.argv[0]).name.startswith("aivmm-tune") else "aivmm"
+    return shlex.join([name, *sys.argv[1:], *(from_file.words if from_file else ())])
 
 
 def _print_json(value: Any) -> None:
