@@ -21,6 +21,7 @@ from aivmm.probes.client import WorkerDied
 from aivmm.runtime.target import Target
 from aivmm.tuner import config_file
 from aivmm.tuner.cli_db import app as db_app
+from aivmm.tuner.cli_doctor import doctor
 from aivmm.tuner.cli_profile import profile
 from aivmm.tuner.config_file import Defaults
 from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions, parse_batches, parse_budget, parse_dims, parse_list, parse_shapes
@@ -35,11 +36,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Measure an ONNX model on every device of this machine, plan, prove the plan, and run it.
 
-Start with `aivmm tune model.onnx`, or with a demo: `aivmm tune demo:squeezenet`.""",
+The way from a model to production:
+
+`aivmm doctor` - what works on this machine, and what is missing
+
+`aivmm tune model.onnx` - find, prove and save a plan (or a demo: `aivmm tune demo:squeezenet`)
+
+`aivmm run model.aivmm` - run it; in Python: `aivmm.load_plan("model.aivmm").run(inputs)`
+
+`aivmm report` - look again at what was found
+
+Options may stand in `aivmm.toml` or in `[tool.aivmm]` of `pyproject.toml`, under the same names.""",
 )
 
 app.add_typer(db_app, name="db")
 app.command()(profile)
+app.command()(doctor)
 
 Json = Annotated[bool, typer.Option("--json", help="Make standard output exactly one JSON object.")]
 Db = Annotated[
