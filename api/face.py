@@ -16,16 +16,21 @@ if TYPE_CHECKING:
     from aivmm.runtime.target import Target
 
 
-def load_plan(path: str | Path) -> Engine:
+def load_plan(
+    path: str | Path, *, on_mismatch: str = "warn", require_signature: str | bytes | Path | Sequence[str | bytes | Path] | None = None
+) -> Engine:
     """Load the plan bundle at `path` (a folder or a zip of one), check it, compile it, and return a running engine.
 
+    `on_mismatch` decides what runs where the machine is another than the one that the plan was proven on: `warn` (the plan), `fallback`
+    (the plan's first fallback that can) or `error`. `require_signature` names public keys, one of which must have signed the plan.
+
     Raises:
-        BundleError: the bundle is missing, damaged, changed, unsafe, or newer than this version.
-        Unsupported: neither the plan nor a fallback of it runs on this machine.
+        BundleError: the bundle is missing, damaged, changed, unsafe, newer than this version, or not signed as required.
+        Unsupported: neither the plan nor a fallback of it that `on_mismatch` allows runs on this machine.
     """
     from aivmm.runtime.engine import Engine
 
-    return Engine.load(path)
+    return Engine.load(path, on_mismatch=on_mismatch, require_signature=require_signature)
 
 
 def devices() -> tuple[Target, ...]:

@@ -1,7 +1,7 @@
 """The plan bundle on disk: a folder (or the same tree in one zip) that comes from a stranger until it is checked.
 
 Nothing in a bundle is executable Python or a pickle. Every file but `plan.json` is listed there with its SHA-256; `report.html` beside it
-is the one file that may be unlisted, since people put it there to read and the engine never opens it.
+may be unlisted, since people put it there to read and the engine never opens it, and so may `signature.json`, which signs `plan.json`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+import mmap
 import os
 import shutil
 import stat
@@ -16,15 +17,18 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
 from aivmm.errors import BundleError, UsageError
 from aivmm.runtime.plan import Plan, parse_plan
+from aivmm.runtime.signing import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, Key, require_signature
 
 PLAN_FILE = "plan.json"
-IGNORED = frozenset({"report.html"})
+REPORT_FILE = "report.html"
+UNLISTED = frozenset({REPORT_FILE, SIGNATURE_FILE})  # may lie beside the plan without being listed in it
+_COMPILED = b"EPContext"  # the operator of ONNX Runtime that carries blobs, or reads them from a path of its own
 _MAX_PLAN_BYTES = 64 << 20
 _MAX_ZIP_RATIO = 200  # weights barely compress; a ratio beyond this is a bomb
 _MAX_ZIP_FILES = 10_000
@@ -43,31 +47,38 @@ class Bundle:
         self._unpacked = unpacked
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
-        """Open and check the bundle at `path`.
+    def open(cls, path: str | Path, *, signed_by: Key | Sequence[Key] | None = None) -> Bundle:
+        """Open and check the bundle at `path`. `signed_by`: public keys (PEM), one of which must have signed it.
 
         Raises:
-            BundleError: missing, damaged, changed, unsafe, or newer than this version.
+            BundleError: missing, damaged, changed, unsafe, newer than this version, or not signed as required.
+            UsageError: a key cannot be read.
         """
         path = Path(path)
         try:
-            return cls._open(path)
+            return cls._open(path, signed_by)
         except OSError as error:
             raise BundleError(f"{path} cannot be read ({error.strerror or error})") from error
 
     @classmethod
-    def _open(cls, path: Path) -> Bundle:
+    def _open(cls, path: Path, signed_by: Key | Sequence[Key] | None) -> Bundle:
         if path.is_dir():
-            return cls(path, _check(path))
+            return cls(path, _check(path, signed_by=signed_by))
         if not path.exists():
             raise BundleError(f"{path} does not exist", advice="make one with aivmm-tune MODEL -o PATH")
         if not path.is_file() or not zipfile.is_zipfile(path):
             raise BundleError(f"{path} is neither a bundle folder nor a zip of one")
-        unpacked = tempfile.TemporaryDirectory(prefix="aivmm-")
+        try:
+            unpacked = tempfile.TemporaryDirectory(prefix="aivmm-")
+        except OSError as error:
+            raise BundleError(
+                f"{path} is a zip, and there is no folder to unpack it to ({error.strerror or error})",
+                advice="set TMPDIR to a folder that may be written, or unpack it beforehand: aivmm plan export PLAN -o FOLDER",
+            ) from error
         try:
             folder = Path(unpacked.name)
             _unzip(path, folder)
-            return cls(folder, _check(folder, shown=path), unpacked=unpacked)
+            return cls(folder, _check(folder, shown=path, signed_by=signed_by), unpacked=unpacked)
         except BaseException:  # not handled, only cleaned up: nothing else knows of the folder
             unpacked.cleanup()
             raise
@@ -91,19 +102,19 @@ class Bundle:
         self.close()
 
 
-def _check(folder: Path, *, shown: Path | None = None) -> Plan:
+def _check(folder: Path, *, shown: Path | None = None, signed_by: Key | Sequence[Key] | None = None) -> Plan:
     """Return the checked plan of the bundle in `folder`. `shown` is what its user calls it, when that is a zip."""
     shown = shown or folder
-    plan_path = folder / PLAN_FILE
-    if not plan_path.is_file() or plan_path.is_symlink():
+    text = _read_beside(folder, PLAN_FILE, _MAX_PLAN_BYTES, shown)
+    if text is None:
         raise BundleError(f"{shown} holds no {PLAN_FILE}", advice="is this a folder that aivmm-tune wrote?")
-    if plan_path.stat().st_size > _MAX_PLAN_BYTES:
-        raise BundleError(f"{shown / PLAN_FILE} is larger than {_MAX_PLAN_BYTES >> 20} MiB")
-    plan = parse_plan(plan_path.read_bytes(), str(shown / PLAN_FILE))
+    if signed_by is not None:  # before anything that a stranger wrote is looked into
+        require_signature(text, _read_beside(folder, SIGNATURE_FILE, MAX_SIGNATURE_BYTES, shown), signed_by, str(shown))
+    plan = parse_plan(text, str(shown / PLAN_FILE))
     for name in plan.files:
         _check_name(name, shown)
     present = _walk(folder, shown)
-    unlisted = sorted(present - set(plan.files) - {PLAN_FILE} - IGNORED)
+    unlisted = sorted(present - set(plan.files) - {PLAN_FILE} - UNLISTED)
     if unlisted:
         raise BundleError(f"{shown} holds {unlisted[0]!r}, which its plan does not list", advice="remove it, or tune again")
     missing = sorted(set(plan.files) - present)
@@ -114,7 +125,34 @@ def _check(folder: Path, *, shown: Path | None = None) -> Plan:
             raise BundleError(
                 f"{shown / name} was changed: its SHA-256 is not the one in the plan", advice="copy the bundle again, or tune again"
             )
+    for name in plan.model_files():
+        _refuse_compiled(folder / PurePosixPath(name), shown / name)
     return plan
+
+
+def _refuse_compiled(model: Path, shown: Path) -> None:
+    """Raise BundleError when a model holds, or names, a compiled form: what a device executes as it stands is not taken from a stranger."""
+    with model.open("rb") as file:
+        if os.fstat(file.fileno()).st_size:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                if mapped.find(_COMPILED) >= 0:
+                    raise BundleError(f"{shown} holds compiled code ({_COMPILED.decode()})", advice="tune from the original model")
+
+
+def _read_beside(folder: Path, name: str, most: int, shown: Path) -> bytes | None:
+    """Return the bytes of `plan.json` or `signature.json`, or None where it is no plain file. Read once: what is checked is used."""
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        text = file.read(most + 1)
+    if len(text) > most:
+        raise BundleError(f"{shown / name} is larger than {_size(most)}")
+    return text
+
+
+def _size(number: int) -> str:
+    return f"{number >> 20} MiB" if number >= 1 << 20 else f"{number >> 10} KiB"
 
 
 def _check_name(name: str, shown: Path) -> None:
@@ -135,7 +173,7 @@ def _walk(folder: Path, shown: Path) -> set[str]:
                 continue
             if not stat.S_ISREG(status.st_mode):
                 raise BundleError(f"{shown} holds {name!r}, which is a link or a special file")
-            if status.st_nlink > 1 and name not in IGNORED:
+            if status.st_nlink > 1 and name != REPORT_FILE:
                 raise BundleError(
                     f"{shown} holds {name!r}, which is hard-linked from elsewhere", advice="copy the bundle instead of linking it"
                 )
@@ -150,8 +188,12 @@ def _unzip(archive: Path, folder: Path) -> None:
             if len(members) > _MAX_ZIP_FILES:
                 raise BundleError(f"{archive} holds {len(members)} files, more than {_MAX_ZIP_FILES}")
             packed = max(1, archive.stat().st_size)
-            if sum(each.file_size for each in members) > packed * _MAX_ZIP_RATIO:
+            total = sum(each.file_size for each in members)
+            if total > packed * _MAX_ZIP_RATIO:
                 raise BundleError(f"{archive} would unpack to more than {_MAX_ZIP_RATIO} times its size")
+            if total > (free := shutil.disk_usage(folder).free):
+                problem = f"{archive} unpacks to {total >> 20} MiB, and the folder for that has {free >> 20} MiB left"
+                raise BundleError(problem, advice="set TMPDIR to a folder with more room")
             for member in members:
                 _check_name(member.filename, archive)
                 target = folder / PurePosixPath(member.filename)
@@ -261,4 +303,4 @@ def _is_all_ours(folder: Path) -> bool:
         present = {each.relative_to(folder).as_posix() for each in folder.rglob("*") if not each.is_dir() or each.is_symlink()}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
-    return bool(files) and present <= files | {PLAN_FILE} | IGNORED
+    return bool(files) and present <= files | {PLAN_FILE} | UNLISTED

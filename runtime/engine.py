@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
@@ -17,14 +17,16 @@ import numpy as np
 from aivmm.errors import AivmmError, BundleError, Unsupported, UsageError
 from aivmm.runtime.backend import Backend, Buffer, Executable
 from aivmm.runtime.bundle import Bundle
-from aivmm.runtime.environment import environment_of
 from aivmm.runtime.lane import Lane
 from aivmm.runtime.plan import Plan, Stage, agree
 from aivmm.runtime.registry import load_backend
+from aivmm.runtime.signing import Key
 from aivmm.runtime.target import Target, Unavailable
+from aivmm.runtime.validity import Attempt, Validity, check_policy, grade_stages
 from aivmm.tensors import TensorSpec
 
 log = logging.getLogger("aivmm.engine")
+_PLAN = "the plan"
 
 
 @runtime_checkable
@@ -51,12 +53,18 @@ def find_target(backend: Backend, name: str) -> Target:
     raise Unsupported(f"{backend.name}:{name} is not available here: {reason}", advice=found.advice if found else "")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Validity:
-    """How far a plan's numbers hold on this machine: `exact`, `compatible` (same device models; numbers may differ) or `retune`."""
+def find_named(name: str) -> Target:
+    """Return the target written `runtime:name`.
 
-    grade: Literal["exact", "compatible", "retune"]
-    differences: Mapping[str, tuple[object, object]] = field(default_factory=dict)  # "target.field" -> (here, in the plan)
+    Raises:
+        Unsupported: it is not available here, or its runtime is not installed, with the reason.
+    """
+    runtime, _, device = name.partition(":")
+    try:
+        backend = load_backend(runtime)
+    except UsageError as error:  # not installed here, or broken: the plan is not at fault
+        raise Unsupported(f"{name} is not available here: {error.message}", advice=error.advice) from error
+    return find_target(backend, device)
 
 
 def _closed() -> UsageError:
@@ -66,16 +74,17 @@ def _closed() -> UsageError:
 class Engine:
     """A plan, compiled and ready. Thread-safe: up to `plan.callers` threads run at once, further ones wait for their turn."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, *, on_mismatch: str = "warn") -> None:
         started = perf_counter()
+        self._on_mismatch = check_policy(on_mismatch)
         self._bundle = bundle
         self._lock = threading.Lock()
         self._closed = False
         self.plan: Plan = bundle.plan
         self.events: list[str] = []  # what did not go as planned: fallbacks taken, conditions that differ
         self._targets: dict[str, Target] = {}
-        self.stages, self._executables = self._compile()
-        self.validity = self._grade()
+        self.attempts: list[Attempt] = []  # the plan and its fallbacks, in the order they were tried
+        self.stages, self._executables, self.validity = self._compile()
         self._lanes = [Lane(self.stages, self._executables, self.inputs, self.outputs) for _ in range(self.plan.callers)]
         self._free: SimpleQueue[Lane] = SimpleQueue()  # in C: a queue in Python costs as much as the rest of a call
         for lane in self._lanes:
@@ -83,16 +92,22 @@ class Engine:
         self.load_s = perf_counter() - started
 
     @classmethod
-    def load(cls, path: str | Path) -> Engine:
+    def load(cls, path: str | Path, *, on_mismatch: str = "warn", require_signature: Key | Sequence[Key] | None = None) -> Engine:
         """Open the bundle at `path`, check it, compile it.
 
+        Where the machine is not the one that the plan was proven on (grade `retune`) or cannot run it, `on_mismatch` decides:
+        `warn` runs the plan where it can and else the first fallback that can; `fallback` runs the first fallback that can, and the plan
+        only when none does; `error` runs the plan itself on conditions at least `compatible`, or nothing.
+        `require_signature` names public keys, as PEM files or PEM text, one of which must have signed the plan.
+
         Raises:
-            BundleError: the bundle is damaged or unsafe.
-            Unsupported: no stage list of it, fallbacks included, runs here; the first reason is given.
+            BundleError: the bundle is damaged or unsafe, or not signed as required.
+            Unsupported: no stage list of it that `on_mismatch` allows runs here; the first reason is given.
         """
-        bundle = Bundle.open(path)
+        check_policy(on_mismatch)
+        bundle = Bundle.open(path, signed_by=require_signature)
         try:
-            return cls(bundle)
+            return cls(bundle, on_mismatch=on_mismatch)
         except BaseException:  # not handled, only cleaned up: nobody else could close it
             bundle.close()
             raise
@@ -143,6 +158,8 @@ class Engine:
             "callers": len(self._lanes),
             "load_s": self.load_s,
             "validity": self.validity.grade,
+            "differences": {key: {"here": here, "plan": there} for key, (here, there) in self.validity.differences.items()},
+            "attempts": [asdict(each) for each in self.attempts],
             "events": list(self.events),
         }
 
@@ -171,34 +188,71 @@ class Engine:
     def __repr__(self) -> str:
         return f"<aivmm.Engine {self.plan.model.name} on {' + '.join(dict.fromkeys(each.target for each in self.stages))}>"
 
-    def _compile(self) -> tuple[Sequence[Stage], list[Executable]]:
-        """Compile the plan's stages or, loudly, the first fallback that this machine can take."""
-        first: AivmmError | None = None
-        for name, stages in (("the plan", self.plan.stages), *((each.name, each.stages) for each in self.plan.fallbacks)):
-            executables: list[Executable] = []
+    def _compile(self) -> tuple[Sequence[Stage], list[Executable], Validity]:
+        """Compile the plan's stages or, loudly, the first fallback that this machine can take, as `on_mismatch` says."""
+        first = self._mismatch()
+        choices = [(_PLAN, self.plan.stages), *((each.name, each.stages) for each in self.plan.fallbacks)]
+        if self._on_mismatch == "error":
+            choices = choices[:1]
+        if first is not None:
+            if self._on_mismatch == "error":
+                raise first
+            self._tried(_PLAN, "passed over", first)
+            choices = [*choices[1:], choices[0]]
+        for name, stages in choices:
             try:
-                for stage in stages:
-                    executables.append(self._compile_stage(stage))
+                validity = self._grade(stages)
+                executables = self._compile_stages(stages)
             except AivmmError as error:
-                for each in executables:
-                    each.close()
                 first = first or error
-                self._event(f"{name} cannot run here: {error}")
+                self._tried(name, "failed", error)
                 continue
+            self.attempts.append(Attempt(name=name, outcome="runs", reason=str(validity)))
             if first is not None:
-                self._event(f"running the fallback {name!r} instead")
-            return stages, executables
+                self._event("running the plan all the same" if name == _PLAN else f"running the fallback {name!r} instead")
+            if validity.differences:
+                self._event(f"the plan was proven under other conditions ({validity})")
+            return stages, executables, validity
         assert first is not None
         raise first
 
-    def _compile_stage(self, stage: Stage) -> Executable:
-        runtime, _, name = stage.target.partition(":")
+    def _mismatch(self) -> AivmmError | None:
+        """Return why the plan itself is not to be run first, which only `on_mismatch` makes a reason."""
+        if self._on_mismatch == "warn":
+            return None
         try:
-            backend = load_backend(runtime)
-        except UsageError as error:  # not installed here, or broken: the plan is not at fault
-            raise Unsupported(f"{stage.target} is not available here: {error.message}", advice=error.advice) from error
-        target = self._targets.get(stage.target) or find_target(backend, name)
-        self._targets[stage.target] = target
+            validity = self._grade(self.plan.stages)
+        except Unsupported:
+            return None  # found again when the plan is tried
+        if validity.grade != "retune":
+            return None
+        return Unsupported(f"the plan was proven under other conditions ({validity})", advice="tune again on this machine")
+
+    def _tried(self, name: str, outcome: Literal["passed over", "failed"], error: AivmmError) -> None:
+        self.attempts.append(Attempt(name=name, outcome=outcome, reason=str(error)))
+        self._event(f"{name} {'is not run' if outcome == 'passed over' else 'cannot run'} here: {error}")
+
+    def _grade(self, stages: Sequence[Stage]) -> Validity:
+        """Find the targets of `stages`, and grade the conditions that the plan records of them."""
+        for stage in stages:
+            if stage.target not in self._targets:
+                self._targets[stage.target] = find_named(stage.target)
+        return grade_stages(stages, self.plan.environments, self._targets)
+
+    def _compile_stages(self, stages: Sequence[Stage]) -> list[Executable]:
+        executables: list[Executable] = []
+        try:
+            for stage in stages:
+                executables.append(self._compile_stage(stage))
+        except BaseException:  # not handled, only cleaned up: what compiled is of no use without the rest
+            for each in executables:
+                each.close()
+            raise
+        return executables
+
+    def _compile_stage(self, stage: Stage) -> Executable:
+        target = self._targets[stage.target]
+        backend = load_backend(target.runtime)
         executable = backend.compile(self._bundle.file(stage.model), target, stage.compiled_with.compiled_for(target.precisions))
         try:
             _check_interface(stage, executable)
@@ -206,24 +260,6 @@ class Engine:
             executable.close()
             raise
         return executable
-
-    def _grade(self) -> Validity:
-        recorded = {each.target: each for each in self.plan.environments}
-        differences: dict[str, tuple[object, object]] = {}
-        same_devices = True
-        for name in dict.fromkeys(stage.target for stage in self.stages):
-            here = asdict(environment_of(self._targets[name]))
-            there = recorded[name].model_dump() if name in recorded else {}
-            for key, value in here.items():
-                value = list(value) if isinstance(value, tuple) else value
-                if value != there.get(key):
-                    differences[f"{name}.{key}"] = (value, there.get(key))
-                    same_devices = same_devices and key not in ("device_model", "system")
-        grade: Literal["exact", "compatible", "retune"] = "exact" if not differences else "compatible" if same_devices else "retune"
-        if differences:
-            shown = "; ".join(f"{key}: {here!r} here, {there!r} in the plan" for key, (here, there) in list(differences.items())[:3])
-            self._event(f"the plan was proven under other conditions ({grade}): {shown}")
-        return Validity(grade=grade, differences=differences)
 
     def _event(self, text: str) -> None:
         self.events.append(text)

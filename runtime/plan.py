@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +17,7 @@ SCHEMA = 1
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
 Extent = Annotated[int, Field(ge=0, lt=1 << 48)]
+ModelFile = Annotated[str, Field(pattern=r"\.onnx$")]  # by its suffix a runtime would take it for some other format, and read more files
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Value = Annotated[bool | int | Finite | str, Field(union_mode="smart")]
 
@@ -59,7 +60,7 @@ class Model(_Part):
 class Stage(_Part):
     """A segment on a target."""
 
-    model: str  # a file of the bundle: "segments/<hash>.onnx"
+    model: ModelFile  # a file of the bundle: "segments/<hash>.onnx"
     target: str
     precision: str  # "fp32"; "default" leaves it to the runtime; "int8" is in the model itself
     config: dict[str, Value] = {}
@@ -141,7 +142,7 @@ class Plan(_Part):
 
     @model_validator(mode="after")
     def _stages_connect(self) -> Plan:
-        for stages in (self.stages, *(each.stages for each in (*self.alternatives, *self.fallbacks))):
+        for stages in self.stage_lists():
             known = {each.name: each.spec for each in self.model.inputs}
             if len(known) != len(self.model.inputs):
                 raise ValueError("two inputs of the model have one name")
@@ -163,6 +164,14 @@ class Plan(_Part):
                     raise ValueError(f"no stage makes the output {each.name!r}")
                 _require_agreement(each.spec, known[each.name])
         return self
+
+    def stage_lists(self) -> tuple[Sequence[Stage], ...]:
+        """Return each way to run the model that the plan holds: its own, the alternatives', the fallbacks'."""
+        return (self.stages, *(each.stages for each in (*self.alternatives, *self.fallbacks)))
+
+    def model_files(self) -> tuple[str, ...]:
+        """Return the files that stages compile, each once."""
+        return tuple(dict.fromkeys(stage.model for stages in self.stage_lists() for stage in stages))
 
     def targets(self) -> tuple[str, ...]:
         """Return the stages' targets, each once, in order."""

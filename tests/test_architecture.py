@@ -44,6 +44,7 @@ HEAVY = {
     "pyarrow": {"db"},
     "matplotlib": {"reports"},
     "jinja2": {"reports"},
+    "cryptography": {"runtime/signing.py"},
     "typer": {"tuner"},
     "rich": {"tuner"},
     "openvino": {"runtime", "models", "probes"},

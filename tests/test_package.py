@@ -135,7 +135,9 @@ def test_exactly_one_onnx_runtime_is_installed_on_any_machine() -> None:
 
 
 def test_every_library_that_is_imported_is_a_dependency() -> None:
-    known = {MODULES.get(each.name, each.name) for each, _ in dependencies()} | {"aivmm"} | sys.stdlib_module_names
+    extras = [Requirement(each) for name, some in project()["project"]["optional-dependencies"].items() if name != "test" for each in some]
+    wanted = [*(each for each, _ in dependencies()), *extras]
+    known = {MODULES.get(each.name, each.name) for each in wanted} | {"aivmm"} | sys.stdlib_module_names
     folders = project()["tool"]["setuptools"]["package-dir"].values()
     used = {each.partition(".")[0] for folder in folders for file in (ROOT / folder).glob("*.py") for each in imports_of(file)}
     assert used - known <= {"openvino_telemetry", ""}

@@ -10,11 +10,14 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -279,6 +282,35 @@ def test_a_newer_schema_and_a_nested_plan_are_refused(bundle: Path) -> None:
     refused(bundle, "upgrade aivmm")
     (bundle / "plan.json").write_text("[" * 100_000)
     refused(bundle, "not valid JSON")
+
+
+@pytest.mark.parametrize("name", ["segments/a.xml", "segments/a.pb", "segments/a.ort", "segments/a.onnx.blob", "onnx"])
+def test_a_stage_that_is_no_onnx_file_is_refused(bundle: Path, name: str) -> None:
+    edit_plan(bundle, lambda plan: plan["stages"][0].update(model=name))
+    refused(bundle, "stages.0.model")
+
+
+def test_a_model_with_a_compiled_blob_is_refused(bundle: Path) -> None:
+    file = next(bundle.glob("segments/*.onnx"))
+    model = onnx.load(file, load_external_data=False)
+    model.graph.node.append(onnx.helper.make_node("EPContext", [], [], domain="com.microsoft", ep_cache_context="/etc/passwd"))
+    file.write_bytes(model.SerializeToString())
+    edit_plan(bundle, lambda plan: plan["files"].update({f"segments/{file.name}": file_sha256(file)}))
+    refused(bundle, r"holds compiled code \(EPContext\)")
+
+
+def test_a_zip_that_does_not_fit_the_disk_is_refused_before_it_is_unpacked(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = zipped(bundle, tmp_path / "m.zip")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    refused(archive, "unpacks to .* left; set TMPDIR")
+
+
+def test_a_zip_where_nothing_may_be_written_says_what_to_do(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = zipped(bundle, tmp_path / "m.zip")
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    refused(archive, "there is no folder to unpack it to .*; set TMPDIR")
 
 
 # --- anything else ---

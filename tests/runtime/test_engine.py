@@ -485,9 +485,11 @@ def changed_plan(bundle: Path, change: Callable[[dict[str, Any]], object]) -> Pa
     ("change", "grade", "event"),
     [
         (lambda c: None, "exact", ""),
-        (lambda c: c.update(usable_cores=640), "compatible", "640 in the plan"),
+        (lambda c: c.update(usable_cores=640), "retune", "640 in the plan"),
+        (lambda c: c.update(usable_cores=c["usable_cores"] - 1), "compatible", "usable_cores"),
         (lambda c: c.update(driver="other"), "compatible", "openvino:CPU.driver"),
-        (lambda c: c.update(instruction_sets=["x"]), "compatible", "instruction_sets"),
+        (lambda c: c.update(instruction_sets=[*c["instruction_sets"], "x"]), "retune", "instruction_sets"),
+        (lambda c: c.update(instruction_sets=[]), "compatible", "instruction_sets"),
         (lambda c: c.update(runtime_version="1.0"), "compatible", "'1.0' in the plan"),
         (lambda c: c.update(device_model="Pentium"), "retune", "'Pentium' in the plan"),
         (lambda c: c.update(system="Plan9-vax"), "retune", "Plan9-vax"),
@@ -539,6 +541,7 @@ print(*sys.modules)
 """
 TUNING = {
     "onnx", "onnx_ir", "optuna", "pandas", "matplotlib", "sqlalchemy", "alembic", "nncf", "jinja2", "scipy", "typer", "rich", "filelock",
+    "cryptography",
     "aivmm.models", "aivmm.probes", "aivmm.planner", "aivmm.db", "aivmm.reports", "aivmm.tuner",
 }  # fmt: skip
 
