@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from queue import SimpleQueue
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal, Protocol, runtime_checkable
-
-import numpy as np
 
 from aivmm.errors import AivmmError, BundleError, Unsupported, UsageError
 from aivmm.runtime.backend import Backend, Buffer, Executable
 from aivmm.runtime.bundle import Bundle
 from aivmm.runtime.lane import Lane
-from aivmm.runtime.plan import Plan, Stage, agree
+from aivmm.runtime.plan import Execution, Plan, Stage, agree
+from aivmm.runtime.program import Program, closed
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.signing import Key
 from aivmm.runtime.target import Target, Unavailable
@@ -67,14 +68,11 @@ def find_named(name: str) -> Target:
     return find_target(backend, device)
 
 
-def _closed() -> UsageError:
-    return UsageError("this engine is closed", advice="load the plan again")
-
-
 class Engine:
-    """A plan, compiled and ready. Thread-safe: up to `plan.callers` threads run at once, further ones wait for their turn."""
+    """A plan, compiled and ready. Thread-safe: as many requests are in flight as the plan provides for, further ones wait."""
 
-    def __init__(self, bundle: Bundle, *, on_mismatch: str = "warn") -> None:
+    def __init__(self, bundle: Bundle, *, on_mismatch: str = "warn", execution: Execution | None = None) -> None:
+        """Compile the plan of `bundle`, which the engine closes in the end; `execution` replaces what the plan says of it."""
         started = perf_counter()
         self._on_mismatch = check_policy(on_mismatch)
         self._bundle = bundle
@@ -84,21 +82,27 @@ class Engine:
         self.events: list[str] = []  # what did not go as planned: fallbacks taken, conditions that differ
         self._targets: dict[str, Target] = {}
         self.attempts: list[Attempt] = []  # the plan and its fallbacks, in the order they were tried
-        self.stages, self._executables, self.validity = self._compile()
-        self._lanes = [Lane(self.stages, self._executables, self.inputs, self.outputs) for _ in range(self.plan.callers)]
-        self._free: SimpleQueue[Lane] = SimpleQueue()  # in C: a queue in Python costs as much as the rest of a call
-        for lane in self._lanes:
-            self._free.put(lane)
+        self._asked = execution
+        self._program, self.validity = self._compile()
+        self._admission: ThreadPoolExecutor | None = None  # brings in the requests of `arun`
         self.load_s = perf_counter() - started
 
     @classmethod
-    def load(cls, path: str | Path, *, on_mismatch: str = "warn", require_signature: Key | Sequence[Key] | None = None) -> Engine:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        on_mismatch: str = "warn",
+        require_signature: Key | Sequence[Key] | None = None,
+        execution: Execution | None = None,
+    ) -> Engine:
         """Open the bundle at `path`, check it, compile it.
 
         Where the machine is not the one that the plan was proven on (grade `retune`) or cannot run it, `on_mismatch` decides:
         `warn` runs the plan where it can and else the first fallback that can; `fallback` runs the first fallback that can, and the plan
         only when none does; `error` runs the plan itself on conditions at least `compatible`, or nothing.
         `require_signature` names public keys, as PEM files or PEM text, one of which must have signed the plan.
+        `execution` replaces what the plan says of mode, depth and batching.
 
         Raises:
             BundleError: the bundle is damaged or unsafe, or not signed as required.
@@ -107,7 +111,7 @@ class Engine:
         check_policy(on_mismatch)
         bundle = Bundle.open(path, signed_by=require_signature)
         try:
-            return cls(bundle, on_mismatch=on_mismatch)
+            return cls(bundle, on_mismatch=on_mismatch, execution=execution)
         except BaseException:  # not handled, only cleaned up: nobody else could close it
             bundle.close()
             raise
@@ -122,40 +126,90 @@ class Engine:
         """The outputs that `run` returns."""
         return tuple(each.spec for each in self.plan.model.outputs)
 
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """The stages in use: the plan's, or a fallback's."""
+        return self._program.stages
+
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
         """Run once, with arrays by input name, and return arrays by output name; the arrays are the caller's own.
 
         Raises:
-            UsageError: an input is missing, unknown, or of another type or shape.
+            UsageError: an input is missing, unknown, or of another type or shape; or the engine is closed.
+            Unsupported: a stage's runtime refuses, in its own words.
         """
-        if self._closed:
-            raise _closed()
-        lane = self._free.get()
-        try:
-            if self._closed:  # while waiting
-                raise _closed()
-            return lane.run(inputs)
-        finally:
-            self._free.put(lane)
+        return self._program.run(inputs)
+
+    def submit(self, inputs: Mapping[str, Any]) -> Future[dict[str, Buffer]]:
+        """Start a run and return a future of what `run` returns. The inputs are copied: their arrays are free as soon as this returns.
+
+        Waits while as many requests are in flight as the plan provides for (`stats()["lanes"]`). A future cannot be cancelled, and its
+        callbacks run on a stage's thread, which serves nobody else meanwhile.
+
+        Raises:
+            UsageError: as `run`, at once.
+        """
+        return self._program.submit(inputs)
+
+    async def arun(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
+        """Run once without blocking the event loop. The inputs' arrays must stay as they are until this returns.
+
+        Raises:
+            UsageError, Unsupported: as `run`.
+        """
+        import asyncio  # here: production that never awaits need not wait for it
+
+        if self._admission is None:
+            with self._lock:
+                if self._closed:
+                    raise closed()
+                self._admission = self._admission or ThreadPoolExecutor(1, thread_name_prefix="aivmm-admission")
+        admitted = self._admission.submit(self.submit, inputs)  # it may have to wait for its turn, so not here
+        accepted = await asyncio.wrap_future(admitted)
+        return await asyncio.wrap_future(accepted)
+
+    def stream(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Buffer]]:
+        """Run each of `requests` and yield the outputs in their order, as many in flight as the plan provides for.
+
+        Requests are taken from the iterable when there is room for them: it may be endless. What a request raises is raised at its place
+        in the order, which ends the stream; those already in flight are finished unseen.
+        """
+        window = self._program.window
+        pending: deque[Future[dict[str, Buffer]]] = deque()
+        for inputs in requests:
+            if len(pending) >= window:
+                yield pending.popleft().result()
+            try:
+                pending.append(self.submit(inputs))
+            except AivmmError as error:  # its turn comes
+                pending.append(Future())
+                pending[-1].set_exception(error)
+        while pending:
+            yield pending.popleft().result()
+
+    @contextmanager
+    def lend(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Buffer]]:
+        """Run once and lend the outputs without copying them: `with engine.lend(inputs) as outputs:`.
+
+        The arrays are the engine's own buffers, and other requests overwrite them as soon as the block ends. Copy what is to be kept.
+
+        Raises:
+            UsageError, Unsupported: as `run`.
+        """
+        with self._program.lend(inputs) as outputs:
+            yield outputs
 
     def one_lane(self) -> Lane:
         """Return one caller's way through the plan, for probes of its stages. Nobody else may run the engine meanwhile."""
-        return self._lanes[0]
+        return self._program.lanes[0]
 
     def stats(self) -> dict[str, Any]:
-        """Return what has run so far: per stage the count and latency quantiles in seconds, the stages in use, and the events."""
-        stages = []
-        for index, stage in enumerate(self.stages):
-            clocks = [lane.clocks[index] for lane in self._lanes]
-            recent = np.concatenate([clock.recent_ns() for clock in clocks]) / 1e9
-            quantiles = {f"p{q}_s": float(np.quantile(recent, q / 100)) if recent.size else None for q in (50, 90, 99)}
-            stages.append(
-                {"target": stage.target, "precision": stage.precision, "count": sum(clock.count for clock in clocks), **quantiles}
-            )
+        """Return what has run so far: per stage the count, latency and queue-wait quantiles in seconds and bytes made, and the events."""
+        figures = self._program.stats()
         return {
-            "runs": stages[0]["count"],
-            "stages": stages,
-            "callers": len(self._lanes),
+            "runs": figures["stages"][0]["count"],
+            **figures,
+            "callers": self.plan.callers,
             "load_s": self.load_s,
             "validity": self.validity.grade,
             "differences": {key: {"here": here, "plan": there} for key, (here, there) in self.validity.differences.items()},
@@ -169,14 +223,9 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
-        taken = [self._free.get() for _ in self._lanes]
-        for lane in taken:
-            lane.close()
-        for executable in self._executables:
-            executable.close()
-        self._executables = []
-        for lane in taken:  # whoever still waits in `run` wakes up and is told
-            self._free.put(lane)
+        if self._admission is not None:
+            self._admission.shutdown(cancel_futures=True)
+        self._program.close()
         self._bundle.close()
 
     def __enter__(self) -> Engine:
@@ -188,10 +237,11 @@ class Engine:
     def __repr__(self) -> str:
         return f"<aivmm.Engine {self.plan.model.name} on {' + '.join(dict.fromkeys(each.target for each in self.stages))}>"
 
-    def _compile(self) -> tuple[Sequence[Stage], list[Executable], Validity]:
+    def _compile(self) -> tuple[Program, Validity]:
         """Compile the plan's stages or, loudly, the first fallback that this machine can take, as `on_mismatch` says."""
         first = self._mismatch()
-        choices = [(_PLAN, self.plan.stages), *((each.name, each.stages) for each in self.plan.fallbacks)]
+        plan = self.plan
+        choices = [(_PLAN, plan.stages, plan.execution), *((each.name, each.stages, each.execution) for each in plan.fallbacks)]
         if self._on_mismatch == "error":
             choices = choices[:1]
         if first is not None:
@@ -199,10 +249,10 @@ class Engine:
                 raise first
             self._tried(_PLAN, "passed over", first)
             choices = [*choices[1:], choices[0]]
-        for name, stages in choices:
+        for name, stages, execution in choices:
             try:
                 validity = self._grade(stages)
-                executables = self._compile_stages(stages)
+                program = self._compile_stages(stages, self._asked or execution)
             except AivmmError as error:
                 first = first or error
                 self._tried(name, "failed", error)
@@ -212,7 +262,7 @@ class Engine:
                 self._event("running the plan all the same" if name == _PLAN else f"running the fallback {name!r} instead")
             if validity.differences:
                 self._event(f"the plan was proven under other conditions ({validity})")
-            return stages, executables, validity
+            return program, validity
         assert first is not None
         raise first
 
@@ -239,16 +289,18 @@ class Engine:
                 self._targets[stage.target] = find_named(stage.target)
         return grade_stages(stages, self.plan.environments, self._targets)
 
-    def _compile_stages(self, stages: Sequence[Stage]) -> list[Executable]:
-        executables: list[Executable] = []
+    def _compile_stages(self, stages: Sequence[Stage], execution: Execution) -> Program:
+        executables: list[list[Executable]] = []
         try:
             for stage in stages:
-                executables.append(self._compile_stage(stage))
+                executables.append([])
+                for _ in range(stage.replicas):
+                    executables[-1].append(self._compile_stage(stage))
+            return Program(stages, executables, self.inputs, self.outputs, execution=execution, callers=self.plan.callers)
         except BaseException:  # not handled, only cleaned up: what compiled is of no use without the rest
-            for each in executables:
+            for each in (each for copies in executables for each in copies):
                 each.close()
             raise
-        return executables
 
     def _compile_stage(self, stage: Stage) -> Executable:
         target = self._targets[stage.target]

@@ -1,46 +1,26 @@
-"""One caller's way through a plan: a request per stage, bound to shared boundary buffers. The hot path of the engine."""
+"""One request's way through a list of stages: a request of each executable, bound to shared boundary buffers. The engine's hot path.
+
+A lane is a caller's turn in a sequential plan (one thread runs all its steps) and a slot of a pipeline (each step on its stage's thread).
+"""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
 
-from aivmm.errors import Unsupported, UsageError
+from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Buffer, Executable, Request, aligned_empty
+from aivmm.runtime.clocks import StageClock
+from aivmm.runtime.inputs import checked, dtype_of, is_numpy, refuse_unknown
 from aivmm.runtime.plan import Stage
 from aivmm.tensors import TensorSpec
 
 # Up to this size an input is copied into a buffer bound once; beyond it the caller's own array is bound for the call, since a copy of a
 # megabyte takes longer than a rebinding (1.4 µs in ONNX Runtime, 3 to 8 µs in OpenVINO).
 COPY_LIMIT_BYTES = 32 << 10
-_RING = 4096  # latencies remembered per stage and lane, for the statistics
-
-
-class StageClock:
-    """Durations of one stage in one lane, in nanoseconds: the last ones, and how many there were. Only its lane writes."""
-
-    __slots__ = ("count", "durations")
-
-    def __init__(self) -> None:
-        self.durations: deque[int] = deque(maxlen=_RING)
-        self.count = 0
-
-    def add(self, nanoseconds: int) -> None:
-        """Remember one duration."""
-        self.durations.append(nanoseconds)
-        self.count += 1
-
-    def recent_ns(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return the last durations."""
-        while True:
-            try:
-                return np.array(self.durations, dtype=np.int64)
-            except RuntimeError:
-                continue  # its lane added one meanwhile
 
 
 def new_buffer(spec: TensorSpec) -> Buffer | None:
@@ -48,20 +28,21 @@ def new_buffer(spec: TensorSpec) -> Buffer | None:
     return aligned_empty(spec) if spec.static and is_numpy(spec.dtype) else None
 
 
-def is_numpy(dtype: str) -> bool:
-    """Say whether NumPy alone has this type of fixed size: not strings, and bfloat16 and its like only where ml_dtypes was imported."""
-    try:
-        return np.dtype(dtype).kind in "biufc"
-    except TypeError:
-        return False
-
-
 class Lane:
-    """Runs the stages one after another. Used by one thread at a time; the engine sees to that."""
+    """Runs the stages one after another. Used by one thread at a time; who holds it sees to that."""
 
     def __init__(
         self, stages: Sequence[Stage], executables: Sequence[Executable], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
     ) -> None:
+        """Bind a new request of each of `executables`, one a stage.
+
+        Raises:
+            Unsupported: an input is of a type that NumPy lacks.
+        """
+        self.index = 0  # its number in its program
+        self.error: BaseException | None = None  # of the flight it is on: a stage that failed, and the later ones are left out
+        self.done: Callable[[Lane], None] | None = None  # who takes what it brings
+        self.queued_ns = 0  # when it was put in the queue it stands in
         self._specs = {each.name: each for each in inputs}
         self._requests: list[Request] = [executable.new_request() for executable in executables]
         self.clocks = [StageClock() for _ in stages]
@@ -78,16 +59,26 @@ class Lane:
         ]
         # [name, type, shape, binders, the array bound last (at first something that is none)]; without a type only `checked` can compare.
         self._direct: list[list[Any]] = [
-            [name, _dtype(self._specs[name]), self._specs[name].shape, binders, self] for name, binders in self._rebind.items()
+            [name, dtype_of(self._specs[name]), self._specs[name].shape, binders, self] for name, binders in self._rebind.items()
         ]
         self._count = len(self._specs)
+        self._own: dict[str, Buffer] = {}  # private copies of large inputs, for requests that outlive the call that brought them
         self._fixed = [(each.name, self._buffers[each.name]) for each in outputs if each.name in self._buffers]
         self._readers = [self._reader(each.name, stages) for each in outputs if each.name not in self._buffers]
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
-        """Run once and return copies of the outputs.
+        """Run once and return copies of the outputs."""
+        self.load(inputs)
+        self.execute()
+        return self.copies()
+
+    def load(self, inputs: Mapping[str, Any]) -> None:
+        """Take the inputs: copy the small ones, bind the large ones where they are.
 
         Straight code on purpose: a model leaves the caches cold, and then each Python call here costs microseconds, not nanoseconds.
+
+        Raises:
+            UsageError: an input is missing, unknown, or of another type or shape.
         """
         for name, buffer, dtype, shape in self._copied:
             array = inputs.get(name)
@@ -103,30 +94,94 @@ class Lane:
             # `carray`: C-contiguous, aligned and writeable, which is what the runtimes share.
             if not (type(array) is np.ndarray and array.dtype is dtype and array.shape == shape and array.flags.carray):
                 array = checked(array, self._specs[name], self._specs)
+            direct[4] = self  # nothing, should one of several stages refuse it
             for bind in binders:
                 bind(name, array)
             direct[4] = array
         if len(inputs) != self._count:
             refuse_unknown(inputs, self._specs)
+
+    def take(self, inputs: Mapping[str, Any]) -> None:
+        """Take copies of the inputs, large ones too: their owner may change them as soon as this returns.
+
+        Raises:
+            UsageError: as `load`.
+        """
+        taken = dict(inputs)
+        for name, *_ in self._direct:
+            array = checked(inputs.get(name), self._specs[name], self._specs)
+            own = self.own(name)
+            if own is None:
+                taken[name] = array.copy()
+            else:
+                own[...] = array
+                taken[name] = own
+        self.load(taken)
+
+    def own(self, name: str) -> Buffer | None:
+        """Return the lane's own buffer for an input; None when its size is not known before the call."""
+        if name not in self._rebind:
+            return self._buffers[name]
+        if name not in self._own:
+            buffer = new_buffer(self._specs[name])
+            if buffer is None:
+                return None
+            self._own[name] = buffer
+        return self._own[name]
+
+    def execute(self) -> None:
+        """Run all stages on what was loaded.
+
+        Raises:
+            Unsupported: a stage's runtime refuses, in its own words.
+        """
         last_ns = perf_counter_ns()
         for run, clock, late in self._steps:
             run()
-            for name, producer, consumers in late:
-                value = producer.output(name)
-                for consumer in consumers:
-                    consumer.bind(name, value)
+            if late:
+                self._hand_on(late, clock)
             now = perf_counter_ns()
             clock.add(now - last_ns)
             last_ns = now
+
+    def step(self, index: int) -> None:
+        """Run one stage, after those before it."""
+        run, clock, late = self._steps[index]
+        started = perf_counter_ns()
+        run()
+        if late:
+            self._hand_on(late, clock)
+        clock.add(perf_counter_ns() - started)
+
+    def copies(self) -> dict[str, Buffer]:
+        """Return the outputs of the last run; the arrays are the caller's own."""
         outputs = {name: buffer.copy() for name, buffer in self._fixed}
         for name, read in self._readers:
             outputs[name] = read(name).copy()
         return outputs
 
+    def views(self) -> dict[str, Buffer]:
+        """Return the outputs of the last run where they are: this lane's next run overwrites them."""
+        return dict(self._fixed) | {name: read(name) for name, read in self._readers}
+
+    def loaded(self) -> dict[str, Buffer]:
+        """Return copies of the inputs that were loaded last."""
+        bound = {name: array for name, *_, array in self._direct if array is not self}
+        return {name: np.array(array) for name, array in ({each[0]: each[1] for each in self._copied} | bound).items()}
+
+    def _hand_on(self, late: list[tuple[str, Request, list[Request]]], clock: StageClock) -> None:
+        """Bind what a runtime allocated itself to the stages that read it."""
+        for name, producer, consumers in late:
+            value = producer.output(name)
+            clock.late_bytes += getattr(value, "nbytes", 0)
+            for consumer in consumers:
+                consumer.bind(name, value)
+
     def close(self) -> None:
         """Let go of requests and buffers: as long as a request lives, so does what the runtime holds for it. The clocks stay."""
         self._requests, self._steps, self._readers, self._copied, self._direct, self._fixed = [], [], [], [], [], []
         self._rebind.clear()
+        self._own.clear()
         self._late.clear()
         self._buffers.clear()
 
@@ -185,69 +240,3 @@ class Lane:
     def buffers(self) -> Mapping[str, Buffer]:
         """The bound buffers by tensor name, for tests that follow pointers."""
         return self._buffers
-
-
-def _dtype(spec: TensorSpec) -> np.dtype[Any] | None:
-    return None if spec.dtype in ("string", "unknown") else np.dtype(spec.dtype)
-
-
-def checked(array: Any, spec: TensorSpec, known: Mapping[str, TensorSpec]) -> Buffer:
-    """Return `array` as the runtimes take it, converting only what loses nothing: a missing dimension of extent 1 is not guessed.
-
-    Raises:
-        UsageError: missing, of another type, or of another shape; names the input and what it should be.
-    """
-    if array is None:
-        raise UsageError(f"input {spec.name!r} is missing", advice=f"the plan takes {', '.join(map(str, known.values()))}")
-    try:
-        value = np.asarray(array)
-    except ValueError as error:
-        raise UsageError(f"input {spec.name!r} is not an array ({error})") from error
-    if spec.dtype == "string":
-        value = _strings(value, spec.name)
-    elif value.dtype != np.dtype(spec.dtype):
-        plain = not isinstance(array, np.ndarray)  # Python numbers and lists have no type of their own to insist on
-        if not (plain and np.can_cast(value.dtype, spec.dtype, casting="same_kind")):
-            raise UsageError(
-                f"input {spec.name!r} has type {value.dtype}, expected {spec.dtype}", advice=f"convert it with .astype({spec.dtype!r})"
-            )
-        value = _converted(value, spec)
-    if len(value.shape) != len(spec.shape) or any(want not in (None, have) for want, have in zip(spec.shape, value.shape, strict=True)):
-        raise UsageError(
-            f"input {spec.name!r} has shape {list(value.shape)}, expected {spec}", advice="tune for this shape with --shape or --batch"
-        )
-    if not value.flags.c_contiguous or not value.flags.writeable or not value.flags.aligned:
-        value = value.copy()  # both runtimes share only contiguous memory, and OpenVINO only writeable
-    return value
-
-
-def _converted(value: Buffer, spec: TensorSpec) -> Buffer:
-    """Return Python numbers in the type wanted; those that do not fit are refused instead of wrapped around."""
-    with np.errstate(over="ignore"):
-        converted = value.astype(spec.dtype)
-    fits = np.array_equal(converted, value) if converted.dtype.kind in "biu" else np.array_equal(np.isinf(converted), np.isinf(value))
-    if not fits:
-        raise UsageError(f"input {spec.name!r} holds numbers that do not fit into {spec.dtype}")
-    return converted
-
-
-def _strings(value: Buffer, name: str) -> Buffer:
-    if value.dtype.kind == "S":
-        try:
-            value = np.char.decode(value, "utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"input {name!r} holds bytes that are not UTF-8", advice="give strings") from error
-    if value.dtype.kind not in "OTU":
-        raise UsageError(f"input {name!r} has type {value.dtype}, expected strings")
-    value = value.astype(object)
-    odd = [each for each in value.flat if not isinstance(each, str)]
-    if odd:
-        raise UsageError(f"input {name!r} holds {type(odd[0]).__name__}, expected strings")
-    return value
-
-
-def refuse_unknown(inputs: Mapping[str, Any], known: Mapping[str, TensorSpec]) -> None:
-    """Raise UsageError when `inputs` names a tensor that the plan does not take."""
-    unknown = [name for name in inputs if name not in known]
-    if unknown:
-        raise UsageError(f"unknown input {unknown[0]!r}", advice=f"the plan takes {', '.join(map(str, known.values()))}")

@@ -64,9 +64,7 @@ class Stage(_Part):
     target: str
     precision: str  # "fp32"; "default" leaves it to the runtime; "int8" is in the model itself
     config: dict[str, Value] = {}
-    replicas: Literal[1] = (
-        1  # several copies of a stage come with a later version; a plan that asks for them must not be run as if it did not
-    )
+    replicas: Annotated[int, Field(ge=1, le=64)] = 1  # copies of the stage, compiled each for itself, that take requests in turn
     blocks: tuple[int, int]  # first and last block of the model, both included
     inputs: list[Tensor]
     outputs: list[Tensor]
@@ -75,6 +73,21 @@ class Stage(_Part):
     def compiled_with(self) -> Config:
         """The config, as it was searched; see `Config.compiled_for` for what a target is asked for."""
         return Config.of(dict(self.config), precision=None if self.precision == "default" else self.precision)
+
+
+class Batching(_Part):
+    """Dynamic batching: rows of several requests run together, and a request may have any number of rows (0018 says how)."""
+
+    max_batch: Count  # rows that run together at most; where the stages have a fixed batch, that at most
+    max_wait_s: Annotated[float, Field(ge=0, le=60, allow_inf_nan=False)] = 0.0  # how long the first of them waits for company
+
+
+class Execution(_Part):
+    """How the stages are run. Replicas are the stages' own."""
+
+    mode: Literal["sequential", "pipelined"] = "sequential"  # pipelined: each stage on a thread of its own
+    depth: Annotated[int, Field(ge=1, le=64)] = 2  # pipelined: requests in flight for each stage and replica; 2 is double-buffered
+    batching: Batching | None = None
 
 
 class Number(_Part):
@@ -115,6 +128,7 @@ class Alternative(_Part):
 
     name: str
     stages: list[Stage] = Field(min_length=1)
+    execution: Execution = Execution()
     expected: dict[str, Number] = {}
 
 
@@ -130,6 +144,7 @@ class Plan(_Part):
     batch: Count
     callers: Annotated[int, Field(ge=1, le=1024)] = 1  # requests in flight for which the numbers hold
     stages: list[Stage] = Field(min_length=1)
+    execution: Execution = Execution()
     expected: dict[str, Number] = {}  # metric -> number: "latency_s", "throughput_per_s", ...
     accuracy: Accuracy | None = None
     environments: list[Conditions] = []

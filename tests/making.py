@@ -33,6 +33,7 @@ class Part:
     first: int = 0
     last: int = -1  # counted from the end when negative
     settings: tuple[tuple[str, Any], ...] = ()
+    replicas: int = 1
     precision: str = "fp32"  # not "default", which is bf16 on some machines: what tests run they compare exactly
 
 
@@ -149,6 +150,7 @@ def _stage(part: Part, segment: Segment) -> Stage:
         target=part.target,
         precision=part.precision,
         config=dict(part.settings),
+        replicas=part.replicas,
         blocks=(segment.first, segment.last),
         inputs=tensors(segment.inputs),
         outputs=tensors(segment.outputs),

@@ -96,7 +96,7 @@ def test_tensors_that_several_stages_read_and_outputs_in_the_middle(load: Load, 
 
 def test_boundaries_are_shared_between_the_runtimes_without_a_copy(load: Load) -> None:
     engine = load(chain_model(), [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4, 5), Part(OPENVINO, 6)])
-    (lane,) = engine._lanes
+    lane = engine.one_lane()
     engine.run({"x": normal(2, 32)})
     for producer, name, consumer in ((0, "r1", 1), (1, "r2", 2)):
         address = lane.buffers[name].ctypes.data
@@ -272,8 +272,8 @@ def test_large_inputs_are_bound_where_they_are(load: Load, target: str) -> None:
     engine = load(big(), [Part(target)])
     x = normal(128, 128)
     engine.run({"x": x})
-    assert engine._lanes[0]._requests[0]._bound["x"] is x
-    assert "x" not in engine._lanes[0].buffers
+    assert engine.one_lane()._requests[0]._bound["x"] is x
+    assert "x" not in engine.one_lane().buffers
     x *= -1  # the same array with other contents gives another answer
     close_to(engine.run({"x": x}), {"y": np.maximum(x, 0) + 1, "v": x.ravel()})
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from aivmm.errors import UsageError
-from aivmm.runtime.lane import StageClock, checked, is_numpy, new_buffer, refuse_unknown
+from aivmm.runtime.clocks import StageClock
+from aivmm.runtime.inputs import checked, is_numpy, refuse_unknown
+from aivmm.runtime.lane import new_buffer
 from aivmm.tensors import TensorSpec
 
 X = TensorSpec(name="x", dtype="float32", shape=(2, None))

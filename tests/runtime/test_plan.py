@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aivmm.errors import AivmmError, BundleError
 from aivmm.runtime.config import Config
-from aivmm.runtime.plan import SCHEMA, Plan, Tensor, parse_plan, tensors
+from aivmm.runtime.plan import SCHEMA, Batching, Execution, Plan, Tensor, parse_plan, tensors
 from aivmm.runtime.plan import settings as stage_settings
 from aivmm.tensors import TensorSpec
 
@@ -71,9 +71,27 @@ def test_a_plan_cannot_be_changed() -> None:
         plan.batch = 2
 
 
+def test_how_stages_are_run_is_part_of_a_plan_and_old_plans_run_one_after_the_other() -> None:
+    old = parse_plan(json.dumps(raw()), "plan.json")
+    assert old.execution == Execution(mode="sequential", depth=2, batching=None) and [each.replicas for each in old.stages] == [1, 1]
+    plan = raw(execution={"mode": "pipelined", "depth": 3, "batching": {"max_batch": 8, "max_wait_s": 0.002}})
+    plan["stages"][0]["replicas"] = 2
+    new = parse_plan(json.dumps(plan), "plan.json")
+    assert new.execution == Execution(mode="pipelined", depth=3, batching=Batching(max_batch=8, max_wait_s=0.002))
+    assert [each.replicas for each in new.stages] == [2, 1]
+    assert parse_plan(new.to_json(), "plan.json") == new
+
+
 @pytest.mark.parametrize(
     ("change", "place"),
     [
+        (lambda p: p["stages"][0].update(replicas=0), "stages.0.replicas"),
+        (lambda p: p["stages"][0].update(replicas=65), "stages.0.replicas"),
+        (lambda p: p.update(execution={"mode": "parallel"}), "execution.mode"),
+        (lambda p: p.update(execution={"depth": 0}), "execution.depth"),
+        (lambda p: p.update(execution={"batching": {"max_batch": 0}}), "execution.batching.max_batch"),
+        (lambda p: p.update(execution={"batching": {"max_batch": 2, "max_wait_s": -1.0}}), "execution.batching.max_wait_s"),
+        (lambda p: p.update(execution={"batching": {}}), "execution.batching.max_batch"),
         (lambda p: p.update(batch="1"), "batch"),
         (lambda p: p.update(batch=True), "batch"),
         (lambda p: p.update(batch=0), "batch"),

@@ -1,0 +1,327 @@
+"""A list of stages, compiled and ready to run: what the engine drives, one for each way through a plan.
+
+All lanes lie in one queue of free ones. Who takes a lane has a request's turn: `run` walks it through the stages on the caller's thread,
+and `submit` sends it along the stages' own threads (one for all stages where the plan is sequential). The lanes bound what is in flight:
+when none is free, who brings the next request waits.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from time import perf_counter_ns
+from typing import Any
+
+from aivmm.errors import UsageError
+from aivmm.runtime.backend import Buffer, Executable
+from aivmm.runtime.clocks import StageClock, quantiles_s, summed
+from aivmm.runtime.lane import Lane
+from aivmm.runtime.plan import Execution, Stage
+from aivmm.tensors import TensorSpec
+
+log = logging.getLogger("aivmm.engine")
+
+Outputs = dict[str, Buffer]
+Rescue = Callable[[Mapping[str, Buffer], BaseException], Outputs]  # what else can be done with the inputs of a request that failed
+
+
+def closed() -> UsageError:
+    """Return what a request is told that comes too late."""
+    return UsageError("this engine is closed", advice="load the plan again")
+
+
+class Program:
+    """Compiled stages with their lanes and threads. Thread-safe."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        executables: Sequence[Sequence[Executable]],
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        *,
+        execution: Execution | None = None,
+        callers: int = 1,
+    ) -> None:
+        """Make the lanes. `executables` has the replicas of each stage; `callers` requests can be in flight at least.
+
+        Raises:
+            Unsupported: an input is of a type that NumPy lacks.
+        """
+        self.stages, self.inputs, self.outputs = tuple(stages), tuple(inputs), tuple(outputs)
+        self.execution = execution or Execution()
+        self.pipelined = self.execution.mode == "pipelined"
+        self._executables = [list(each) for each in executables]
+        copies = max(map(len, self._executables))
+        lanes = max(callers, copies * (self.execution.depth * len(self.stages) if self.pipelined else 1))
+        # A lane's requests are bound for good, so it belongs to one replica of each stage; lanes come back in the order in which they
+        # get done, which gives a slower replica less.
+        self.lanes = [
+            Lane(self.stages, [each[index % len(each)] for each in self._executables], self.inputs, self.outputs) for index in range(lanes)
+        ]
+        self.free: SimpleQueue[Lane] = SimpleQueue()  # in C: a queue in Python costs as much as the rest of a call
+        for index, lane in enumerate(self.lanes):
+            lane.index = index
+            self.free.put(lane)
+        self._threads = StageThreads(self)
+        _running.add(self)
+        self._lock = threading.Lock()
+        self._turn = StageClock()  # waits for a free lane
+        self._closed = False
+
+    def run(self, inputs: Mapping[str, Any]) -> Outputs:
+        """Run once and return the outputs; the arrays are the caller's own.
+
+        Raises:
+            UsageError: an input is missing, unknown, or of another type or shape, or the program is closed.
+            Unsupported: a stage's runtime refuses, in its own words.
+        """
+        if self.pipelined:
+            return self.submit(inputs).result()
+        lane = self.acquire()
+        try:
+            lane.load(inputs)
+            lane.execute()
+            return lane.copies()
+        finally:
+            self.free.put(lane)
+
+    def submit(self, inputs: Mapping[str, Any], rescue: Rescue | None = None) -> Future[Outputs]:
+        """Take copies of the inputs and return a future of the outputs, which cannot be cancelled. Waits while no lane is free.
+
+        Raises:
+            UsageError: as `run`; at once, not in the future.
+        """
+        future: Future[Outputs] = Future()
+        future.set_running_or_notify_cancel()
+        lane = self.acquire()
+        try:
+            lane.take(inputs)
+        except BaseException:  # not handled: the lane goes back first
+            self.free.put(lane)
+            raise
+        self.launch(lane, lambda landed: self._deliver(landed, future, rescue))
+        return future
+
+    @property
+    def window(self) -> int:
+        """Requests in flight that keep everything busy."""
+        return len(self.lanes)
+
+    @contextmanager
+    def lend(self, inputs: Mapping[str, Any]) -> Iterator[Outputs]:
+        """Run once and lend the outputs where they are, without a copy. They are overwritten by other requests as soon as the block ends.
+
+        Raises:
+            UsageError, Unsupported: as `run`.
+        """
+        lane = self.acquire()
+        try:
+            if self.pipelined:
+                landed = threading.Event()
+                lane.take(inputs)
+                self.launch(lane, lambda _: landed.set())
+                landed.wait()
+                if lane.error is not None:
+                    raise lane.error
+            else:
+                lane.load(inputs)
+                lane.execute()
+            yield lane.views()
+        finally:
+            self.free.put(lane)
+
+    def acquire(self) -> Lane:
+        """Return a free lane, which its taker puts back into `free`; waits while there is none.
+
+        Raises:
+            UsageError: the program is closed.
+        """
+        if self._closed:
+            raise closed()
+        try:
+            return self.free.get_nowait()
+        except Empty:
+            started = perf_counter_ns()
+        lane = self.free.get()
+        if self._closed:  # while waiting
+            self.free.put(lane)
+            raise closed()
+        with self._lock:
+            self._turn.waited(perf_counter_ns() - started)
+        return lane
+
+    def try_acquire(self) -> Lane | None:
+        """Return a free lane, or None when there is none now.
+
+        Raises:
+            UsageError: the program is closed.
+        """
+        if self._closed:
+            raise closed()
+        try:
+            return self.free.get_nowait()
+        except Empty:
+            return None
+
+    def launch(self, lane: Lane, done: Callable[[Lane], None]) -> None:
+        """Send a loaded lane through the stages; `done` gets it behind the last one, with its error, and puts it back into `free`."""
+        lane.done, lane.error = done, None
+        self._threads.send(lane)
+
+    def stats(self) -> dict[str, Any]:
+        """Return what has run so far: a stage's counts, seconds and bytes over all lanes, and the waits for a free lane."""
+        stages = []
+        for index, (stage, copies) in enumerate(zip(self.stages, self._counts(), strict=True)):
+            clocks = [lane.clocks[index] for lane in self.lanes]
+            figures = summed(clocks)
+            made = sum(tensor.spec.nbytes or 0 for tensor in stage.outputs if tensor.spec.dtype not in ("string", "unknown"))
+            figures["out_bytes"] = figures["count"] * made + sum(each.late_bytes for each in clocks)
+            stages.append({"target": stage.target, "precision": stage.precision, "replicas": copies, **figures})
+        with self._lock:
+            waits = {"count": len(self._turn.waits), "total_s": self._turn.wait_ns / 1e9, **quantiles_s([self._turn.waits])}
+        return {"mode": self.execution.mode, "lanes": len(self.lanes), "stages": stages, "waits": waits}
+
+    def close(self) -> None:
+        """Wait for the requests in flight, stop the threads, free what the runtimes hold. Calling it again does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        taken = [self.free.get() for _ in self.lanes]
+        self._threads.stop()
+        for lane in taken:
+            lane.close()
+        for executable in (each for copies in self._executables for each in copies):
+            executable.close()
+        for lane in taken:  # whoever still waits for one wakes up and is told
+            self.free.put(lane)
+        _running.discard(self)
+
+    def _counts(self) -> list[int]:
+        return [len(each) for each in self._executables]
+
+    def _deliver(self, lane: Lane, future: Future[Outputs], rescue: Rescue | None) -> None:
+        """Take the outputs off a lane, give it back, and tell who waits. On the last stage's thread."""
+        error, outputs, inputs = lane.error, None, None
+        try:
+            if error is None:
+                outputs = lane.copies()
+            elif rescue is not None:
+                inputs = lane.loaded()
+        except BaseException as failure:  # noqa: BLE001 - whatever it is, it is the answer to this request
+            error = error or failure
+        lane.error = None  # its traceback holds what the request held
+        self.free.put(lane)
+        if error is None:
+            assert outputs is not None
+            future.set_result(outputs)
+        elif rescue is None or inputs is None:
+            future.set_exception(error)
+        else:  # on a thread of its own: it may compile a fallback, and the others must not wait for that
+            threading.Thread(target=_rescue, args=(rescue, inputs, error, future), name="aivmm-rescue", daemon=True).start()
+
+
+def _rescue(rescue: Rescue, inputs: Mapping[str, Buffer], error: BaseException, future: Future[Outputs]) -> None:
+    try:
+        future.set_result(rescue(inputs, error))
+    except BaseException as failure:  # noqa: BLE001 - whatever it is, it is the answer to this request
+        future.set_exception(failure)
+
+
+class StageThreads:
+    """The threads that carry lanes through the stages: one for each replica of a stage, or one for each lane where the plan is sequential.
+
+    Started with the first request that needs them. A queue never holds more than the lanes there are, which bounds it.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._lock = threading.Lock()
+        self._queues: list[list[SimpleQueue[Lane | None]]] = []  # of each step of the way, of each replica there
+        self._threads: list[threading.Thread] = []
+
+    def send(self, lane: Lane) -> None:
+        """Put a lane in front of the first stage."""
+        if not self._queues:
+            self._start()
+        _put(lane, self._queues[0])
+
+    def stop(self) -> None:
+        """Let the threads end. All lanes have to be free."""
+        with self._lock:
+            for queue in (each for row in self._queues for each in row):
+                queue.put(None)
+            for thread in self._threads:
+                if thread is not threading.current_thread():  # closed by a callback of a future
+                    thread.join()
+            self._queues, self._threads = [], []
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._queues:
+                return
+            program = self._program
+            if program.pipelined:
+                steps = [([index], copies) for index, copies in enumerate(program._counts())]
+            else:
+                steps = [(list(range(len(program.stages))), len(program.lanes))]
+            queues: list[list[SimpleQueue[Lane | None]]] = [[SimpleQueue() for _ in range(copies)] for _, copies in steps]
+            for place, (stages, copies) in enumerate(steps):
+                for copy in range(copies):
+                    name = f"aivmm-stage-{place}.{copy}"
+                    ahead = queues[place + 1] if place + 1 < len(steps) else []
+                    thread = threading.Thread(target=_carry, args=(queues[place][copy], stages, ahead), name=name, daemon=True)
+                    thread.start()
+                    self._threads.append(thread)
+            self._queues = queues
+
+
+def _put(lane: Lane, row: Sequence[SimpleQueue[Lane | None]]) -> None:
+    lane.queued_ns = perf_counter_ns()
+    row[lane.index % len(row)].put(lane)
+
+
+def _carry(queue: SimpleQueue[Lane | None], stages: Sequence[int], ahead: Sequence[SimpleQueue[Lane | None]]) -> None:
+    """Run `stages` of each lane that comes along and hand it on. The thread of one step of the way, until it is sent None."""
+    while (lane := queue.get()) is not None:
+        lane.clocks[stages[0]].waited(perf_counter_ns() - lane.queued_ns)
+        if lane.error is None:
+            try:
+                for index in stages:
+                    lane.step(index)
+            except BaseException as error:  # noqa: BLE001 - it belongs to this lane's request, and the thread serves others
+                lane.error = error
+        if ahead:
+            _put(lane, ahead)
+        else:
+            _land(lane)
+        del lane  # a thread that waits holds on to nothing
+
+
+def _land(lane: Lane) -> None:
+    done, lane.done = lane.done, None
+    assert done is not None
+    try:
+        done(lane)
+    except BaseException:
+        log.exception("a callback of a request failed")
+
+
+_running: weakref.WeakSet[Program] = weakref.WeakSet()
+_PATIENCE_S = 5.0  # for what is still in flight when the interpreter exits
+
+
+@atexit.register
+def _close_all() -> None:
+    """Stop the threads of programs that nobody closed: a thread inside a runtime must not meet an interpreter that is gone."""
+    for each in list(_running):
+        closing = threading.Thread(target=each.close, name="aivmm-close", daemon=True)
+        closing.start()
+        closing.join(_PATIENCE_S)

@@ -1,0 +1,297 @@
+"""The ways an engine runs its stages: one after another, pipelined, replicated; futures, awaiting, streams; errors and closing."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from aivmm.errors import Unsupported, UsageError
+from aivmm.runtime.engine import Engine
+from aivmm.runtime.lane import COPY_LIMIT_BYTES
+from aivmm.runtime.plan import Execution
+from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, onnx_model, reference
+
+F, I64 = TensorProto.FLOAT, TensorProto.INT64
+Load = Callable[..., Engine]
+PIPELINED = Execution(mode="pipelined")
+WAYS = {
+    "sequential": (Execution(), 1, 1),
+    "three callers": (Execution(), 1, 3),
+    "two replicas": (Execution(), 2, 1),
+    "pipelined": (PIPELINED, 1, 1),
+    "pipelined, one slot a stage": (Execution(mode="pipelined", depth=1), 1, 1),
+    "pipelined, two replicas": (PIPELINED, 2, 1),
+}
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Iterator[Load]:
+    """Write a bundle and load it; closed at the end of the test."""
+    engines: list[Engine] = []
+    numbers = itertools.count()
+
+    def make(model: Any, parts: Sequence[Part], **fields: Any) -> Engine:
+        engines.append(Engine.load(make_bundle(tmp_path / f"{next(numbers)}.aivmm", model, parts, **fields)))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, load: Load) -> Callable[..., Engine]:
+    """Load a model cut in two the way that the parameter names."""
+    execution, replicas, callers = WAYS[request.param]
+
+    def make(model: Any, cut: int) -> Engine:
+        parts = [Part(OPENVINO, 0, cut, replicas=replicas), Part(ONNXRUNTIME, cut + 1, replicas=1)]
+        return load(model, parts, execution=execution, callers=callers)
+
+    return make
+
+
+def samples(count: int, *shape: int) -> list[Any]:
+    return [normal(*shape, seed=seed) for seed in range(count)]
+
+
+def same(found: Any, expected: Any) -> bool:
+    return bool(np.allclose(found, expected, rtol=1e-4, atol=1e-5))
+
+
+def test_every_way_to_ask_gives_each_request_its_own_answer(way: Callable[..., Engine]) -> None:
+    model = chain_model()
+    engine = way(model, 3)
+    inputs = samples(12, 2, 32)
+    answers = [reference(model, {"x": x})["y"] for x in inputs]
+
+    async def gather() -> list[Any]:
+        return await asyncio.gather(*(engine.arun({"x": x}) for x in inputs))
+
+    futures = [engine.submit({"x": x}) for x in inputs]
+    for found in (
+        [engine.run({"x": x}) for x in inputs],
+        [each.result(60) for each in futures],
+        list(engine.stream({"x": x} for x in inputs)),
+        asyncio.run(gather()),
+    ):
+        assert all(same(one["y"], answer) for one, answer in zip(found, answers, strict=True))
+    for x, answer in zip(inputs, answers, strict=True):
+        with engine.lend({"x": x}) as outputs:
+            assert same(outputs["y"], answer)
+    assert engine.stats()["runs"] == 60
+    assert [each["count"] for each in engine.stats()["stages"]] == [60, 60]
+
+
+def test_many_threads_of_every_kind_get_their_own_answers(way: Callable[..., Engine]) -> None:
+    model = chain_model()
+    engine = way(model, 3)
+    inputs = samples(8, 2, 32)
+    answers = [reference(model, {"x": x})["y"] for x in inputs]
+    wrong: list[str] = []
+
+    def work(index: int) -> None:
+        for turn in range(30):
+            ask = (lambda x: engine.submit(x).result(60)) if (turn + index) % 2 else engine.run
+            if not same(ask({"x": inputs[index]})["y"], answers[index]):
+                wrong.append(f"{index} in turn {turn}")
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(60)
+        assert not each.is_alive()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("rows", [2, 512], ids=["small", "beyond the copy limit"])
+def test_what_was_submitted_may_be_changed_at_once(way: Callable[..., Engine], rows: int) -> None:
+    model = chain_model(rows=rows)
+    assert (rows * 32 * 4 > COPY_LIMIT_BYTES) == (rows == 512)
+    engine = way(model, 3)
+    inputs = samples(6, rows, 32)
+    reused = np.empty_like(inputs[0])
+    futures = []
+    for x in inputs:
+        reused[...] = x
+        futures.append(engine.submit({"x": reused}))
+        reused[...] = np.nan
+    for x, future in zip(inputs, futures, strict=True):
+        assert same(future.result(60)["y"], reference(model, {"x": x})["y"])
+
+
+def test_a_stages_buffers_are_those_of_the_next_whatever_lane_it_is(load: Load) -> None:
+    engine = load(chain_model(), [Part(OPENVINO, 0, 3, replicas=2), Part(ONNXRUNTIME, 4, 5), Part(OPENVINO, 6)], execution=PIPELINED)
+    lanes = engine._program.lanes
+    assert len(lanes) == engine.stats()["lanes"] == 2 * 3 * 2
+    list(engine.stream({"x": normal(2, 32, seed=seed)} for seed in range(30)))
+    seen = set()
+    for lane in lanes:
+        for producer, name, consumer in ((0, "r1", 1), (1, "r2", 2)):
+            address = lane.buffers[name].ctypes.data
+            assert address % 4096 == 0
+            assert lane._requests[producer].output(name).ctypes.data == address
+            assert lane._requests[consumer]._bound[name].ctypes.data == address
+            seen.add(address)
+    assert len(seen) == 2 * len(lanes)  # and no two lanes share any
+
+
+def test_lent_outputs_are_the_engines_own_buffers(way: Callable[..., Engine]) -> None:
+    engine = way(chain_model(), 3)
+    owned = {lane.buffers["y"].ctypes.data for lane in engine._program.lanes}
+    with engine.lend({"x": normal(2, 32)}) as outputs:
+        assert outputs["y"].ctypes.data in owned
+        expected = outputs["y"].copy()
+        if len(owned) > 1:  # another request takes another lane
+            engine.run({"x": normal(2, 32, seed=1)})
+            np.testing.assert_array_equal(outputs["y"], expected)
+    assert engine.run({"x": normal(2, 32)})["y"].ctypes.data not in owned
+    with pytest.raises(ZeroDivisionError), engine.lend({"x": normal(2, 32)}):
+        1 / 0  # noqa: B018
+    for _ in range(2 * len(owned)):  # the lane came back all the same
+        engine.run({"x": normal(2, 32)})
+
+
+def lookup() -> Any:
+    """y = table[i] + 0: an index beyond the table fails in ONNX Runtime, while running."""
+    nodes = [helper.make_node("Gather", ["table", "i"], ["g"]), helper.make_node("Identity", ["g"], ["y"])]
+    return onnx_model(nodes, [("i", I64, (1,))], [("y", F, (1,))], {"table": np.arange(4, dtype=np.float32)})
+
+
+@pytest.mark.parametrize("execution", [Execution(), PIPELINED], ids=lambda each: each.mode)
+@pytest.mark.parametrize("parts", [[Part(ONNXRUNTIME)], [Part(ONNXRUNTIME, 0, 0), Part(OPENVINO, 1)]], ids=len)
+def test_an_error_reaches_the_request_it_belongs_to_and_no_other(load: Load, execution: Execution, parts: list[Part]) -> None:
+    engine = load(lookup(), parts, execution=execution, callers=3)
+    numbers = [2, 99, 0, -77, 3, 1, 50, 51, 2]
+    futures = [engine.submit({"i": np.array([number])}) for number in numbers]
+    for number, future in zip(numbers, futures, strict=True):
+        if 0 <= number < 4:
+            assert future.result(60)["y"].tolist() == [number]
+        else:
+            with pytest.raises(Unsupported, match=r"ONNX Runtime while running"):
+                future.result(60)
+    stream = engine.stream({"i": np.array([number])} for number in numbers)
+    assert next(stream)["y"].tolist() == [2]
+    with pytest.raises(Unsupported):
+        next(stream)
+    with pytest.raises(Unsupported):
+        engine.run({"i": np.array([99])})
+    assert engine.run({"i": np.array([3])})["y"].tolist() == [3]
+
+
+def test_bad_inputs_are_refused_before_anything_runs(way: Callable[..., Engine]) -> None:
+    engine = way(chain_model(), 3)
+    good = {"x": normal(2, 32)}
+    for bad, words in (({}, "missing"), ({"x": normal(2, 31)}, "shape"), ({**good, "z": 1}, "unknown input 'z'")):
+        with pytest.raises(UsageError, match=words):
+            engine.submit(bad)
+        with pytest.raises(UsageError, match=words):
+            engine.run(bad)
+        with pytest.raises(UsageError, match=words):
+            asyncio.run(engine.arun(bad))
+        with pytest.raises(UsageError, match=words), engine.lend(bad):
+            pass
+        stream = engine.stream([good, bad, good])
+        next(stream)
+        with pytest.raises(UsageError, match=words):
+            next(stream)
+    for _ in range(2 * engine.stats()["lanes"]):  # no lane was lost
+        engine.run(good)
+
+
+def test_a_stream_takes_no_more_than_it_has_room_for(load: Load) -> None:
+    engine = load(chain_model(), [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4)], execution=PIPELINED)
+    taken = itertools.count()
+    stream = engine.stream({"x": normal(2, 32, seed=next(taken))} for _ in itertools.count())
+    for _ in range(10):
+        next(stream)
+    assert next(taken) <= 10 + engine.stats()["lanes"] + 1
+    stream.close()
+    engine.run({"x": normal(2, 32)})
+
+
+def test_who_brings_more_than_fits_waits_and_the_wait_is_counted(load: Load) -> None:
+    engine = load(chain_model(), [Part(ONNXRUNTIME)])
+    with engine.lend({"x": normal(2, 32)}):
+        thread = threading.Thread(target=engine.run, args=({"x": normal(2, 32)},))
+        thread.start()
+        time.sleep(0.05)
+        assert thread.is_alive() and engine.stats()["runs"] == 1
+    thread.join(60)
+    assert engine.stats()["runs"] == 2
+    waits = engine.stats()["waits"]
+    assert waits["count"] == 1 and waits["p50_s"] >= 0.04 and waits["total_s"] >= 0.04
+
+
+def test_statistics_tell_waits_and_bytes_of_each_stage(load: Load) -> None:
+    engine = load(chain_model(), [Part(OPENVINO, 0, 3, replicas=2), Part(ONNXRUNTIME, 4)], execution=PIPELINED)
+    list(engine.stream({"x": normal(2, 32)} for _ in range(20)))
+    stats = engine.stats()
+    assert stats["mode"] == "pipelined" and [each["replicas"] for each in stats["stages"]] == [2, 1]
+    for each in stats["stages"]:
+        assert each["count"] == 20 and each["out_bytes"] == 20 * 2 * 32 * 4
+        assert 0 < each["p50_s"] <= each["total_s"] and 0 <= each["wait_p50_s"] <= each["wait_total_s"]
+
+
+def test_sizes_known_only_after_the_run_are_counted(load: Load) -> None:
+    nodes = [helper.make_node("NonZero", ["x"], ["where"]), helper.make_node("Neg", ["where"], ["y"])]
+    model = onnx_model(nodes, [("x", F, (6,))], [("y", I64, (1, "n"))])
+    engine = load(model, [Part(ONNXRUNTIME, 0, 0), Part(ONNXRUNTIME, 1)], execution=PIPELINED)
+    rows = [np.array([1] * count + [0] * (6 - count), dtype=np.float32) for count in (1, 6, 0, 3)]
+    for count, outputs in zip((1, 6, 0, 3), engine.stream({"x": x} for x in rows), strict=True):
+        assert outputs["y"].tolist() == [[-each for each in range(count)]]
+    assert [each["out_bytes"] for each in engine.stats()["stages"]] == [80, 80]
+
+
+def test_closing_finishes_what_is_in_flight(way: Callable[..., Engine]) -> None:
+    model = chain_model(width=256, rows=64)
+    engine = way(model, 3)
+    x = normal(64, 256)
+    expected = reference(model, {"x": x})["y"]
+    futures: list[Future[Any]] = []
+    refused = threading.Event()
+
+    def bring() -> None:
+        try:
+            while True:
+                futures.append(engine.submit({"x": x}))
+        except UsageError:
+            refused.set()
+
+    threads = [threading.Thread(target=bring) for _ in range(3)]
+    for each in threads:
+        each.start()
+    time.sleep(0.1)
+    engine.close()
+    for each in threads:
+        each.join(60)
+        assert not each.is_alive()
+    assert refused.is_set() and futures
+    assert all(np.allclose(each.result(0)["y"], expected, rtol=1e-3, atol=1e-3) for each in futures)
+    assert not [each for each in threading.enumerate() if each.name.startswith("aivmm-")]
+    for ask in (engine.run, engine.submit, lambda inputs: asyncio.run(engine.arun(inputs)), lambda inputs: next(engine.stream([inputs]))):
+        with pytest.raises(UsageError, match="closed; load the plan again"):
+            ask({"x": x})
+
+
+def test_closing_from_a_callback_does_not_hang(load: Load) -> None:
+    engine = load(chain_model(), [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4)], execution=PIPELINED)
+    done = threading.Event()
+
+    def close(_: Future[Any]) -> None:
+        engine.close()
+        done.set()
+
+    engine.submit({"x": normal(2, 32)}).add_done_callback(close)
+    assert done.wait(60)
