@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from aivmm.face import devices, evidence, load_plan, tune
     from aivmm.result import TuneResult
     from aivmm.runtime.engine import Engine
+    from aivmm.runtime.many import Engines, ShapedEngine
 
 # ONNX Runtime's builds for Linux write a device id and a queue of events below ~/.cache/Microsoft as soon as they are imported, to be sent
 # to Microsoft. Nothing of ours sends anything; whoever wants to take part has set the variable to 0 before.
@@ -30,8 +31,10 @@ _HOMES = {
     "BundleError": "errors",
     "DatabaseError": "errors",
     "Engine": "runtime.engine",
+    "Engines": "runtime.many",
     "Infeasible": "errors",
     "ModelError": "errors",
+    "ShapedEngine": "runtime.many",
     "TuneResult": "result",
     "Unsupported": "errors",
     "UsageError": "errors",
@@ -46,8 +49,10 @@ __all__ = [
     "BundleError",
     "DatabaseError",
     "Engine",
+    "Engines",
     "Infeasible",
     "ModelError",
+    "ShapedEngine",
     "TuneResult",
     "Unsupported",
     "UsageError",

@@ -13,13 +13,17 @@ if TYPE_CHECKING:
 
     from aivmm.result import TuneResult
     from aivmm.runtime.engine import Engine
+    from aivmm.runtime.many import Engines, ShapedEngine
     from aivmm.runtime.target import Target
 
 
 def load_plan(
     path: str | Path, *, on_mismatch: str = "warn", require_signature: str | bytes | Path | Sequence[str | bytes | Path] | None = None
-) -> Engine:
-    """Load the plan bundle at `path` (a folder or a zip of one), check it, compile it, and return a running engine.
+) -> Engine | ShapedEngine | Engines:
+    """Load the bundle at `path` (a folder or a zip of one), check it, compile it, and return a running engine.
+
+    A bundle of several shapes gives one engine that picks the plan by its inputs' shapes; that of a workload a mapping, with an engine for
+    each model's name.
 
     `on_mismatch` decides what runs where the machine is another than the one that the plan was proven on: `warn` (the plan), `fallback`
     (the plan's first fallback that can) or `error`. `require_signature` names public keys, one of which must have signed the plan.
@@ -28,9 +32,9 @@ def load_plan(
         BundleError: the bundle is missing, damaged, changed, unsafe, newer than this version, or not signed as required.
         Unsupported: neither the plan nor a fallback of it that `on_mismatch` allows runs on this machine.
     """
-    from aivmm.runtime.engine import Engine
+    from aivmm.runtime.many import load
 
-    return Engine.load(path, on_mismatch=on_mismatch, require_signature=require_signature)
+    return load(path, on_mismatch=on_mismatch, require_signature=require_signature)
 
 
 def devices() -> tuple[Target, ...]:

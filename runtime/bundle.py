@@ -17,7 +17,7 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
@@ -26,6 +26,7 @@ from aivmm.runtime.plan import Plan, parse_plan
 from aivmm.runtime.signing import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, Key, require_signature
 
 PLAN_FILE = "plan.json"
+FAMILY_FILE = "family.json"  # in its place where a bundle holds several plans; see `aivmm.runtime.family`
 REPORT_FILE = "report.html"
 UNLISTED = frozenset({REPORT_FILE, SIGNATURE_FILE})  # may lie beside the plan without being listed in it
 _COMPILED = b"EPContext"  # the operator of ONNX Runtime that carries blobs, or reads them from a path of its own
@@ -62,25 +63,12 @@ class Bundle:
 
     @classmethod
     def _open(cls, path: Path, signed_by: Key | Sequence[Key] | None) -> Bundle:
-        if path.is_dir():
-            return cls(path, _check(path, signed_by=signed_by))
-        if not path.exists():
-            raise BundleError(f"{path} does not exist", advice="make one with aivmm-tune MODEL -o PATH")
-        if not path.is_file() or not zipfile.is_zipfile(path):
-            raise BundleError(f"{path} is neither a bundle folder nor a zip of one")
+        folder, unpacked = unpack(path)
         try:
-            unpacked = tempfile.TemporaryDirectory(prefix="aivmm-")
-        except OSError as error:
-            raise BundleError(
-                f"{path} is a zip, and there is no folder to unpack it to ({error.strerror or error})",
-                advice="set TMPDIR to a folder that may be written, or unpack it beforehand: aivmm plan export PLAN -o FOLDER",
-            ) from error
-        try:
-            folder = Path(unpacked.name)
-            _unzip(path, folder)
-            return cls(folder, _check(folder, shown=path, signed_by=signed_by), unpacked=unpacked)
+            return cls(folder, _check(folder, path, signed_by), unpacked=unpacked)
         except BaseException:  # not handled, only cleaned up: nothing else knows of the folder
-            unpacked.cleanup()
+            if unpacked is not None:
+                unpacked.cleanup()
             raise
 
     def file(self, name: str) -> Path:
@@ -102,32 +90,64 @@ class Bundle:
         self.close()
 
 
-def _check(folder: Path, *, shown: Path | None = None, signed_by: Key | Sequence[Key] | None = None) -> Plan:
-    """Return the checked plan of the bundle in `folder`. `shown` is what its user calls it, when that is a zip."""
-    shown = shown or folder
-    text = _read_beside(folder, PLAN_FILE, _MAX_PLAN_BYTES, shown)
+def unpack(path: Path) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
+    """Return the folder of the bundle at `path`, nothing in it checked yet, and the temporary one that it is when `path` is a zip."""
+    if path.is_dir():
+        return path, None
+    if not path.exists():
+        raise BundleError(f"{path} does not exist", advice="make one with aivmm-tune MODEL -o PATH")
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        raise BundleError(f"{path} is neither a bundle folder nor a zip of one")
+    try:
+        unpacked = tempfile.TemporaryDirectory(prefix="aivmm-")
+    except OSError as error:
+        raise BundleError(
+            f"{path} is a zip, and there is no folder to unpack it to ({error.strerror or error})",
+            advice="set TMPDIR to a folder that may be written, or unpack it beforehand: aivmm plan export PLAN -o FOLDER",
+        ) from error
+    try:
+        _unzip(path, Path(unpacked.name))
+    except BaseException:  # not handled, only cleaned up: nothing else knows of the folder
+        unpacked.cleanup()
+        raise
+    return Path(unpacked.name), unpacked
+
+
+def _check(folder: Path, shown: Path, signed_by: Key | Sequence[Key] | None) -> Plan:
+    """Return the checked plan of the bundle in `folder`. `shown` is what its user calls it: that may be a zip."""
+    plan = parse_plan(read_root(folder, PLAN_FILE, shown, signed_by=signed_by), str(shown / PLAN_FILE))
+    check_files(folder, plan.files, plan.model_files(), root=PLAN_FILE, shown=shown)
+    return plan
+
+
+def read_root(folder: Path, root: str, shown: Path, *, signed_by: Key | Sequence[Key] | None = None) -> bytes:
+    """Return the bytes of the file that lists all others; with `signed_by` only when its signature is by one of these keys."""
+    text = _read_beside(folder, root, _MAX_PLAN_BYTES, shown)
     if text is None:
-        raise BundleError(f"{shown} holds no {PLAN_FILE}", advice="is this a folder that aivmm-tune wrote?")
+        raise BundleError(f"{shown} holds no {root}", advice="is this a folder that aivmm-tune wrote?")
     if signed_by is not None:  # before anything that a stranger wrote is looked into
         require_signature(text, _read_beside(folder, SIGNATURE_FILE, MAX_SIGNATURE_BYTES, shown), signed_by, str(shown))
-    plan = parse_plan(text, str(shown / PLAN_FILE))
-    for name in plan.files:
+    return text
+
+
+def check_files(folder: Path, files: Mapping[str, str], models: Collection[str], *, root: str, shown: Path) -> None:
+    """Raise BundleError unless `folder` holds the file `root` and what `files` lists, unchanged, and no compiled code in `models`."""
+    for name in files:
         _check_name(name, shown)
     present = _walk(folder, shown)
-    unlisted = sorted(present - set(plan.files) - {PLAN_FILE} - UNLISTED)
+    unlisted = sorted(present - set(files) - {root} - UNLISTED)
     if unlisted:
         raise BundleError(f"{shown} holds {unlisted[0]!r}, which its plan does not list", advice="remove it, or tune again")
-    missing = sorted(set(plan.files) - present)
+    missing = sorted(set(files) - present)
     if missing:
         raise BundleError(f"{shown} lacks {missing[0]!r}", advice="copy the bundle again, whole")
-    for name, expected in plan.files.items():
+    for name, expected in files.items():
         if file_sha256(folder / PurePosixPath(name)) != expected:
             raise BundleError(
                 f"{shown / name} was changed: its SHA-256 is not the one in the plan", advice="copy the bundle again, or tune again"
             )
-    for name in plan.model_files():
+    for name in models:
         _refuse_compiled(folder / PurePosixPath(name), shown / name)
-    return plan
 
 
 def _refuse_compiled(model: Path, shown: Path) -> None:
@@ -227,17 +247,28 @@ def write_bundle(destination: Path, plan: Plan, files: Mapping[str, Path]) -> Pa
     Raises:
         UsageError: the destination cannot be written, or is something else than a bundle.
     """
+
+    def texts(listed: dict[str, str]) -> dict[str, str]:
+        text = plan.model_copy(update={"files": listed}).to_json()
+        parse_plan(text, PLAN_FILE)  # what we write, we can read
+        return {PLAN_FILE: text}
+
+    return write_folder(destination, files, texts)
+
+
+def write_folder(destination: Path, files: Mapping[str, Path], texts: Callable[[dict[str, str]], Mapping[str, str]]) -> Path:
+    """Write `files` (name in the bundle -> source) and what `texts` makes of their SHA-256 at `destination`; see `write_bundle`."""
     destination = destination.absolute()
     check_destination(destination)
     try:
-        return _write(destination, plan, files)
+        return _write(destination, files, texts)
     except OSError as error:
         raise UsageError(
             f"cannot write the plan to {destination}: {error.strerror or error}", advice="choose another with -o DIR"
         ) from error
 
 
-def _write(destination: Path, plan: Plan, files: Mapping[str, Path]) -> Path:
+def _write(destination: Path, files: Mapping[str, Path], texts: Callable[[dict[str, str]], Mapping[str, str]]) -> Path:
     staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
     try:
         listed: dict[str, str] = {}
@@ -247,9 +278,9 @@ def _write(destination: Path, plan: Plan, files: Mapping[str, Path]) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
             listed[name] = file_sha256(target)
-        text = plan.model_copy(update={"files": listed}).to_json()
-        parse_plan(text, PLAN_FILE)  # what we write, we can read
-        (staging / PLAN_FILE).write_text(text, encoding="utf-8")
+        for name, text in texts(listed).items():
+            (staging / PurePosixPath(name)).parent.mkdir(parents=True, exist_ok=True)
+            (staging / PurePosixPath(name)).write_bytes(text.encode())
         staging.chmod(0o755)  # mkdtemp makes private folders; a bundle is for sharing
         _swap_in(staging, destination)
     except BaseException:  # not handled, only cleaned up: whole or not at all
@@ -297,10 +328,11 @@ def check_destination(destination: Path) -> None:
 
 def _is_all_ours(folder: Path) -> bool:
     """Say whether `folder` holds a bundle, of any version and perhaps incomplete, and nothing else: replacing it then destroys nothing."""
+    root = FAMILY_FILE if (folder / FAMILY_FILE).is_file() else PLAN_FILE
     try:
-        plan = json.loads((folder / PLAN_FILE).read_bytes())
+        plan = json.loads((folder / root).read_bytes())
         files = set(plan["files"]) if "schema" in plan else set()
         present = {each.relative_to(folder).as_posix() for each in folder.rglob("*") if not each.is_dir() or each.is_symlink()}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
-    return bool(files) and present <= files | {PLAN_FILE} | UNLISTED
+    return bool(files) and present <= files | {root} | UNLISTED

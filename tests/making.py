@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -16,9 +16,11 @@ from aivmm.models.slice import Segment, Slicer, WeightStore
 from aivmm.runtime.bundle import write_bundle
 from aivmm.runtime.engine import find_target
 from aivmm.runtime.environment import environment_of
+from aivmm.runtime.family import Bucket, Family, Served
 from aivmm.runtime.plan import Alternative, Conditions, Model, Plan, Stage, tensors
 from aivmm.runtime.registry import load_backend
 from aivmm.tensors import TensorSpec
+from aivmm.tuner.families import combine
 
 OPENVINO, ONNXRUNTIME = "openvino:CPU", "onnxruntime:CPU"
 Arrays = Mapping[str, np.ndarray[Any, Any]]
@@ -118,6 +120,48 @@ def make_bundle(
         **{"objective": "latency", "batch": 1, **fields},
     )
     return write_bundle(destination, plan, files)
+
+
+def token_model(rows: int | str, *, width: int = 16, mean: bool = False) -> onnx.ModelProto:
+    """Return a model on float32 `x` [1, rows, width] and int64 `mask` [1, rows]: `y` of each row alone, `pooled` of the masked rows.
+
+    With `mean` the pooled output is the mean over all rows, masked or not: no padding is right then.
+    """
+    weights: dict[str, Any] = {"w": normal(width, width), "last": np.array([2], np.int64), "rows": np.array([1], np.int64)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"]),
+        helper.make_node("Tanh", ["m"], ["y"]),
+        helper.make_node("Cast", ["mask"], ["kept"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["kept", "last"], ["column"]),
+        helper.make_node("Mul", ["y", "column"], ["masked"]),
+        helper.make_node("ReduceMean", ["masked"], ["pooled"], axes=[1])
+        if mean
+        else helper.make_node("ReduceSum", ["masked", "rows"], ["pooled"]),
+    ]
+    inputs: list[Tensor] = [("x", TensorProto.FLOAT, (1, rows, width)), ("mask", TensorProto.INT64, (1, rows))]
+    outputs: list[Tensor] = [("y", TensorProto.FLOAT, (1, rows, width)), ("pooled", TensorProto.FLOAT, (1, 1, width))]
+    return onnx_model(nodes, inputs, outputs, weights)
+
+
+def make_family(
+    destination: Path,
+    bundles: Mapping[str, Path],
+    *,
+    kind: Literal["shapes", "workload"] = "shapes",
+    models: Sequence[Served] | None = None,
+) -> Path:
+    """Write a bundle of the plans in `bundles` (by name) at `destination`; by default each is a model of its own."""
+    files = {f"plans/{number}.json": path for number, path in enumerate(bundles.values())}
+    served = models or [Served(name=name, buckets=[Bucket(name="", plan=file)]) for name, file in zip(bundles, files, strict=True)]
+    family = Family(
+        kind=kind,
+        created_by="aivmm tests",
+        created_at="2026-01-01T00:00:00+00:00",
+        models=list(served),
+        files=dict.fromkeys(files, "0" * 64),
+    )
+    combine(destination, family, files, destination.parent / f"{destination.name}.work")
+    return destination
 
 
 def interface_of(model: onnx.ModelProto) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

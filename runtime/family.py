@@ -1,0 +1,298 @@
+"""A bundle of several plans: one model in several shapes, or several models served on one machine.
+
+`family.json` takes the place of `plan.json`. It lists the models by name, each with its buckets; a bucket's plan is an ordinary plan in a
+file of its own, whose paths count from the bundle's root, so that buckets share what is alike: weights are stored once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from aivmm.errors import BundleError
+from aivmm.runtime.bundle import FAMILY_FILE, Bundle, check_files, read_root, unpack, write_folder
+from aivmm.runtime.plan import Count, Digest, Extent, Finite, Model, Number, Plan, parse_plan
+from aivmm.runtime.signing import Key
+
+SCHEMA = 1
+Axis = Annotated[int, Field(ge=0, lt=64)]
+Padding = Literal["none", "zero", "edge"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Dimension(_Part):
+    """An extent in which buckets differ, at every place where inputs have it.
+
+    `padding` is how an input that is smaller than its bucket is filled up behind its end: with zeros (False, ""), with its last element
+    along the axis, or not at all: then only the buckets' own extents are taken. `why` says what showed that this is right, or wrong.
+    """
+
+    name: str
+    places: list[tuple[str, Axis]] = Field(min_length=1)  # (input, axis)
+    padding: Padding = "none"
+    why: str = ""
+
+
+class Crop(_Part):
+    """What is cut off an output behind padding: along `axis` it keeps `times` the extent that the inputs have in `dimension`."""
+
+    output: str
+    axis: Axis
+    dimension: str
+    times: Count = 1
+
+
+class Bucket(_Part):
+    """A shape with a plan of its own."""
+
+    name: str  # "seq=128"; "" for the only one
+    plan: str  # a file of the bundle: "plans/0.json"
+    extents: dict[str, Extent] = {}  # by dimension
+
+
+class Promise(_Part):
+    """What a workload asks for a model and what was seen with all of its models running at once."""
+
+    priority: Count = 1  # 1 is served first
+    latency_s: Finite | None = None  # the most that the median from arrival to answer may take
+    p99_s: Finite | None = None  # as much for the 99th percentile
+    rate_per_s: Finite | None = None  # requests arriving; None: the next one comes when the last one is answered
+    seen: dict[str, Number] = {}  # "latency_s", "p99_s", "rate_per_s"
+
+
+class Served(_Part):
+    """A model of the bundle, and how it is run."""
+
+    name: str
+    buckets: list[Bucket] = Field(min_length=1)
+    dimensions: list[Dimension] = []
+    crops: list[Crop] = []
+    fallback: str | None = None  # the plan of open extents that takes what fits no bucket; without one that is refused
+    promise: Promise | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Served:
+        _require_once("bucket", [each.name for each in self.buckets])
+        _require_once("dimension", [each.name for each in self.dimensions])
+        _require_once("place", [str(place) for each in self.dimensions for place in each.places])
+        known = {each.name for each in self.dimensions}
+        for bucket in self.buckets:
+            if bucket.extents.keys() != known:
+                raise ValueError(f"bucket {bucket.name!r} of {self.name!r} does not give each dimension an extent")
+        for crop in self.crops:
+            if crop.dimension not in known:
+                raise ValueError(f"output {crop.output!r} is cropped by {crop.dimension!r}, which is no dimension")
+        _require_once("crop", [f"{each.output}[{each.axis}]" for each in self.crops])
+        return self
+
+    def plan_files(self) -> list[str]:
+        """Return the plan files of the model: those of the buckets, and the fallback's."""
+        return [*(each.plan for each in self.buckets), *([self.fallback] if self.fallback is not None else [])]
+
+
+class Family(_Part):
+    """The content of `family.json`."""
+
+    schema_version: int = Field(alias="schema", default=SCHEMA, ge=1, le=SCHEMA)
+    kind: Literal["shapes", "workload"]
+    created_by: str
+    created_at: str  # ISO 8601, UTC
+    models: list[Served] = Field(min_length=1)
+    verdict: str = ""
+    files: dict[str, Digest]
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Family:
+        if self.kind == "shapes" and len(self.models) > 1:
+            raise ValueError("a bundle of shapes holds one model")
+        _require_once("model", [each.name for each in self.models])
+        _require_once("plan", [name for each in self.models for name in each.plan_files()])
+        unlisted = next((name for each in self.models for name in each.plan_files() if name not in self.files), None)
+        if unlisted is not None:
+            raise ValueError(f"plan {unlisted!r} is not listed in files")
+        return self
+
+    def to_json(self) -> str:
+        """Return the text of `family.json`."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=True) + "\n"
+
+
+def _require_once(kind: str, names: Sequence[str]) -> None:
+    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    if twice is not None:
+        raise ValueError(f"{kind} {twice!r} is there twice")
+
+
+def parse_family(text: str | bytes, where: str) -> Family:
+    """Check the text of a `family.json`.
+
+    Raises:
+        BundleError: not JSON, newer than this version, or not a family; one line, with the place.
+    """
+    try:
+        raw = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{where} is not valid JSON ({error})") from error
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if not isinstance(schema, int) or isinstance(schema, bool):
+        raise BundleError(f"{where} names no schema", advice="is this a file that aivmm-tune wrote?")
+    if schema > SCHEMA:
+        raise BundleError(
+            f"{where} has schema {schema}; this aivmm knows up to {SCHEMA}", advice="upgrade aivmm, or tune again with this one"
+        )
+    try:
+        return Family.model_validate_json(json.dumps(raw))
+    except RecursionError as error:
+        raise BundleError(f"{where} is nested too deeply") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(each) if str(each).isidentifier() or isinstance(each, int) else repr(str(each)[:80]) for each in first["loc"])
+        raise BundleError(f"{where}: {place or 'the family'}: {first['msg']}") from error
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a number a bundle may hold")
+
+
+@dataclass(slots=True)
+class OpenFamily:
+    """An opened and checked bundle of several plans. `close` removes what was unpacked."""
+
+    path: Path
+    folder: Path
+    family: Family
+    plans: Mapping[str, Plan]  # by file
+    _unpacked: TemporaryDirectory[str] | None = None
+
+    def bundle(self, plan: str) -> Bundle:
+        """Return the bundle that one plan is; closing it removes nothing."""
+        return Bundle(self.folder, self.plans[plan])
+
+    def close(self) -> None:
+        """Remove what was unpacked."""
+        if self._unpacked is not None:
+            self._unpacked.cleanup()
+            self._unpacked = None
+
+    def __enter__(self) -> OpenFamily:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_family(path: str | Path, *, signed_by: Key | Sequence[Key] | None = None) -> OpenFamily:
+    """Open and check the bundle of several plans at `path`, a folder or a zip of one; `signed_by` as for `Bundle.open`.
+
+    Raises:
+        BundleError: missing, damaged, changed, unsafe, newer than this version, or not signed as required.
+        UsageError: a key cannot be read.
+    """
+    path = Path(path)
+    try:
+        folder, unpacked = unpack(path)
+        try:
+            return _opened(path, folder, unpacked, signed_by)
+        except BaseException:  # not handled, only cleaned up: nothing else knows of the folder
+            if unpacked is not None:
+                unpacked.cleanup()
+            raise
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def is_family(path: str | Path) -> bool:
+    """Say whether what lies at `path` looks like a bundle of several plans. Nothing is checked yet."""
+    path = Path(path)
+    if path.is_dir():
+        return (path / FAMILY_FILE).is_file()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return FAMILY_FILE in archive.namelist()
+    except (OSError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile):
+        return False  # whatever is wrong with it, opening it will say
+
+
+def _opened(path: Path, folder: Path, unpacked: TemporaryDirectory[str] | None, signed_by: Key | Sequence[Key] | None) -> OpenFamily:
+    family = parse_family(read_root(folder, FAMILY_FILE, path, signed_by=signed_by), str(path / FAMILY_FILE))
+    # Whatever lies beside the plans may be a stage's model: all of it is looked through for compiled code, whatever the plans say.
+    check_files(folder, family.files, family.files, root=FAMILY_FILE, shown=path)
+    plans: dict[str, Plan] = {}
+    for served in family.models:
+        for name in served.plan_files():
+            plans[name] = plan = parse_plan(read_root(folder, name, path), str(path / name))
+            strange = next((each for each, digest in plan.files.items() if family.files.get(each) != digest), None)
+            if strange is not None:
+                raise BundleError(f"{path / name} lists {strange!r} otherwise than {FAMILY_FILE} does", advice="tune again")
+        _require_one_interface(served, plans, path)
+    return OpenFamily(path, folder, family, plans, unpacked)
+
+
+def _require_one_interface(served: Served, plans: Mapping[str, Plan], path: Path) -> None:
+    """Raise BundleError unless the plans of a model take and give the same tensors, which differ in the dimensions alone."""
+    places = {place: each.name for each in served.dimensions for place in each.places}
+    first = plans[served.buckets[0].plan].model
+    ranks = {each.name: len(each.shape) for each in first.inputs}
+    odd = next((place for place in places if place[1] >= ranks.get(place[0], 0)), None)
+    if odd is not None:
+        raise BundleError(f"{path / FAMILY_FILE}: {served.name} has no axis {odd[1]} of an input {odd[0]!r}")
+    kinds = {each.name: (each.dtype, len(each.shape)) for each in (*first.inputs, *first.outputs)}
+    for crop in served.crops:
+        if crop.axis >= next((len(each.shape) for each in first.outputs if each.name == crop.output), 0):
+            raise BundleError(f"{path / FAMILY_FILE}: {served.name} has no axis {crop.axis} of an output {crop.output!r}")
+    for name in served.plan_files():
+        model = plans[name].model
+        if {each.name: (each.dtype, len(each.shape)) for each in (*model.inputs, *model.outputs)} != kinds:
+            raise BundleError(f"{path / name} takes or gives other tensors than the first plan of {served.name}")
+        bucket = next((each for each in served.buckets if each.plan == name), None)
+        for each in model.inputs:
+            for axis, (extent, usual) in enumerate(zip(each.shape, _shape(first, each.name), strict=True)):
+                want = bucket.extents[places[each.name, axis]] if bucket and (each.name, axis) in places else usual
+                if extent != want and not (bucket is None and (extent is None or (each.name, axis) in places)):
+                    raise BundleError(f"{path / name}: axis {axis} of the input {each.name!r} is {extent}, and should be {want}")
+
+
+def _shape(model: Model, name: str) -> Sequence[int | None]:
+    return next(each.shape for each in model.inputs if each.name == name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A plan of the family that is to be written: where its bundle's files lie now, by their names in the family."""
+
+    plan: Plan  # its stages name files of `files`
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+
+def write_family(destination: Path, family: Family, parts: Mapping[str, Part]) -> Path:
+    """Write a family at `destination`, whole or not at all; `parts` are by plan file. `files` of family and plans are filled in here.
+
+    Raises:
+        UsageError: the destination cannot be written, or holds something else than a bundle.
+    """
+    files = {name: path for part in parts.values() for name, path in part.files.items()}
+
+    def texts(listed: dict[str, str]) -> dict[str, str]:
+        plans: dict[str, str] = {}
+        for name, part in parts.items():
+            plans[name] = part.plan.model_copy(update={"files": {each: listed[each] for each in part.files}}).to_json()
+            parse_plan(plans[name], name)  # what we write, we can read
+        digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in plans.items()}
+        text = family.model_copy(update={"files": listed | digests}).to_json()
+        parse_family(text, FAMILY_FILE)
+        return {**plans, FAMILY_FILE: text}
+
+    return write_folder(destination, files, texts)

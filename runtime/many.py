@@ -1,0 +1,226 @@
+"""Engines over a bundle of several plans: one model in several shapes, and several models by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from aivmm.errors import UsageError
+from aivmm.runtime.backend import Buffer
+from aivmm.runtime.engine import Engine
+from aivmm.runtime.family import Family, OpenFamily, Served, is_family, open_family
+from aivmm.runtime.fitting import Fitter
+from aivmm.runtime.signing import Key
+from aivmm.runtime.validity import check_policy
+from aivmm.tensors import TensorSpec
+
+
+class ShapedEngine:
+    """One model with a plan for each of several shapes. Inputs run in the smallest bucket that takes them. Thread-safe, as `Engine` is."""
+
+    def __init__(self, served: Served, opened: OpenFamily, *, on_mismatch: str = "warn") -> None:
+        def engine(plan: str) -> Engine:
+            return Engine(opened.bundle(plan), on_mismatch=on_mismatch)
+
+        self.served = served
+        self._opened = opened
+        with ExitStack() as stack:
+            self.engines = {each.name: stack.enter_context(engine(each.plan)) for each in served.buckets}
+            self.fallback = None if served.fallback is None else stack.enter_context(engine(served.fallback))
+            self._closing = stack.pop_all()
+        first = next(iter(self.engines.values()))
+        self.inputs = tuple(_open(spec, served) for spec in first.inputs)
+        self.outputs = first.outputs if len(self.engines) == 1 else tuple(self._common(each.name) for each in first.outputs)
+        self.fitter = Fitter(
+            specs={each.name: each for each in self.inputs},
+            buckets=served.buckets,
+            dimensions=served.dimensions,
+            crops=served.crops,
+            has_fallback=self.fallback is not None,
+        )
+        # Exact shapes need no fitting: what was tuned for runs as fast as its plan alone.
+        self._exact = {tuple(each.shape for each in engine.inputs): engine for engine in self.engines.values()}
+        self._names = tuple(each.name for each in self.inputs)
+        self._padded = 0
+        self._beyond = 0
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
+        """Run once, with arrays by input name, and return arrays by output name; the arrays are the caller's own.
+
+        Raises:
+            UsageError: an input is missing, unknown or of another type, or no bucket takes its shape; the known ones are named.
+        """
+        engine = self._exact.get(tuple(getattr(inputs.get(name), "shape", None) for name in self._names))
+        if engine is not None:
+            return engine.run(inputs)
+        arrays, extents = self.fitter.take(inputs)
+        bucket = self.fitter.choose(extents)
+        if bucket is None:
+            assert self.fallback is not None
+            self._beyond += 1
+            return self.fallback.run(arrays)
+        self._padded += bucket.extents != extents
+        return self.fitter.crop(self.engines[bucket.name].run(self.fitter.pad(arrays, bucket)), extents)
+
+    def bucket_of(self, inputs: Mapping[str, Any]) -> str | None:
+        """Return the name of the bucket that `run` would take for `inputs`; None for the fallback. Raises as `run`."""
+        bucket = self.fitter.choose(self.fitter.take(inputs)[1])
+        return bucket and bucket.name
+
+    @property
+    def events(self) -> list[str]:
+        """What did not go as planned, of all buckets."""
+        return list(dict.fromkeys(event for each in self._all().values() for event in each.events))
+
+    def stats(self) -> dict[str, Any]:
+        """Return each bucket's statistics by its name, the runs in all, and how many of them were padded or left to the fallback."""
+        buckets = {name: each.stats() for name, each in self._all().items()}
+        return {
+            "runs": sum(each["runs"] for each in buckets.values()),
+            "padded": self._padded,
+            "fallback": self._beyond,
+            "load_s": sum(each["load_s"] for each in buckets.values()),
+            "validity": worst(each["validity"] for each in buckets.values()),
+            "events": self.events,
+            "buckets": buckets,
+        }
+
+    def close(self) -> None:
+        """Wait for running requests, then free what the runtimes hold. Calling it again does nothing."""
+        self._closing.close()
+        self._opened.close()
+
+    def __enter__(self) -> ShapedEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<aivmm.ShapedEngine {self.served.name} for {self.fitter.known()}>"
+
+    def _all(self) -> dict[str, Engine]:
+        return self.engines if self.fallback is None else {**self.engines, "fallback": self.fallback}
+
+    def _common(self, name: str) -> TensorSpec:
+        """Return an output as all buckets agree on it."""
+        found = [next(spec for spec in each.outputs if spec.name == name) for each in self.engines.values()]
+        extents = zip(*(each.shape for each in found), strict=True)
+        shape = tuple(group[0] if len(set(group)) == 1 else None for group in extents)
+        return TensorSpec(name=name, dtype=found[0].dtype, shape=shape)
+
+
+def _open(spec: TensorSpec, served: Served) -> TensorSpec:
+    """Return an input with None where buckets differ."""
+    free = {place for each in served.dimensions for place in each.places}
+    shape = tuple(None if (spec.name, axis) in free else extent for axis, extent in enumerate(spec.shape))
+    return TensorSpec(name=spec.name, dtype=spec.dtype, shape=shape)
+
+
+class Engines(Mapping[str, "Engine | ShapedEngine"]):
+    """The models of a workload: an engine for each name."""
+
+    def __init__(self, opened: OpenFamily, *, on_mismatch: str = "warn") -> None:
+        self._opened = opened
+        self._on_mismatch = on_mismatch
+        self.family: Family = opened.family
+        with ExitStack() as stack:
+            self._engines = {each.name: stack.enter_context(self._engine(each)) for each in opened.family.models}
+            self._closing = stack.pop_all()
+
+    def _engine(self, served: Served) -> Engine | ShapedEngine:
+        if len(served.buckets) == 1 and served.fallback is None and not served.dimensions:
+            return Engine(self._opened.bundle(served.buckets[0].plan), on_mismatch=self._on_mismatch)
+        return ShapedEngine(served, self._opened, on_mismatch=self._on_mismatch)
+
+    def __getitem__(self, name: str) -> Engine | ShapedEngine:
+        try:
+            return self._engines[name]
+        except KeyError:
+            raise UsageError(
+                f"there is no model {name!r} in this bundle", advice=f"it holds {', '.join(map(repr, self._engines))}"
+            ) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._engines
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._engines)
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    def stats(self) -> dict[str, Any]:
+        """Return each model's statistics by its name."""
+        return {name: each.stats() for name, each in self._engines.items()}
+
+    def close(self) -> None:
+        """Close all engines. Calling it again does nothing."""
+        self._closing.close()
+        self._opened.close()
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<aivmm.Engines {', '.join(self._engines)}>"
+
+
+def worst(grades: Iterator[str]) -> str:
+    """Return the worst of some grades of validity."""
+    order = ("exact", "compatible", "retune")
+    return max(grades, key=order.index, default="exact")
+
+
+def load(
+    path: str | Path, *, on_mismatch: str = "warn", require_signature: Key | Sequence[Key] | None = None
+) -> Engine | ShapedEngine | Engines:
+    """Load what lies at `path`: a plan, a plan in several shapes, or several models by name. The options are those of `Engine.load`.
+
+    Raises:
+        BundleError: it is damaged or unsafe, or not signed as required.
+        Unsupported: one of its plans does not run here, nor a fallback of it.
+    """
+    if not is_family(path):
+        return Engine.load(path, on_mismatch=on_mismatch, require_signature=require_signature)
+    check_policy(on_mismatch)
+    opened = open_family(path, signed_by=require_signature)
+    try:
+        if opened.family.kind == "shapes":
+            return ShapedEngine(opened.family.models[0], opened, on_mismatch=on_mismatch)
+        return Engines(opened, on_mismatch=on_mismatch)
+    except BaseException:  # not handled, only cleaned up: nobody else could close it
+        opened.close()
+        raise
+
+
+def load_one(path: str | Path, name: str | None = None) -> Engine | ShapedEngine:
+    """Load the only model at `path`, or the one of a `name`.
+
+    Raises:
+        BundleError, Unsupported: as `load`.
+        UsageError: there are several and none is named, or none of that name.
+    """
+    if not is_family(path):
+        engine = Engine.load(path)
+        if name in (None, engine.plan.model.name):
+            return engine
+        engine.close()
+        raise UsageError(f"there is no model {name!r} in {path}", advice=f"it holds {engine.plan.model.name!r}")
+    opened = open_family(path)
+    try:
+        known = {each.name: each for each in opened.family.models}
+        if name is None and len(known) > 1:
+            raise UsageError(f"{path} holds several models", advice=f"name one of {', '.join(map(repr, known))}")
+        if name is not None and name not in known:
+            raise UsageError(f"there is no model {name!r} in {path}", advice=f"it holds {', '.join(map(repr, known))}")
+        return ShapedEngine(known[name or next(iter(known))], opened)
+    except BaseException:  # not handled, only cleaned up: nobody else could close it
+        opened.close()
+        raise
