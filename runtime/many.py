@@ -42,7 +42,9 @@ class ShapedEngine:
             has_fallback=self.fallback is not None,
         )
         # Exact shapes need no fitting: what was tuned for runs as fast as its plan alone.
-        self._exact = {tuple(each.shape for each in engine.inputs): engine for engine in self.engines.values()}
+        self._exact: dict[tuple[Any, ...], Engine] = {
+            tuple(each.shape for each in engine.inputs): engine for engine in self.engines.values()
+        }
         self._names = tuple(each.name for each in self.inputs)
         self._padded = 0
         self._beyond = 0
@@ -68,7 +70,7 @@ class ShapedEngine:
     def bucket_of(self, inputs: Mapping[str, Any]) -> str | None:
         """Return the name of the bucket that `run` would take for `inputs`; None for the fallback. Raises as `run`."""
         bucket = self.fitter.choose(self.fitter.take(inputs)[1])
-        return bucket and bucket.name
+        return None if bucket is None else bucket.name
 
     @property
     def events(self) -> list[str]:
@@ -128,10 +130,13 @@ class Engines(Mapping[str, "Engine | ShapedEngine"]):
         self._on_mismatch = on_mismatch
         self.family: Family = opened.family
         with ExitStack() as stack:
-            self._engines = {each.name: stack.enter_context(self._engine(each)) for each in opened.family.models}
+            self._engines: dict[str, Engine | ShapedEngine] = {}
+            for served in opened.family.models:
+                self._engines[served.name] = self._loaded(served)
+                stack.callback(self._engines[served.name].close)
             self._closing = stack.pop_all()
 
-    def _engine(self, served: Served) -> Engine | ShapedEngine:
+    def _loaded(self, served: Served) -> Engine | ShapedEngine:
         if len(served.buckets) == 1 and served.fallback is None and not served.dimensions:
             return Engine(self._opened.bundle(served.buckets[0].plan), on_mismatch=self._on_mismatch)
         return ShapedEngine(served, self._opened, on_mismatch=self._on_mismatch)
