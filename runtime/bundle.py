@@ -17,7 +17,7 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
@@ -116,7 +116,9 @@ def unpack(path: Path) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
 def _check(folder: Path, shown: Path, signed_by: Key | Sequence[Key] | None) -> Plan:
     """Return the checked plan of the bundle in `folder`. `shown` is what its user calls it: that may be a zip."""
     plan = parse_plan(read_root(folder, PLAN_FILE, shown, signed_by=signed_by), str(shown / PLAN_FILE))
-    check_files(folder, plan.files, plan.model_files(), root=PLAN_FILE, shown=shown)
+    check_files(folder, plan.files, root=PLAN_FILE, shown=shown)
+    for name in plan.model_files():
+        refuse_compiled(folder / PurePosixPath(name), shown / name)
     return plan
 
 
@@ -130,8 +132,8 @@ def read_root(folder: Path, root: str, shown: Path, *, signed_by: Key | Sequence
     return text
 
 
-def check_files(folder: Path, files: Mapping[str, str], models: Collection[str], *, root: str, shown: Path) -> None:
-    """Raise BundleError unless `folder` holds the file `root` and what `files` lists, unchanged, and no compiled code in `models`."""
+def check_files(folder: Path, files: Mapping[str, str], *, root: str, shown: Path) -> None:
+    """Raise BundleError unless `folder` holds the file `root` and what `files` lists, unchanged, and nothing else."""
     for name in files:
         _check_name(name, shown)
     present = _walk(folder, shown)
@@ -146,11 +148,9 @@ def check_files(folder: Path, files: Mapping[str, str], models: Collection[str],
             raise BundleError(
                 f"{shown / name} was changed: its SHA-256 is not the one in the plan", advice="copy the bundle again, or tune again"
             )
-    for name in models:
-        _refuse_compiled(folder / PurePosixPath(name), shown / name)
 
 
-def _refuse_compiled(model: Path, shown: Path) -> None:
+def refuse_compiled(model: Path, shown: Path) -> None:
     """Raise BundleError when a model holds, or names, a compiled form: what a device executes as it stands is not taken from a stranger."""
     with model.open("rb") as file:
         if os.fstat(file.fileno()).st_size:

@@ -11,14 +11,14 @@ import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from aivmm.errors import BundleError
-from aivmm.runtime.bundle import FAMILY_FILE, Bundle, check_files, read_root, unpack, write_folder
+from aivmm.runtime.bundle import FAMILY_FILE, Bundle, check_files, read_root, refuse_compiled, unpack, write_folder
 from aivmm.runtime.plan import Count, Digest, Extent, Finite, Model, Number, Plan, parse_plan
 from aivmm.runtime.signing import Key
 
@@ -228,8 +228,7 @@ def is_family(path: str | Path) -> bool:
 
 def _opened(path: Path, folder: Path, unpacked: TemporaryDirectory[str] | None, signed_by: Key | Sequence[Key] | None) -> OpenFamily:
     family = parse_family(read_root(folder, FAMILY_FILE, path, signed_by=signed_by), str(path / FAMILY_FILE))
-    # Whatever lies beside the plans may be a stage's model: all of it is looked through for compiled code, whatever the plans say.
-    check_files(folder, family.files, family.files, root=FAMILY_FILE, shown=path)
+    check_files(folder, family.files, root=FAMILY_FILE, shown=path)
     plans: dict[str, Plan] = {}
     for served in family.models:
         for name in served.plan_files():
@@ -238,6 +237,8 @@ def _opened(path: Path, folder: Path, unpacked: TemporaryDirectory[str] | None, 
             if strange is not None:
                 raise BundleError(f"{path / name} lists {strange!r} otherwise than {FAMILY_FILE} does", advice="tune again")
         _require_one_interface(served, plans, path)
+    for name in dict.fromkeys(name for plan in plans.values() for name in plan.model_files()):
+        refuse_compiled(folder / PurePosixPath(name), path / name)
     return OpenFamily(path, folder, family, plans, unpacked)
 
 
