@@ -12,7 +12,7 @@ import numpy as np
 from aivmm.errors import UsageError
 from aivmm.runtime.backend import Buffer
 from aivmm.runtime.family import Bucket, Crop, Dimension, Padding
-from aivmm.runtime.lane import checked, refuse_unknown
+from aivmm.runtime.inputs import checked, refuse_unknown
 from aivmm.tensors import TensorSpec
 
 
