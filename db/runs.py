@@ -182,6 +182,13 @@ class RunStore(Store):
             content = connection.scalars(select(plan.c.content).where(plan.c.run_id == run_id)).first()
         return None if content is None else dict(content)
 
+    def run_of_plan(self, content: Mapping[str, Any]) -> RunRecord | None:
+        """Return the run that wrote this plan (what `plan.json` holds), known by its moment, its model and its files' names, or None."""
+        query = select(run, plan.c.content.label("plan_content")).join(plan, plan.c.run_id == run.c.id)
+        with self._reading() as connection:
+            rows = connection.execute(query.where(run.c.model_name == content["model"]["name"]).order_by(*_NEWEST))
+            return next((_run(row) for row in rows if _mark(row.plan_content) == _mark(content)), None)
+
     def plan_path(self, run_id: str) -> str | None:
         """Return where a run's bundle was written, or None."""
         with self._reading() as connection:
@@ -196,6 +203,10 @@ class RunStore(Store):
     def _with_configs(self, connection: Connection, query: Select[Any]) -> tuple[Sequence[Row[Any]], Mapping[str, Config]]:
         rows = connection.execute(query).all()
         return rows, self._load_configs(connection, (row.config_digest for row in rows))
+
+
+def _mark(content: Mapping[str, Any]) -> tuple[Any, ...]:
+    return content["created_at"], content["model"]["sha256"], sorted(content["files"])
 
 
 def _model_of(connection: Connection, record: RunRecord) -> str | None:

@@ -45,7 +45,7 @@ class Chart:
     legend: tuple[Key, ...] = ()
 
 
-def _both(name: str, title: str, description: str, height: tuple[int, int], draw: Callable[[Canvas, bool], None]) -> tuple[Markup, Markup]:
+def both(name: str, title: str, description: str, height: tuple[int, int], draw: Callable[[Canvas, bool], None]) -> tuple[Markup, Markup]:
     made = []
     for kind, width, tall in (("wide", WIDE, height[0]), ("narrow", NARROW, height[1])):
         with drawing(f"aivmm-{name}-{kind}"):
@@ -55,7 +55,7 @@ def _both(name: str, title: str, description: str, height: tuple[int, int], draw
     return made[0], made[1]
 
 
-def _axes(canvas: Canvas, *, left: int, right: int = 16, top: int = 12, bottom: int = 44) -> Axes:
+def axes_of(canvas: Canvas, *, left: int, right: int = 16, top: int = 12, bottom: int = 44) -> Axes:
     """Return axes with margins in pixels."""
     width, height = canvas.width, canvas.height
     box = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
@@ -83,7 +83,7 @@ def distribution(data: ReportData, colours: Mapping[str, int]) -> Chart | None:
     log = high / low > 12
 
     def draw(canvas: Canvas, wide: bool) -> None:
-        axes = _axes(canvas, left=52)
+        axes = axes_of(canvas, left=52)
         for index, (proof, values) in reversed(list(enumerate(curves))):
             shares = [position / (len(values) - 1) for position in range(len(values))]
             colour = target_colour(_slot(proof, colours))
@@ -99,7 +99,7 @@ def distribution(data: ReportData, colours: Mapping[str, int]) -> Chart | None:
         _time_ticks(axes, bounds, log, 7 if wide else 3)
         axes.set_xlabel("time of one call")
 
-    wide, narrow = _both(
+    wide, narrow = both(
         "distribution",
         "Share of calls finished within a time",
         "; ".join(f"{fmt.shorten(proof.name, 60)}: half within {fmt.seconds(_median(proof))}" for proof, _ in curves),
@@ -130,7 +130,7 @@ def search(data: ReportData, colours: Mapping[str, int]) -> Chart | None:
     lows, highs = (low / 1.08, high * 1.2) if log else (low - 0.08 * (high - low + 0.02), high + 0.14 * (high - low + 0.02))
 
     def draw(canvas: Canvas, wide: bool) -> None:
-        axes = _axes(canvas, left=60)
+        axes = axes_of(canvas, left=60)
         if log:
             axes.set_yscale("log")
         axes.axhline(1.0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
@@ -158,7 +158,7 @@ def search(data: ReportData, colours: Mapping[str, int]) -> Chart | None:
         axes.set_xlabel("trial")
 
     best = min(done, key=lambda trial: trial.value or 0)
-    wide, narrow = _both(
+    wide, narrow = both(
         "search",
         "Search history",
         f"{len(data.trials)} trials; the best, on {fmt.shorten(best.target, 60)}, takes {best.value:.3g} of the reference's time",
@@ -181,7 +181,7 @@ def knobs(data: ReportData, colours: Mapping[str, int]) -> Chart | None:
         for index, effect in enumerate(effects):
             _small(canvas, effect, colours, index % columns, index // columns, columns, lines)
 
-    wide, narrow = _both(
+    wide, narrow = both(
         "knobs",
         "What each knob did",
         "; ".join(f"{fmt.shorten(effect.name, 40)}: best at {fmt.shorten(effect.best, 40)}" for effect in effects),

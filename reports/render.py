@@ -28,7 +28,7 @@ def render(data: ReportData) -> str:
 
     Every name from a model, file, device or error is escaped, cut to a length that can be read, and kept from reordering its surroundings.
     """
-    return _templates().get_template("report.html.j2").render(_context(data)) + "\n"
+    return templates().get_template("report.html.j2").render(_context(data)) + "\n"
 
 
 def content_security_policy(script: str) -> str:
@@ -44,14 +44,14 @@ def _context(data: ReportData) -> dict[str, Any]:
     plan = anatomy.dissect(data, colours)
     warned = trouble.cautions(data)
     troubles = trouble.troubles(data)
-    script = _read("report.js")
+    script = asset("report.js")
     return {
         "data": data,
         "run": data.run,
         "colours": colours,
         "policy": content_security_policy(script),
         "script": Markup(script),  # our own file
-        "style": Markup(_read("report.css")),  # our own file
+        "style": Markup(asset("report.css")),  # our own file
         "verdict": summary.split_verdict(summary.verdict(data)),
         "answers": summary.answers(data, plan.stages, sum(each.on_plan for each in warned)),
         "figures": summary.key_figures(data),
@@ -99,7 +99,8 @@ def _probes(data: ReportData) -> str:
 
 
 @cache
-def _templates() -> Templates:
+def templates() -> Templates:
+    """Return the templates with our filters: everything is cleaned and escaped on its way out."""
     templates = Templates(
         loader=FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -143,5 +144,6 @@ def _label(text: object, limit: int = 72) -> Markup:
 
 
 @cache
-def _read(name: str) -> str:
+def asset(name: str) -> str:
+    """Return a file of ours that belongs in a page."""
     return (_FOLDER / name).read_text(encoding="utf-8")

@@ -23,6 +23,7 @@ from aivmm.tuner import config_file
 from aivmm.tuner.cli_db import app as db_app
 from aivmm.tuner.cli_doctor import doctor
 from aivmm.tuner.cli_profile import profile
+from aivmm.tuner.cli_report import report
 from aivmm.tuner.config_file import Defaults
 from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions, parse_batches, parse_budget, parse_dims, parse_list, parse_shapes
 from aivmm.tuner.text import printable
@@ -52,6 +53,7 @@ Options may stand in `aivmm.toml` or in `[tool.aivmm]` of `pyproject.toml`, unde
 app.add_typer(db_app, name="db")
 app.command()(profile)
 app.command()(doctor)
+app.command()(report)
 
 Json = Annotated[bool, typer.Option("--json", help="Make standard output exactly one JSON object.")]
 Db = Annotated[
@@ -199,29 +201,6 @@ def devices(as_json: Json = False, backend: Annotated[list[str] | None, typer.Op
                 out.print(Text(f"    {absent.advice}", style="dim"), soft_wrap=True)
 
 
-@app.command()
-def report(
-    run: Annotated[
-        str | None,
-        typer.Argument(metavar="[RUN|MODEL]", help="A run's id (or the beginning of it) or a model's name; default: the newest."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write; default `<model>.report.html`.")
-    ] = None,
-    db: Db = None,
-    as_json: Json = False,
-) -> None:
-    """Render a run's report again from the database."""
-    from aivmm.db.database import Database
-    from aivmm.tuner.reporting import write_report
-
-    with Database.open(db, make=False) as database:
-        record = database.run(run)
-        path = output or Path(f"{record.model.name.removeprefix('demo:')}.report.html")
-        write_report(database, record.id, path)
-    _print_json({"schema": 1, "run": record.id, "report": str(path)}) if as_json else print(path)
-
-
 @app.command("run")
 def run_plan(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan bundle.")],
@@ -251,6 +230,13 @@ def run_plan(
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit status; a bug keeps its traceback."""
+    try:
+        return _run(arguments)
+    except BrokenPipeError:  # whoever reads has read enough
+        return 1
+
+
+def _run(arguments: Sequence[str]) -> int:
     wants_json = "--json" in arguments
     try:
         found = _options_from_file(arguments)
@@ -274,8 +260,6 @@ def run(arguments: Sequence[str]) -> int:
         # Those that cost one probe never get here; this one held what everything else needs.
         _print_error(f"a worker process {died.reason}", "run the same command again; what was measured is kept", wants_json)
         return 2
-    except BrokenPipeError:
-        return 1
     if status == 130:
         _print_error("interrupted; what was measured is kept", "run the same command again to continue", wants_json)
     return status if isinstance(status, int) else 0
