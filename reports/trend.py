@@ -49,7 +49,9 @@ def _chart(goal: str, entries: Sequence[Entry]) -> Chart:
             axes.errorbar(times, values, yerr=errors, color=target_colour(slots[name]), marker="o", markersize=5, linewidth=1.4, capsize=0)
             bad = [(time, value) for time, value, entry in zip(times, values, mine, strict=True) if entry.regressed]
             if bad:
-                axes.scatter(*zip(*bad, strict=True), s=110, facecolor="none", edgecolor=INK, linewidth=1.4, zorder=5)
+                axes.scatter(
+                    [time for time, _ in bad], [value for _, value in bad], s=110, facecolor="none", edgecolor=INK, linewidth=1.4, zorder=5
+                )
         locator = AutoDateLocator(maxticks=7 if wide else 4, tz=UTC)
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, tz=UTC))
