@@ -121,6 +121,28 @@ class ExportsBlob(Protocol):
         """
 
 
+@runtime_checkable
+class ImportsBlob(Protocol):
+    """A backend that takes back what its executables export. Only what this user's own process exported is ever handed to it."""
+
+    def keeps_blobs(self, target: Target) -> bool:
+        """Say whether models compiled for `target` can be exported and taken back."""
+
+    def compile_to_export(self, model: Path, target: Target, config: Config) -> Executable:
+        """Compile as `Backend.compile` does, for an executable that will be asked for its blob once, soon.
+
+        Raises:
+            Unsupported: as `Backend.compile`, or it cannot be exported.
+        """
+
+    def import_blob(self, blob: Buffer, model: Path, target: Target, config: Config) -> Executable:
+        """Return the executable that `model` was compiled to. `blob` is bytes, which stay as they are for as long as it is referred to.
+
+        Raises:
+            Unsupported: the runtime refuses it, in its own words.
+        """
+
+
 def aligned_empty(spec: TensorSpec, *, alignment: int = 4096) -> Buffer:
     """Return an uninitialised C-contiguous array for `spec` that starts at a multiple of `alignment` bytes and is padded to 64.
 

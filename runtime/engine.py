@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections import deque
@@ -16,6 +17,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from aivmm.errors import AivmmError, BundleError, Unsupported, UsageError
 from aivmm.runtime.backend import Backend, Buffer, Executable
+from aivmm.runtime.blobs import BlobCache
 from aivmm.runtime.bundle import Bundle
 from aivmm.runtime.lane import Lane
 from aivmm.runtime.plan import Execution, Plan, Stage, agree
@@ -71,8 +73,8 @@ def find_named(name: str) -> Target:
 class Engine:
     """A plan, compiled and ready. Thread-safe: as many requests are in flight as the plan provides for, further ones wait."""
 
-    def __init__(self, bundle: Bundle, *, on_mismatch: str = "warn", execution: Execution | None = None) -> None:
-        """Compile the plan of `bundle`, which the engine closes in the end; `execution` replaces what the plan says of it."""
+    def __init__(self, bundle: Bundle, *, on_mismatch: str = "warn", execution: Execution | None = None, cache: bool = True) -> None:
+        """Compile the plan of `bundle`, which the engine closes in the end. The options are those of `load`."""
         started = perf_counter()
         self._on_mismatch = check_policy(on_mismatch)
         self._bundle = bundle
@@ -83,6 +85,7 @@ class Engine:
         self._targets: dict[str, Target] = {}
         self.attempts: list[Attempt] = []  # the plan and its fallbacks, in the order they were tried
         self._asked = execution
+        self._blobs = BlobCache(hashlib.sha256(self.plan.to_json().encode()).hexdigest()) if cache else None
         self._program, self.validity = self._compile()
         self._admission: ThreadPoolExecutor | None = None  # brings in the requests of `arun`
         self.load_s = perf_counter() - started
@@ -95,6 +98,7 @@ class Engine:
         on_mismatch: str = "warn",
         require_signature: Key | Sequence[Key] | None = None,
         execution: Execution | None = None,
+        cache: bool = True,
     ) -> Engine:
         """Open the bundle at `path`, check it, compile it.
 
@@ -102,7 +106,8 @@ class Engine:
         `warn` runs the plan where it can and else the first fallback that can; `fallback` runs the first fallback that can, and the plan
         only when none does; `error` runs the plan itself on conditions at least `compatible`, or nothing.
         `require_signature` names public keys, as PEM files or PEM text, one of which must have signed the plan.
-        `execution` replaces what the plan says of mode, depth and batching.
+        `execution` replaces what the plan says of mode, depth and batching. Compiled stages are kept in the user's cache folder, and loaded
+        from there, unless `cache` is False.
 
         Raises:
             BundleError: the bundle is damaged or unsafe, or not signed as required.
@@ -111,7 +116,7 @@ class Engine:
         check_policy(on_mismatch)
         bundle = Bundle.open(path, signed_by=require_signature)
         try:
-            return cls(bundle, on_mismatch=on_mismatch, execution=execution)
+            return cls(bundle, on_mismatch=on_mismatch, execution=execution, cache=cache)
         except BaseException:  # not handled, only cleaned up: nobody else could close it
             bundle.close()
             raise
@@ -211,6 +216,7 @@ class Engine:
             **figures,
             "callers": self.plan.callers,
             "load_s": self.load_s,
+            "cache": self._blobs.stats() if self._blobs else None,
             "validity": self.validity.grade,
             "differences": {key: {"here": here, "plan": there} for key, (here, there) in self.validity.differences.items()},
             "attempts": [asdict(each) for each in self.attempts],
@@ -305,13 +311,20 @@ class Engine:
     def _compile_stage(self, stage: Stage) -> Executable:
         target = self._targets[stage.target]
         backend = load_backend(target.runtime)
-        executable = backend.compile(self._bundle.file(stage.model), target, stage.compiled_with.compiled_for(target.precisions))
+        model, config = self._bundle.file(stage.model), stage.compiled_with.compiled_for(target.precisions)
+        if self._blobs is None:
+            executable = backend.compile(model, target, config)
+        else:
+            executable = self._blobs.load(backend, model, target, config, verified=self._verified)
         try:
             _check_interface(stage, executable)
         except BundleError:
             executable.close()
             raise
         return executable
+
+    def _verified(self) -> None:
+        """Return when the bundle's files are known to be those of the plan."""
 
     def _event(self, text: str) -> None:
         self.events.append(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -119,14 +120,45 @@ class OnnxRuntime:
 
     def compile(self, model: Path | bytes, target: Target, config: Config) -> _Executable:
         """Compile `model`; see `Backend.compile`. Nodes left on the CPU beside an accelerator are in its placement."""
+        return self._session(model if isinstance(model, bytes) else str(model), target, config, {})
+
+    def keeps_blobs(self, target: Target) -> bool:
+        """Say whether an optimized graph can be written: the CPU's can; what a GPU's is worth was never measured."""
+        return _kind(target) == "CPU"
+
+    def compile_to_export(self, model: Path, target: Target, config: Config) -> _Executable:
+        """Compile `model`, and let the session write its optimized graph meanwhile: it cannot be asked for it afterwards."""
+        try:
+            folder = tempfile.TemporaryDirectory(prefix="aivmm-")
+        except OSError as error:
+            raise Unsupported(f"there is no folder for the optimized graph ({error.strerror or error})") from error
+        try:
+            written = Path(folder.name) / "optimized.onnx"
+            executable = self._session(str(model), target, config, {"optimized_model_filepath": str(written)})
+        except BaseException:  # not handled, only cleaned up
+            folder.cleanup()
+            raise
+        executable.written = (written, folder)
+        return executable
+
+    def import_blob(self, blob: Buffer, model: Path, target: Target, config: Config) -> _Executable:
+        """Make a session of an optimized graph, which is not to be optimized again. Weights beside `model` stayed there."""
+        level = _ort().GraphOptimizationLevel.ORT_DISABLE_ALL
+        return self._session(blob.tobytes(), target, config, {"graph_optimization_level": level}, weights=model.parent)
+
+    def _session(
+        self, source: bytes | str, target: Target, config: Config, besides: Mapping[str, Any], *, weights: Path | None = None
+    ) -> _Executable:
         if config.precision is not None and config.precision not in target.precisions:
             raise Unsupported(f"{target} does not run {config.precision} natively", advice=f"it runs {', '.join(target.precisions)}")
-        ort = _ort()
         options, provider_options = self._options(target, config)
+        for name, value in besides.items():
+            setattr(options, name, value)
+        if weights is not None:  # without a path of its own, a model's weights are looked for in the current folder
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
         provider = PROVIDERS[_kind(target)].name
-        source = model if isinstance(model, bytes) else str(model)
         try:
-            session = ort.InferenceSession(source, options, providers=[(provider, provider_options)], enable_fallback=0)
+            session = _ort().InferenceSession(source, options, providers=[(provider, provider_options)], enable_fallback=0)
         except Exception as error:
             raise Unsupported(f"ONNX Runtime on {target.name}: {_words(error)}") from error
         if provider not in session.get_providers():
@@ -209,6 +241,7 @@ class _Executable:
         self._session = session
         self._target = target
         self._asked = config
+        self.written: tuple[Path, tempfile.TemporaryDirectory[str]] | None = None  # the optimized graph, until it is asked for
         self.inputs: Sequence[TensorSpec] = tuple(_spec(each) for each in session.get_inputs())
         self.outputs: Sequence[TensorSpec] = tuple(_spec(each) for each in session.get_outputs())
 
@@ -252,6 +285,27 @@ class _Executable:
     def close(self) -> None:
         """Drop the session."""
         self._session = None
+        self._drop_written()
+
+    def export_blob(self) -> bytes:
+        """Return the optimized graph, once.
+
+        Raises:
+            Unsupported: it was not compiled to be exported, or was exported before.
+        """
+        if self.written is None:
+            raise Unsupported("ONNX Runtime writes its optimized graph only while it compiles")
+        try:
+            return self.written[0].read_bytes()
+        except OSError as error:
+            raise Unsupported(f"ONNX Runtime wrote no optimized graph ({error.strerror or error})") from error
+        finally:
+            self._drop_written()
+
+    def _drop_written(self) -> None:
+        if self.written is not None:
+            self.written[1].cleanup()
+            self.written = None
 
 
 def _short(value: Any) -> str:

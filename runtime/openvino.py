@@ -133,24 +133,29 @@ class OpenVino:
     def compile(self, model: Path | bytes, target: Target, config: Config) -> _Executable:
         """Compile `model`; see `Backend.compile`."""
         core, device = _core(), _device(target)
-        properties: dict[str, Any] = dict(config.settings)
-        unknown = next((each for each in properties if each not in _SETTABLE), None)
-        if unknown is not None:
-            raise Unsupported(f"{target} has no setting {unknown!r}", advice="see the target's knobs for what can be set")
-        if config.precision is not None:
-            if config.precision not in target.precisions:
-                known = ", ".join(target.precisions)
-                raise Unsupported(f"{target} does not run {config.precision} natively", advice=f"it runs {known}")
-            if target.name != "AUTO":
-                properties["INFERENCE_PRECISION_HINT"] = _HINTS[config.precision]
+        properties = _properties(target, config)
         try:
             compiled = core.compile_model(core.read_model(model if isinstance(model, bytes) else str(model)), device, properties)
         except (RuntimeError, TypeError, ValueError) as error:
             raise Unsupported(f"OpenVINO on {target.name}: {_words(error)}") from error
-        executable = _Executable(compiled, read_interface(model))
-        if target.name != "AUTO" and not all(each.split(".")[0] == device.split(".")[0] for each in executable.devices):
-            raise Unsupported(f"OpenVINO put the model on {', '.join(executable.devices)} and not on {target.name}")
-        return executable
+        return _checked(_Executable(compiled, read_interface(model)), target)
+
+    def keeps_blobs(self, target: Target) -> bool:
+        """Say whether the device's plug-in exports what it compiled."""
+        return target.name != "AUTO" and "EXPORT_IMPORT" in _core().get_property(_device(target), "OPTIMIZATION_CAPABILITIES")
+
+    def compile_to_export(self, model: Path, target: Target, config: Config) -> _Executable:
+        """Compile `model`: whatever is compiled can be exported."""
+        return self.compile(model, target, config)
+
+    def import_blob(self, blob: Buffer, model: Path, target: Target, config: Config) -> _Executable:
+        """Take back what `export_blob` gave. The device keeps reading its weights where they are in `blob`."""
+        tensor = _import_openvino().Tensor(blob, shared_memory=True)
+        try:
+            compiled = _core().import_model(tensor, _device(target), _properties(target, config))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise Unsupported(f"OpenVINO on {target.name}: {_words(error)}") from error
+        return _checked(_Executable(compiled, read_interface(model), keep=(blob, tensor)), target)
 
     def _auto(self) -> Target:
         return Target(runtime=self.name, name="AUTO", device=cpu_device(), runtime_version=_version())
@@ -203,6 +208,33 @@ def _many(target: Target) -> int:
 def _version() -> str:
     # "2026.4.1-22982-e213a147257-releases/2026/4": release and build decide; commit and branch only repeat them.
     return "-".join(str(_import_openvino().__version__).split("-")[:2])
+
+
+def _properties(target: Target, config: Config) -> dict[str, Any]:
+    """Return what OpenVINO is asked for.
+
+    Raises:
+        Unsupported: the device has no such setting or precision.
+    """
+    properties: dict[str, Any] = dict(config.settings)
+    unknown = next((each for each in properties if each not in _SETTABLE), None)
+    if unknown is not None:
+        raise Unsupported(f"{target} has no setting {unknown!r}", advice="see the target's knobs for what can be set")
+    if config.precision is not None:
+        if config.precision not in target.precisions:
+            known = ", ".join(target.precisions)
+            raise Unsupported(f"{target} does not run {config.precision} natively", advice=f"it runs {known}")
+        if target.name != "AUTO":
+            properties["INFERENCE_PRECISION_HINT"] = _HINTS[config.precision]
+    return properties
+
+
+def _checked(executable: _Executable, target: Target) -> _Executable:
+    """Return `executable` unless it runs elsewhere than asked."""
+    device = _device(target)
+    if target.name != "AUTO" and not all(each.split(".")[0] == device.split(".")[0] for each in executable.devices):
+        raise Unsupported(f"OpenVINO put the model on {', '.join(executable.devices)} and not on {target.name}")
+    return executable
 
 
 def _device(target: Target) -> str:
@@ -273,8 +305,9 @@ def _npu_knobs() -> tuple[Knob, ...]:
 class _Executable:
     """A compiled model, with its ports under the names that the ONNX file declares."""
 
-    def __init__(self, compiled: Any, interface: Any) -> None:
+    def __init__(self, compiled: Any, interface: Any, *, keep: Any = None) -> None:
         self._compiled = compiled
+        self._keep = keep  # the memory that the device reads its weights from
         self.devices = tuple(str(each).strip("()") for each in compiled.get_property("EXECUTION_DEVICES"))
         self.input_ports = _match_ports(compiled.inputs, interface.inputs)
         self.output_ports = _match_ports(compiled.outputs, interface.outputs)
@@ -306,7 +339,15 @@ class _Executable:
 
     def close(self) -> None:
         """Drop the compiled model."""
-        self._compiled = None
+        self._compiled = self._keep = None
+
+    def export_blob(self) -> bytes:
+        """Return the compiled form."""
+        try:
+            blob: bytes = self._compiled.export_model().getvalue()
+        except RuntimeError as error:
+            raise Unsupported(f"OpenVINO cannot export: {_words(error)}") from error
+        return blob
 
     def _read_back(self) -> dict[str, Setting]:
         effective: dict[str, Setting] = {}

@@ -1,0 +1,227 @@
+"""Compiled stages in the user's cache folder, so that a plan is compiled once a machine. Decision 0018 says what is trusted, and why.
+
+A file is named by all that its content depends on: the bundle, the stage's model, target and config, and the target's environment (device,
+driver, runtime version, instruction sets, ...). It is written whole under another name and moved into place, so that whoever dies while
+writing leaves nothing that anyone reads. What is read must lie in folders that only this user (or root) may write to, and must have the
+check sum that its head states. Anything odd means compiling again: a cache is never a reason for a plan not to run.
+
+The payload starts at a page of its own and is mapped, not read: processes share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aivmm.errors import Unsupported
+from aivmm.runtime.backend import Backend, Buffer, Executable, ExportsBlob, ImportsBlob
+from aivmm.runtime.config import Config
+from aivmm.runtime.environment import environment_of
+from aivmm.runtime.folders import cache_folder
+from aivmm.runtime.target import Target
+
+log = logging.getLogger("aivmm.blobs")
+
+_FORMAT = 1
+_MAGIC = b"aivmm compiled stage\n"
+_PAGE = 4096
+_WORDS = _PAGE // 8
+MOST_BYTES = 8 << 30  # the cache's size, beyond which the files that were not used for longest are removed
+_ABANDONED_S = 3600.0  # a file half written that is older than this was left by a process that died
+
+
+class BlobCache:
+    """The compiled stages of one bundle. Never raises for the state of the cache: `problems` says what was wrong."""
+
+    def __init__(self, bundle_digest: str, *, root: Path | None = None) -> None:
+        """Look below `root`, by default the user's cache folder. `bundle_digest` names the bundle by its content."""
+        self.hits = 0
+        self.stored = 0
+        self.problems: list[str] = []
+        self._root: Path | None = None
+        self._digest = bundle_digest
+        try:
+            self._root = (root or cache_folder()).absolute() / "blobs"
+        except RuntimeError:  # a user whom the password file does not know, as containers have them
+            self._problem("there is no home folder; set AIVMM_CACHE to a folder to keep compiled stages in")
+
+    def load(self, backend: Backend, model: Path, target: Target, config: Config, *, verified: Callable[[], None]) -> Executable:
+        """Return the stage from the cache, or compile it and keep it there. `verified` waits until the bundle's files are known to be good.
+
+        Raises:
+            BundleError: `verified` did.
+            Unsupported: as `Backend.compile`.
+        """
+        if not isinstance(backend, ImportsBlob) or self._root is None or not backend.keeps_blobs(target):
+            verified()
+            return backend.compile(model, target, config)
+        path = self._path(model, target, config)
+        blob = self._read(path)
+        if blob is not None:
+            try:
+                executable = backend.import_blob(blob, model, target, config)
+            except Unsupported as refusal:
+                self._problem(f"compiled again: {refusal}")
+            else:
+                self.hits += 1
+                return executable
+        verified()  # a stranger's file goes to no runtime before that
+        try:
+            executable = backend.compile_to_export(model, target, config)
+        except Unsupported:
+            return backend.compile(model, target, config)  # and if it was not for the export, this says so
+        if isinstance(executable, ExportsBlob):
+            try:
+                self._write(path, executable.export_blob())
+            except (Unsupported, OSError) as error:
+                self._problem(f"not kept: {_words(error)}")
+        return executable
+
+    def stats(self) -> dict[str, Any]:
+        """Return how many stages came from the cache, how many went into it, and what was wrong with it."""
+        return {"hits": self.hits, "stored": self.stored, "problems": list(self.problems)}
+
+    def _path(self, model: Path, target: Target, config: Config) -> Path:
+        assert self._root is not None
+        depends = {
+            "format": _FORMAT,
+            "model": model.name,
+            "target": str(target),
+            "config": config.key(),
+            "environment": environment_of(target).fingerprint,
+        }
+        key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
+        return self._root / self._digest[:32] / f"{key}.blob"
+
+    def _read(self, path: Path) -> Buffer | None:
+        """Return the payload of a file that is ours and whole, mapped; None where there is none."""
+        assert self._root is not None
+        try:
+            for folder in (self._root, path.parent):
+                _require_ours(folder.lstat(), folder, stat.S_ISDIR)
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+            with os.fdopen(descriptor, "rb") as file:
+                _require_ours(os.fstat(descriptor), path, stat.S_ISREG)
+                payload = _mapped(file, path.name)
+        except FileNotFoundError:
+            return None
+        except (OSError, _Odd) as error:
+            self._problem(f"compiled again: {_words(error)}")
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)  # used now: the last to be removed
+        return payload
+
+    def _write(self, path: Path, payload: bytes) -> None:
+        assert self._root is not None
+        path.parent.parent.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self._root, path.parent):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            try:
+                _require_ours(folder.lstat(), folder, stat.S_ISDIR)
+            except _Odd as error:
+                raise OSError(str(error)) from error
+        descriptor, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)  # mode 0600
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(_head(path.name, payload))
+                file.write(payload)
+            Path(name).replace(path)
+        except BaseException:  # not handled, only cleaned up
+            with contextlib.suppress(OSError):
+                Path(name).unlink()
+            raise
+        self.stored += 1
+        prune(self._root, keep=path)
+
+    def _problem(self, text: str) -> None:
+        self.problems.append(text)
+        log.info("cache of compiled stages: %s", text)
+
+
+class _Odd(Exception):
+    """A file or folder of the cache that is not used, and why."""
+
+
+def _require_ours(status: os.stat_result, path: Path, kind: Callable[[int], bool]) -> None:
+    """Raise _Odd unless nobody else than this user and root may have written it."""
+    if not kind(status.st_mode):
+        raise _Odd(f"{path} is a link or a special file")
+    if os.name != "posix":
+        return  # a user's folders on Windows are closed to others by their access lists
+    if status.st_uid not in (os.geteuid(), 0):
+        raise _Odd(f"{path} belongs to another user")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise _Odd(f"{path} may be written to by other users")
+
+
+def _head(name: str, payload: bytes) -> bytes:
+    """Return the page that states what follows it."""
+    facts = {"name": name, "bytes": len(payload), "sum": _check_sum(np.frombuffer(payload, dtype=np.uint8))}
+    return (_MAGIC + json.dumps(facts).encode() + b"\n").ljust(_PAGE, b"\0")
+
+
+def _mapped(file: Any, name: str) -> Buffer:
+    head = file.read(_PAGE)
+    if not head.startswith(_MAGIC):
+        raise _Odd(f"{name} is not a compiled stage")
+    try:
+        facts: Mapping[str, Any] = json.loads(head[len(_MAGIC) :].partition(b"\n")[0])
+        size, expected = int(facts["bytes"]), str(facts["sum"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise _Odd(f"{name} is damaged: no head") from error
+    if facts.get("name") != name or size <= 0 or os.fstat(file.fileno()).st_size != _PAGE + size:
+        raise _Odd(f"{name} is damaged: {size} bytes were written")
+    # Private: OpenVINO takes only what may be written to, and what it writes must not reach the file.
+    payload = np.memmap(file, dtype=np.uint8, mode="c", offset=_PAGE, shape=(size,))
+    if _check_sum(payload) != expected:
+        raise _Odd(f"{name} is damaged: its check sum is another")
+    return payload
+
+
+def _check_sum(payload: Buffer) -> str:
+    """Return a digest that any flipped bit, lost or moved page changes, at the speed of memory: SHA-256 over the sums of the pages.
+
+    Not for strangers, who could make two pages of one sum: what a stranger may have written is not read at all.
+    """
+    whole = payload[: len(payload) // _PAGE * _PAGE].view(np.uint64).reshape(-1, _WORDS)
+    digest = hashlib.sha256(np.add.reduce(whole, axis=1, dtype=np.uint64).tobytes())
+    digest.update(payload[whole.size * 8 :].tobytes())
+    return digest.hexdigest()
+
+
+def prune(root: Path, *, keep: Path | None = None, most_bytes: int = MOST_BYTES) -> None:
+    """Remove what dying processes left half written, and the files used longest ago until `most_bytes` are left; `keep` stays."""
+    found: list[tuple[float, int, Path]] = []
+    for path in root.glob("*/*"):
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            if path.suffix == ".blob" and stat.S_ISREG(status.st_mode):
+                found.append((status.st_mtime, status.st_size, path))
+            elif path.suffix == ".partial" and time.time() - status.st_mtime > _ABANDONED_S:
+                path.unlink()
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= most_bytes:
+            return
+        if path != keep:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                total -= size
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()  # unless others are in it
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
