@@ -98,6 +98,8 @@ def _config(row: Row) -> Iterator[str]:
 def _model(row: Row) -> Iterator[str]:
     codec.facts_from_json(row["facts"])
     list(map(codec.cut_point_from_json, row["cut_points"]))
+    if not all(isinstance(node, str) for piece in row["pieces"] or () for node in piece):
+        yield "a node's name is not text"
     if model_id(row["content"], row["batch"]) != row["id"]:
         yield "its id is not the digest of its content and batch"
 

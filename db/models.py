@@ -60,6 +60,7 @@ def _put_model(connection: Connection, identity: str, facts: ModelFacts, structu
         "data_dependent": structure.data_dependent,
         "facts": codec.facts_to_json(facts),
         "cut_points": [codec.cut_point_to_json(cut) for cut in structure.cut_points],
+        "pieces": [list(piece) for piece in structure.pieces] or None,
         "first_seen_at": now(),
     }
     put(connection, model, [row], on=["id"], keep=["first_seen_at"])
@@ -139,6 +140,7 @@ def load_structure(connection: Connection, identity: str) -> Structure | None:
         cut_points=tuple(map(codec.cut_point_from_json, row.cut_points)),
         blocks=tuple(map(_block, connection.execute(blocks.order_by(model_block.c.position)))),
         data_dependent=row.data_dependent,
+        pieces=tuple(map(tuple, row.pieces or ())),
     )
 
 

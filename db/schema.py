@@ -144,6 +144,7 @@ model = Table(
     Column("data_dependent", Boolean, nullable=False),
     _json("facts"),
     _json("cut_points"),
+    _json("pieces", nullable=True),  # lists of nodes' names: the order in which positions count, where it is not the usual one
     Column("first_seen_at", UtcDateTime, nullable=False),
     UniqueConstraint("content", "batch"),
 )

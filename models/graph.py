@@ -68,6 +68,7 @@ def analyse_graph(prepared: PreparedGraph, *, max_blocks: int = 24) -> Structure
         cut_points=cuts,
         blocks=tuple(_block(prepared, hasher, index, first, kinds[first : last + 1]) for index, (first, last) in enumerate(spans)),
         data_dependent=any(kind.data_dependent for kind in kinds),
+        pieces=prepared.pieces,
     )
 
 
@@ -80,7 +81,7 @@ def cut_further(path: Path, structure: Structure, positions: Collection[int]) ->
     unknown = set(positions) - {cut.position for cut in structure.cut_points}
     if unknown:
         raise ValueError(f"{sorted(unknown)} are no cut points")
-    prepared = PreparedGraph(path)
+    prepared = PreparedGraph(path, pieces=structure.pieces)
     try:
         hasher = Hasher(prepared)
         operators = find_operators(prepared, hasher)

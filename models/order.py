@@ -112,6 +112,11 @@ class PreparedGraph:
             initializers=tuple(initializers),
         )
 
+    @property
+    def pieces(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the nodes of each of `runs`: what gives this order again when it is asked for."""
+        return tuple(tuple(str(node.name) for node in self.nodes[first : last + 1]) for first, last in self.runs)
+
     def close(self) -> None:
         """Let go of mapped external data, so that the file can be removed (Windows keeps a mapped file)."""
         for value in self.graph.initializers.values():

@@ -6,10 +6,14 @@ hashing and slicing then work on them as on any run of nodes.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from aivmm.models.contract import closed, levels
+from aivmm.models.graph import analyse, cut_further
 from aivmm.models.order import PreparedGraph, can_cross, nbytes
+from aivmm.models.records import Structure
 
 Pieces = tuple[tuple[str, ...], ...]
 
@@ -63,3 +67,42 @@ def _moved_bytes(prepared: PreparedGraph, level: Sequence[int]) -> int:
         if (maker := value.producer()) is not None and maker in index and level[index[maker]] != level[number]
     }
     return sum(nbytes(value) or 0 for value, _ in crossing)
+
+
+def cut_around(path: Path, structure: Structure, apart: Collection[str]) -> Structure:
+    """Return `structure`, that of the prepared model at `path`, with blocks each of which holds only nodes named in `apart`, or none.
+
+    Where cuts in the order that it has are as few as pieces would be, and move no more bytes, its blocks are cut there. Otherwise the model
+    is taken apart anew, in an order in which the pieces are runs; what was kept apart before stays so.
+
+    Raises:
+        ValueError: no node has such a name.
+    """
+    prepared = PreparedGraph(path, pieces=structure.pieces)
+    try:
+        return _cut_around(prepared, structure, split_around(prepared, apart), set(apart))
+    finally:
+        prepared.close()
+
+
+def _cut_around(prepared: PreparedGraph, structure: Structure, pieces: Pieces, apart: set[str]) -> Structure:
+    """Choose between cuts in the order at hand and `pieces`, and make them."""
+    names = [str(node.name) for node in prepared.nodes]
+    level = {name: number for number, piece in enumerate(pieces) for name in piece}
+    odd = {name for piece in pieces if apart & set(piece) for name in piece}
+    part = {name: number for number, piece in enumerate(structure.pieces) for name in piece}
+    edges = {at for at in range(1, len(names)) if (names[at - 1] in odd) != (names[at] in odd)}
+    starts = edges | {first for first, _ in prepared.runs[1:]}
+    ascending = sorted(starts)
+    in_order = [bisect(ascending, at) for at in range(len(names))]
+    # No node has a lower part or level than one that it reads from: nodes with equal pairs are pieces, which run in the order of the pairs.
+    pairs = [(part.get(name, 0), level[name]) for name in names]
+    rank = {pair: number for number, pair in enumerate(sorted(set(pairs)))}
+    anew = [rank[pair] for pair in pairs]
+    usable = edges <= {cut.position for cut in structure.cut_points}
+    if usable and (max(in_order), _moved_bytes(prepared, in_order)) <= (max(anew), _moved_bytes(prepared, anew)):
+        return cut_further(prepared.path, structure, edges)
+    return analyse(
+        prepared.path,
+        pieces=[[name for name, mine in zip(names, anew, strict=True) if mine == number] for number in range(max(anew) + 1)],
+    )

@@ -72,6 +72,7 @@ class Structure:
     cut_points: tuple[CutPoint, ...]
     blocks: tuple[Block, ...]
     data_dependent: bool = False
+    pieces: tuple[tuple[str, ...], ...] = ()  # names of all nodes, where positions count in an order in which each of these is a run
 
     @property
     def repeats(self) -> tuple[Repeat, ...]:

@@ -50,6 +50,7 @@ class Anatomist:
     retry_failed: bool = False
     measure_new: bool = True  # False: only recall what the database has
     stop: Callable[[], bool] = lambda: False  # True: what is not known yet is skipped
+    seen: dict[ProbeKey, Outcome] = field(default_factory=dict)  # of this run: known even when all is to be measured afresh
     skipped: int = 0
     _waited: float = 0.0  # for the machine-wide lock: no part of the budget
     _used: list[ProbeKey] = field(default_factory=list)
@@ -89,6 +90,10 @@ class Anatomist:
             if problem:
                 self.wrong[block.index, str(target)] = problem
         self._link_reused()
+
+    def inputs_of(self, block: Block) -> Path | None:
+        """Return the file with the inputs of a block; None where no target takes a block before it."""
+        return self._edges[block.index][0] if self._fed(block) and self._edges else None
 
     def not_placed(self) -> list[str]:
         """Say which blocks a plan will not place on which target because their numbers are wrong there; refusals are told elsewhere."""
@@ -136,20 +141,11 @@ class Anatomist:
             inputs = self.folder / f"block-{block.index}-inputs.npz"
             outputs = self.folder / f"block-{block.index}-outputs.npz"
             save_arrays(inputs, {each.name: values[each.name] for each in segment.inputs})
-            if not any(self._ran(segment.path, target, inputs, outputs) for target in self.subject.reference_order()):
+            if not any(answers(self.lab, segment.path, target, inputs, outputs) for target in self.subject.reference_order()):
                 break
             values |= load_arrays(str(outputs))
             edges.append((inputs, outputs))
         return edges
-
-    def _ran(self, model: Path, target: Target, inputs: Path, outputs: Path) -> bool:
-        try:
-            loaded = self.lab.load(model, target, Config(precision="fp32"), inputs=inputs)
-            self.lab.outputs(loaded.contestant, inputs, outputs)
-            self.lab.unload(loaded.contestant)
-        except (AivmmError, WorkerDied):
-            return False
-        return True
 
     def _probe(self, key: ProbeKey, target: Target, block: Block, *, seconds: float) -> Outcome:
         """Time a block, and judge its numbers."""
@@ -226,11 +222,9 @@ class Anatomist:
             return outcome.reason
         judged = self._judged(block)
         if f"unusable@{judged}" in outcome.metrics:
-            return f"{WRONG}: {self._problems.get((block.index, str(target)), 'its outputs are unusable')}"
+            return wrong_numbers(self._problems.get((block.index, str(target)), "its outputs are unusable"), 0.0)
         error = outcome.metrics.get(f"relative_l2@{judged}")
-        if error is None:
-            return None
-        return f"{WRONG}: its outputs differ by {error:.2g} (relative L2)" if error > _TOLERANCE else ""
+        return None if error is None else wrong_numbers("", error)
 
     def _block_key(self, block: Block, target: Target) -> ProbeKey:
         return self._key("segment", f"{block.content}@{self.subject.judged}" if block.data_dependent else block.structure, target)
@@ -253,12 +247,11 @@ class Anatomist:
         )
 
     def _recall(self, keys: Iterable[ProbeKey]) -> dict[ProbeKey, Outcome]:
-        if self.fresh:
-            return {}
-        found = self.database.find_many(keys)
+        keys = list(keys)
+        found = {} if self.fresh else self.database.find_many(keys)
         known = {key: outcome for key, outcome in found.items() if not (self.retry_failed and isinstance(outcome, Failed))}
-        self._recalled = frozenset(known)
-        return known
+        self._recalled = frozenset(known) - set(self.seen)
+        return known | {key: self.seen[key] for key in keys if key in self.seen}
 
     def _reuse(self, outcome: Outcome) -> Outcome:
         self.counts.add(outcome, reused=True)
@@ -273,6 +266,25 @@ class Anatomist:
     def _keep(self, outcome: Outcome) -> None:
         self.counts.add(outcome, reused=False)
         self.database.add(outcome, run_id=self.run_id)
+        self.seen[outcome.key] = outcome
+
+
+def wrong_numbers(problem: str, relative_l2: float) -> str:
+    """Say what is wrong with a part's numbers, given what makes its outputs unusable ("" when nothing does) and their error; or ""."""
+    if problem:
+        return f"{WRONG}: {problem}"
+    return f"{WRONG}: its outputs differ by {relative_l2:.2g} (relative L2)" if relative_l2 > _TOLERANCE else ""
+
+
+def answers(lab: Lab, model: Path, target: Target, inputs: Path, outputs: Path) -> bool:
+    """Run a part of a model once in fp32 and write its outputs; False where the target does not take it."""
+    try:
+        loaded = lab.load(model, target, Config(precision="fp32"), inputs=inputs)
+        lab.outputs(loaded.contestant, inputs, outputs)
+        lab.unload(loaded.contestant)
+    except (AivmmError, WorkerDied):
+        return False
+    return True
 
 
 def medians(outcomes: Mapping[tuple[int, str], Outcome], wrong: Mapping[tuple[int, str], str]) -> dict[tuple[int, str], float]:

@@ -100,6 +100,12 @@ def tune(
     ] = f"{DEFAULT_BUDGET_S:.0f}s",
     trials: Annotated[int | None, typer.Option(metavar="N", help="Points to try; default: as the budget allows.")] = None,
     min_segments: Annotated[int, typer.Option(metavar="N", help="Force a cut into at least N segments, for study.")] = 1,
+    cut_around: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LIST", help="Keep these operators or nodes in blocks of their own, cutting branches where need be: `Resize`."
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(metavar="K", help="How many finalists are proven.")] = 3,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of inputs, orders and the search.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure all again; the database keeps what it has.")] = False,
@@ -142,6 +148,7 @@ def tune(
         budget_s=parse_budget(budget),
         trials=trials,
         min_segments=min_segments,
+        cut_around=parse_list(cut_around or ()),
         top=top,
         seed=seed,
         fresh=fresh,

@@ -35,13 +35,14 @@ class Emitter:
         lowered: Callable[[str], Path] | None = None,
     ) -> None:
         """Write for the model at `prepared`; `lowered` gives the file of the same model lowered to a precision."""
-        from aivmm.models.slice import Slicer, WeightStore  # here: it loads onnx_ir, a second before the first line is shown
+        from aivmm.models.order import PreparedGraph  # here: it loads onnx_ir, a second before the first line is shown
+        from aivmm.models.slice import Slicer, WeightStore
 
         self._facts = facts
         self._structure = structure
         self._folder = folder
         self._version = version
-        self._slicer = Slicer(prepared)
+        self._slicer = Slicer(PreparedGraph(prepared, pieces=structure.pieces))
         self._segments: dict[tuple[int, int], Segment] = {}
         self._lowered = lowered
         self._lowered_segments: dict[str, Segment] = {}

@@ -41,6 +41,7 @@ class TuneOptions:
     budget_s: float = DEFAULT_BUDGET_S
     trials: int | None = None
     min_segments: int = 1
+    cut_around: tuple[str, ...] = ()  # operator types or names of nodes
     top: int = 3
     seed: int = 0
     fresh: bool = False

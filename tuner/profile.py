@@ -32,7 +32,7 @@ from aivmm.tuner.measure import Counts
 from aivmm.tuner.operators import OperatorProber
 from aivmm.tuner.options import TuneOptions
 from aivmm.tuner.progress import Progress
-from aivmm.tuner.refusals import as_refined_before
+from aivmm.tuner.refusals import as_laid_out_before
 from aivmm.tuner.subject import Subject
 from aivmm.tuner.text import printable
 from aivmm.tuner.work import remove_orphans
@@ -130,7 +130,8 @@ def profile_model(options: TuneOptions, progress: Progress, *, with_blocks: bool
         for target in found:
             database.remember_environment(environment_of(target))
             database.remember_target(target)
-        subject.structure = as_refined_before(subject.structure, database.structure(subject.structure.content, subject.base_batch))
+        stored = database.structure(subject.structure.content, subject.base_batch)
+        subject.structure = as_laid_out_before(subject.structure, subject.path, stored)
         database.remember_model(subject.facts, subject.structure)
         profile = _measure(options, progress, database, lab, folder, subject, targets, unavailable, with_blocks=with_blocks)
         profile.wall_s = time.perf_counter() - started

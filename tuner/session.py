@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +27,7 @@ from aivmm.planner.levels import SERVICE_LEVELS
 from aivmm.planner.records import RunRecord
 from aivmm.probes.lab import Lab
 from aivmm.probes.race import RaceState
+from aivmm.probes.records import Outcome, ProbeKey
 from aivmm.probes.transfers import TransferFit
 from aivmm.runtime.bundle import check_destination
 from aivmm.runtime.config import LOWERED
@@ -39,10 +40,11 @@ from aivmm.tuner.explore import Explorer
 from aivmm.tuner.handover import HandoverProber
 from aivmm.tuner.interrupt import Interrupts
 from aivmm.tuner.joules import ENERGY, why_no_energy
+from aivmm.tuner.layout import cut_around_refused, cut_around_wrong, cut_as_asked
 from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
 from aivmm.tuner.progress import Progress
 from aivmm.tuner.prove import Proof, Prover
-from aivmm.tuner.refusals import Refusals, as_refined_before, refine
+from aivmm.tuner.refusals import as_laid_out_before
 from aivmm.tuner.reporting import write_report
 from aivmm.tuner.subject import Subject
 from aivmm.tuner.verdict import summary
@@ -188,7 +190,9 @@ class Session:
     def _begin(self, work: Work) -> RunRecord:
         """Store what the run is about."""
         database, subject = work.database, work.subject
-        subject.structure = as_refined_before(subject.structure, database.structure(subject.structure.content, subject.base_batch))
+        stored = database.structure(subject.structure.content, subject.base_batch)
+        subject.structure = as_laid_out_before(subject.structure, subject.path, stored)
+        subject.structure = cut_as_asked(subject.structure, subject.path, self.options.cut_around)
         for target in work.all_targets:
             database.remember_environment(environment_of(target))
             database.remember_target(target)
@@ -228,6 +232,7 @@ class Session:
             "data": work.subject.data_digest,
             "batches": list(options.batches),
             "min_segments": options.min_segments,
+            "cut_around": sorted(options.cut_around),
             "budget_s": options.budget_s,
             "trials": options.trials,
             "seed": options.seed,
@@ -239,7 +244,7 @@ class Session:
         explorer = Explorer(work, searched_before=self._searched_before)
         explorer.run()
         if not self._searched_before:
-            self._look_for_refusals(work, explorer)
+            self._cut_around_refused(work, explorer)
         anatomist, handovers = self._anatomise(work, explorer)
         cut_short = work.asked()
         if cut_short:
@@ -263,46 +268,42 @@ class Session:
         work.notes.extend(f"{what} was not measured: {why}" for what, why in proof.absent.items())
         return self._finish(work, record, decider, proof, cut_short=cut_short)
 
-    def _look_for_refusals(self, work: Work, explorer: Explorer) -> None:
+    def _cut_around_refused(self, work: Work, explorer: Explorer) -> None:
         """Where a target refuses the whole model, cut the blocks around what it refuses: the rest can still be placed there."""
-        forced = _FORCED_S if self.options.min_segments > 1 else 0.0
-        ends = max(_BLOCKS_UNTIL * self.options.budget_s, work.elapsed() + forced)
-
-        def stop() -> bool:
-            return work.asked() or work.elapsed() > ends
-
         for target in work.targets:
             rejection = explorer.rejection(target)
-            if rejection is None or rejection.state != "refused" or len(work.targets) < 2:
-                continue
-            self.progress.phase(f"looking for what {target} refuses")
-            search = Refusals(work.lab, target, work.subject.path, work.subject.structure, work.folder / "refusals", stop=stop)
-            refused = search.find(rejection.reason)
-            for run in refused:
-                where = f"node {run.first}" if run.first == run.last else f"nodes {run.first} to {run.last}"
-                work.note(f"{target} refuses {', '.join(run.op_types)} ({where}, found in {search.compiles} compiles): {run.reason}")
-            work.subject.structure = refine(work.subject.structure, work.subject.path, refused)
-            work.database.remember_model(work.subject.facts, work.subject.structure)
+            if rejection is not None and rejection.state == "refused" and len(work.targets) > 1:
+                cut_around_refused(work, target, rejection, self._out_of_time(work))
+
+    def _out_of_time(self, work: Work) -> Callable[[], bool]:
+        """Return what says whether the share of the budget that blocks have is spent, counted from now where a cut is forced."""
+        ends = max(_BLOCKS_UNTIL * self.options.budget_s, work.elapsed() + (_FORCED_S if self.options.min_segments > 1 else 0.0))
+        return lambda: work.asked() or work.elapsed() > ends
 
     def _anatomise(self, work: Work, explorer: Explorer) -> tuple[Anatomist, Mapping[tuple[str, str], TransferFit]]:
         """Probe blocks, then hand-overs between targets, then operators, with what is left of the budget."""
         self.progress.phase("measuring blocks and operators")
         folder = work.folder / "parts"
         folder.mkdir()
-        anatomist = Anatomist(
-            lab=work.lab,
-            subject=work.subject,
-            database=work.database,
-            run_id=work.run_id,
-            targets=work.targets,
-            emitter=work.emitter(work.subject.base_batch),
-            folder=folder,
-            counts=explorer.measurer.counts,
-            fresh=self.options.fresh,
-            retry_failed=self.options.retry_failed,
-            measure_new=not self._searched_before,
-            stop=work.asked,
-        )
+
+        def of_this_layout(seen: Mapping[ProbeKey, Outcome]) -> Anatomist:
+            return Anatomist(
+                lab=work.lab,
+                subject=work.subject,
+                database=work.database,
+                run_id=work.run_id,
+                targets=work.targets,
+                emitter=work.emitter(work.subject.base_batch),
+                folder=folder,
+                counts=explorer.measurer.counts,
+                fresh=self.options.fresh,
+                retry_failed=self.options.retry_failed,
+                measure_new=not self._searched_before,
+                stop=work.asked,
+                seen=dict(seen),
+            )
+
+        anatomist = of_this_layout({})
         budget = self.options.budget_s
 
         def tell(what: str, number: int, total: int) -> None:
@@ -310,6 +311,10 @@ class Session:
 
         least = _FORCED_S if self.options.min_segments > 1 else 0.0
         anatomist.blocks(budget_s=max(least, _BLOCKS_UNTIL * budget - work.elapsed()), tell=tell)
+        if not self._searched_before and cut_around_wrong(work, anatomist, self._out_of_time(work)):
+            self.progress.phase("measuring blocks and operators")
+            anatomist = of_this_layout(anatomist.seen)
+            anatomist.blocks(budget_s=max(least, _BLOCKS_UNTIL * budget - work.elapsed()), tell=tell)
         for each in anatomist.not_placed():
             work.note(each)
         handovers = HandoverProber(

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from aivmm.db.database import Database
+from aivmm.models.records import Structure
 from aivmm.planner.constraints import Constraint
 from aivmm.probes.lab import Lab
 from aivmm.probes.race import RaceState
@@ -44,6 +45,7 @@ class Work:
     asked: Callable[[], bool]  # True once the user wants an end: what is running is finished, nothing new is begun
     notes: list[str] = field(default_factory=list)
     _emitters: dict[int, Emitter] = field(default_factory=dict)
+    _layouts: int = 0  # that the blocks have had
 
     def elapsed(self) -> float:
         """Return seconds since the start."""
@@ -85,11 +87,20 @@ class Work:
                 prepared.path,
                 prepared.facts,
                 structure,
-                self.folder / f"segments-{batch}",
+                self.folder / f"segments-{batch}-{self._layouts}",  # a runtime may still map what was written before
                 version=version("aivmm"),
                 lowered=lambda precision: self.subject.variant(batch, precision),
             )
         return self._emitters[batch]
+
+    def lay_out(self, structure: Structure) -> None:
+        """Go on with other blocks of the same model: what is written from now on is cut so."""
+        self._layouts += 1
+        self.subject.structure = structure
+        self.database.remember_model(self.subject.facts, structure)
+        emitter = self._emitters.pop(self.subject.base_batch, None)
+        if emitter is not None:
+            emitter.close()
 
     def close(self) -> None:
         """Let go of the model's files."""

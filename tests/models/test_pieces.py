@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from aivmm.models.contract import arrange, closed, levels, ring
 from aivmm.models.graph import analyse, analyse_graph
 from aivmm.models.order import PreparedGraph
-from aivmm.models.pieces import split_around
+from aivmm.models.pieces import cut_around, split_around
 from aivmm.models.repeats import stretches
 from aivmm.models.slice import Slicer, WeightStore
 from tests.models.random_graphs import feeds_for, graphs, info
@@ -123,6 +123,50 @@ def test_a_branch_of_a_wide_block_becomes_a_piece_when_it_is_refused_or_asked_fo
     assert {cut.position for cut in structure.cut_points} >= edges - {0}
     whole = analyse(path)
     assert (structure.structure, structure.content, structure.flops) == (whole.structure, whole.content, whole.flops)
+
+
+@given(graph=graphs(), data=st.data())
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+def test_blocks_cut_around_nodes_have_all_or_none_of_them_and_stay_right(folder: Path, graph: onnx.GraphProto, data: st.DataObject) -> None:
+    """Twice, as for two runtimes that refuse different things: what was kept apart stays so."""
+    path = save(graph, folder / "m.onnx")
+    structure = analyse(path, max_blocks=4)
+    names = [str(node.name) for node in PreparedGraph(path).nodes]
+    both = [data.draw(st.sets(st.sampled_from(names))) for _ in range(2)]
+    for apart in both:
+        structure = cut_around(path, structure, apart)
+    prepared = PreparedGraph(path, pieces=structure.pieces)
+    blocks = [{str(node.name) for node in prepared.nodes[block.first : block.last + 1]} for block in structure.blocks]
+    assert sorted(itertools.chain(*blocks)) == sorted(names)
+    if not any(node.op_type in ("SequenceConstruct", "SequenceAt") for node in prepared.nodes):
+        assert all(block <= apart or not block & apart for block in blocks for apart in both)
+    whole = analyse(path)
+    assert (structure.structure, structure.content) == (whole.structure, whole.content)
+    assert {(each.signature, each.count) for each in structure.operators} == {(each.signature, each.count) for each in whole.operators}
+    slicer, values = Slicer(prepared), feeds_for(True)
+    for block in structure.blocks:
+        values.update(run(slicer.write(block.first, block.last, folder / "part.onnx").path, values, plain=True))
+    expected = run(path, feeds_for(True), plain=True)
+    assert {name: values[name].tobytes() for name in expected} == {name: value.tobytes() for name, value in expected.items()}
+    assert cut_around(path, structure, both[1]) == structure
+
+
+def test_blocks_are_cut_in_the_order_at_hand_where_that_is_as_good(tmp_path: Path) -> None:
+    path = inception(tmp_path / "m.onnx")
+    structure = analyse(path)
+    in_order = cut_around(path, structure, ["stem1"])
+    assert in_order.pieces == () and in_order.cut_points == structure.cut_points
+    scattered = cut_around(path, structure, ["b0.1.0", "b0.3.2", "b1.2.2"])  # five runs in the order, or these
+    assert [set(piece) & {"b0.1.0", "b0.3.2", "b1.2.2"} for piece in scattered.pieces] == [
+        set(),
+        {"b0.1.0", "b0.3.2"},
+        set(),
+        {"b1.2.2"},
+        set(),
+    ]
+    assert cut_around(path, structure, []) == structure
+    with pytest.raises(ValueError, match="no node 'nobody'"):
+        cut_around(path, structure, ["nobody"])
 
 
 def test_pieces_that_overlap_or_name_no_node_are_refused(tmp_path: Path) -> None:

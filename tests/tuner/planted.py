@@ -5,7 +5,7 @@ What is wrong is known from hand checks and from benchmarks/results/onnx_conform
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -116,9 +116,46 @@ def antialiased_resize() -> onnx.ModelProto:
     return g.model({"x": (FLOAT, [1, 3, 32, 32])}, y, FLOAT, [1, 8, 13, 13])
 
 
+def _in_branches(node: Callable[[_Graph, str], str], where: Collection[int]) -> onnx.ModelProto:
+    """A network that splits into six branches of one to six layers, with other nodes in the middle of some, and joins them again."""
+    g = _Graph()
+    stem = g.conv(g.conv("x", 3, 8), 8, 8)
+    ends = []
+    for branch in range(6):
+        y = g.conv(stem, 8, 8)
+        for _ in range(branch // 2):
+            y = g.conv(y, 8, 8)
+        y = node(g, y) if branch in where else y
+        for _ in range(branch - branch // 2):
+            y = g.conv(y, 8, 8)
+        ends.append(y)
+    y = g.conv(g.conv(g.node("Concat", *ends, axis=1), 48, 8), 8, 8)
+    return g.model({"x": (FLOAT, [1, 3, 16, 16])}, y, FLOAT, [1, 8, 16, 16])
+
+
+def wrong_in_a_branch() -> onnx.ModelProto:
+    """Quantised sums that saturate, in one of six branches; OpenVINO lets them wrap."""
+
+    def doubled(g: _Graph, y: str) -> str:
+        scale, zero = g.weight(np.float32(0.01)), g.weight(np.int8(0))
+        q = g.node("QuantizeLinear", y, scale, zero)
+        added = g.node("QLinearAdd", q, scale, zero, q, scale, zero, scale, zero, domain="com.microsoft")
+        return g.node("DequantizeLinear", added, scale, zero)
+
+    return _in_branches(doubled, {3})
+
+
 PLANTED: dict[str, Callable[[], onnx.ModelProto]] = {
     each.__name__: each
-    for each in (quantised_add, large_integers, large_integers_inside, double_precision, double_inside, antialiased_resize)
+    for each in (
+        quantised_add,
+        large_integers,
+        large_integers_inside,
+        double_precision,
+        double_inside,
+        antialiased_resize,
+        wrong_in_a_branch,
+    )
 }
 
 
@@ -127,6 +164,13 @@ def write_planted(name: str, folder: Path) -> Path:
     path = folder / f"{name}.onnx"
     path.write_bytes({**PLANTED, **REFUSED}[name]().SerializeToString())
     return path
+
+
+def _scaled_by_determinant(g: _Graph, y: str) -> str:
+    """Nodes of which OpenVINO has no rule for one, Det."""
+    small = g.node("Slice", y, g.weight(np.array([0, 0])), g.weight(np.array([3, 3])), g.weight(np.array([2, 3])))
+    factor = g.node("Unsqueeze", g.node("Sigmoid", g.node("Det", small)), g.weight(np.array([2, 3])))
+    return g.node("Mul", y, factor)
 
 
 def _network_with(node: Callable[[_Graph, str], str]) -> onnx.ModelProto:
@@ -143,13 +187,12 @@ def _network_with(node: Callable[[_Graph, str], str]) -> onnx.ModelProto:
 
 def refused_by_openvino() -> onnx.ModelProto:
     """A network with a determinant a channel, which OpenVINO has no rule for."""
+    return _network_with(_scaled_by_determinant)
 
-    def scaled(g: _Graph, y: str) -> str:
-        small = g.node("Slice", y, g.weight(np.array([0, 0])), g.weight(np.array([3, 3])), g.weight(np.array([2, 3])))
-        factor = g.node("Unsqueeze", g.node("Sigmoid", g.node("Det", small)), g.weight(np.array([2, 3])))
-        return g.node("Mul", y, factor)
 
-    return _network_with(scaled)
+def refused_in_branches() -> onnx.ModelProto:
+    """A determinant in two of six branches, at different depths: in no order of nodes is it one run."""
+    return _in_branches(_scaled_by_determinant, {2, 5})
 
 
 def refused_by_onnxruntime() -> onnx.ModelProto:
@@ -176,5 +219,5 @@ def refused_among_dynamic_shapes() -> onnx.ModelProto:
 
 
 REFUSED: dict[str, Callable[[], onnx.ModelProto]] = {
-    each.__name__: each for each in (refused_by_openvino, refused_by_onnxruntime, refused_among_dynamic_shapes)
+    each.__name__: each for each in (refused_by_openvino, refused_by_onnxruntime, refused_among_dynamic_shapes, refused_in_branches)
 }

@@ -30,7 +30,8 @@ def tune(place: Place, model: Path, *options: str) -> Finished:
 def samples(name: str) -> dict[str, Array]:
     """Return inputs that show what is wrong: numbers as a user's may be."""
     rng = np.random.default_rng(11)
-    x = rng.standard_normal((1, 3, 32, 32) if name == "antialiased_resize" else (1, 64))
+    shapes = {"antialiased_resize": (1, 3, 32, 32), "wrong_in_a_branch": (1, 3, 16, 16)}
+    x = rng.standard_normal(shapes.get(name, (1, 64)))
     made: dict[str, Array] = {"x": x.astype(np.float64 if name == "double_precision" else np.float32)}
     if name == "large_integers":
         made["t"] = rng.integers(1 << 40, 1 << 41, (1, 64))
@@ -56,8 +57,10 @@ def wrong_blocks(place: Place, done: Finished) -> set[int]:
     told = {int(each) for each in re.findall(r"block (\d+) \([^)]*\) is not placed on openvino:CPU: it gave wrong numbers", done.err)}
     with Database.open(place.db) as database:
         kept = [each for each in database.outcomes(kind="segment") if isinstance(each, Failed) and "gave wrong numbers" in each.reason]
-    assert {each.key.target for each in kept} == {"openvino:CPU"} and len(kept) == len(told)
-    assert all("@" in each.key.subject for each in kept)  # under its content, and the input it was judged on
+        blocks = database.run_structure(database.run(None).id).blocks
+    assert {each.key.target for each in kept} == {"openvino:CPU"}
+    # Under its content, and the input it was judged on. More are kept than told: blocks that were cut around what was wrong in them.
+    assert {blocks[index].content for index in told} <= {each.key.subject.partition("@")[0] for each in kept}
     return told
 
 
@@ -137,6 +140,7 @@ def hybrid(place: Place) -> ProofRecord:
         ("refused_by_openvino", "openvino:CPU", "Det"),
         ("refused_by_onnxruntime", "onnxruntime:CPU", "Max"),
         ("refused_among_dynamic_shapes", "openvino:CPU", "CumProd"),
+        ("refused_in_branches", "openvino:CPU", "Det"),
     ],
 )
 def test_a_hybrid_plan_runs_around_what_one_runtime_refuses(place: Place, name: str, refuses: str, operator: str) -> None:
@@ -144,7 +148,7 @@ def test_a_hybrid_plan_runs_around_what_one_runtime_refuses(place: Place, name: 
     model = write_planted(name, place.folder)
     done = tune(place, model, *CUT, "-o", "hybrid.aivmm")
     compiles = re.search(rf"{refuses} refuses {operator} \(node \d+, found in (\d+) compiles\)", done.err)
-    assert compiles and int(compiles[1]) <= 12, done.err  # of more than 25 nodes
+    assert compiles and int(compiles[1]) <= (20 if "branches" in name else 12), done.err  # of more than 25 nodes; in branches 64
     proven = hybrid(place)
     assert proven.eligible and proven.metrics["cosine"] > 0.9999
     x = np.random.default_rng(3).standard_normal((1, 64) if "dynamic" in name else (1, 3, 16, 16))

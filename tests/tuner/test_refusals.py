@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from onnx import TensorProto, helper
 
 from aivmm.errors import Unsupported
 from aivmm.models.graph import analyse
+from aivmm.models.pieces import cut_around
 from aivmm.models.records import Structure
 from aivmm.runtime.target import Device, Target
-from aivmm.tuner.refusals import Refusals, as_refined_before, refine
+from aivmm.tuner.halving import OddRun
+from aivmm.tuner.refusals import Refusals, as_laid_out_before
 from tests.making import onnx_model, write_model
 
 CPU = Target(runtime="fake", name="CPU", device=Device(kind="cpu", model="made-up"), runtime_version="1", precisions=("fp32",))
@@ -54,6 +56,10 @@ def chain(folder: Path, odd: dict[int, str]) -> tuple[Path, Structure]:
     model = onnx_model(nodes, [("x", TensorProto.FLOAT, (2, 8))], [("y", TensorProto.FLOAT, (2, 8))], weights)
     path = write_model(folder / "model.onnx", model)
     return path, analyse(path, max_blocks=6)
+
+
+def refine(structure: Structure, path: Path, refused: Sequence[OddRun]) -> Structure:
+    return cut_around(path, structure, {name for run in refused for name in run.nodes})
 
 
 def find(path: Path, structure: Structure, lab: Any) -> tuple[list[tuple[int, int, tuple[str, ...]]], int]:
@@ -109,10 +115,10 @@ def test_blocks_are_cut_around_what_is_refused_and_an_earlier_cut_is_remembered(
     refined = refine(structure, path, runs)
     assert [dict(each.op_types) for each in refined.blocks if "Softplus" in each.op_types] == [{"Softplus": 1}]
     assert len(refined.blocks) <= len(structure.blocks) + 2
-    assert as_refined_before(structure, refined) is refined
-    assert as_refined_before(structure, None) is structure
-    assert as_refined_before(refined, structure) is refined
-    assert as_refined_before(structure, replace(refined, cut_points=())) is structure
+    assert as_laid_out_before(structure, path, refined) is refined
+    assert as_laid_out_before(structure, path, None) is structure
+    assert as_laid_out_before(refined, path, structure) is refined
+    assert as_laid_out_before(structure, path, replace(refined, cut_points=())) is structure
 
 
 @pytest.mark.parametrize("refused", [[], ["nothing of the kind"]])
