@@ -15,10 +15,12 @@ import shutil
 import stat
 import struct
 import tempfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from time import perf_counter
 from types import TracebackType
 
 from aivmm.errors import BundleError, UsageError
@@ -42,14 +44,24 @@ _UNPACKING = (
 class Bundle:
     """An opened and checked bundle. A zip is unpacked into a private temporary folder, which `close` removes."""
 
-    def __init__(self, folder: Path, plan: Plan, *, unpacked: tempfile.TemporaryDirectory[str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        *,
+        unpacked: tempfile.TemporaryDirectory[str] | None = None,
+        reading: Reading | None = None,
+    ) -> None:
         self.folder = folder
         self.plan = plan
         self._unpacked = unpacked
+        self._reading = reading
 
     @classmethod
-    def open(cls, path: str | Path, *, signed_by: Key | Sequence[Key] | None = None) -> Bundle:
+    def open(cls, path: str | Path, *, signed_by: Key | Sequence[Key] | None = None, read_later: bool = False) -> Bundle:
         """Open and check the bundle at `path`. `signed_by`: public keys (PEM), one of which must have signed it.
+
+        With `read_later` the contents of the files are checked on a thread meanwhile: no file may be used before `verify` returned.
 
         Raises:
             BundleError: missing, damaged, changed, unsafe, newer than this version, or not signed as required.
@@ -57,7 +69,10 @@ class Bundle:
         """
         path = Path(path)
         try:
-            return cls._open(path, signed_by)
+            bundle = cls._open(path, signed_by)
+            if not read_later:
+                bundle.verify()
+            return bundle
         except OSError as error:
             raise BundleError(f"{path} cannot be read ({error.strerror or error})") from error
 
@@ -65,7 +80,9 @@ class Bundle:
     def _open(cls, path: Path, signed_by: Key | Sequence[Key] | None) -> Bundle:
         folder, unpacked = unpack(path)
         try:
-            return cls(folder, _check(folder, path, signed_by), unpacked=unpacked)
+            plan = parse_plan(read_root(folder, PLAN_FILE, path, signed_by=signed_by), str(path / PLAN_FILE))
+            check_listing(folder, plan.files, root=PLAN_FILE, shown=path)
+            return cls(folder, plan, unpacked=unpacked, reading=Reading(folder, plan, path))
         except BaseException:  # not handled, only cleaned up: nothing else knows of the folder
             if unpacked is not None:
                 unpacked.cleanup()
@@ -77,8 +94,24 @@ class Bundle:
             raise BundleError(f"{name!r} is not a file of this bundle")
         return self.folder / PurePosixPath(name)
 
+    def verify(self) -> None:
+        """Return when all files are known to be those that the plan lists.
+
+        Raises:
+            BundleError: one was changed, cannot be read, or holds compiled code.
+        """
+        if self._reading is not None:
+            self._reading.wait()
+
+    @property
+    def hash_s(self) -> float:
+        """The seconds it took to read and hash the files; 0 where someone else did."""
+        return self._reading.seconds if self._reading is not None else 0.0
+
     def close(self) -> None:
         """Remove what was unpacked."""
+        if self._reading is not None:
+            self._reading.end()
         if self._unpacked is not None:
             self._unpacked.cleanup()
             self._unpacked = None
@@ -113,15 +146,6 @@ def unpack(path: Path) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
     return Path(unpacked.name), unpacked
 
 
-def _check(folder: Path, shown: Path, signed_by: Key | Sequence[Key] | None) -> Plan:
-    """Return the checked plan of the bundle in `folder`. `shown` is what its user calls it: that may be a zip."""
-    plan = parse_plan(read_root(folder, PLAN_FILE, shown, signed_by=signed_by), str(shown / PLAN_FILE))
-    check_files(folder, plan.files, root=PLAN_FILE, shown=shown)
-    for name in plan.model_files():
-        refuse_compiled(folder / PurePosixPath(name), shown / name)
-    return plan
-
-
 def read_root(folder: Path, root: str, shown: Path, *, signed_by: Key | Sequence[Key] | None = None) -> bytes:
     """Return the bytes of the file that lists all others; with `signed_by` only when its signature is by one of these keys."""
     text = _read_beside(folder, root, _MAX_PLAN_BYTES, shown)
@@ -134,6 +158,13 @@ def read_root(folder: Path, root: str, shown: Path, *, signed_by: Key | Sequence
 
 def check_files(folder: Path, files: Mapping[str, str], *, root: str, shown: Path) -> None:
     """Raise BundleError unless `folder` holds the file `root` and what `files` lists, unchanged, and nothing else."""
+    check_listing(folder, files, root=root, shown=shown)
+    for name, expected in files.items():
+        check_content(folder, name, expected, shown)
+
+
+def check_listing(folder: Path, files: Mapping[str, str], *, root: str, shown: Path) -> None:
+    """Raise BundleError unless `folder` holds the file `root` and what `files` lists, and nothing else; contents are not looked at."""
     for name in files:
         _check_name(name, shown)
     present = _walk(folder, shown)
@@ -143,11 +174,57 @@ def check_files(folder: Path, files: Mapping[str, str], *, root: str, shown: Pat
     missing = sorted(set(files) - present)
     if missing:
         raise BundleError(f"{shown} lacks {missing[0]!r}", advice="copy the bundle again, whole")
-    for name, expected in files.items():
-        if file_sha256(folder / PurePosixPath(name)) != expected:
-            raise BundleError(
-                f"{shown / name} was changed: its SHA-256 is not the one in the plan", advice="copy the bundle again, or tune again"
-            )
+
+
+def check_content(folder: Path, name: str, expected: str, shown: Path) -> None:
+    """Raise BundleError unless the file `name` has the SHA-256 `expected`."""
+    if file_sha256(folder / PurePosixPath(name)) != expected:
+        raise BundleError(
+            f"{shown / name} was changed: its SHA-256 is not the one in the plan", advice="copy the bundle again, or tune again"
+        )
+
+
+class Reading:
+    """The check of a bundle's contents, on a thread of its own: hashing and loading leave the interpreter to each other."""
+
+    def __init__(self, folder: Path, plan: Plan, shown: Path) -> None:
+        """Start to read the files of the bundle in `folder`. `shown` is what its user calls it: that may be a zip."""
+        self.seconds = 0.0
+        self._error: BundleError | None = None
+        self._given_up = False
+        self._thread = threading.Thread(target=self._read, args=(folder, plan, shown), name="aivmm-hash", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when all is read and found good.
+
+        Raises:
+            BundleError: a file is not what the plan says.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def end(self) -> None:
+        """Return when nothing is read any more, be it checked or not."""
+        self._given_up = True
+        self._thread.join()
+
+    def _read(self, folder: Path, plan: Plan, shown: Path) -> None:
+        started = perf_counter()
+        models = plan.model_files()
+        try:
+            for name, expected in plan.files.items():
+                if self._given_up:
+                    return
+                check_content(folder, name, expected, shown)
+                if name in models:
+                    refuse_compiled(folder / PurePosixPath(name), shown / name)
+        except BundleError as error:
+            self._error = error
+        except OSError as error:
+            self._error = BundleError(f"{shown} cannot be read ({error.strerror or error})")
+        self.seconds = perf_counter() - started
 
 
 def refuse_compiled(model: Path, shown: Path) -> None:

@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -85,8 +85,15 @@ class Engine:
         self._targets: dict[str, Target] = {}
         self.attempts: list[Attempt] = []  # the plan and its fallbacks, in the order they were tried
         self._asked = execution
+        self._failover = threading.Lock()
+        self._beyond_help = False  # a stage died, and no fallback was left
         self._blobs = BlobCache(hashlib.sha256(self.plan.to_json().encode()).hexdigest()) if cache else None
         self._program, self.validity = self._compile()
+        try:
+            bundle.verify()
+        except BundleError:
+            self._program.close()
+            raise
         self._admission: ThreadPoolExecutor | None = None  # brings in the requests of `arun`
         self.load_s = perf_counter() - started
 
@@ -114,7 +121,7 @@ class Engine:
             Unsupported: no stage list of it that `on_mismatch` allows runs here; the first reason is given.
         """
         check_policy(on_mismatch)
-        bundle = Bundle.open(path, signed_by=require_signature)
+        bundle = Bundle.open(path, signed_by=require_signature, read_later=True)
         try:
             return cls(bundle, on_mismatch=on_mismatch, execution=execution, cache=cache)
         except BaseException:  # not handled, only cleaned up: nobody else could close it
@@ -143,7 +150,11 @@ class Engine:
             UsageError: an input is missing, unknown, or of another type or shape; or the engine is closed.
             Unsupported: a stage's runtime refuses, in its own words.
         """
-        return self._program.run(inputs)
+        program = self._program
+        try:
+            return program.run(inputs)
+        except (Unsupported, UsageError) as error:
+            return self._instead(program, inputs, error)
 
     def submit(self, inputs: Mapping[str, Any]) -> Future[dict[str, Buffer]]:
         """Start a run and return a future of what `run` returns. The inputs are copied: their arrays are free as soon as this returns.
@@ -154,7 +165,13 @@ class Engine:
         Raises:
             UsageError: as `run`, at once.
         """
-        return self._program.submit(inputs)
+        program = self._program
+        try:
+            return program.submit(inputs, lambda loaded, error: self._instead(program, loaded, error))
+        except UsageError:
+            if self._program is program:
+                raise
+            return self.submit(inputs)  # it was waiting in front of one that died
 
     async def arun(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
         """Run once without blocking the event loop. The inputs' arrays must stay as they are until this returns.
@@ -201,7 +218,12 @@ class Engine:
         Raises:
             UsageError, Unsupported: as `run`.
         """
-        with self._program.lend(inputs) as outputs:
+        program = self._program
+        with ExitStack() as stack:
+            try:
+                outputs = stack.enter_context(program.lend(inputs))
+            except (Unsupported, UsageError) as error:
+                outputs = self._instead(program, inputs, error)
             yield outputs
 
     def one_lane(self) -> Lane:
@@ -216,6 +238,7 @@ class Engine:
             **figures,
             "callers": self.plan.callers,
             "load_s": self.load_s,
+            "hash_s": self._bundle.hash_s,
             "cache": self._blobs.stats() if self._blobs else None,
             "validity": self.validity.grade,
             "differences": {key: {"here": here, "plan": there} for key, (here, there) in self.validity.differences.items()},
@@ -231,7 +254,9 @@ class Engine:
             self._closed = True
         if self._admission is not None:
             self._admission.shutdown(cancel_futures=True)
-        self._program.close()
+        with self._failover:  # a fallback that is being compiled comes first
+            program = self._program
+        program.close()
         self._bundle.close()
 
     def __enter__(self) -> Engine:
@@ -243,26 +268,58 @@ class Engine:
     def __repr__(self) -> str:
         return f"<aivmm.Engine {self.plan.model.name} on {' + '.join(dict.fromkeys(each.target for each in self.stages))}>"
 
+    def _instead(self, program: Program, inputs: Mapping[str, Any], error: BaseException) -> dict[str, Buffer]:
+        """Answer a request that failed in `program`: by what runs in its place, or by its error when it was the request's own.
+
+        A stage is dead when it fails on what it could answer before, too (or, when it never answered anything, on three requests).
+        """
+        with self._failover:
+            if self._program is program:
+                if not isinstance(error, Unsupported) or self._closed or self._beyond_help or program.alive():
+                    raise error
+                self._event(f"{self._running} died: {error}")
+                self.attempts.append(Attempt(name=self._running, outcome="failed", reason=str(error)))
+                try:
+                    replacement, self.validity = self._next_way(error)
+                except AivmmError as refusal:
+                    self._beyond_help = True
+                    self._event("nothing is left to run instead" + ("" if refusal is error else f": {refusal}"))
+                    raise error from None
+                self._program = replacement
+                threading.Thread(target=program.close, name="aivmm-retire", daemon=True).start()  # it may have to wait for others
+        return self._program.run(inputs)
+
     def _compile(self) -> tuple[Program, Validity]:
         """Compile the plan's stages or, loudly, the first fallback that this machine can take, as `on_mismatch` says."""
-        first = self._mismatch()
         plan = self.plan
-        choices = [(_PLAN, plan.stages, plan.execution), *((each.name, each.stages, each.execution) for each in plan.fallbacks)]
+        self._ways = [(_PLAN, plan.stages, plan.execution), *((each.name, each.stages, each.execution) for each in plan.fallbacks)]
         if self._on_mismatch == "error":
-            choices = choices[:1]
+            self._ways = self._ways[:1]
+        first = self._mismatch()
         if first is not None:
             if self._on_mismatch == "error":
                 raise first
             self._tried(_PLAN, "passed over", first)
-            choices = [*choices[1:], choices[0]]
-        for name, stages, execution in choices:
+            self._ways = [*self._ways[1:], self._ways[0]]
+        return self._next_way(first)
+
+    def _next_way(self, first: AivmmError | None) -> tuple[Program, Validity]:
+        """Compile the first of the ways not tried yet that this machine can take; `first` is why it is not the plan itself.
+
+        Raises:
+            AivmmError: none is left; `first`, or why the first one was refused.
+        """
+        while self._ways:
+            name, stages, execution = self._ways.pop(0)
             try:
                 validity = self._grade(stages)
                 program = self._compile_stages(stages, self._asked or execution)
             except AivmmError as error:
+                self._bundle.verify()  # a file that was changed explains more than what a runtime makes of it
                 first = first or error
                 self._tried(name, "failed", error)
                 continue
+            self._running = name
             self.attempts.append(Attempt(name=name, outcome="runs", reason=str(validity)))
             if first is not None:
                 self._event("running the plan all the same" if name == _PLAN else f"running the fallback {name!r} instead")
@@ -313,18 +370,16 @@ class Engine:
         backend = load_backend(target.runtime)
         model, config = self._bundle.file(stage.model), stage.compiled_with.compiled_for(target.precisions)
         if self._blobs is None:
+            self._bundle.verify()
             executable = backend.compile(model, target, config)
         else:
-            executable = self._blobs.load(backend, model, target, config, verified=self._verified)
+            executable = self._blobs.load(backend, model, target, config, verified=self._bundle.verify)
         try:
             _check_interface(stage, executable)
         except BundleError:
             executable.close()
             raise
         return executable
-
-    def _verified(self) -> None:
-        """Return when the bundle's files are known to be those of the plan."""
 
     def _event(self, text: str) -> None:
         self.events.append(text)

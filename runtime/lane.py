@@ -32,14 +32,20 @@ class Lane:
     """Runs the stages one after another. Used by one thread at a time; who holds it sees to that."""
 
     def __init__(
-        self, stages: Sequence[Stage], executables: Sequence[Executable], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+        self,
+        stages: Sequence[Stage],
+        executables: Sequence[Executable],
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        *,
+        index: int = 0,
     ) -> None:
         """Bind a new request of each of `executables`, one a stage.
 
         Raises:
             Unsupported: an input is of a type that NumPy lacks.
         """
-        self.index = 0  # its number in its program
+        self.index = index  # its number in its program
         self.error: BaseException | None = None  # of the flight it is on: a stage that failed, and the later ones are left out
         self.done: Callable[[Lane], None] | None = None  # who takes what it brings
         self.queued_ns = 0  # when it was put in the queue it stands in

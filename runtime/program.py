@@ -18,7 +18,7 @@ from queue import Empty, SimpleQueue
 from time import perf_counter_ns
 from typing import Any
 
-from aivmm.errors import UsageError
+from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.backend import Buffer, Executable
 from aivmm.runtime.clocks import StageClock, quantiles_s, summed
 from aivmm.runtime.lane import Lane
@@ -26,6 +26,8 @@ from aivmm.runtime.plan import Execution, Stage
 from aivmm.tensors import TensorSpec
 
 log = logging.getLogger("aivmm.engine")
+
+_SUSPICIONS = 3  # failed requests after which a program that never answered one is taken for dead
 
 Outputs = dict[str, Buffer]
 Rescue = Callable[[Mapping[str, Buffer], BaseException], Outputs]  # what else can be done with the inputs of a request that failed
@@ -62,17 +64,16 @@ class Program:
         lanes = max(callers, copies * (self.execution.depth * len(self.stages) if self.pipelined else 1))
         # A lane's requests are bound for good, so it belongs to one replica of each stage; lanes come back in the order in which they
         # get done, which gives a slower replica less.
-        self.lanes = [
-            Lane(self.stages, [each[index % len(each)] for each in self._executables], self.inputs, self.outputs) for index in range(lanes)
-        ]
+        self.lanes = [self._new_lane(index) for index in range(lanes)]
         self.free: SimpleQueue[Lane] = SimpleQueue()  # in C: a queue in Python costs as much as the rest of a call
-        for index, lane in enumerate(self.lanes):
-            lane.index = index
+        for lane in self.lanes:
             self.free.put(lane)
         self._threads = StageThreads(self)
         _running.add(self)
         self._lock = threading.Lock()
         self._turn = StageClock()  # waits for a free lane
+        self._good: Mapping[str, Buffer] | None = None  # the first inputs that were answered
+        self._suspicions = 0
         self._closed = False
 
     def run(self, inputs: Mapping[str, Any]) -> Outputs:
@@ -88,9 +89,31 @@ class Program:
         try:
             lane.load(inputs)
             lane.execute()
+            if self._good is None:
+                self._good = lane.loaded()
             return lane.copies()
         finally:
             self.free.put(lane)
+
+    def alive(self) -> bool:
+        """Say whether it still answers what it answered first, asked when a request has failed. Each replica is asked.
+
+        A program that never answered anything is taken for alive twice: the requests may be at fault.
+        """
+        with self._lock:
+            if self._closed:
+                return True
+            if self._good is None:
+                self._suspicions += 1
+                return self._suspicions < _SUSPICIONS
+        for index in range(max(map(len, self._executables))):
+            try:
+                lane = self._new_lane(index)
+                lane.run(self._good)
+                lane.close()
+            except Unsupported:
+                return False
+        return True
 
     def submit(self, inputs: Mapping[str, Any], rescue: Rescue | None = None) -> Future[Outputs]:
         """Take copies of the inputs and return a future of the outputs, which cannot be cancelled. Waits while no lane is free.
@@ -204,6 +227,9 @@ class Program:
             self.free.put(lane)
         _running.discard(self)
 
+    def _new_lane(self, index: int) -> Lane:
+        return Lane(self.stages, [each[index % len(each)] for each in self._executables], self.inputs, self.outputs, index=index)
+
     def _counts(self) -> list[int]:
         return [len(each) for each in self._executables]
 
@@ -212,6 +238,8 @@ class Program:
         error, outputs, inputs = lane.error, None, None
         try:
             if error is None:
+                if self._good is None:
+                    self._good = lane.loaded()
                 outputs = lane.copies()
             elif rescue is not None:
                 inputs = lane.loaded()

@@ -497,3 +497,32 @@ def test_a_reader_sees_the_old_bundle_or_the_new_one_and_never_a_mixture(bundle:
 
 def test_a_zip_reads_the_same_from_memory_as_from_disk(bundle: Path, tmp_path: Path) -> None:
     assert zipfile.is_zipfile(io.BytesIO(zipped(bundle, tmp_path / "m.zip").read_bytes()))
+
+
+def test_contents_are_read_while_the_engine_loads_and_told_apart(tmp_path: Path) -> None:
+    from aivmm.runtime.engine import Engine
+
+    bundle = make_bundle(tmp_path / "m.aivmm", chain_model(), [Part(OPENVINO)])
+    with Bundle.open(bundle, read_later=True) as opened:
+        opened.verify()
+        assert opened.hash_s > 0
+    with Engine.load(bundle) as engine:
+        assert 0 < engine.stats()["hash_s"] < 60
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["compiled", "from the cache"])
+def test_a_file_changed_after_it_was_compiled_is_refused_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: bool) -> None:
+    """Loading overlaps with hashing, but no engine comes of it unless every byte is the plan's."""
+    from aivmm.runtime.engine import Engine
+
+    monkeypatch.setenv("AIVMM_CACHE", str(tmp_path / "cache"))
+    bundle = make_bundle(tmp_path / "m.aivmm", chain_model(), [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4)])
+    if warm:
+        Engine.load(bundle).close()
+    for each in sorted((bundle / "segments").iterdir()):
+        whole = each.read_bytes()
+        each.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(BundleError, match="was changed: its SHA-256"):
+            Engine.load(bundle)
+        each.write_bytes(whole)
+    Engine.load(bundle).close()
