@@ -9,4 +9,5 @@ if not sys.flags.safe_path and sys.path[:1] == [str(Path.cwd())]:
 
 from aivmm.tuner.main import main
 
-main()
+if __name__ == "__main__":
+    main()
