@@ -1,5 +1,8 @@
-"""Hooks of MkDocs: the reference of the command line is written from the command line itself, so that it cannot be out of date, and the sources
-are laid out as the packages that they are installed as, since what reads docstrings does not follow `package-dir`."""
+"""Hooks of MkDocs, so that the reference cannot be out of date.
+
+That of the command line is written from the command line itself. For the one from docstrings the sources are laid out as the packages that
+they are installed as, since what reads them does not follow `package-dir`.
+"""
 
 from __future__ import annotations
 
