@@ -50,7 +50,7 @@ def place(
     *,
     choices: Sequence[C] | None = None,
     cut: npt.ArrayLike | None = None,
-    segment_cost: Callable[[int, int, C], float | None] | None = None,
+    segment_cost: Callable[[int, int, C], float | None] | Array | None = None,
     min_segments: int = 1,
     max_segments: int | None = None,
 ) -> ChainPlan[C]: ...
@@ -62,7 +62,7 @@ def place(
     boundary: npt.ArrayLike | None = None,
     *,
     cut: npt.ArrayLike | None = None,
-    segment_cost: Callable[[int, int, int], float | None] | None = None,
+    segment_cost: Callable[[int, int, int], float | None] | Array | None = None,
     min_segments: int = 1,
     max_segments: int | None = None,
 ) -> ChainPlan[int]: ...
@@ -74,7 +74,7 @@ def place(
     *,
     choices: Sequence[Any] | None = None,
     cut: npt.ArrayLike | None = None,
-    segment_cost: Callable[[int, int, Any], float | None] | None = None,
+    segment_cost: Callable[[int, int, Any], float | None] | Array | None = None,
     min_segments: int = 1,
     max_segments: int | None = None,
 ) -> ChainPlan[Any]:
@@ -87,7 +87,8 @@ def place(
             it; infinite where that is impossible. The diagonal, staying without a cut, is zero. None: switching is free.
         choices: names the columns of `boundary` and `cut`, in order; by default the choices in the order in which `costs` names them.
         cut: [blocks - 1, choices], or what broadcasts to it: the price of a cut between two segments on one choice. None: no such cuts.
-        segment_cost: measured costs of whole segments, (first block, last block, choice) -> cost, or None to add up the blocks.
+        segment_cost: costs of whole segments, (first block, last block, choice) -> cost, or None to add up the blocks; or an array [first
+            block, last block, choice in order], with NaN to add up the blocks. What it says of a last block before the first is not read.
         min_segments: the fewest segments a plan may have.
         max_segments: the most it may have; None is no limit.
 
@@ -103,7 +104,7 @@ def place(
         )
     named, table = _table(costs, choices)
     steps = _steps(boundary, cut, *table.shape)
-    priced = None if segment_cost is None else _by_index(segment_cost, named)
+    priced = None if segment_cost is None else _overrides(segment_cost, named, len(table))
     starts, picks = _solve(table, steps, priced, min_segments, max_segments)
     segments = _segments(starts, picks)
     total = _price(segments, table, steps, priced)
@@ -116,7 +117,7 @@ def place(
     )
 
 
-_Priced = Callable[[int, int, int], float | None]
+_Priced = Array  # [first, last, choice]: what a segment costs, NaN to add up its blocks
 _Solution = tuple[list[bool], list[int]]  # per block: whether a segment starts there, and the choice's index
 
 
@@ -159,14 +160,23 @@ def _require_costs(values: Array, name: str) -> Array:
     return values
 
 
-def _by_index(segment_cost: Callable[[int, int, Any], float | None], named: Sequence[Any]) -> _Priced:
-    def priced(first: int, last: int, pick: int) -> float | None:
-        value = segment_cost(first, last, named[pick])
-        if value is not None and (math.isnan(value) or value == -math.inf):
-            raise ValueError(f"the cost of blocks {first} to {last} on {named[pick]} is {value}")
-        return value
-
-    return priced
+def _overrides(given: Callable[[int, int, Any], float | None] | Array, named: Sequence[Any], blocks: int) -> _Priced:
+    """Return what segments cost as an array [first, last, choice]."""
+    shape = (blocks, blocks, len(named))
+    if isinstance(given, np.ndarray):
+        if given.shape != shape or np.any(np.isneginf(given)):
+            raise ValueError(f"segment costs as an array are {shape} and no minus infinity, not {given.shape}")
+        return given
+    values = np.full(shape, math.nan)
+    for first, last in itertools.combinations_with_replacement(range(blocks), 2):
+        for pick, choice in enumerate(named):
+            value = given(first, last, choice)
+            if value is None:
+                continue
+            if math.isnan(value) or value == -math.inf:
+                raise ValueError(f"the cost of blocks {first} to {last} on {choice} is {value}")
+            values[first, last, pick] = value
+    return values
 
 
 def _solve(table: Array, steps: Array, priced: _Priced | None, least: int, most: int | None) -> _Solution:
@@ -263,12 +273,8 @@ def _with_measured_segments(
 
 def _overridden(sums: Array, priced: _Priced, last: int) -> Array:
     """Return [first, choice]: the cost of the segment that ends at `last`, measured where it is."""
-    values = sums.copy()
-    for first, pick in np.ndindex(*values.shape):
-        measured = priced(first, last, pick)
-        if measured is not None:
-            values[first, pick] = measured
-    return values
+    measured = priced[: last + 1, last]
+    return np.where(np.isnan(measured), sums, measured)
 
 
 def _origin(layers: int, width: int) -> tuple[Array, Counts]:
@@ -330,8 +336,8 @@ def _price(segments: list[tuple[int, int, int]], table: Array, steps: Array, pri
     """Return what a plan costs, added up without rounding in between."""
     parts: list[float] = []
     for first, last, pick in segments:
-        measured = priced(first, last, pick) if priced else None
-        parts += table[first : last + 1, pick].tolist() if measured is None else [measured]
+        measured = math.nan if priced is None else float(priced[first, last, pick])
+        parts += table[first : last + 1, pick].tolist() if math.isnan(measured) else [measured]
     parts += [float(steps[one[1], one[2], next_one[2]]) for one, next_one in itertools.pairwise(segments)]
     return math.fsum(parts)
 
@@ -351,11 +357,8 @@ def _raise_limits(table: Array, steps: Array, priced: _Priced | None, least: int
     def feasible(values: Array) -> Array:
         return np.where(np.isfinite(values), 0.0, math.inf)
 
-    def free(first: int, last: int, pick: int) -> float | None:
-        value = priced(first, last, pick) if priced else None
-        return value and (0.0 if math.isfinite(value) else math.inf)
-
-    fewest = _search(feasible(table), feasible(steps), free if priced else None, 1, saturating=True)
+    free = None if priced is None else np.where(np.isnan(priced), priced, feasible(priced))
+    fewest = _search(feasible(table), feasible(steps), free, 1, saturating=True)
     needed = sum(fewest[0]) if fewest else 0
     if most is not None and needed > most:
         raise Infeasible(f"no placement has at most {most} segments", advice=f"allow {needed}")

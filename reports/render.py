@@ -55,6 +55,7 @@ def _context(data: ReportData) -> dict[str, Any]:
         "verdict": summary.split_verdict(summary.verdict(data)),
         "answers": summary.answers(data, plan.stages, sum(each.on_plan for each in warned)),
         "figures": summary.key_figures(data),
+        "certificate": summary.certificate(data),
         "race": race.lay_out(data, colours),
         "anatomy": plan,
         "costs": costs.account(data, plan.cells, colours),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from aivmm.planner.evidence import SOURCES
 from aivmm.planner.records import ProofRecord
 from aivmm.reports import format as fmt
 from aivmm.reports.anatomy import Stage
@@ -79,7 +80,7 @@ def key_figures(data: ReportData) -> tuple[Answer, ...]:
         value = metrics.get(metric)
         if value is not None or metric != "peak_device_memory_bytes":
             figures.append(Answer(label=label, value=show(value), support=() if value is not None else ("not measured",)))
-    return (*figures, _accuracy(data, plan), *_predicted(data, plan))
+    return (*figures, _accuracy(data, plan), *_predicted(data, plan), *_left(data))
 
 
 def _what(plan: ProofRecord, stages: Sequence[Stage]) -> Answer:
@@ -164,6 +165,21 @@ def _accuracy(data: ReportData, plan: ProofRecord) -> Answer:
     if data_kind:
         lines = [", ".join([*lines, f"{data_kind} data"])]
     return Answer(label=f"Accuracy ({metric})", value=fmt.similarity(value), support=tuple(lines))
+
+
+def certificate(data: ReportData) -> str:
+    """Return what the planner knew of how good the plan is, in its own words; empty where it said nothing."""
+    found = dig(data.run.summary, "certificate", "sentence")
+    return found if isinstance(found, str) else ""
+
+
+def _left(data: ReportData) -> tuple[Answer, ...]:
+    gap, bound = number(dig(data.run.summary, "certificate", "gap")), number(dig(data.run.summary, "certificate", "bound_s"))
+    if gap is None or bound is None:
+        return ()
+    shares = [(source, number(dig(data.run.summary, "certificate", "rests_on", source))) for source in SOURCES]
+    rests = ", ".join(f"{share:.0%} {source}" for source, share in shares if share)
+    return (Answer(label="Left to gain", value=f"at most {gap:.1%}", support=(f"bound {fmt.seconds(bound)}", rests)),)
 
 
 def _predicted(data: ReportData, plan: ProofRecord) -> tuple[Answer, ...]:

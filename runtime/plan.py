@@ -110,6 +110,27 @@ class Accuracy(_Part):
     reference: str
 
 
+class Certificate(_Part):
+    """How good the plan was known to be before it was proven, as `sentence` says to a reader. Seconds are of one call.
+
+    `bound_s` is what no other plan of the kind was expected to go below; null where nothing bounds it. `rests_on` are shares of
+    `objective_s` by source.
+    """
+
+    objective: str
+    objective_s: Finite
+    interval_s: tuple[Finite, Finite]  # 95 %
+    bound_s: Finite | None = None
+    gap: Finite | None = None
+    proven: bool
+    rests_on: dict[Literal["measured", "interpolated", "modelled"], Finite]
+    segments_measured: Annotated[int, Field(ge=0)]
+    segments_possible: Annotated[int, Field(ge=0)]
+    planning_s: Finite
+    solves: Annotated[int, Field(ge=0)]
+    sentence: str
+
+
 class Conditions(_Part):
     """The environment of one target in which the numbers were measured."""
 
@@ -147,6 +168,7 @@ class Plan(_Part):
     execution: Execution = Execution()
     expected: dict[str, Number] = {}  # metric -> number: "latency_s", "throughput_per_s", ...
     accuracy: Accuracy | None = None
+    certificate: Certificate | None = None
     environments: list[Conditions] = []
     alternatives: list[Alternative] = []
     fallbacks: list[Alternative] = []

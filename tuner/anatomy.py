@@ -11,6 +11,7 @@ from typing import Any
 from aivmm.db.database import Database
 from aivmm.errors import AivmmError
 from aivmm.models.records import Block
+from aivmm.planner.evidence import Estimate, measured
 from aivmm.probes import wire
 from aivmm.probes.client import WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.compare import cautions
@@ -287,6 +288,10 @@ def answers(lab: Lab, model: Path, target: Target, inputs: Path, outputs: Path) 
     return True
 
 
-def medians(outcomes: Mapping[tuple[int, str], Outcome], wrong: Mapping[tuple[int, str], str]) -> dict[tuple[int, str], float]:
-    """Return the median seconds of each block on each target that may run it."""
-    return {where: each.samples.median_s for where, each in outcomes.items() if isinstance(each, Measured) and where not in wrong}
+def estimates(outcomes: Mapping[tuple[int, str], Outcome], wrong: Mapping[tuple[int, str], str]) -> dict[tuple[int, str], Estimate]:
+    """Return the seconds of each block on each target that may run it, with their uncertainty."""
+    return {
+        where: measured(each.samples, "the block alone")
+        for where, each in outcomes.items()
+        if isinstance(each, Measured) and where not in wrong
+    }

@@ -2,138 +2,176 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from aivmm.planner.candidates import Draft
-from aivmm.planner.partition import crossing_s, cut_drafts
+from aivmm.planner.candidates import Draft, Piece
+from aivmm.planner.evidence import Estimate
+from aivmm.planner.lazy import Look, Span
+from aivmm.planner.partition import ChainEvidence, Cuts, beliefs_of, place_cuts
 from aivmm.probes.compare import cautions
-from aivmm.probes.records import Measured
+from aivmm.probes.records import Measured, ProbeKey
 from aivmm.probes.transfers import TransferFit
 from aivmm.runtime.config import Config
-from aivmm.tuner.anatomy import Anatomist, medians
-from aivmm.tuner.inplace import InPlace, Span, probe_in_place
-from aivmm.tuner.measure import Counts
+from aivmm.tuner.anatomy import Anatomist, estimates
+from aivmm.tuner.inplace import InPlace, probe_in_place
+from aivmm.tuner.measure import Measurer
 from aivmm.tuner.work import Work
 
-_MOST_LOOKS = 4  # so often the measured segments may change the plan
+_MOST_LOOKS, _FORCED_LOOKS = 4, 8  # so many plans are measured at most
+_LOOKS_S, _FORCED_S = 6.0, 15.0  # and none is begun after so many seconds: what is measured here comes on top of the budget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutPlan:
+    """A cut plan worth proving, how it was found, and what its segments are expected to take."""
+
+    draft: Draft
+    look: Look
+    parts: tuple[Estimate, ...]
+
+    @property
+    def predicted_s(self) -> float:
+        """Seconds of one call, boundaries included."""
+        return self.look.plan.cost_s
 
 
 class Cutter:
-    """Finds the cut plans worth proving. Only segments that its best plans use are ever measured."""
+    """Finds the cut plans worth proving. Only segments that could be in the best plan are ever measured.
+
+    All seconds are those of a machine on which the reference takes `reference_s`, as it did in the search: times that were taken minutes
+    apart are compared through the reference that was measured beside them.
+    """
 
     def __init__(
-        self, work: Work, anatomist: Anatomist, handovers: Mapping[tuple[str, str], TransferFit], counts: Counts, *, measure_new: bool
+        self,
+        work: Work,
+        anatomist: Anatomist,
+        handovers: Mapping[tuple[str, str], TransferFit],
+        measurer: Measurer,
+        *,
+        reference_s: float | None,
+        measure_new: bool,
     ) -> None:
-        self._work, self._anatomist, self._handovers, self._counts = work, anatomist, handovers, counts
-        self._measure_new = measure_new
-        self._segment_s: dict[Span, float] = {}  # in its place, less what the boundary before it is priced at
+        self._work, self._anatomist, self._handovers, self._measurer = work, anatomist, handovers, measurer
+        self._reference_s, self._measure_new = reference_s, measure_new
         self._seen: dict[str, list[InPlace]] = {}  # by the draft's chain
         self._number = 0
+        self._configs: Mapping[str, Config] = {}
+        self.cuts = Cuts()
+        self.evidence: ChainEvidence | None = None
 
-    def drafts(self, *, configs: Mapping[str, Config], wholes: Mapping[str, float]) -> list[tuple[Draft, float]]:
-        """Return the cut plans worth proving with their predicted seconds; `configs` and `wholes` are by target, as for `cut_drafts`.
+    def plans(self, *, configs: Mapping[str, Config], wholes: Mapping[str, Estimate]) -> list[CutPlan]:
+        """Return the cut plans worth proving; `configs` are the best known of each target, `wholes` the whole model there with them.
 
         Raises:
             UsageError: cuts were asked for, and there is no such plan.
         """
-        found = self._placed(configs, wholes)
-        tried = [each for each in found if len(each[0].pieces) > 1]
-        for _ in range(_MOST_LOOKS):
-            fresh = [draft for draft, _ in found if len(draft.pieces) > 1 and _chain(draft) not in self._seen]
-            if not fresh or self._work.asked():
-                break
-            for draft in fresh:
-                self._look_at(draft)
-            found = self._placed(configs, wholes)
-            tried += [(draft, predicted) for draft, predicted in found if len(draft.pieces) > 1]
-        found = self._measured(found, tried)
-        for draft, _ in found:
-            for each in self._seen.get(_chain(draft), []):
-                self._work.note(f"{draft.name}, {each}")
+        work, structure = self._work, self._work.subject.structure
+        self._configs = configs
+        names = [str(target) for target in work.targets]
+        alone = estimates(self._anatomist.found, self._anatomist.wrong)
+        beliefs = beliefs_of(structure, names, alone, wholes)
+        self.evidence = ChainEvidence(structure=structure, beliefs=beliefs, handover_s=self._handover_s)
+        forced = work.options.min_segments > 1
+        ends = time.perf_counter() + (_FORCED_S if forced else _LOOKS_S)
+        self.cuts = place_cuts(
+            self.evidence,
+            self._measure,
+            min_segments=work.options.min_segments,
+            most=_FORCED_LOOKS if forced else _MOST_LOOKS,
+            stop=lambda: work.asked() or time.perf_counter() > ends,
+        )
+        found = [self._plan(name, look) for name, look in self.cuts.worth_proving]
+        for each in found:
+            for segment in self._seen.get(_chain(each.draft), []):
+                work.note(f"{each.draft.name}, {segment}")
         return found
 
-    def _measured(self, found: list[tuple[Draft, float]], tried: Sequence[tuple[Draft, float]]) -> list[tuple[Draft, float]]:
-        """Return `found`, with what was never measured in its place replaced by the best of its name that was.
+    def _plan(self, name: str, look: Look) -> CutPlan:
+        assert self.evidence is not None
+        parts = [self.evidence.segment(*span) for span in look.plan.segments]
+        return CutPlan(draft=self._draft(name, look.plan.segments), look=look, parts=tuple(part for part in parts if part is not None))
 
-        Estimates are optimistic, so that the placement runs from what is known to be slow to what is not known yet, as long as it may look.
-        """
-        kept = []
-        for draft, predicted in found:
-            rivals = [each for each, _ in tried if each.name == draft.name and self._seen.get(_chain(each))]
-            if len(draft.pieces) > 1 and not self._seen.get(_chain(draft)) and rivals:
-                draft = min(rivals, key=self._total_s)
-                predicted = self._total_s(draft)
-            kept.append((draft, predicted))
-        return kept
-
-    def _total_s(self, draft: Draft) -> float:
-        return sum(each.placed.median_s for each in self._seen[_chain(draft)])
-
-    def _placed(self, configs: Mapping[str, Config], wholes: Mapping[str, float]) -> list[tuple[Draft, float]]:
-        work = self._work
-        return cut_drafts(
-            work.subject.structure,
-            work.targets,
-            medians(self._anatomist.found, self._anatomist.wrong),
-            configs=configs,
-            wholes=wholes,
-            min_segments=work.options.min_segments,
-            uncut_s=min(wholes.values(), default=None),
-            batch=work.subject.base_batch,
-            handover_s=self._handover_s,
-            segment_s=self._segment_s,
+    def _draft(self, name: str, spans: Sequence[Span]) -> Draft:
+        by_name = {str(target): target for target in self._work.targets}
+        pieces = tuple(
+            Piece(target=by_name[target], config=self._configs.get(target, Config(precision="fp32")), first=first, last=last)
+            for first, last, target in spans
         )
+        return Draft(name=name, pieces=pieces, batch=self._work.subject.base_batch)
 
     def _handover_s(self, source: str, destination: str, size_bytes: int) -> float | None:
         fit = self._handovers.get((source, destination))
         return None if fit is None else fit.seconds(size_bytes)
 
-    def _look_at(self, draft: Draft) -> None:
-        """Learn what the segments of a draft take in their place, from the database or by measuring."""
+    def _measure(self, spans: Sequence[Span]) -> dict[Span, Estimate]:
+        """Learn what the segments of a plan take in their place, less what the boundary before each is priced at."""
+        draft = self._draft("the cut plan that was tried", spans)
+        found = self._look_at(draft)
+        learnt = {}
+        for before, each in zip([None, *found], found, strict=False):
+            seconds = self._seconds(each)
+            if before is not None:
+                assert self.evidence is not None
+                price = self.evidence.crossing(each.piece.first, str(before.piece.target), str(each.piece.target))
+                # What is priced beside it must not come twice; a segment that takes less than its own boundary keeps a tenth.
+                seconds = max(0.1 * seconds, seconds - price.seconds) if price else seconds
+            learnt[each.span] = Estimate(seconds=seconds, sigma=each.sigma, source="measured", because="in its place")
+        return learnt
+
+    def _seconds(self, each: InPlace) -> float:
+        if each.ratio is None or self._reference_s is None:
+            return each.placed.median_s
+        return each.ratio * self._reference_s
+
+    def _look_at(self, draft: Draft) -> list[InPlace]:
+        """Return what the segments of a draft take in their place, from the database or by measuring; nothing where neither is possible."""
         work = self._work
         structures = [work.emitter(draft.batch).segment(each.first, each.last).structure for each in draft.pieces]
         found = self._recalled(draft, structures)
         if not found and self._measure_new:
             bundle = work.folder / f"in-place-{self._number}.aivmm"
             self._number += 1
+            work.progress.detail(f"cut plans: measuring segments in their place ({self._number})")
             work.emitter(draft.batch).write(draft, bundle, objective=work.options.objective)
             sample = work.subject.at(draft.batch).samples[0]
-            answer = probe_in_place(draft, bundle, sample=sample, others=work.lab.pids())
+            reference = self._measurer.load_reference()
+            answer = probe_in_place(draft, bundle, sample=sample, others=work.lab.pids(), reference=reference)
             if isinstance(answer, str):
                 work.note(f"the segments of {draft.name} could not be timed in their place: {answer}")
             else:
                 found = answer
                 self._store(draft, structures, found)
         self._seen[_chain(draft)] = found
-        for before, each in zip([None, *found], found, strict=False):
-            price = self._price(before, each) if before else 0.0
-            self._segment_s[each.span] = max(0.0, each.placed.median_s - price)
+        return found
 
-    def _price(self, before: InPlace, each: InPlace) -> float:
-        source, destination = str(before.piece.target), str(each.piece.target)
-        return crossing_s(self._work.subject.structure, each.piece.first, source, destination, self._handover_s)
+    def _keys(self, index: int, draft: Draft, structures: Sequence[str]) -> tuple[ProbeKey, ProbeKey]:
+        return InPlace.keys(index, draft, structures, self._measurer.reference.key)
 
     def _store(self, draft: Draft, structures: Sequence[str], found: Sequence[InPlace]) -> None:
         outcomes = []
         for index, each in enumerate(found):
-            for key, samples in zip(InPlace.keys(index, draft, structures), (each.alone, each.placed), strict=True):
-                outcomes.append(Measured(key=key, samples=samples, cautions=cautions(samples)))
+            alone, placed = self._keys(index, draft, structures)
+            outcomes.append(Measured(key=alone, samples=each.alone, cautions=cautions(each.alone)))
+            outcomes.append(Measured(key=placed, samples=each.placed, metrics=each.metrics(), cautions=cautions(each.placed)))
         self._work.database.add_many(outcomes, run_id=self._work.run_id)
-        self._counts.measured += len(outcomes)
+        self._measurer.counts.measured += len(outcomes)
 
     def _recalled(self, draft: Draft, structures: Sequence[str]) -> list[InPlace]:
         """Return what the database knows of all segments of a draft in this very chain; nothing when one is missing."""
         if self._work.options.fresh:
             return []
-        keys = [InPlace.keys(index, draft, structures) for index in range(len(draft.pieces))]
+        keys = [self._keys(index, draft, structures) for index in range(len(draft.pieces))]
         known = self._work.database.find_many([key for pair in keys for key in pair])
-        samples = {key: each.samples for key, each in known.items() if isinstance(each, Measured)}
-        if any(key not in samples for pair in keys for key in pair):
+        outcomes = {key: each for key, each in known.items() if isinstance(each, Measured)}
+        if any(key not in outcomes for pair in keys for key in pair):
             return []
-        self._work.database.link(self._work.run_id, list(samples))
-        self._counts.reused += len(samples)
+        self._work.database.link(self._work.run_id, list(outcomes))
+        self._measurer.counts.reused += len(outcomes)
         return [
-            InPlace(piece=piece, alone=samples[alone], placed=samples[placed])
+            InPlace.recalled(piece, outcomes[placed].samples, outcomes[alone].samples, outcomes[placed].metrics)
             for piece, (alone, placed) in zip(draft.pieces, keys, strict=True)
         ]
 

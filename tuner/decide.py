@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from aivmm.planner.candidates import Candidate, Draft, Score
+from aivmm.planner.candidates import Candidate, Draft, Rejection, Score
+from aivmm.planner.certificate import Certificate, certify
 from aivmm.planner.constraints import ACCURACY, check
+from aivmm.planner.evidence import Estimate, total
 from aivmm.probes.transfers import TransferFit
 from aivmm.runtime.config import Config
 from aivmm.runtime.plan import Accuracy, Number
+from aivmm.runtime.plan import Certificate as Planned
 from aivmm.runtime.target import Target
 from aivmm.tuner.anatomy import Anatomist
-from aivmm.tuner.cutting import Cutter
+from aivmm.tuner.cutting import CutPlan, Cutter
 from aivmm.tuner.emit import folder_bytes
 from aivmm.tuner.explore import Explorer
 from aivmm.tuner.options import DEFAULT_COSINE
@@ -32,7 +38,9 @@ class Decider:
         self.handovers = handovers  # (source, destination) -> what handing a tensor over costs
         self.explorer = explorer
         self.anatomist = anatomist
-        self._predicted: dict[str, float] = {}  # draft name -> seconds of one call
+        self._predicted: dict[str, Estimate] = {}  # draft name -> seconds of one call, where the reference takes what it took in the search
+        self._cut_plans: dict[str, CutPlan] = {}  # by draft name
+        self._cutter: Cutter | None = None
 
     def entrants(self) -> list[Entrant]:
         """Choose who is proven: every baseline, the best few of the search, and cut plans that are forced or promise to win."""
@@ -50,7 +58,7 @@ class Decider:
             if len(finalists) >= self.work.options.top or self.work.options.min_segments > 1:
                 break
             draft = Draft.whole(f"candidate {len(finalists) + 1}", candidate, blocks)
-            self._predicted[draft.name] = score.median_s
+            self._predicted[draft.name] = self._expected(candidate, score)
             finalists.append(draft)
         finalists += self._others(finalists, yardstick, known)
         finalists += self._cuts()
@@ -70,7 +78,7 @@ class Decider:
             worth = yardstick is None or score.ratio <= _WORTH_PROVING * yardstick
             if candidate.config.lowered is None and candidate.key not in known and worth and self._keeps(candidate, score):
                 draft = Draft.whole(f"candidate {len(finalists) + 1}", candidate, len(self.work.subject.structure.blocks))
-                self._predicted[draft.name] = score.median_s
+                self._predicted[draft.name] = self._expected(candidate, score)
                 return [draft]
         return []
 
@@ -91,16 +99,35 @@ class Decider:
         ]
         best_config |= {str(candidate.target): candidate.config for candidate, _ in reversed(alone)}
         best_config = {str(each): self._allowed(each, best_config[str(each)]) for each in self.work.targets if str(each) in best_config}
-        wholes: dict[str, float] = {}
+        wholes: dict[str, Estimate] = {}
         for candidate, score in alone:
-            name = str(candidate.target)
-            wholes[name] = min(wholes.get(name, score.median_s), score.median_s)
-        new = not self.explorer.searched_before
-        cutter = Cutter(self.work, self.anatomist, self.handovers, self.explorer.measurer.counts, measure_new=new)
-        drafts = cutter.drafts(configs={name: _as_checked(config) for name, config in best_config.items()}, wholes=wholes)
-        for draft, predicted in drafts:
-            self._predicted[draft.name] = predicted
-        return [draft for draft, _ in drafts]
+            name, expected_ = str(candidate.target), self._expected(candidate, score)
+            if name not in wholes or expected_.seconds < wholes[name].seconds:
+                wholes[name] = expected_
+        self._cutter = Cutter(
+            self.work,
+            self.anatomist,
+            self.handovers,
+            self.explorer.measurer,
+            reference_s=self._reference_s(),
+            measure_new=not self.explorer.searched_before,
+        )
+        plans = self._cutter.plans(configs={name: _as_checked(config) for name, config in best_config.items()}, wholes=wholes)
+        self.explorer.measurer.release()
+        self._cut_plans = {each.draft.name: each for each in plans}
+        return [each.draft for each in plans]
+
+    def _reference_s(self) -> float | None:
+        """Return what one call of the reference took in the search."""
+        outcome = self.explorer.outcome(self.explorer.measurer.reference)
+        return outcome.median_s if isinstance(outcome, Score | Rejection) else None
+
+    def _expected(self, candidate: Candidate, score: Score) -> Estimate:
+        """Return what one call of a candidate takes where the reference takes what it took in the search: races are minutes apart."""
+        reference_s, reference = self._reference_s(), self.explorer.measurer.reference
+        seconds = score.median_s if reference_s is None else score.ratio * reference_s * candidate.batch / reference.batch
+        sigma = math.log(score.high / score.low) / (2 * 1.96) if 0 < score.low <= score.high else 0.0
+        return Estimate(seconds=seconds, sigma=sigma, source="measured", because="the whole model")
 
     def _allowed(self, target: Target, config: Config) -> Config:
         """Return `config`, in the first native precision that the user allows where its own is not allowed (bf16 is a default of some)."""
@@ -149,16 +176,69 @@ class Decider:
         known = target.name != "AUTO" and set(target.precisions) <= set(wanted)
         return "" if known else "its default may not be in --precisions"
 
-    def predicted_s(self, proof: Proof) -> float | None:
-        """Return the seconds of one call that the search expected of the plan, or None when it never measured it."""
+    def _prediction(self, draft: Draft) -> Estimate | None:
+        """Return what the search expected of a draft, or None when it never measured it."""
+        if draft.name in self._cut_plans:
+            plan = self._cut_plans[draft.name]
+            whole = total(plan.parts)
+            return replace(whole, seconds=plan.predicted_s)
+        known = [
+            self._expected(candidate, outcome)
+            for candidate in self._measured_as(draft)
+            if isinstance(outcome := self.explorer.outcome(candidate), Score)
+        ]
+        return self._predicted.get(draft.name, known[0] if known else None)
+
+    def predicted(self, proof: Proof) -> dict[str, Any]:
+        """Return what the search expected of one call of the plan, as `tune --json` has it; Nones when it never measured it.
+
+        `ratio_to_reference` is what it expected over what the reference took in the search.
+        """
+        found = None if proof.plan is None else self._prediction(proof.plan.draft)
+        reference = next((each.name for each, candidate in self.explorer.baselines if candidate == self.explorer.measurer.reference), None)
+        if proof.plan is None or found is None:
+            return {"median_s": None, "interval_s": None, "source": None, "reference": reference, "ratio_to_reference": None}
+        callers, reference_s = proof.plan.draft.callers, self._reference_s()
+        return {
+            "median_s": found.seconds * callers,
+            "interval_s": [each * callers for each in found.interval_s],
+            "source": found.source,
+            "reference": reference,
+            "ratio_to_reference": found.seconds * callers / reference_s if reference_s else None,
+        }
+
+    def certificate(self, proof: Proof) -> Certificate | None:
+        """Return what is known of how good the plan is; None where there is no plan, or nothing was expected of it."""
         if proof.plan is None:
             return None
         draft = proof.plan.draft
-        known = [
-            outcome.median_s for candidate in self._measured_as(draft) if isinstance(outcome := self.explorer.outcome(candidate), Score)
-        ]
-        period = self._predicted.get(draft.name, known[0] if known else None)
-        return None if period is None else period * draft.callers
+        found = self._prediction(draft)
+        if found is None:
+            return None
+        objective = "latency" if draft.callers == 1 else "throughput"
+        cut = self._cut_plans.get(draft.name)
+        if cut is not None:
+            parts: tuple[Estimate, ...] = cut.parts
+            boundaries_s = cut.predicted_s - math.fsum(each.seconds for each in parts)
+        else:
+            parts, boundaries_s = (found,), 0.0
+        looked = cut.look if cut else self._cutter.cuts.looked if self._cutter else None
+        plain = draft.callers == 1 and draft.batch == self.work.subject.base_batch and not draft.pieces[0].config.lowered
+        blocks, targets = len(self.work.subject.structure.blocks), len(self.work.targets)
+        least = self.work.options.min_segments
+        among = f"placements of {blocks} blocks on {targets} {'target' if targets == 1 else 'targets'}"
+        among += f" in {least} segments or more" if least > 1 else ""
+        why = "the model has one block" if blocks < 2 else "not every block was measured on some target"
+        if not plain:
+            why = "bounds are for one call at a time, at the model's own batch and precision"
+        return certify(
+            parts,
+            objective=objective,
+            boundaries_s=max(0.0, boundaries_s),
+            looked=looked if plain else None,
+            among=among,
+            why_no_bound=why,
+        )
 
     def _measured_as(self, draft: Draft) -> list[Candidate]:
         """Return the measured candidates that run what a draft runs; a hint that resolves to the default was measured as the default."""
@@ -248,6 +328,11 @@ def _nearest(proof: Proof) -> Entrant | None:
     """Return the entrant whose worst violation is the smallest."""
     judged = [each for each in proof.entrants if each.draft.name in proof.violations]
     return min(judged, key=lambda each: max(violation.percent for violation in proof.violations[each.draft.name]), default=None)
+
+
+def as_planned(certificate: Certificate | None) -> Planned | None:
+    """Return a certificate as the plan holds it."""
+    return None if certificate is None else Planned.model_validate_json(json.dumps(certificate.as_json()))
 
 
 def expected(plan: Entrant) -> dict[str, Number]:

@@ -12,7 +12,7 @@ from aivmm.models.records import ModelFacts, Structure
 from aivmm.planner.candidates import Draft, Piece
 from aivmm.runtime.bundle import write_bundle
 from aivmm.runtime.environment import environment_of
-from aivmm.runtime.plan import Accuracy, Alternative, Conditions, Model, Number, Plan, Stage, tensors
+from aivmm.runtime.plan import Accuracy, Alternative, Certificate, Conditions, Model, Number, Plan, Stage, tensors
 from aivmm.runtime.target import Target
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Emitter:
         constraints: Sequence[str] = (),
         expected: Mapping[str, Number] | None = None,
         accuracy: Accuracy | None = None,
+        certificate: Certificate | None = None,
         fallbacks: Sequence[Draft] = (),
         verdict: str = "",
     ) -> Plan:
@@ -84,6 +85,7 @@ class Emitter:
             stages=stages,
             expected=dict(expected or {}),
             accuracy=accuracy,
+            certificate=certificate,
             environments=[_conditions(target) for target in used.values()],
             fallbacks=others,
             verdict=verdict,

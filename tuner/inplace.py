@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median
+from typing import Any
 
 from aivmm.errors import AivmmError
 from aivmm.planner.candidates import Draft, Piece
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.machine import measuring, wait_until_quiet
+from aivmm.probes.race import Contestant
 from aivmm.probes.records import ProbeKey, Samples
 from aivmm.runtime.environment import environment_of
 
-_SECONDS = 0.3  # for the whole chain, and again for its segments alone
+# Rounds of the chain, its segments alone, and the reference: probe and proof lie minutes apart, and only what is measured beside the same
+# thing can be compared.
+_ROUNDS, _SECONDS, _REFERENCE_S = 6, 0.06, 0.04
 Span = tuple[int, int, str]  # first block, last block, target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InPlace:
-    """One segment of a cut plan: what it takes between its neighbours, hand-over included, and what it takes alone."""
+    """One segment of a cut plan: what it takes between its neighbours, hand-over included, and what it takes alone.
+
+    `ratio` is its time in its place over that of the reference executable, measured in turn with it, and `sigma` the standard error of the
+    ratio's logarithm; None where there was no reference.
+    """
 
     piece: Piece
     placed: Samples
     alone: Samples
+    ratio: float | None = None
+    sigma: float = 0.0
 
     @property
     def span(self) -> Span:
@@ -36,9 +48,22 @@ class InPlace:
         """How much longer it takes in its place: 0.1 is 10 % longer."""
         return self.placed.median_s / self.alone.median_s - 1
 
+    def metrics(self) -> dict[str, float]:
+        """Return what is stored beside the samples in its place; see `recalled`."""
+        return {} if self.ratio is None else {"reference_ratio": self.ratio, "reference_sigma": self.sigma}
+
+    @classmethod
+    def recalled(cls, piece: Piece, placed: Samples, alone: Samples, metrics: Mapping[str, float]) -> InPlace:
+        """Return what was stored."""
+        ratio, sigma = metrics.get("reference_ratio"), metrics.get("reference_sigma", 0.0)
+        return cls(piece=piece, placed=placed, alone=alone, ratio=ratio, sigma=sigma)
+
     @staticmethod
-    def keys(index: int, draft: Draft, structures: Sequence[str]) -> tuple[ProbeKey, ProbeKey]:
-        """Return what the segment `index` of a draft is known by in the database: alone, and in its place."""
+    def keys(index: int, draft: Draft, structures: Sequence[str], reference: str = "") -> tuple[ProbeKey, ProbeKey]:
+        """Return what the segment `index` of a draft is known by in the database: alone, and in its place.
+
+        `reference` tells the executable that its time is a ratio to.
+        """
         piece = draft.pieces[index]
 
         def key(subject: str) -> ProbeKey:
@@ -51,7 +76,7 @@ class InPlace:
                 batch=draft.batch,
             )
 
-        chain = chain_digest(draft, structures)
+        chain = chain_digest(draft, structures, reference)
         return key(f"{structures[index]} alone in {chain}"), key(f"{structures[index]} in {chain}")
 
     def __str__(self) -> str:
@@ -61,31 +86,58 @@ class InPlace:
         return f"{where} on {self.piece.target}: {placed} between its neighbours, {alone} alone ({more})"
 
 
-def probe_in_place(draft: Draft, bundle: Path, *, sample: Path, others: Sequence[int] = ()) -> list[InPlace] | str:
+def probe_in_place(
+    draft: Draft, bundle: Path, *, sample: Path, others: Sequence[int] = (), reference: Contestant | None = None
+) -> list[InPlace] | str:
     """Load the written cut plan with the engine in a worker of its own and time its segments; or say why that was not possible.
 
-    `others` are the processes that have to be quiet first.
+    `others` are the processes that have to be quiet first. `reference` is loaded elsewhere, and takes turns.
     """
+    rounds: list[tuple[list[dict[str, Any]], float | None]] = []
     with Worker("segments in place") as worker:
         try:
             worker.call(
                 "load_bundle", limit_s=compile_limit_s(), run_limit_s=run_limit_s(), name="engine", bundle=str(bundle), inputs=str(sample)
             )
-            for pid in others:
-                wait_until_quiet(pid)
-            with measuring():
-                answer = worker.call("stages", limit_s=run_limit_s(), name="engine", inputs=str(sample), seconds=_SECONDS)
+            for _ in range(_ROUNDS):
+                beside = None
+                for pid in others:
+                    wait_until_quiet(pid)
+                with measuring():
+                    answer = worker.call("stages", limit_s=run_limit_s(), name="engine", inputs=str(sample), seconds=_SECONDS)
+                    if reference is not None:
+                        wait_until_quiet(worker.pid)
+                        timed = reference.worker.call(
+                            "timed", limit_s=run_limit_s(), name=reference.name, seconds=_REFERENCE_S, least=5, settle=2
+                        )
+                        beside = median(timed["durations"])
+                rounds.append((answer["stages"], beside))
         except WorkerDied as died:
             return died.reason
         except AivmmError as error:
             return error.message
-    return [
-        InPlace(piece=piece, placed=Samples(timed_s=tuple(each["placed"])), alone=Samples(timed_s=tuple(each["alone"])))
-        for piece, each in zip(draft.pieces, answer["stages"], strict=True)
-    ]
+    return [_of_rounds(piece, [(stages[index], beside) for stages, beside in rounds]) for index, piece in enumerate(draft.pieces)]
 
 
-def chain_digest(draft: Draft, structures: Sequence[str]) -> str:
-    """Return what tells the neighbours, in whose caches and threads a segment ran."""
-    parts = [*structures, *(f"{each.target} {each.config.digest()}" for each in draft.pieces)]
+def _of_rounds(piece: Piece, rounds: Sequence[tuple[Mapping[str, Sequence[float]], float | None]]) -> InPlace:
+    """Put together what the rounds say of one segment."""
+
+    def samples(name: str) -> Samples:
+        return Samples(
+            timed_s=tuple(each for stage, _ in rounds for each in stage[name]),
+            rounds=tuple(number for number, (stage, _) in enumerate(rounds) for _ in stage[name]),
+        )
+
+    logs = [math.log(median(stage["placed"]) / beside) for stage, beside in rounds if beside is not None]
+    ratio, sigma = None, 0.0
+    if logs:
+        ratio = math.exp(median(logs))
+        spread = math.sqrt(fmean((each - fmean(logs)) ** 2 for each in logs) * len(logs) / max(1, len(logs) - 1))
+        sigma = 1.2533 * spread / math.sqrt(len(logs))
+    return InPlace(piece=piece, placed=samples("placed"), alone=samples("alone"), ratio=ratio, sigma=sigma)
+
+
+def chain_digest(draft: Draft, structures: Sequence[str], reference: str = "") -> str:
+    """Return what tells the neighbours, in whose caches and threads a segment ran, and the reference beside it."""
+    parts = [*structures, *(f"{each.target} {each.config.digest()}" for each in draft.pieces), reference]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

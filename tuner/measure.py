@@ -231,6 +231,11 @@ class Measurer:
         known = self._rejected.get(candidate.key) or self._known(candidate)
         return known if isinstance(known, Rejection) and known.state in ("refused", "failed") else None
 
+    def load_reference(self) -> Contestant | None:
+        """Return the reference, loaded, for what is measured beside it outside a race; None where it does not load any more."""
+        loaded = self._load(self.reference)
+        return loaded.contestant if isinstance(loaded, Loaded) else None
+
     def _remember_lowering(self, candidate: Candidate, loaded: Loaded | None) -> None:
         """Keep which variant of the model a candidate ran, and how near it came to fp32 on its target, or why there is none."""
         lowered = candidate.config.lowered

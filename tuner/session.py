@@ -35,7 +35,7 @@ from aivmm.runtime.environment import environment_of
 from aivmm.runtime.registry import default_backends
 from aivmm.runtime.target import Target, Unavailable, select
 from aivmm.tuner.anatomy import Anatomist
-from aivmm.tuner.decide import Decider, expected
+from aivmm.tuner.decide import Decider, as_planned, expected
 from aivmm.tuner.explore import Explorer
 from aivmm.tuner.handover import HandoverProber
 from aivmm.tuner.interrupt import Interrupts
@@ -339,6 +339,7 @@ class Session:
         """Write the plan, if there is one, and the report in any case."""
         verdict, trouble = decider.verdict(proof)
         accuracy = decider.accuracy(proof.plan) if proof.plan else None
+        certificate = decider.certificate(proof)
         plan_path = self.output if proof.plan else None
         report = (
             self.output / "report.html"
@@ -353,6 +354,7 @@ class Session:
                 constraints=self.options.constraints,
                 expected=expected(proof.plan),
                 accuracy=accuracy,
+                certificate=as_planned(certificate),
                 fallbacks=decider.fallbacks(proof),
                 verdict=verdict,
             )
@@ -364,7 +366,8 @@ class Session:
             objective=self.options.objective,
             plan_path=str(plan_path),
             report=str(report),
-            predicted_s=decider.predicted_s(proof),
+            predicted=decider.predicted(proof),
+            certificate=certificate.as_json() if certificate else None,
             accuracy={
                 "metric": accuracy.metric if accuracy else "cosine",
                 "value": accuracy.value if accuracy else None,

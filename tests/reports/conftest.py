@@ -235,6 +235,12 @@ def summary(stages: list[dict[str, Any]], verdict: str) -> dict[str, Any]:
         "objective": "latency",
         "measured": {"median_s": 0.00271, "ci95_s": [0.002702, 0.002719], "p99_s": 0.0031, "throughput_per_s": 369.0, "samples": 528},
         "predicted": {"median_s": 0.00264},
+        "certificate": {
+            "bound_s": 0.00261,
+            "gap": 0.0114,
+            "rests_on": {"measured": 0.8, "interpolated": 0.0, "modelled": 0.2},
+            "sentence": "The plan was expected to take 2.64 ms; that is 80 % measured and 20 % modelled from measured parts.",
+        },
         "accuracy": {"metric": "cosine", "value": 0.9999987, "limit": 0.999, "data": "synthetic"},
         "probes": {"measured": 163, "reused": 12, "refused": 5, "failed": 1},
         "wall_s": 61.3,

@@ -20,6 +20,8 @@ from aivmm.reports.intervals import apart, log_ticks, median_interval, nice_tick
 from aivmm.reports.markdown import markdown_summary
 from aivmm.reports.palette import OTHER, slots
 from aivmm.reports.race import best_baseline, lay_out
+from aivmm.reports.render import render
+from aivmm.reports.summary import key_figures
 from aivmm.reports.trouble import cautions, troubles
 from aivmm.tensors import TensorSpec
 
@@ -105,6 +107,16 @@ def test_a_known_target_keeps_its_colour_whatever_else_is_there() -> None:
 def test_the_yardstick_is_the_best_eligible_baseline(full: ReportData) -> None:
     rival = best_baseline(full)
     assert rival is not None and rival.name == "openvino:CPU default"
+
+
+def test_what_is_left_to_gain_is_a_key_figure_and_what_it_rests_on(full: ReportData) -> None:
+    left = {each.label: each for each in key_figures(full)}["Left to gain"]
+    assert left.value == "at most 1.1%" and left.support == ("bound 2.61 ms", "80% measured, 20% modelled")
+    assert "80 % measured" in render(full)
+    bare = replace(full, run=replace(full.run, summary={**full.run.summary, "certificate": None}))
+    assert "Left to gain" not in {each.label for each in key_figures(bare)}
+    odd = replace(full, run=replace(full.run, summary={**full.run.summary, "certificate": {"gap": "<b>", "sentence": 3, "bound_s": []}}))
+    assert "Left to gain" not in {each.label for each in key_figures(odd)} and render(odd)
 
 
 def test_the_race_puts_the_plan_first_and_the_ineligible_after_the_eligible(full: ReportData) -> None:

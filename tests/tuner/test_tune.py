@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import math
 import re
 import shutil
@@ -37,6 +39,7 @@ def test_the_json_of_a_tune_has_the_keys_and_types_that_the_design_promises(tune
         "objective",
         "measured",
         "predicted",
+        "certificate",
         "baselines",
         "accuracy",
         "probes",
@@ -53,7 +56,8 @@ def test_the_json_of_a_tune_has_the_keys_and_types_that_the_design_promises(tune
         assert stage["target"] in ("openvino:CPU", "onnxruntime:CPU", "openvino:AUTO")
         assert isinstance(stage["precision"], str) and isinstance(stage["config"], dict)
     assert found["plan"]["stages"][0]["blocks"][0] == 0
-    assert is_number(found["predicted"]["median_s"])
+    assert is_number(found["predicted"]["median_s"]) and is_number(found["predicted"]["ratio_to_reference"])
+    assert found["predicted"]["reference"] in {each["name"] for each in found["baselines"]}
     assert all(is_number(found["probes"][name]) for name in ("measured", "reused", "refused", "failed"))
     assert found["accuracy"] == {"metric": "cosine", "value": pytest.approx(1.0, abs=1e-4), "limit": 0.999, "data": "synthetic"}
     assert 0 < found["wall_s"] < 240
@@ -70,6 +74,16 @@ def test_the_measured_numbers_agree_with_each_other(tuned: Tuned) -> None:
     assert measured["throughput_per_s"] == pytest.approx(1 / measured["median_s"])
     assert isinstance(measured["samples"], int) and measured["samples"] > 0
     assert measured["p99_s"] is None or measured["p99_s"] >= measured["median_s"] * 0.5
+
+
+def test_the_certificate_is_in_json_plan_and_report_alike(tuned: Tuned) -> None:
+    found = tuned.summary["certificate"]
+    assert found["objective_s"] == tuned.summary["predicted"]["median_s"]
+    assert found["bound_s"] is None or found["bound_s"] <= found["objective_s"]
+    assert sum(found["rests_on"].values()) == pytest.approx(1)
+    assert 0 <= found["segments_measured"] <= found["segments_possible"]
+    assert json.loads((tuned.plan / "plan.json").read_text())["certificate"] == found
+    assert html.escape(found["sentence"]) in (tuned.plan / "report.html").read_text()
 
 
 def test_every_baseline_is_there_with_its_verdict(tuned: Tuned) -> None:
