@@ -292,7 +292,10 @@ class Engine:
     def _compile(self) -> tuple[Program, Validity]:
         """Compile the plan's stages or, loudly, the first fallback that this machine can take, as `on_mismatch` says."""
         plan = self.plan
-        self._ways = [(_PLAN, plan.stages, plan.execution), *((each.name, each.stages, each.execution) for each in plan.fallbacks)]
+        self._ways = [(_PLAN, plan.stages, plan.execution)]
+        for each in plan.fallbacks:  # what requests may look like stays as it is
+            batching = each.execution.batching or plan.execution.batching
+            self._ways.append((each.name, each.stages, each.execution.model_copy(update={"batching": batching})))
         if self._on_mismatch == "error":
             self._ways = self._ways[:1]
         first = self._mismatch()
@@ -359,7 +362,8 @@ class Engine:
                 executables.append([])
                 for _ in range(stage.replicas):
                     executables[-1].append(self._compile_stage(stage))
-            return Program(stages, executables, self.inputs, self.outputs, execution=execution, callers=self.plan.callers)
+            plan = self.plan
+            return Program(stages, executables, self.inputs, self.outputs, execution=execution, callers=plan.callers, batch=plan.batch)
         except BaseException:  # not handled, only cleaned up: what compiled is of no use without the rest
             for each in (each for copies in executables for each in copies):
                 each.close()

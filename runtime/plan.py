@@ -76,7 +76,7 @@ class Stage(_Part):
 
 
 class Batching(_Part):
-    """Dynamic batching: rows of several requests run together, and a request may have any number of rows (0018 says how)."""
+    """Dynamic batching: rows of several requests run together, and a request may have any number of rows (decision 0017)."""
 
     max_batch: Count  # rows that run together at most; where the stages have a fixed batch, that at most
     max_wait_s: Annotated[float, Field(ge=0, le=60, allow_inf_nan=False)] = 0.0  # how long the first of them waits for company

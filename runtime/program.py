@@ -20,6 +20,7 @@ from typing import Any
 
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.backend import Buffer, Executable
+from aivmm.runtime.batching import Batcher, Outputs, Rescue
 from aivmm.runtime.clocks import StageClock, quantiles_s, summed
 from aivmm.runtime.lane import Lane
 from aivmm.runtime.plan import Execution, Stage
@@ -28,9 +29,6 @@ from aivmm.tensors import TensorSpec
 log = logging.getLogger("aivmm.engine")
 
 _SUSPICIONS = 3  # failed requests after which a program that never answered one is taken for dead
-
-Outputs = dict[str, Buffer]
-Rescue = Callable[[Mapping[str, Buffer], BaseException], Outputs]  # what else can be done with the inputs of a request that failed
 
 
 def closed() -> UsageError:
@@ -50,10 +48,14 @@ class Program:
         *,
         execution: Execution | None = None,
         callers: int = 1,
+        batch: int = 1,
     ) -> None:
         """Make the lanes. `executables` has the replicas of each stage; `callers` requests can be in flight at least.
 
+        `batch` is the number of rows the stages were made for, which only batching asks for.
+
         Raises:
+            BundleError: requests are to be batched, and the inputs or outputs cannot be.
             Unsupported: an input is of a type that NumPy lacks.
         """
         self.stages, self.inputs, self.outputs = tuple(stages), tuple(inputs), tuple(outputs)
@@ -75,6 +77,9 @@ class Program:
         self._good: Mapping[str, Buffer] | None = None  # the first inputs that were answered
         self._suspicions = 0
         self._closed = False
+        batching = self.execution.batching
+        self._by_threads = self.pipelined or batching is not None
+        self._batcher = Batcher(self, self.inputs, self.outputs, batch, batching) if batching else None
 
     def run(self, inputs: Mapping[str, Any]) -> Outputs:
         """Run once and return the outputs; the arrays are the caller's own.
@@ -83,17 +88,22 @@ class Program:
             UsageError: an input is missing, unknown, or of another type or shape, or the program is closed.
             Unsupported: a stage's runtime refuses, in its own words.
         """
-        if self.pipelined:
+        if self._by_threads:
             return self.submit(inputs).result()
         lane = self.acquire()
         try:
             lane.load(inputs)
             lane.execute()
             if self._good is None:
-                self._good = lane.loaded()
+                self.answered(lane)
             return lane.copies()
         finally:
             self.free.put(lane)
+
+    def answered(self, lane: Lane) -> None:
+        """Remember what was answered first, to ask it again when a request fails."""
+        if self._good is None:
+            self._good = lane.loaded()
 
     def alive(self) -> bool:
         """Say whether it still answers what it answered first, asked when a request has failed. Each replica is asked.
@@ -121,6 +131,10 @@ class Program:
         Raises:
             UsageError: as `run`; at once, not in the future.
         """
+        if self._batcher is not None:
+            if self._closed:
+                raise closed()
+            return self._batcher.submit(inputs, rescue)
         future: Future[Outputs] = Future()
         future.set_running_or_notify_cancel()
         lane = self.acquire()
@@ -135,11 +149,13 @@ class Program:
     @property
     def window(self) -> int:
         """Requests in flight that keep everything busy."""
-        return len(self.lanes)
+        return len(self.lanes) * (self._batcher.capacity if self._batcher else 1)
 
     @contextmanager
     def lend(self, inputs: Mapping[str, Any]) -> Iterator[Outputs]:
         """Run once and lend the outputs where they are, without a copy. They are overwritten by other requests as soon as the block ends.
+
+        The request is a batch of its own: it has as many rows as the stages were made for.
 
         Raises:
             UsageError, Unsupported: as `run`.
@@ -172,6 +188,8 @@ class Program:
             return self.free.get_nowait()
         except Empty:
             started = perf_counter_ns()
+        if self._threads.carry(threading.current_thread()):
+            raise UsageError("a callback of a request waits for the requests behind it", advice="ask the engine from another thread")
         lane = self.free.get()
         if self._closed:  # while waiting
             self.free.put(lane)
@@ -209,7 +227,8 @@ class Program:
             stages.append({"target": stage.target, "precision": stage.precision, "replicas": copies, **figures})
         with self._lock:
             waits = {"count": len(self._turn.waits), "total_s": self._turn.wait_ns / 1e9, **quantiles_s([self._turn.waits])}
-        return {"mode": self.execution.mode, "lanes": len(self.lanes), "stages": stages, "waits": waits}
+        batches = self._batcher.stats() if self._batcher else None
+        return {"mode": self.execution.mode, "lanes": len(self.lanes), "stages": stages, "waits": waits, "batches": batches}
 
     def close(self) -> None:
         """Wait for the requests in flight, stop the threads, free what the runtimes hold. Calling it again does nothing."""
@@ -217,6 +236,8 @@ class Program:
             if self._closed:
                 return
             self._closed = True
+        if self._batcher is not None:
+            self._batcher.flush()
         taken = [self.free.get() for _ in self.lanes]
         self._threads.stop()
         for lane in taken:
@@ -238,8 +259,7 @@ class Program:
         error, outputs, inputs = lane.error, None, None
         try:
             if error is None:
-                if self._good is None:
-                    self._good = lane.loaded()
+                self.answered(lane)
                 outputs = lane.copies()
             elif rescue is not None:
                 inputs = lane.loaded()
@@ -280,6 +300,10 @@ class StageThreads:
         if not self._queues:
             self._start()
         _put(lane, self._queues[0])
+
+    def carry(self, thread: threading.Thread) -> bool:
+        """Say whether `thread` is one of them."""
+        return thread in self._threads
 
     def stop(self) -> None:
         """Let the threads end. All lanes have to be free."""

@@ -295,3 +295,23 @@ def test_closing_from_a_callback_does_not_hang(load: Load) -> None:
 
     engine.submit({"x": normal(2, 32)}).add_done_callback(close)
     assert done.wait(60)
+
+
+@pytest.mark.parametrize("execution", [Execution(), PIPELINED], ids=lambda each: each.mode)
+def test_a_callback_that_would_wait_for_itself_is_told(load: Load, execution: Execution) -> None:
+    engine = load(chain_model(), [Part(ONNXRUNTIME)], execution=execution)
+    x = {"x": normal(2, 32)}
+    told: list[BaseException] = []
+    done = threading.Event()
+
+    def greedy(_: Future[Any]) -> None:
+        try:
+            for _turn in range(10):  # more than there are lanes, on the one thread that could free one
+                engine.submit(x)
+        except UsageError as error:
+            told.append(error)
+        done.set()
+
+    engine.submit(x).add_done_callback(greedy)
+    assert done.wait(60)
+    assert "from another thread" in str(told[0])
