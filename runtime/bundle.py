@@ -11,6 +11,7 @@ import json
 import lzma
 import mmap
 import os
+import re
 import shutil
 import stat
 import struct
@@ -150,7 +151,9 @@ def read_root(folder: Path, root: str, shown: Path, *, signed_by: Key | Sequence
     """Return the bytes of the file that lists all others; with `signed_by` only when its signature is by one of these keys."""
     text = _read_beside(folder, root, _MAX_PLAN_BYTES, shown)
     if text is None:
-        raise BundleError(f"{shown} holds no {root}", advice="is this a folder that aivmm-tune wrote?")
+        several = root == PLAN_FILE and (folder / FAMILY_FILE).is_file()
+        advice = "it holds several plans: load it with aivmm.load_plan" if several else "is this a folder that aivmm-tune wrote?"
+        raise BundleError(f"{shown} holds no {root}", advice=advice)
     if signed_by is not None:  # before anything that a stranger wrote is looked into
         require_signature(text, _read_beside(folder, SIGNATURE_FILE, MAX_SIGNATURE_BYTES, shown), signed_by, str(shown))
     return text
@@ -168,7 +171,7 @@ def check_listing(folder: Path, files: Mapping[str, str], *, root: str, shown: P
     for name in files:
         _check_name(name, shown)
     present = _walk(folder, shown)
-    unlisted = sorted(present - set(files) - {root} - UNLISTED)
+    unlisted = sorted(name for name in present - set(files) - {root} if not _may_be_unlisted(name, root))
     if unlisted:
         raise BundleError(f"{shown} holds {unlisted[0]!r}, which its plan does not list", advice="remove it, or tune again")
     missing = sorted(set(files) - present)
@@ -225,6 +228,11 @@ class Reading:
         except OSError as error:
             self._error = BundleError(f"{shown} cannot be read ({error.strerror or error})")
         self.seconds = perf_counter() - started
+
+
+def _may_be_unlisted(name: str, root: str) -> bool:
+    """Say whether a file may lie beside `root` without being listed in it: what is only for people to read, and the signature."""
+    return name in UNLISTED or (root == FAMILY_FILE and bool(re.fullmatch(r"report-[0-9]{1,4}\.html", name)))
 
 
 def refuse_compiled(model: Path, shown: Path) -> None:
@@ -412,4 +420,4 @@ def _is_all_ours(folder: Path) -> bool:
         present = {each.relative_to(folder).as_posix() for each in folder.rglob("*") if not each.is_dir() or each.is_symlink()}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
-    return bool(files) and present <= files | {root} | UNLISTED
+    return bool(files) and all(each in files or each == root or _may_be_unlisted(each, root) for each in present)

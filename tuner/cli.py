@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,8 +25,12 @@ from aivmm.tuner.cli_doctor import doctor
 from aivmm.tuner.cli_profile import profile
 from aivmm.tuner.cli_report import report
 from aivmm.tuner.config_file import Defaults
-from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions, parse_batches, parse_budget, parse_dims, parse_list, parse_shapes
+from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions, parse_batches, parse_budget, parse_list
+from aivmm.tuner.shapes import parse_dim_lists, parse_shape_lists, wanted
 from aivmm.tuner.text import printable
+
+if TYPE_CHECKING:
+    from aivmm.tuner.buckets import ManyOutcome
 
 app = typer.Typer(
     name="aivmm",
@@ -82,8 +86,16 @@ def tune(
     ] = None,
     precisions: Annotated[list[str] | None, typer.Option(metavar="LIST", help="Precisions that may be used: `fp32,bf16,int8`.")] = None,
     batch: Annotated[list[str] | None, typer.Option(metavar="LIST", help="Batch sizes to choose from: `1,8,32`.")] = None,
-    shape: Annotated[list[str] | None, typer.Option(metavar="NAME=1x3x224x224", help="The shape of an input. Repeatable.")] = None,
-    dim: Annotated[list[str] | None, typer.Option(metavar="NAME=N", help="The extent of a named dimension. Repeatable.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=1x3x224x224", help="The shape of an input, or several with commas. Repeatable."),
+    ] = None,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=N", help="The extent of a named dimension; `seq=32,128` or `seq=32..512` for a plan of several. Repeatable."
+        ),
+    ] = None,
     inputs: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Real samples to run with.")] = None,
     dataset: Annotated[
         str | None,
@@ -125,11 +137,14 @@ def tune(
     `aivmm tune model.onnx --budget 120s --constraint "latency<20ms"`
 
     `aivmm tune model.onnx --objective throughput --batch 1,8,32 --dim seq=128`
+
+    `aivmm tune model.onnx --dim seq=32..512` (one bundle with a plan for 32, 64, 128, 256 and 512)
     """
     if model == "demo:":
         _list_demos(as_json)
         return
     objective, constraints = goal(service_level, objective, tuple(constraint or ()))
+    each_shape = wanted(parse_shape_lists(shape or ()), parse_dim_lists(dim or ()))
     options = TuneOptions(
         model=model,
         output=output,
@@ -139,8 +154,8 @@ def tune(
         targets=parse_list(targets or ()),
         precisions=parse_list(precisions or ()),
         batches=parse_batches(batch or ()),
-        shapes=parse_shapes(shape or ()),
-        dims=parse_dims(dim or ()),
+        shapes=each_shape[0].shapes,
+        dims=each_shape[0].dims,
         inputs=inputs,
         dataset=dataset,
         metric=metric,
@@ -156,14 +171,23 @@ def tune(
         dry_run=dry_run,
         backends=tuple(backend or ()),
     )
+    from aivmm.tuner.buckets import BucketTuner, ManyOutcome
     from aivmm.tuner.progress import make_progress
     from aivmm.tuner.session import Session, TuneOutcome
 
     progress = make_progress(quiet=quiet)
+    command = _command(context.obj)
+    outcome: TuneOutcome | ManyOutcome | dict[str, Any]
     try:
-        outcome = Session(options, progress, command=_command(context.obj)).run()
+        if len(each_shape) > 1:
+            outcome = BucketTuner(options, each_shape, progress, command=command).run()
+        else:
+            outcome = Session(options, progress, command=command).run()
     finally:
         progress.close()
+    if isinstance(outcome, ManyOutcome):
+        _print_many(outcome, as_json, verbose)
+        return
     if not isinstance(outcome, TuneOutcome):
         _print_dry_run(outcome, as_json)
         return
@@ -322,6 +346,26 @@ def _list_demos(as_json: bool) -> None:
     width = max(map(len, names)) + 5
     for name, text in names.items():
         print(f"{f'demo:{name}':<{width}}  {text}")
+
+
+def _print_many(outcome: ManyOutcome, as_json: bool, verbose: bool) -> None:
+    """Print what a tuning for several plans gave, and exit with 3 when there is no bundle."""
+    if as_json:
+        _print_json(outcome.summary)
+    else:
+        console = Console(highlight=False)
+        for number, line in enumerate(outcome.lines):
+            console.print(Text(line, style="" if number else "bold"), soft_wrap=True)
+        for note in dict.fromkeys(note for each in outcome.outcomes for note in each.run.notes) if verbose else outcome.notes:
+            console.print(Text(f"note: {note}"))
+        if outcome.plan_path is not None:
+            console.print(Text(f"plan    {outcome.plan_path}"), soft_wrap=True)
+        console.print(Text(f"report  {outcome.report_path}"), soft_wrap=True)
+        console.print(Text(f"probes  {_counted(outcome.summary['probes'])}"))
+        if outcome.plan_path is not None:
+            console.print(Text(f"use it  {outcome.use}"), soft_wrap=True)
+    if outcome.plan_path is None:
+        raise typer.Exit(3)
 
 
 def _print_dry_run(found: dict[str, Any], as_json: bool) -> None:

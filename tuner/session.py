@@ -71,8 +71,10 @@ class TuneOutcome:
 class Session:
     """One tuning. Its parts talk through the database; what is in memory is only what this run needs."""
 
-    def __init__(self, options: TuneOptions, progress: Progress, *, command: str = "") -> None:
+    def __init__(self, options: TuneOptions, progress: Progress, *, command: str = "", shown: tuple[Path, Path] | None = None) -> None:
+        """Tune as `options` say. `shown` is where plan and report end up, when what is written now is only a part of a bundle to come."""
         self.options = options
+        self._shown = shown
         self.progress = progress
         self.command = command
         self.started = time.perf_counter()
@@ -358,14 +360,15 @@ class Session:
                 fallbacks=decider.fallbacks(proof),
                 verdict=verdict,
             )
-            work.database.save_plan(record.id, plan.model_dump(mode="json", by_alias=True), str(self.output))
+            shown_plan = self.output if self._shown is None else self._shown[0]
+            work.database.save_plan(record.id, plan.model_dump(mode="json", by_alias=True), str(shown_plan))
         result = summary(
             facts=work.subject.facts,
             given=self.options.model,
             proof=proof,
             objective=self.options.objective,
-            plan_path=str(plan_path),
-            report=str(report),
+            plan_path=str(plan_path if self._shown is None else self._shown[0]),
+            report=str(report if self._shown is None else self._shown[1]),
             predicted=decider.predicted(proof),
             certificate=certificate.as_json() if certificate else None,
             accuracy={

@@ -1,0 +1,47 @@
+"""The page above several reports: one row for each plan of a bundle, with a link to the report of its own. It loads nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from aivmm.reports.render import asset, content_security_policy, templates
+from aivmm.reports.summary import split_verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A plan: its name, a file beside the page to read on in, and what the columns say."""
+
+    name: str
+    cells: tuple[str, ...]
+    link: str = ""
+    tone: str = ""  # "good", "bad" or neutral
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """What the page shows."""
+
+    title: str
+    verdict: str
+    columns: tuple[str, ...]  # the first is over the rows' names
+    rows: tuple[Row, ...]
+    facts: tuple[tuple[str, str], ...] = ()
+    facts_title: str = ""
+    notes: tuple[str, ...] = ()
+    created: str = ""
+
+
+def render_family(overview: Overview) -> str:
+    """Return the page. A pure function; every name is escaped, as in `render`."""
+    script = asset("report.js")
+    context = {
+        "page": overview,
+        "verdict": split_verdict(overview.verdict),
+        "policy": content_security_policy(script),
+        "script": Markup(script),  # our own file
+        "style": Markup(asset("report.css")),  # our own file
+    }
+    return templates().get_template("family.html.j2").render(context) + "\n"
