@@ -84,7 +84,7 @@ def wanted(shapes: Mapping[str, Sequence[Shape]], dims: Mapping[str, Sequence[in
     steps = {name: len(each) for name, each in shapes.items() if len(each) > 1}
     if len(set(steps.values())) > 1:
         unlike = ", ".join(f"{count} for {name!r}" for name, count in steps.items())
-        raise UsageError(f"--shape lists unlike numbers of shapes: {unlike}", advice="inputs change their shapes together: give each as many")
+        raise UsageError(f"--shape lists unlike numbers of shapes: {unlike}", advice="inputs change together: give each as many")
     count = next(iter(steps.values()), 1)
     moving = [name for name, each in dims.items() if len(each) > 1]
     found = []
