@@ -15,7 +15,7 @@ from aivmm.db.engine import WRITES
 from aivmm.errors import DatabaseError
 
 VERSION_TABLE = "aivmm_version"
-REVISIONS = ("0001", "0002", "0003", "0004")  # every one released, oldest first; a test compares them with migrations/versions
+REVISIONS = ("0001", "0002", "0003", "0004", "0005")  # every one released, oldest first; a test compares them with migrations/versions
 HEAD = REVISIONS[-1]
 
 

@@ -16,7 +16,7 @@ from aivmm.db.schema import environment, model, plan, probe, proof, run, run_env
 from aivmm.db.store import Store, add_missing, now, put
 from aivmm.errors import DatabaseError, UsageError
 from aivmm.models.records import Structure
-from aivmm.planner.records import ProofRecord, RunRecord, TrialRecord
+from aivmm.planner.records import Importance, ProofRecord, RunRecord, StudyRecord, TrialRecord
 from aivmm.runtime.config import Config
 from aivmm.runtime.environment import Environment
 from aivmm.runtime.target import Unavailable
@@ -147,6 +147,30 @@ class RunStore(Store):
             rows, configs = self._with_configs(connection, query)
         return [_trial(row, configs[row.config_digest]) for row in rows]
 
+    def end_study(self, run_id: str, record: StudyRecord) -> None:
+        """Store what a search came to; a second time replaces the first. A search without a trial has no study, and nothing is stored."""
+        values = {
+            "objectives": list(record.objectives),
+            "front": list(record.front),
+            "importance": [asdict(each) | {"share": codec.finite("share", each.share)} for each in record.importance],
+        }
+        with self._writing() as connection:
+            connection.execute(update(study).where(study.c.run_id == run_id, study.c.name == record.name).values(values))
+
+    def studies(self, run_id: str) -> list[StudyRecord]:
+        """Return the studies of a run as they began. One that never ended, or is of before schema 0005, has no objectives."""
+        with self._reading() as connection:
+            rows = connection.execute(select(study).where(study.c.run_id == run_id).order_by(study.c.id)).all()
+        return [
+            StudyRecord(
+                name=row.name,
+                objectives=tuple(row.objectives or ()),
+                front=tuple(row.front or ()),
+                importance=tuple(Importance(**each) for each in row.importance or ()),
+            )
+            for row in rows
+        ]
+
     def add_proof(self, run_id: str, record: ProofRecord) -> None:
         """Store one proof of a run; ValueError when the run is not stored, or a number is NaN or infinite."""
         with self._writing() as connection:
@@ -256,6 +280,9 @@ def _trial_row(study_id: str, record: TrialRecord) -> dict[str, Any]:
         "reused": record.reused,
         "reason": codec.clean(record.reason),
         "duration_s": codec.finite("seconds", record.seconds),
+        "asked": record.asked,
+        "policy": None if record.policy is None else dict(record.policy),
+        "metrics": {name: codec.finite(name, value) for name, value in record.metrics.items()},
     }
 
 
@@ -274,6 +301,9 @@ def _trial(row: Row[Any], config: Config) -> TrialRecord:
         reused=row.reused,
         reason=row.reason,
         seconds=row.duration_s,
+        asked=bool(row.asked),
+        policy=row.policy,
+        metrics=row.metrics or {},
     )
 
 

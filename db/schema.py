@@ -305,6 +305,9 @@ study = Table(
     _id(),
     _of("run_id", "run.id"),
     Column("name", String, nullable=False),
+    _json("objectives", nullable=True),  # these three when it has ended, and not of before schema 0005
+    _json("front", nullable=True),  # numbers of trials
+    _json("importance", nullable=True),  # objects of objective, target, knob, share and trials
     UniqueConstraint("run_id", "name"),
 )
 
@@ -326,6 +329,9 @@ trial = Table(
     Column("reused", Boolean, nullable=False),
     Column("reason", Text, nullable=False),
     Column("duration_s", Double, nullable=False),
+    Column("asked", Boolean),  # these three not of before schema 0005
+    _json("policy", nullable=True),
+    _json("metrics", nullable=True),  # name -> number; open, as a probe's
     UniqueConstraint("study_id", "number"),
 )
 

@@ -3,29 +3,67 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """How a model may be cut. Where the cuts lie is no part of it: the exact placement answers that (`planner.policy`)."""
+
+    targets: tuple[tuple[Target, Config], ...]  # that may take part, each with the config it would run
+    most_pieces: int
+    cut_price: float = 1.0  # times what a cut is thought to cost: above 1, fewer cuts are taken on trust
+    contiguous: bool = True  # each target has one piece at most
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON takes it."""
+        return {
+            "targets": {str(target): config.key() for target, config in self.targets},
+            "most_pieces": self.most_pieces,
+            "cut_price": self.cut_price,
+            "contiguous": self.contiguous,
+        }
+
+    def __str__(self) -> str:
+        names = " + ".join(str(target) + ("" if config == Config() else f" {config}") for target, config in self.targets)
+        kind = "one piece each" if self.contiguous else "any pieces"
+        return f"{names}, at most {self.most_pieces} pieces, {kind}, a cut at {self.cut_price:g} times its price"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """The model on one target with one config, `batch` samples a call, `callers` calls in flight."""
+    """The model on one target with one config, `batch` samples a call, `callers` calls in flight; or, with a `policy`, cut by it.
+
+    With a policy `target` and `config` are the first of its own. `depth` is how many samples are inside a pipeline of stages at once,
+    `replicas` how many copies of the whole run side by side.
+    """
 
     target: Target
     config: Config
     batch: int = 1
     callers: int = 1
+    policy: Policy | None = None
+    depth: int = 1
+    replicas: int = 1
 
     @property
     def key(self) -> str:
         """Text that is equal for equal candidates."""
-        return json.dumps([str(self.target), self.config.key(), self.batch, self.callers])
+        parts: list[Any] = [str(self.target), self.config.key(), self.batch, self.callers]
+        if self.policy is not None or self.depth > 1 or self.replicas > 1:
+            parts += [self.policy and self.policy.as_json(), self.depth, self.replicas]
+        return json.dumps(parts, sort_keys=True)
 
     def __str__(self) -> str:
-        text = str(self.target) + ("" if self.config == Config() else f" {self.config}")
-        extra = [f"batch {self.batch}"] * (self.batch > 1) + [f"{self.callers} callers"] * (self.callers > 1)
+        text = str(self.target) + ("" if self.config == Config() else f" {self.config}") if self.policy is None else str(self.policy)
+        counts = {"batch": self.batch, "depth": self.depth}
+        extra = [f"{name} {count}" for name, count in counts.items() if count > 1]
+        extra += [f"{count} {name}" for name, count in (("callers", self.callers), ("replicas", self.replicas)) if count > 1]
         return ", ".join([text, *extra])
 
 
@@ -71,6 +109,7 @@ class Score:
     cosine: float | None = None
     reused: bool = False
     seconds: float = 0.0  # spent on it
+    metrics: Mapping[str, float] = field(default_factory=dict)  # by the names that constraints use, in SI units
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

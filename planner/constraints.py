@@ -88,6 +88,7 @@ TARGETS = "targets"
 _TARGETS_EXAMPLE = "targets in (openvino:NPU, openvino:GPU)"
 
 KNOWN = frozenset({*_METRICS, TARGETS})
+_LEAST_BEYOND = 1e-9  # the limit itself, where it has to be passed
 ACCURACY = ("metric", "top1_agreement", "top5_agreement", "sqnr", "cosine")  # the user's own first: the one named in a verdict
 
 
@@ -185,6 +186,15 @@ def unjudged(
         return targets is None if constraint.metric == TARGETS else math.isnan(metrics.get(constraint.metric, math.nan))
 
     return tuple(each for each in constraints if missing(each))
+
+
+def beyond(constraint: Constraint, value: float) -> float:
+    """Return how far beyond its limit a value lies, as a share of the limit: above 0 where it is broken, else 0 or less. NaN: no number."""
+    if math.isnan(value) or constraint.operator == "in":
+        return math.nan
+    distance = (value - constraint.limit) / (abs(constraint.limit) or 1.0)
+    distance = distance if constraint.operator in ("<", "<=") else -distance
+    return min(distance, 0.0) if constraint.allows(value) else max(distance, _LEAST_BEYOND)
 
 
 def human(value: float, metric: str, *, digits: int = 3) -> str:

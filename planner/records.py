@@ -51,6 +51,30 @@ class TrialRecord:
     reused: bool = False  # taken from the database, not measured in this run
     reason: str = ""  # why refused, failed or pruned
     seconds: float = 0.0
+    asked: bool = False  # by the search; else it was known before, a baseline or a row of the database
+    policy: Mapping[str, Any] | None = None  # of a cut model, see `planner.candidates.Policy`
+    metrics: Mapping[str, float] = field(default_factory=dict)  # by the names that constraints use, in SI units
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Importance:
+    """How much of the variation in one objective one knob explains, of 1 for all knobs of its target (of all targets: "")."""
+
+    objective: str
+    target: str
+    knob: str
+    share: float
+    trials: int  # that it was computed from
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyRecord:
+    """What a search came to. `front` are the numbers of the trials that none beats in all objectives."""
+
+    name: str = "search"
+    objectives: tuple[str, ...] = ()
+    front: tuple[int, ...] = ()
+    importance: tuple[Importance, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

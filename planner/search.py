@@ -1,7 +1,9 @@
-"""The search: Optuna over targets, their knobs, precision, batch and callers; each point is measured by somebody else.
+"""The search: Optuna over the points of a space, for one objective or several; each point is measured by somebody else.
 
-Ordered knobs are integer or float distributions. What cannot be is not representable (one batch, one precision: no parameter). Every trial
-that is asked is told: with its ratio, or PRUNED when it was refused, failed, or broke a limit (TPE forgets FAIL and would ask again).
+Every trial that is asked is told: with its losses, or PRUNED when it was refused, failed, or was inaccurate (TPE forgets FAIL and would ask
+again). A limit that is broken is told as a constraint beside the losses, so that the sampler learns on which side of it to look. What the
+n-th ask draws hangs on the seed, n and what was told before, and on nothing else: a search that was killed is resumed by telling it the
+same outcomes again.
 """
 
 from __future__ import annotations
@@ -12,44 +14,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
 from aivmm.planner.candidates import Candidate, Rejection, Score
+from aivmm.planner.constraints import Constraint, beyond
+from aivmm.planner.objectives import OBJECTIVES, Objective
+from aivmm.planner.pareto import front
 from aivmm.planner.records import TrialRecord
-from aivmm.runtime.config import Config, Knob, Setting
-from aivmm.runtime.target import Target
+from aivmm.planner.space import Space
+from aivmm.planner.space import distribution as distribution
 
 _STARTUP_TRIALS = 6
-_DUPLICATES_IN_A_ROW = 25  # so many repeats of known points mean that the space is as good as exhausted
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Space:
-    """What may be searched: per target its knobs, and the precisions, batches and numbers of callers allowed."""
-
-    targets: Sequence[Target]
-    knobs: Mapping[str, Sequence[Knob]]  # by str(target)
-    objective: str
-    precisions: Mapping[str, Sequence[str | None]]  # by str(target); None leaves it to the runtime
-    batches: Sequence[int] = (1,)
-    most_callers: int = 1
-
-    def size(self) -> float:
-        """Return how many points there are; infinite when a knob is continuous."""
-        total = 0.0
-        for target in self.targets:
-            points = float(len(self.precisions[str(target)]))
-            for knob in self.knobs_of(target):
-                points *= math.inf if knob.kind == "float" else len(knob.choices) or int(knob.high - knob.low + 1)
-            total += points
-        return total * len(self.batches) * self.most_callers
-
-    def knobs_of(self, target: Target) -> list[Knob]:
-        """Return the knobs of a target that serve the objective and have more than one value."""
-        found = (knob for knob in self.knobs[str(target)] if self.objective in knob.objectives)
-        return [knob for knob in found if (len(knob.choices) > 1 if knob.kind == "choice" else knob.high > knob.low)]
+_BESIDE_EVERY = 3  # asks: the others are the sampler's
+_BEST_FEW = 3
+_NEIGHBOUR = 0.7
+_RANDOM_FROM = 4  # repeats of known points in a row: the sampler is sure of itself, so chance looks where it would not
+_DUPLICATES_IN_A_ROW = 25  # so many mean that the space is as good as exhausted
 
 
 @dataclass(slots=True)
@@ -58,27 +41,27 @@ class Search:
 
     space: Space
     seed: int = 0
+    objectives: Sequence[Objective] = ()  # by default that of the space
+    limits: Sequence[Constraint] = ()  # judged by a score's metrics, as far as it has them
     records: list[TrialRecord] = field(default_factory=list)
     exhausted: bool = False
     _study: optuna.Study = field(init=False)
     _known: dict[str, tuple[Candidate, Score | Rejection]] = field(default_factory=dict)
     _open: dict[str, list[optuna.trial.Trial]] = field(default_factory=dict)
     _inside: set[str] = field(default_factory=set)  # keys of the points of the space that were asked for or told
+    _asks: int = 0
 
     def __post_init__(self) -> None:
+        self.objectives = tuple(self.objectives) or (OBJECTIVES[self.space.objective],)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        with warnings.catch_warnings():
-            # `group` is marked experimental, and is the way to search knobs that exist under one target only.
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=_STARTUP_TRIALS, multivariate=True, group=True)
         # In memory: a trial costs 0.3 ms there and 59 ms in SQLite; the database keeps our own record of each.
-        self._study = optuna.create_study(direction="minimize", sampler=sampler)
+        self._study = optuna.create_study(directions=["minimize"] * len(self.objectives), sampler=self._sampler())
 
     def enqueue(self, candidates: Iterable[Candidate]) -> None:
-        """Have these asked for first: defaults, and the best that is known of similar models."""
+        """Have these asked for first: defaults, and the best that is known of similar models. What lies outside the space is left out."""
         for candidate in candidates:
-            params = self._params(candidate)
-            if params is not None and self._canonical(candidate, params).key not in self._known:
+            params = self.space.params(candidate)
+            if params is not None and self.space.canonical(candidate, params).key not in self._known:
                 self._study.enqueue_trial(params, skip_if_exists=True)
 
     def ask(self, count: int) -> list[Candidate]:
@@ -86,8 +69,8 @@ class Search:
         found: list[Candidate] = []
         repeats = 0
         while len(found) < count and not self.exhausted:
-            trial = self._study.ask()
-            candidate = self._suggest(trial)
+            trial = self._next(by_chance=repeats >= _RANDOM_FROM)
+            candidate = self.space.point(_Asking(trial))
             known = self._known.get(candidate.key)
             if known is not None or candidate.key in self._open:
                 repeats += 1
@@ -95,7 +78,7 @@ class Search:
                 if known is None:
                     self._open[candidate.key].append(trial)
                 else:
-                    self._tell_one(trial, known[1])
+                    self._tell_one(trial, *known)
                 continue
             repeats = 0
             self._inside.add(candidate.key)
@@ -104,168 +87,159 @@ class Search:
             self.exhausted = len(self._inside) >= self.space.size()
         return found
 
+    def _next(self, *, by_chance: bool) -> optuna.trial.Trial:
+        self._asks += 1
+        self._study.sampler = self._sampler(by_chance=by_chance)
+        if self._asks % _BESIDE_EVERY == 0:
+            beside = self._beside_the_best()
+            if beside is not None:
+                self._study.enqueue_trial(beside)
+        return self._study.ask()
+
+    def _beside_the_best(self) -> dict[str, Any] | None:
+        """Return the parameters of one of the best points with one changed: the sampler looks at each group of them for itself."""
+        known = [each for each in self.keeping() if self.space.params(each[0]) is not None]
+        if len(known) < _STARTUP_TRIALS:
+            return None
+        chance = np.random.default_rng((self.seed, self._asks, 1))
+        objective = self.objectives[int(chance.integers(len(self.objectives)))]
+        best = sorted(known, key=lambda each: objective.loss(*each))[:_BEST_FEW]
+        params = self.space.params(best[int(chance.integers(len(best)))][0])
+        assert params is not None
+        distributions = self.space.distributions(params)
+        if not distributions:
+            return None
+        name = sorted(params)[int(chance.integers(len(params)))]
+        return params | {name: another(distributions[name], params[name], chance)}
+
+    def _sampler(self, *, by_chance: bool = False) -> optuna.samplers.BaseSampler:
+        """Return a sampler for one ask. One that went on drawing from its own stream could not be resumed."""
+        seed = int(np.random.SeedSequence((self.seed, self._asks)).generate_state(1)[0])
+        if by_chance:
+            return optuna.samplers.RandomSampler(seed=seed)
+        with warnings.catch_warnings():
+            # `group` is marked experimental, and is the way to search knobs that exist under one target only.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP_TRIALS, multivariate=True, group=True)
+
     def tell(self, candidate: Candidate, outcome: Score | Rejection) -> None:
         """Report how a candidate came out. One that was never asked for is added as known (a baseline, a row of the database)."""
-        params = self._params(candidate)
-        for key in {candidate.key, *([self._canonical(candidate, params).key] if params is not None else [])}:
+        params = self.space.params(candidate)
+        for key in {candidate.key, *([self.space.canonical(candidate, params).key] if params is not None else [])}:
             # A default and the same thing spelled out are one point: neither is measured again.
             self._known.setdefault(key, (candidate, outcome))
             if params is not None and key not in self._open:
                 self._inside.add(key)
         self._known[candidate.key] = (candidate, outcome)
-        self._record(candidate, outcome)
         trials = self._open.pop(candidate.key, None)
+        self._record(candidate, outcome, asked=trials is not None)
         if trials is not None:
             for trial in trials:
-                self._tell_one(trial, outcome)
+                self._tell_one(trial, candidate, outcome)
         elif params is not None:
-            self._add(params, candidate.target, outcome)
+            self._add(params, candidate, outcome)
 
-    def _add(self, params: dict[str, Any], target: Target, outcome: Score | Rejection) -> None:
+    def _add(self, params: dict[str, Any], candidate: Candidate, outcome: Score | Rejection) -> None:
         """Add a point that was never asked for to the study."""
-        known = self._distributions(target)
-        if set(params) != set(known):
+        known = self.space.distributions(params)
+        if known is None:
             return  # a knob whose default is the library's secret: worth a record, but there is no point to learn from
-        complete = isinstance(outcome, Score)
+        losses = self._losses(candidate, outcome)
         self._study.add_trial(
             optuna.trial.create_trial(
-                state=TrialState.COMPLETE if complete else TrialState.PRUNED,
-                value=math.log(outcome.ratio) if isinstance(outcome, Score) else None,
+                state=TrialState.PRUNED if losses is None else TrialState.COMPLETE,
+                values=losses,
                 params=params,
                 distributions=known,
+                constraints=self._beyond(outcome) if losses is not None else None,
             )
         )
 
-    def _distributions(self, target: Target) -> dict[str, BaseDistribution]:
-        """Return the distributions of the parameters that a point on `target` has."""
-        space, name = self.space, str(target)
-        known: dict[str, BaseDistribution] = {}
-        if len(space.targets) > 1:
-            known["target"] = CategoricalDistribution([str(each) for each in space.targets])
-        known |= {f"{name} {knob.name}": distribution(knob) for knob in space.knobs_of(target)}
-        if len(space.precisions[name]) > 1:
-            known[f"{name} precision"] = CategoricalDistribution(list(space.precisions[name]))
-        if len(space.batches) > 1:
-            known["batch index"] = IntDistribution(0, len(space.batches) - 1)
-        if space.most_callers > 1:
-            known["callers"] = IntDistribution(1, space.most_callers)
-        return known
+    def best(self, count: int, objective: Objective | None = None) -> list[tuple[Candidate, Score]]:
+        """Return the best candidates known, best first: of the first objective, or of another. Limits are not looked at."""
+        wanted = objective or self.objectives[0]
+        return sorted(self._scored(), key=lambda each: wanted.loss(*each))[:count]
 
-    def best(self, count: int) -> list[tuple[Candidate, Score]]:
-        """Return the best candidates known, best first."""
-        scored = [(candidate, outcome) for candidate, outcome in self._known.values() if isinstance(outcome, Score)]
-        return sorted(scored, key=lambda each: each[1].ratio)[:count]
+    def keeping(self) -> list[tuple[Candidate, Score]]:
+        """Return the candidates whose scores break no limit."""
+        return [each for each in self._scored() if not any(value > 0 for value in self._beyond(each[1]).values())]
 
-    def _tell_one(self, trial: optuna.trial.Trial, outcome: Score | Rejection) -> None:
-        if isinstance(outcome, Score):
-            self._study.tell(trial, math.log(outcome.ratio))
-        else:
+    def front(self) -> list[tuple[Candidate, Score]]:
+        """Return what no other candidate beats in all objectives, among those that break no limit."""
+        found = self.keeping()
+        return [found[at] for at in front([[each.loss(*one) for each in self.objectives] for one in found])]
+
+    def studied(self) -> Sequence[optuna.trial.FrozenTrial]:
+        """Return the study's own trials, for those who look at what mattered."""
+        return self._study.get_trials(deepcopy=False)
+
+    def _scored(self) -> list[tuple[Candidate, Score]]:
+        return [(candidate, outcome) for candidate, outcome in self._known.values() if isinstance(outcome, Score)]
+
+    def _tell_one(self, trial: optuna.trial.Trial, candidate: Candidate, outcome: Score | Rejection) -> None:
+        losses = self._losses(candidate, outcome)
+        if losses is None:
             self._study.tell(trial, state=TrialState.PRUNED)
+            return
+        for name, value in self._beyond(outcome).items():
+            trial.set_constraint(name, value)
+        self._study.tell(trial, losses)
 
-    def _record(self, candidate: Candidate, outcome: Score | Rejection) -> None:
+    def _losses(self, candidate: Candidate, outcome: Score | Rejection) -> list[float] | None:
+        return [each.loss(candidate, outcome) for each in self.objectives] if isinstance(outcome, Score) else None
+
+    def _beyond(self, outcome: Score | Rejection) -> Mapping[str, float]:
+        """Return for each limit that can be judged how far it is broken: 0 and below, it is kept."""
+        if not isinstance(outcome, Score):
+            return {}
+        judged = ((str(limit), beyond(limit, outcome.metrics.get(limit.metric, math.nan))) for limit in self.limits)
+        return {name: value for name, value in judged if not math.isnan(value)}
+
+    def _record(self, candidate: Candidate, outcome: Score | Rejection, *, asked: bool) -> None:
         known: dict[str, Any] = {
             "number": len(self.records),
-            "target": str(candidate.target),
+            "target": " + ".join(str(target) for target, _ in candidate.policy.targets) if candidate.policy else str(candidate.target),
             "config": candidate.config,
             "batch": candidate.batch,
             "callers": candidate.callers,
             "seconds": outcome.seconds,
             "reused": outcome.reused,
             "median_s": outcome.median_s,
+            "asked": asked,
+            "policy": candidate.policy.as_json() if candidate.policy else None,
         }
         if isinstance(outcome, Score):
-            self.records.append(TrialRecord(**known, state="complete", value=outcome.ratio, low=outcome.low, high=outcome.high))
+            metrics = {name: value for name, value in outcome.metrics.items() if math.isfinite(value)}
+            known |= {"metrics": metrics, "low": outcome.low, "high": outcome.high}
+            self.records.append(TrialRecord(**known, state="complete", value=outcome.ratio))
         else:
             state = outcome.state if outcome.state in ("refused", "failed") else "pruned"
             self.records.append(TrialRecord(**known, state=state, value=outcome.ratio, reason=outcome.reason))  # type: ignore[arg-type]
 
-    def _suggest(self, trial: optuna.trial.Trial) -> Candidate:
-        """Turn a trial into a candidate. Knobs of a target are parameters of their own, asked for only under that target."""
-        names = [str(target) for target in self.space.targets]
-        name = names[0] if len(names) == 1 else trial.suggest_categorical("target", names)
-        target = self.space.targets[names.index(name)]
-        settings: dict[str, Setting] = {}
-        for knob in self.space.knobs_of(target):
-            value = _ask_knob(trial, f"{name} {knob.name}", knob)
-            if value != knob.default:
-                settings[knob.name] = value
-        precisions = list(self.space.precisions[name])
-        precision = precisions[0] if len(precisions) == 1 else trial.suggest_categorical(f"{name} precision", precisions)
-        batch = _ask_batch(trial, self.space.batches)
-        callers = 1 if self.space.most_callers == 1 else trial.suggest_int("callers", 1, self.space.most_callers)
-        return Candidate(target=target, config=Config.of(settings, precision=precision), batch=batch, callers=callers)
 
-    def _params(self, candidate: Candidate) -> dict[str, Any] | None:
-        """Return a candidate as parameters, without those that only the library knows; None when it lies outside the space."""
-        space, name = self.space, str(candidate.target)
-        if (
-            candidate.target not in space.targets
-            or candidate.batch not in space.batches
-            or not 1 <= candidate.callers <= space.most_callers
-        ):
-            return None
-        precisions = list(space.precisions[name])
-        # Where a target runs one precision only, leaving the choice to the runtime and asking for that one are the same.
-        native = candidate.target.precisions
-        precision = native[0] if candidate.config.precision is None and len(native) == 1 else candidate.config.precision
-        knobs = {knob.name: knob for knob in space.knobs_of(candidate.target)}
-        if precision not in precisions or any(setting not in knobs for setting, _ in candidate.config.settings):
-            return None
-        params: dict[str, Any] = {"target": name} if len(space.targets) > 1 else {}
-        for knob in knobs.values():
-            value = candidate.config.get(knob.name)
-            value = knob.default if value is None else value
-            if value is None:
-                continue
-            if not _fits(knob, value):
-                return None
-            params[f"{name} {knob.name}"] = value
-        if len(precisions) > 1:
-            params[f"{name} precision"] = precision
-        if len(space.batches) > 1:
-            params["batch index"] = list(space.batches).index(candidate.batch)
-        if space.most_callers > 1:
-            params["callers"] = candidate.callers
-        return params
-
-    def _canonical(self, candidate: Candidate, params: dict[str, Any]) -> Candidate:
-        """Return the candidate as `_suggest` would spell it."""
-        name = str(candidate.target)
-        settings = {}
-        for knob in self.space.knobs_of(candidate.target):
-            value = params.get(f"{name} {knob.name}")
-            if value is not None and value != knob.default:
-                settings[knob.name] = value
-        precisions = list(self.space.precisions[name])
-        precision = precisions[0] if len(precisions) == 1 else params[f"{name} precision"]
-        config = Config.of(settings, precision=precision)
-        return Candidate(target=candidate.target, config=config, batch=candidate.batch, callers=candidate.callers)
+def another(known: BaseDistribution, value: Any, chance: np.random.Generator) -> Any:
+    """Return another value of a distribution (the same where there is one only): of ordered ones more often a neighbour than not."""
+    if isinstance(known, CategoricalDistribution):
+        others = [each for each in known.choices if each != value] or [value]
+        return others[int(chance.integers(len(others)))]
+    assert isinstance(known, IntDistribution | FloatDistribution)
+    if isinstance(known, FloatDistribution):
+        return float(np.exp(chance.uniform(np.log(known.low), np.log(known.high))) if known.log else chance.uniform(known.low, known.high))
+    near = [each for each in (value - 1, value + 1) if known.low <= each <= known.high]
+    others = near if near and chance.random() < _NEIGHBOUR else [each for each in range(known.low, known.high + 1) if each != value]
+    return others[int(chance.integers(len(others)))] if others else value
 
 
-def _fits(knob: Knob, value: Setting) -> bool:
-    if knob.kind == "choice":
-        return value in knob.choices
-    return isinstance(value, int | float) and knob.low <= value <= knob.high
+class _Asking:
+    """Answers from a trial."""
 
+    def __init__(self, trial: optuna.trial.Trial) -> None:
+        self._trial = trial
 
-def distribution(knob: Knob) -> BaseDistribution:
-    """Return the Optuna distribution of a knob."""
-    if knob.kind == "int":
-        return IntDistribution(int(knob.low), int(knob.high), log=knob.log)
-    if knob.kind == "float":
-        return FloatDistribution(knob.low, knob.high, log=knob.log)
-    return CategoricalDistribution(knob.choices)
-
-
-def _ask_knob(trial: optuna.trial.Trial, name: str, knob: Knob) -> Setting:
-    if knob.kind == "int":
-        return int(trial.suggest_int(name, int(knob.low), int(knob.high), log=knob.log))
-    if knob.kind == "float":
-        return float(trial.suggest_float(name, knob.low, knob.high, log=knob.log))
-    value: Setting = trial.suggest_categorical(name, list(knob.choices))
-    return value
-
-
-def _ask_batch(trial: optuna.trial.Trial, batches: Sequence[int]) -> int:
-    # The position in the ascending list: 1, 2, 4, 8 ... are evenly apart there, and so ordered and smooth for the sampler.
-    return batches[0] if len(batches) == 1 else batches[trial.suggest_int("batch index", 0, len(batches) - 1)]
+    def suggest(self, name: str, known: BaseDistribution) -> Any:
+        if isinstance(known, IntDistribution):
+            return self._trial.suggest_int(name, known.low, known.high, log=known.log)
+        if isinstance(known, FloatDistribution):
+            return self._trial.suggest_float(name, known.low, known.high, log=known.log)
+        assert isinstance(known, CategoricalDistribution)
+        return self._trial.suggest_categorical(name, known.choices)

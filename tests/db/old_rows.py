@@ -21,7 +21,7 @@ from aivmm.db.database import Database
 from aivmm.db.migrate import HEAD
 from aivmm.db.schema import lowering, transfer
 from aivmm.models.records import Block, Category, CutPoint, ModelFacts, Operator, Structure
-from aivmm.planner.records import ProofRecord, RunRecord, TrialRecord
+from aivmm.planner.records import Importance, ProofRecord, RunRecord, StudyRecord, TrialRecord
 from aivmm.probes.records import Caution, Failed, Measured, Outcome, ProbeKey, Refused, Samples, Transfer, TransferPoint
 from aivmm.runtime.config import Config
 from aivmm.runtime.environment import Environment, environment_of
@@ -162,6 +162,19 @@ TRIAL = TrialRecord(
     seconds=0.5,
 )
 PRUNED = replace(TRIAL, number=4, state="refused", value=None, low=None, high=None, median_s=None, reason="no", reused=True)
+# Since schema 0005 a trial keeps what it measured and how it cut, and a study what it came to.
+ASKED = replace(
+    TRIAL,
+    number=5,
+    asked=True,
+    policy={"targets": {"openvino:CPU": "{}"}, "most_pieces": 2, "cut_price": 0.5, "contiguous": True},
+    metrics={"latency": 1e-3, "tiny": 5e-324},
+)
+STUDY = StudyRecord(
+    objectives=("latency", "size"),
+    front=(3, 5),
+    importance=(Importance(objective="size", target="openvino:CPU", knob="n", share=0.1, trials=9),),
+)
 PROOF = ProofRecord(
     name="plan",
     role="plan",
@@ -234,6 +247,8 @@ def write(database: Database) -> None:
     database.add_trial(RUN.id, PRUNED)
     database.add_trial(RUN.id, TRIAL)
     database.add_trial(RUN.id, replace(TRIAL, batch=8), study_name="batch")
+    database.add_trial(RUN.id, ASKED)
+    database.end_study(RUN.id, STUDY)
     for proof in (PROOF, BASELINE):
         database.add_proof(RUN.id, proof)
     database.save_plan(RUN.id, PLAN, "squeezenet.aivmm")
@@ -260,7 +275,8 @@ def expected(revision: str = HEAD) -> dict[str, Any]:
         "absent": [ABSENT],
         "environments of the run": list(reversed(ENVIRONMENTS)),
         "outcomes of the run": [(each, number == 0) for number, each in enumerate(OUTCOMES)],
-        "trials": [TRIAL, PRUNED, replace(TRIAL, batch=8)],
+        "trials": [TRIAL, PRUNED, *([ASKED] if revision >= "0005" else []), replace(TRIAL, batch=8)],
+        "studies": [STUDY if revision >= "0005" else StudyRecord(), StudyRecord(name="batch")],
         "proofs": [PROOF, BASELINE],
         "plan": PLAN,
         "path": "squeezenet.aivmm",
@@ -295,6 +311,7 @@ def read(database: Database) -> dict[str, Any]:
         "environments of the run": database.run_environments(RUN.id),
         "outcomes of the run": database.run_outcomes(RUN.id),
         "trials": database.trials(RUN.id),
+        "studies": database.studies(RUN.id),
         "proofs": database.proofs(RUN.id),
         "plan": database.plan(RUN.id),
         "path": database.plan_path(RUN.id),
