@@ -12,7 +12,7 @@ def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
 
 def front(losses: Sequence[Sequence[float]]) -> list[int]:
     """Return the positions of those that none dominates, in order. Of several that are alike the first one stays."""
-    kept = []
+    kept: list[int] = []
     for index, mine in enumerate(losses):
         beaten = any(dominates(other, mine) for other in losses)
         if not beaten and all(list(losses[each]) != list(mine) for each in kept):

@@ -82,10 +82,10 @@ def _one_each(costs: Array, boundary: Array, most: int) -> tuple[tuple[int, int,
                 following[without[better], on] = moved[better]
                 came[block, without[better], on] = before
         table = following
-    used, on = np.unravel_index(int(np.argmin(table)), table.shape)
-    if not math.isfinite(table[used, on]):
+    used, last = divmod(int(np.argmin(table)), width)
+    if not math.isfinite(table[used, last]):
         raise Infeasible("no placement with one piece for each target runs every block", advice="allow any pieces")
-    return _walk(came, int(used), int(on))
+    return _walk(came, used, last)
 
 
 def _walk(came: npt.NDArray[np.int16], used: int, on: int) -> tuple[tuple[int, int, int], ...]:

@@ -25,7 +25,6 @@ from aivmm.planner.objectives import OBJECTIVES, Objective
 from aivmm.planner.pareto import front
 from aivmm.planner.records import TrialRecord
 from aivmm.planner.space import Space
-from aivmm.planner.space import distribution as distribution
 
 _STARTUP_TRIALS = 6
 _BESIDE_EVERY = 3  # asks: the others are the sampler's
@@ -171,7 +170,8 @@ class Search:
 
     def studied(self) -> Sequence[optuna.trial.FrozenTrial]:
         """Return the study's own trials, for those who look at what mattered."""
-        return self._study.get_trials(deepcopy=False)
+        found: Sequence[optuna.trial.FrozenTrial] = self._study.get_trials(deepcopy=False)
+        return found
 
     def _scored(self) -> list[tuple[Candidate, Score]]:
         return [(candidate, outcome) for candidate, outcome in self._known.values() if isinstance(outcome, Score)]

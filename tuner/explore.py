@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from aivmm.errors import ModelError
 from aivmm.planner.candidates import Candidate, Rejection, Score
-from aivmm.planner.search import Search, Space
+from aivmm.planner.search import Search
+from aivmm.planner.space import Space
 from aivmm.runtime.backend import Baseline
 from aivmm.runtime.config import Config
 from aivmm.runtime.environment import environment_of

@@ -17,7 +17,8 @@ from optuna.trial import TrialState
 
 from aivmm.errors import Unsupported
 from aivmm.planner.candidates import Candidate, Rejection, Score
-from aivmm.planner.search import Search, Space, distribution
+from aivmm.planner.search import Search
+from aivmm.planner.space import Space, distribution
 from aivmm.runtime.config import Config, Knob
 from aivmm.runtime.null import NullBackend, NullDevice
 from aivmm.runtime.target import Device, Target
