@@ -7,6 +7,9 @@ most one tensor is alive wins (then the one with fewer tensors alive in sum, the
    measure, so that they do not keep a large tensor alive for the sake of a small one;
 2. the order of the file.
 
+What nodes far apart share (an attention mask, an encoder's answer) and the first of them had to wait for is then moved ahead, right behind
+what it needs, if that makes more of the model repeat: the first layer is then like the others, which share what it had to have made.
+
 The first does not depend on names nor on the file's order. Nodes that no output needs are in neither. Where sets of nodes are asked to
 stand together, the better of the two is rearranged no further than that takes (`aivmm.models.contract`).
 """
@@ -25,9 +28,12 @@ import onnx_ir as ir
 
 from aivmm.errors import ModelError
 from aivmm.models.contract import arrange, ring
+from aivmm.models.repeats import stretches
 from aivmm.tensors import TensorSpec
 
 Reads = Callable[[ir.Node], Sequence[ir.Value]]
+
+_FAR = 8  # readers an eighth of the model apart do not share by being neighbours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +215,40 @@ def _best_order(outputs: Sequence[ir.Value], as_filed: Sequence[ir.Node], reads:
     needed = set(found)
     candidates = [_measure_early(found), [node for node in as_filed if node in needed]]
     best: list[ir.Node] = max((order for order in candidates if _is_sorted(order, reads)), key=lambda order: _narrowness(order, reads))
-    return tuple(best)
+    ahead = _shared_ahead(best, reads)
+    return tuple(ahead if ahead != best and _repeated(ahead) > _repeated(best) else best)
+
+
+def _shared_ahead(order: Sequence[ir.Node], reads: Reads) -> list[ir.Node]:
+    """Move the run of nodes that make nothing but a value which nodes far apart read to where all that it needs is there."""
+    found = list(order)
+    readers: dict[ir.Value, list[int]] = {}
+    for index, node in enumerate(found):
+        for value in reads(node):
+            readers.setdefault(value, []).append(index)
+    far = max(1, len(found) // _FAR)
+    for value, places in readers.items():
+        producer = value.producer()
+        if len(places) > 2 and places[-1] - places[0] >= far and producer is not None and producer.graph is found[0].graph:
+            found = _moved_ahead(found, producer, reads)
+    return found
+
+
+def _moved_ahead(order: list[ir.Node], maker: ir.Node, reads: Reads) -> list[ir.Node]:
+    end = order.index(maker)
+    needed, start = set(reads(maker)), end
+    while start and not needed.isdisjoint(order[start - 1].outputs):
+        start -= 1
+        needed |= set(reads(order[start]))
+    made = {value: index + 1 for index, node in enumerate(order[:start]) for value in node.outputs}
+    place = max((made.get(value, 0) for value in needed), default=0)
+    return [*order[:place], *order[start : end + 1], *order[place:start], *order[end + 1 :]]
+
+
+def _repeated(order: Sequence[ir.Node]) -> int:
+    """Count the nodes in stretches of the same operators on the same shapes, several times over."""
+    kinds = [(node.domain, node.op_type, tuple((each.dtype, str(each.shape)) for each in node.outputs)) for node in order]
+    return sum(stretch.period * stretch.count for stretch in stretches(kinds, [1.0] * len(kinds)))
 
 
 def _with_runs(

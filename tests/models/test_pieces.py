@@ -270,3 +270,37 @@ def test_layers_are_cut_alike_and_shown_as_repeats(tmp_path: Path, layers: int, 
     assert len({block.structure for block in inside}) == repeat.period
     assert len({block.content for block in inside}) > repeat.period  # the weights differ
     assert [block.first for block in structure.blocks] == [0, *(block.last + 1 for block in structure.blocks[:-1])]
+
+
+def masked(path: Path, layers: int) -> Path:
+    """Layers that add one mask, made of an input of its own, in the middle of each; what is written first needs it first."""
+    rng = np.random.default_rng(0)
+    nodes, weights, before = [helper.make_node("MatMul", ["x0", "w.in"], ["h0"])], [("w.in", (3, 64))], "h0"
+    for layer in range(layers):
+        weights += [(f"w{layer}.{step}", (64, 64)) for step in range(2)]
+        nodes.append(helper.make_node("MatMul", [before, f"w{layer}.0"], [f"l{layer}.scores"]))
+        if not layer:
+            nodes += [helper.make_node("Neg", ["x1"], ["hole"]), helper.make_node("ReduceSum", ["hole", "axes"], ["mask"])]
+        nodes += [
+            helper.make_node("Add", [f"l{layer}.scores", "mask"], [f"l{layer}.masked"]),
+            helper.make_node("Softmax", [f"l{layer}.masked"], [f"l{layer}.soft"]),
+            helper.make_node("MatMul", [f"l{layer}.soft", f"w{layer}.1"], [f"l{layer}.mixed"]),
+            helper.make_node("Add", [f"l{layer}.mixed", before], [f"l{layer}.sum"]),
+        ]
+        before = f"l{layer}.sum"
+    nodes.append(helper.make_node("MatMul", [before, "w.out"], ["y"]))
+    weights.append(("w.out", (64, 3)))
+    made = [numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name) for name, shape in weights]
+    made.append(numpy_helper.from_array(np.array([1], np.int64), "axes"))
+    return save(helper.make_graph(nodes, "g", [info("x0"), info("x1")], [info("y")], made), path)
+
+
+def test_the_first_layer_is_like_the_others_when_what_all_share_stands_before_it(tmp_path: Path) -> None:
+    path = masked(tmp_path / "m.onnx", 6)
+    structure = analyse(path)
+    names = [node.outputs[0].name for node in PreparedGraph(path).nodes]
+    assert set(names[:2]) == {"hole", "mask"}
+    (repeat,) = structure.repeats
+    assert repeat.count == 6
+    inside = structure.blocks[repeat.first : repeat.end]
+    assert sum(block.op_types.get("Softmax", 0) for block in inside) == 6

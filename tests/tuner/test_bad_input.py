@@ -217,7 +217,7 @@ def test_an_unknown_target_is_refused_with_the_known_ones(
 
 
 def test_operators_that_the_model_has_not_are_refused_with_those_it_has(tiny: Path, tune: Attempt) -> None:
-    assert_error_object(tune(tiny, *TINY, "--cut-around", "Relu,Convv"), "--cut-around", "'Convv'", "Conv", "Gemm")
+    assert_error_object(tune(tiny, *TINY, "--cut-around", "Relu,Convv"), "--cut-around", "'Convv'", "Conv", "MatMul")
 
 
 def test_a_target_that_is_absent_here_is_refused_with_the_reason(tiny: Path, here: Any, tune: Attempt) -> None:
