@@ -33,6 +33,7 @@ _HANDS_ON = frozenset({"Reshape", "Transpose", "Cast", "Identity", "Squeeze", "U
 _LOWERED = frozenset(
     ["MatMulNBits", "GatherBlockQuantized", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"]
 )
+_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _WORK = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Gather", "Einsum", "Attention"])
 
 
@@ -197,14 +198,17 @@ def _fits(one: ir.Shape, other: ir.Shape) -> bool:
 
 def lowered_nodes(model: ir.Model) -> int:
     """Count operators that read a dequantized weight, products of two dequantized values, and what computes on integers in itself."""
-    return sum(_is_lowered(node) for node in ir.traversal.RecursiveGraphIterator(model.graph))
+    return sum(is_lowered(node) for node in ir.traversal.RecursiveGraphIterator(model.graph))
 
 
-def _is_lowered(node: ir.Node) -> bool:
+def is_lowered(node: ir.Node) -> bool:
+    """Say whether an operator computes on lowered values or weights."""
     if node.op_type in _LOWERED:
         return True
     if node.op_type not in _WORK:
         return False
+    if any(value is not None and value.dtype in _HALVES and _constant(value) is not None for value in node.inputs):
+        return True
     origins = [_dequantized(value) for value in node.inputs[: 1 if node.op_type == "Gather" else 3]]
     weights = any(origin is not None and _constant(origin) is not None for origin in origins[:3])
     return weights or (len(origins) > 1 and origins[0] is not None and origins[1] is not None)
@@ -226,8 +230,8 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def must_load(path: Path) -> Session:
-    """Have ONNX Runtime read the model, as it stands.
+def must_load(path: Path, *, optimised: bool = False) -> Session:
+    """Have ONNX Runtime read the model, as it stands, or (`optimised`) as it would run it.
 
     Raises:
         Unsupported: it does not, in its own words: then the tool wrote a graph that is not valid.
@@ -235,7 +239,8 @@ def must_load(path: Path) -> Session:
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if not optimised:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         session: Session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no class of their own but Exception

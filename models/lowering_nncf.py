@@ -55,11 +55,22 @@ def quantize(base: Path, samples: Sequence[Sample], options: Options) -> onnx.Mo
 
     Options: `preset` ("mixed": symmetric weights, asymmetric activations; "performance": both symmetric), `model_type` ("transformer":
     attention is left alone and SmoothQuant applied), `overflow` ("enable": weights of 7 bits, right where int8 products saturate, on
-    CPUs without VNNI; the default spares the first layer alone), `bias_correction` (bool).
+    CPUs without VNNI; the default spares the first layer alone), `bias_correction` (bool), `ranges` (how activations' ranges are estimated,
+    by NNCF's name: "mean_quantile"), `smooth` (SmoothQuant's alpha, in a model that is no transformer).
     """
     nncf = _import_nncf()
     transformer = options.get("model_type") == "transformer"
+    more: dict[str, Any] = {}
+    if "ranges" in options:
+        from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+
+        estimator = getattr(RangeEstimatorParametersSet, f"{options['ranges']}".upper())
+        more["activations_range_estimator_params"] = estimator
+    if "smooth" in options:
+        alpha = float(options["smooth"])
+        more["smooth_quant_alphas"] = nncf.AdvancedSmoothQuantParameters(convolution=alpha, matmul=alpha)
     advanced = nncf.AdvancedQuantizationParameters(
+        **more,
         overflow_fix=nncf.OverflowFix(f"{options.get('overflow', 'first_layer_only')}"),
         disable_bias_correction=not options.get("bias_correction", True),
         backend_params=_backend_params(base),

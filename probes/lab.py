@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from aivmm.errors import AivmmError
 from aivmm.models.records import ModelFacts
 from aivmm.probes import wire
+from aivmm.probes.accuracy import combined
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.race import Contestant
 from aivmm.probes.user_code import ask
@@ -22,7 +23,7 @@ from aivmm.runtime.target import Target, Unavailable
 from aivmm.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    from aivmm.models.lowering import Recipe
+    from aivmm.models.lowering_recipes import Recipe
 
 COMPILE_LIMIT_S = 300.0  # compilations of minutes are real on NPUs
 RUN_LIMIT_S = 120.0
@@ -53,8 +54,18 @@ class Made:
     nodes: int  # operators that were lowered
     weight_bytes: int
     duration_s: float
+    file_bytes: int
     sha256: str  # of the file
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sensitivity:
+    """How much noise (relative power of the error) each part of a lowered model adds, lowered alone, and the whole."""
+
+    parts: tuple[tuple[int, int, tuple[str, ...], float], ...]  # first block, last block, operators, noise
+    whole: float
+    complete: bool  # False when time ran out: the parts are then not all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,29 +183,85 @@ class Lab:
             seed=seed,
         )
 
-    def lower(self, model: Path, folder: Path, recipe: Recipe, *, category: str, samples: Sequence[Path], content: str) -> Made:
+    def lower(self, model: Path, folder: Path, recipe: Recipe, *, samples: Sequence[Path], content: str) -> Made:
         """Lower a prepared model; what was made before is taken from `folder`. The worker ends with it: the tools leave gigabytes behind.
 
         Raises:
             Unsupported: the recipe does not apply.
             WorkerDied: the tool crashed or hung.
         """
+        answer = self._lowering(
+            "lower",
+            model=str(model),
+            folder=str(folder),
+            recipe=recipe.name,
+            options=dict(recipe.options),
+            samples=list(map(str, samples)),
+            content=content,
+        )
+        return Made(**{**answer, "path": Path(answer["path"]), "notes": tuple(answer["notes"])})
+
+    def sensitivity(
+        self,
+        model: Path,
+        lowered: Path,
+        recipe: Recipe,
+        *,
+        blocks: Sequence[tuple[int, int]],
+        samples: Sequence[Path],
+        references: Sequence[Path],
+        most: int,
+        limit_s: float,
+    ) -> Sensitivity:
+        """Measure the noise of each part of a lowered model. Raises as `lower`."""
+        answer = self._lowering(
+            "sensitivity",
+            model=str(model),
+            lowered=str(lowered),
+            recipe=recipe.name,
+            options=dict(recipe.options),
+            blocks=[list(each) for each in blocks],
+            samples=list(map(str, samples)),
+            references=list(map(str, references)),
+            most=most,
+            limit_s=limit_s,
+        )
+        parts = tuple((each["first"], each["last"], tuple(each["nodes"]), float(each["noise"])) for each in answer["parts"])
+        return Sensitivity(parts=parts, whole=float(answer["whole"]), complete=bool(answer["complete"]))
+
+    def noise(
+        self, model: Path, lowered: Path, recipe: Recipe, plain: Sequence[str], *, samples: Sequence[Path], references: Sequence[Path]
+    ) -> float:
+        """Measure the noise of a lowered model when some operators stay as they were. Raises as `lower`."""
+        answer = self._lowering(
+            "noise",
+            model=str(model),
+            lowered=str(lowered),
+            recipe=recipe.name,
+            options=dict(recipe.options),
+            plain=list(plain),
+            samples=list(map(str, samples)),
+            references=list(map(str, references)),
+        )
+        return float(answer["noise"])
+
+    def _lowering(self, operation: str, **arguments: Any) -> dict[str, Any]:
         worker = Worker("lowering")
         try:
-            answer = worker.call(
-                "lower",
-                limit_s=_LOWER_LIMIT_S,
-                model=str(model),
-                folder=str(folder),
-                precision=recipe.precision,
-                recipe=recipe.name,
-                category=category,
-                samples=list(map(str, samples)),
-                content=content,
-            )
+            return worker.call(operation, limit_s=_LOWER_LIMIT_S, **arguments)
         finally:
             worker.close()
-        return Made(**{**answer, "path": Path(answer["path"]), "notes": tuple(answer["notes"])})
+
+    def judge(self, contestant: Contestant, samples: Sequence[Path], references: Sequence[Path]) -> tuple[dict[str, float], str]:
+        """Run what is loaded on samples; return the measures over all of them, and what makes its outputs unusable ("" if nothing)."""
+        found, problem = [], ""
+        for sample, reference in zip(samples, references, strict=True):
+            answer = contestant.worker.call(
+                "judge", limit_s=run_limit_s(), name=contestant.name, inputs=str(sample), reference=str(reference)
+            )
+            found.append(answer["accuracy"])
+            problem = problem or answer["problem"]
+        return combined(found), problem
 
     def rebatch(self, lowered: Path, base: Path, prepared: Path, destination: Path) -> None:
         """Carry a model lowered at one batch over to another. Raises as `lower`."""

@@ -13,7 +13,7 @@ import numpy as np
 from aivmm.errors import UsageError
 from aivmm.probes import conformance, fusion, operator_probes, phases, serving, transfers, wire
 from aivmm.probes.accuracy import judge, narrowed
-from aivmm.probes.lowering import lower, rebatch
+from aivmm.probes.lowering import lower, noise, rebatch, sensitivity
 from aivmm.probes.machine import peak_memory_bytes
 from aivmm.probes.timer import BATCH_BELOW_S as BATCH_BELOW_S
 from aivmm.probes.timer import time_steps
@@ -387,6 +387,8 @@ OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "knobs": knobs,
     "load_bundle": load_bundle,
     "lower": lower,
+    "noise": noise,
+    "sensitivity": sensitivity,
     "memory": memory,
     "metric": metric,
     "outputs": outputs,

@@ -10,12 +10,15 @@ from typing import Literal
 
 Setting = str | int | float | bool
 
-LOWERED = ("int8", "int4")  # precisions that are written into the model itself; the others are asked for by a hint
+LOWERED = ("int8", "int4")  # precisions that are always written into the model itself; the others may be asked for by a hint
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Settings in the runtime's own names, and the precision asked for; None leaves the precision to the runtime's default."""
+    """Settings in the runtime's own names, and the precision asked for; None leaves the precision to the runtime's default.
+
+    A precision that is in the model itself says how it came there: "int8:nncf-mixed", "fp16:ort-half" (docs/decisions/0027).
+    """
 
     settings: tuple[tuple[str, Setting], ...] = ()
     precision: str | None = None
@@ -43,8 +46,13 @@ class Config:
 
     @property
     def lowered(self) -> str | None:
-        """The precision that the model itself has to be lowered to, or None when the model stays as it is."""
-        return self.precision if self.precision in LOWERED else None
+        """The precision that the model itself has to be lowered to, and how, or None when the model stays as it is."""
+        return self.precision if self.precision is not None and (":" in self.precision or self.precision in LOWERED) else None
+
+    @property
+    def family(self) -> str | None:
+        """The precision without the way it came into the model: "int8"."""
+        return None if self.precision is None else self.precision.partition(":")[0]
 
     def compiled_for(self, native: Sequence[str]) -> Config:
         """Return what a target that runs `native` precisions is asked for: a precision that is in the model itself needs no hint.

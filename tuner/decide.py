@@ -166,10 +166,10 @@ class Decider:
     def _not_among_precisions(self, target: Target, config: Config) -> str:
         """Say how a config breaks --precisions; "" when it does not. A config that names none computes in its target's default."""
         wanted = self.work.options.precisions
-        if not wanted or config.precision in wanted:
+        if not wanted or config.family in wanted:
             return ""
         if config.precision is not None:
-            return f"it computes in {config.precision}, which is not among --precisions"
+            return f"it computes in {config.family}, which is not among --precisions"
         default = self.explorer.default_precision(target)
         if default:
             return "" if default in wanted else f"its default computes in {default}, which is not among --precisions"

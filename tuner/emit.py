@@ -118,7 +118,7 @@ class Emitter:
         if precision not in self._lowered_segments:
             partial = self._folder / "partial.onnx"
             with Slicer(self._lowered(precision)) as slicer:
-                made = slicer.write_whole(partial, weights=WeightStore(self._folder / f"weights-{precision}.bin"))
+                made = slicer.write_whole(partial, weights=WeightStore(self._folder / f"weights-{precision.replace(':', '-')}.bin"))
             final = self._folder / f"{made.content[:32]}.onnx"
             partial.replace(final)
             self._lowered_segments[precision] = replace(made, path=final)

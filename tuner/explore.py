@@ -15,6 +15,7 @@ from aivmm.runtime.config import Config
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.target import Target
 from aivmm.tuner.measure import Measurer
+from aivmm.tuner.precision import Scout
 from aivmm.tuner.work import Work
 
 SEARCH_UNTIL = 0.62  # the share of the budget by which the search has to end, counted from the start
@@ -38,6 +39,7 @@ class Explorer:
     stands_for: dict[str, Candidate]  # key of an alias -> the measured candidate that it resolves to
     search: Search
     measurer: Measurer
+    scout: Scout
 
     def __init__(self, work: Work, *, searched_before: bool) -> None:
         self.work = work
@@ -47,6 +49,8 @@ class Explorer:
 
     def run(self) -> None:
         """Explore."""
+        if self.work.subject.lowered_precisions:
+            self.work.subject.lowerer.restore(self.work.database.lowerings(self.work.subject.structure.content))
         self.baselines = self._baselines()
         self.search = self._search(self.baselines)
         for each in self.work.lab.trouble:
@@ -212,9 +216,9 @@ class Explorer:
         search.enqueue(
             Candidate(target=target, config=Config(precision=precision), batch=batches[0])
             for target in targets
-            for precision in dict.fromkeys((precisions[target][0], *self.work.subject.lowered_precisions))
+            for precision in dict.fromkeys((precisions[target][0], *self.work.variants.get(str(target), ())))
         )
-        if not self.searched_before and self.work.options.min_segments == 1:
+        if targets and not self.searched_before and self.work.options.min_segments == 1:
             self._search_on(search)
         self.measurer.release()
         return search
@@ -226,26 +230,37 @@ class Explorer:
             outcome = self.outcome(candidate)
             if isinstance(outcome, Score | Rejection) and outcome.ratio is not None and candidate.target in self.work.targets:
                 best[candidate.target] = min(best.get(candidate.target, outcome.ratio), outcome.ratio)
-        best = {target: ratio for target, ratio in best.items() if self.work.precisions(target)}
+        lowerable = bool(self.work.subject.lowered_precisions)
+        best = {target: ratio for target, ratio in best.items() if lowerable or self.work.precisions(target)}
         if not best:
             reasons = "; ".join(f"{each.name}: {_reason(self.outcome(candidate))}" for each, candidate in baselines)
             raise ModelError(f"no baseline of {self.work.subject.facts.name} could be measured ({reasons})", advice="try --retry-failed")
         least = min(best.values())
         hopeless = _HOPELESS[self.work.options.objective]
+        self._scout([target for target in best if best[target] <= least * hopeless * _LOWERED_GAIN])
         worth: dict[Target, list[str | None]] = {}
         for target in best:
             behind = best[target] / least
-            lowered: list[str | None] = list(self.work.subject.lowered_precisions)
+            lowered: list[str | None] = list(self.work.variants.get(str(target), ()))
             if behind <= hopeless:
                 worth[target] = self.work.precisions(target)
-            elif lowered and behind <= hopeless * _LOWERED_GAIN:
+            elif lowered:
                 worth[target] = lowered
                 self.work.note(
                     f"{target} was searched in {', '.join(map(str, lowered))} only: its defaults take {behind:.1f} times as long"
                 )
             else:
                 self.work.note(f"{target} was not searched: its defaults take {behind:.1f} times as long as the best ones")
-        return worth
+        return {target: found for target, found in worth.items() if found}
+
+    def _scout(self, targets: Sequence[Target]) -> None:
+        """Find the lowered models that are worth searching with; an earlier run's findings are taken from what was recalled."""
+        self.scout = Scout(self.work, self.measurer, self.known)
+        if self.searched_before:
+            found = {target: self.scout.survivors(target) for target in targets} if self.work.subject.lowered_precisions else {}
+        else:
+            found = self.scout.run(targets)
+        self.work.variants = {str(target): variants for target, variants in found.items()}
 
     def _search_on(self, search: Search) -> None:
         # The time that reading the model and looking for devices took is no part of a short budget.

@@ -14,7 +14,7 @@ from aivmm.probes.lab import Lab, Made
 from aivmm.runtime.folders import cache_folder
 
 if TYPE_CHECKING:
-    from aivmm.models.lowering import Recipe
+    from aivmm.models.lowering_recipes import Recipe
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,33 +34,62 @@ class Lowerer:
     real_data: bool  # the samples are the user's
     saturates: bool  # a CPU takes part whose int8 products overflow 16 bits
     notes: list[str]
+    recipes: dict[str, Recipe] = field(default_factory=dict)  # by variant: what was asked for, or is known from earlier runs
     _made: dict[str, Made | Unsupported] = field(default_factory=dict)
     _carried: dict[tuple[str, int], Path | Unsupported] = field(default_factory=dict)
 
-    def recipe(self, precision: str) -> Recipe:
-        """Return how the model is lowered to `precision`."""
-        from aivmm.models.lowering import recipes  # here: it loads onnx_ir, a second before the first line is shown
+    def recipe(self, variant: str) -> Recipe:
+        """Return how the model is lowered to a variant ("int8:nncf-mixed"), or, for a precision alone, by its first recipe."""
+        from aivmm.models.lowering_recipes import named, recipes  # here: what they import takes a while, before the first line is shown
 
-        return recipes(precision, self.category, saturates=self.saturates)[0]
+        if variant not in self.recipes:
+            precision, _, name = variant.partition(":")
+            found = named(name, {}) if name else recipes(precision, self.category, saturates=self.saturates)[0]
+            if found is None:
+                raise Unsupported(f"there is no way {name!r} to lower a model to {precision}")
+            self.recipes[variant] = found
+        return self.recipes[variant]
 
-    def tag(self, precision: str) -> str:
+    def restore(self, records: Sequence[Lowering]) -> None:
+        """Know the parts that earlier runs lowered of this model with these samples."""
+        from aivmm.models.lowering_recipes import named
+
+        for each in records:
+            found = named(each.recipe, each.options)
+            if (
+                found is not None
+                and found.whole is not None
+                and each.content == self.content
+                and each.calibration == self._calibrated(found)
+            ):
+                self.recipes[found.variant] = found
+
+    def _calibrated(self, recipe: Recipe) -> str:
+        return self.calibration_digest if recipe.needs_data else ""
+
+    def tag(self, variant: str) -> str:
         """Return what tells this way of lowering from others: part of the key of times."""
-        recipe = self.recipe(precision)
+        recipe = self.recipe(variant)
         return f"{recipe.name}-{recipe.digest()[:8]}"
 
-    def path(self, precision: str) -> Path:
-        """Return the model lowered to `precision`, at the batch it was prepared for.
+    def made(self, variant: str) -> Made | None:
+        """Return what is known of a variant that was made, None when it was not."""
+        found = self._made.get(variant)
+        return found if isinstance(found, Made) else None
+
+    def path(self, variant: str) -> Path:
+        """Return the model lowered to `variant`, at the batch it was prepared for.
 
         Raises:
             Unsupported: it cannot be lowered; with the reason, the same each time.
         """
-        if precision not in self._made:
-            self._made[precision] = self._lower(precision)
-        return _or_raise(self._made[precision]).path
+        if variant not in self._made:
+            self._made[variant] = self._lower(variant)
+        return _or_raise(self._made[variant]).path
 
-    def record(self, precision: str, *, accuracy: Mapping[str, Mapping[str, float]] | None = None) -> Lowering | None:
-        """Return what the database keeps of the model lowered to `precision`, None when that was not tried; `accuracy` is by target."""
-        recipe, made = self.recipe(precision), self._made.get(precision)
+    def record(self, variant: str, *, accuracy: Mapping[str, Mapping[str, float]] | None = None) -> Lowering | None:
+        """Return what the database keeps of the model lowered to `variant`, None when that was not tried; `accuracy` is by target."""
+        recipe, made = self.recipe(variant), self._made.get(variant)
         if made is None:
             return None
         if isinstance(made, Unsupported):
@@ -69,40 +98,38 @@ class Lowerer:
             said = {"lowered_content": made.sha256, "weight_bytes": made.weight_bytes, "duration_s": made.duration_s}
         return Lowering(
             content=self.content,
-            precision=precision,
+            precision=recipe.precision,
             recipe=recipe.name,
             recipe_digest=recipe.digest(),
             options=dict(recipe.options),
-            calibration=self.calibration_digest if recipe.needs_data else "",
+            calibration=self._calibrated(recipe),
             data="real" if self.real_data else "synthetic",
             accuracy=accuracy or {},
             **said,
         )
 
-    def carried(self, precision: str, batch: int, prepared: Path) -> Path:
+    def carried(self, variant: str, batch: int, prepared: Path) -> Path:
         """Return the lowered model carried over to another batch, for which the model itself lies at `prepared`. Raises as `path`."""
-        if (precision, batch) not in self._carried:
-            lowered = self.path(precision)
-            destination = self.folder / f"{precision}-batch-{batch}.onnx"
+        if (variant, batch) not in self._carried:
+            lowered = self.path(variant)
+            destination = self.folder / f"{self.recipe(variant).name}-batch-{batch}.onnx"
             try:
                 self.lab.rebatch(lowered, self.model, prepared, destination)
-                self._carried[precision, batch] = destination
+                self._carried[variant, batch] = destination
             except Unsupported as error:
-                self._carried[precision, batch] = error
+                self._carried[variant, batch] = error
             except WorkerDied as died:
-                self._carried[precision, batch] = Unsupported(f"carrying the {precision} model over to batch {batch} {died.reason}")
-        return _or_raise(self._carried[precision, batch])
+                self._carried[variant, batch] = Unsupported(f"carrying the {variant} model over to batch {batch} {died.reason}")
+        return _or_raise(self._carried[variant, batch])
 
-    def _lower(self, precision: str) -> Made | Unsupported:
-        recipe = self.recipe(precision)
+    def _lower(self, variant: str) -> Made | Unsupported:
+        recipe = self.recipe(variant)
         try:
-            made = self.lab.lower(
-                self.model, _cache(self.folder), recipe, category=self.category, samples=self.calibration, content=self.content
-            )
+            made = self.lab.lower(self.model, _cache(self.folder), recipe, samples=self.calibration, content=self.content)
         except Unsupported as error:
             return error
         except WorkerDied as died:
-            return Unsupported(f"lowering to {precision} with {recipe.name} {died.reason}")
+            return Unsupported(f"lowering to {recipe.precision} with {recipe.name} {died.reason}")
         self.notes.extend(made.notes)
         return made
 

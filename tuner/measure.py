@@ -88,7 +88,7 @@ class Measurer:
             return []
         by_environment = {environment_of(target).fingerprint: target for target in targets}
         found: dict[str, tuple[Candidate, ProbeKey]] = {}
-        subjects = [self.subject.subject_of(each) for each in (None, *self.subject.lowered_precisions)]
+        subjects = [self.subject.subject_of(each) for each in self._variants()]
         outcomes = [
             outcome
             for fingerprint in by_environment
@@ -100,6 +100,8 @@ class Measurer:
             if key.target != str(target):
                 continue
             candidate = Candidate(target=target, config=key.config, batch=key.batch, callers=key.callers)
+            if candidate.config.lowered not in self._variants():
+                continue  # of another version
             if self.key(candidate) != key:
                 continue  # lowered in another way
             found[candidate.key] = (candidate, key)
@@ -117,6 +119,12 @@ class Measurer:
                 used.append(key)
         self.database.link(self.run_id, used)
         return known
+
+    def _variants(self) -> tuple[str | None, ...]:
+        """Return the forms of the model that may have been measured: as it is, and lowered in each way."""
+        if not self.subject.lowered_precisions:
+            return (None,)
+        return (None, *dict.fromkeys((*self.subject.ways(), *self.subject.lowerer.recipes)))
 
     def _known(self, candidate: Candidate) -> Score | Rejection | None:
         for outcomes in reversed(self._races.values()):

@@ -11,10 +11,9 @@ from typing import Any
 from aivmm.errors import UsageError
 from aivmm.planner.constraints import Constraint, parse
 from aivmm.planner.levels import SERVICE_LEVELS
-from aivmm.runtime.config import LOWERED
 
 OBJECTIVES = ("latency", "throughput", "energy")
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32)
 DEFAULT_BUDGET_S = 60.0
 DEFAULT_COSINE = 0.999
@@ -80,8 +79,8 @@ class TuneOptions:
 
     @property
     def lowered_precisions(self) -> tuple[str, ...]:
-        """The precisions named that a model has to be lowered to."""
-        return tuple(each for each in self.precisions if each in LOWERED)
+        """The precisions named that a model can be lowered to: int8 and int4 are in the model always, bf16 and fp16 may be."""
+        return tuple(each for each in self.precisions if each != "fp32")
 
     def parsed_constraints(self) -> tuple[Constraint, ...]:
         """Return the constraints, parsed."""

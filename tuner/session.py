@@ -229,7 +229,7 @@ class Session:
             "constraints": sorted(options.constraints),
             "environments": sorted(environment_of(target).fingerprint for target in work.targets),
             "precisions": sorted(options.precisions),
-            "lowered": sorted(work.subject.subject_of(each) for each in work.subject.lowered_precisions),
+            "lowered": sorted(work.subject.subject_of(each) for each in work.subject.ways()),
             "metric": options.metric,
             "data": work.subject.data_digest,
             "batches": list(options.batches),

@@ -19,7 +19,7 @@ from aivmm.probes.accuracy import judge
 from aivmm.probes.client import WorkerDied
 from aivmm.probes.lab import Lab, Loaded
 from aivmm.probes.operations import load_arrays, save_arrays
-from aivmm.runtime.config import Config
+from aivmm.runtime.config import LOWERED, Config
 from aivmm.runtime.folders import cache_folder
 from aivmm.runtime.target import Target
 from aivmm.tuner.lowering import Lowerer
@@ -31,6 +31,7 @@ MOST_SAMPLES = 64  # of those that a user gives, to judge accuracy on
 MOST_READ = 1000  # of a data set
 REAL_ENOUGH = 8  # so many real samples are worth calibrating with
 _SYNTHETIC_CALIBRATION = 24
+_SYNTHETIC_CHOOSING, _MOST_CHOOSING = 8, 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,7 @@ class Subject:
         self._calibration: tuple[Path, ...] = ()
         self._extras: tuple[Path | None, ...] = ()
         self._lowerer: Lowerer | None = None
+        self._choosing: tuple[tuple[Path, ...], tuple[Path, ...]] | None = None
 
     @property
     def path(self) -> Path:
@@ -97,10 +99,34 @@ class Subject:
 
     @property
     def lowered_precisions(self) -> tuple[str, ...]:
-        """The precisions that the model may be lowered to: those that were named, or int8 where real data is there to calibrate with."""
+        """The precisions that the model may be lowered to: those that were named, or int8 and int4 where real data is there."""
         if self._options.precisions:
             return self._options.lowered_precisions
-        return ("int8",) if self.real_data and len(self._calibration) >= REAL_ENOUGH else ()
+        return LOWERED if self.real_data and len(self._calibration) >= REAL_ENOUGH else ()
+
+    def ways(self) -> tuple[str, ...]:
+        """Return each way to lower the whole model, as configs name it."""
+        from aivmm.models.lowering_recipes import recipes
+
+        category = self.facts.category.name
+        return tuple(each.variant for family in self.lowered_precisions for each in recipes(family, category))
+
+    def choosing(self) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+        """Return samples to choose a way of lowering by, and their fp32 outputs. The proof judges on others.
+
+        Of a user's data they are samples that calibrated: what was held out stays so.
+        """
+        if self._choosing is None:
+            if self._calibration:
+                samples = self._calibration[:_MOST_CHOOSING]
+            else:
+                samples = tuple(self._folder / f"choosing-{index}.npz" for index in range(_SYNTHETIC_CHOOSING))
+                self._lab.make_samples(self.path, self.facts.inputs, samples, seed=(self._options.seed + 2) % 2**32)
+            target, _, _ = self.reference_name.partition(" ")
+            found = self.target_named(target)
+            config = Config(precision="fp32" if "fp32" in found.precisions else None)
+            self._choosing = (samples, self._refer(self._lab.load(self.path, found, config, inputs=samples[0]), samples))
+        return self._choosing
 
     @property
     def lowerer(self) -> Lowerer:

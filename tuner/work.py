@@ -44,6 +44,7 @@ class Work:
     run_id: str
     asked: Callable[[], bool]  # True once the user wants an end: what is running is finished, nothing new is begun
     notes: list[str] = field(default_factory=list)
+    variants: dict[str, Sequence[str]] = field(default_factory=dict)  # by str(target): the lowered models that its search may use
     _emitters: dict[int, Emitter] = field(default_factory=dict)
     _layouts: int = 0  # that the blocks have had
 
@@ -66,7 +67,7 @@ class Work:
     def precisions(self, target: Target) -> list[str | None]:
         """Return the precisions that may be searched on a target."""
         wanted = [each for each in target.precisions if not self.options.precisions or each in self.options.precisions]
-        return [*wanted, *self.subject.lowered_precisions]
+        return [*wanted, *self.variants.get(str(target), ())]
 
     def batches(self) -> tuple[int, ...]:
         """Return the batches that may be searched."""

@@ -20,8 +20,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from aivmm.errors import Unsupported, UsageError
 from aivmm.models import lowering_model
-from aivmm.models.lowering import Lowered, Recipe, calibration_digest, lower, lower_cached, recipes
+from aivmm.models.lowering import Lowered, lower
 from aivmm.models.lowering_batch import rebatch
+from aivmm.models.lowering_cache import calibration_digest, lower_cached
+from aivmm.models.lowering_recipes import Recipe, recipes
 from aivmm.models.prepare import prepare
 from aivmm.runtime.openvino import OpenVino
 

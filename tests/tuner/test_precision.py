@@ -48,7 +48,7 @@ LOWERED = ("--precisions", "int8", "--dataset", "labelled.npz", "--metric", "min
 def test_a_model_lowered_with_a_data_set_is_judged_by_the_users_metric_and_runs(shared: Place, tiny: Path, lowered: Finished) -> None:
     assert (lowered.code, lowered.err) == (0, "")
     found = lowered.json
-    assert [stage["precision"] for stage in found["plan"]["stages"]] == ["int8"]
+    assert [stage["precision"].partition(":")[0] for stage in found["plan"]["stages"]] == ["int8"]
     assert found["accuracy"]["metric"] == "metric" and found["accuracy"]["data"] == "real"
     assert 0.5 <= found["accuracy"]["value"] <= 1.0 and found["accuracy"]["limit"] == 0.5
     assert "int8" in found["verdict"] and "Your metric is" in found["verdict"]
@@ -92,7 +92,7 @@ def test_eight_real_samples_let_int8_join_and_synthetic_ones_do_not(shared: Plac
 def precisions_tried(place: Place) -> set[str | None]:
     """Return the precisions that the newest run of a place searched."""
     with Database.open(str(place.db)) as database:
-        return {trial.config.precision for trial in database.trials(database.runs()[0].id)}
+        return {trial.config.family for trial in database.trials(database.runs()[0].id)}
 
 
 @pytest.mark.parametrize(

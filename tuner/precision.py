@@ -1,0 +1,363 @@
+"""Precision scouted before the search: which ways of lowering apply to a target, stay within the limit, and are worth its trials.
+
+Ways are tried best first, as successive halving does: each is judged for accuracy on its target, those within the limit race shortly with
+their defaults, and the best two go on into the search as choices of its precision. Where no whole model will do, its blocks are lowered
+each alone, and models that leave the costly ones as they were take part.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from aivmm.errors import AivmmError, Unsupported
+from aivmm.planner.candidates import Candidate, Rejection, Score
+from aivmm.planner.constraints import ACCURACY, check
+from aivmm.planner.precision import Choice, Way, adds_up, front, most_noise, searched_front, unfit
+from aivmm.probes.accuracy import over_limit
+from aivmm.probes.client import WorkerDied
+from aivmm.probes.lab import Sensitivity
+from aivmm.runtime.config import Config
+from aivmm.runtime.target import Target
+from aivmm.tuner.measure import Measurer
+from aivmm.tuner.work import Work
+
+if TYPE_CHECKING:
+    from aivmm.models.lowering_recipes import Recipe
+
+_SHARE, _MOST_S = 0.35, 55.0  # of the budget; what a search may take longer for the sake of lower precisions
+_SURVIVORS = 2  # variants of a target that its search goes on with
+_GROUP, _GROUP_S = 3, 2.0
+_WORTH = 1.15  # a variant this far behind the best of its target does not go on
+_MOST_PARTS = 12
+_LEVELS = (0.9, 0.5, 0.2)  # shares of the noise that the limit allows: the points of the front that are proven
+_ENOUGH = 0.9  # lowered models that take less than this share of fp32's time need no mixing
+
+Known = dict[str, tuple[Candidate, Score | Rejection]]
+
+
+@dataclass(slots=True)
+class Scout:
+    """Finds the variants that a search on a target may use; `known` takes up how each came out."""
+
+    work: Work
+    measurer: Measurer
+    known: Known
+    judged: dict[tuple[str, str], Mapping[str, float]] = field(default_factory=dict)  # (target, variant) -> accuracy
+    problems: dict[tuple[str, str], str] = field(default_factory=dict)  # (target, variant) -> why it is out
+    parts: dict[str, Sensitivity] = field(default_factory=dict)  # by variant of the whole
+    _started: float = 0.0
+    _allowed_s: float = 0.0
+
+    def run(self, targets: Sequence[Target]) -> dict[Target, list[str]]:
+        """Try ways of lowering, best first, until what may be spent is; return what each target's search goes on with."""
+        families = self.work.subject.lowered_precisions
+        if not families or not targets:
+            return {}
+        self.work.progress.phase("lowering the model")
+        self._started = time.perf_counter()
+        self._allowed_s = min(_MOST_S, _SHARE * self.work.options.budget_s)
+        ways = {family: self._ways(family, targets) for family in families}
+        first = [recipes[0] for recipes in ways.values() if recipes]
+        others = [recipe for rank in range(1, 20) for recipes in ways.values() for recipe in recipes[rank : rank + 1]]
+        self._try(first, targets)
+        for recipe in others:
+            if self._left() <= 0 or self.work.asked():
+                break
+            if not self._settled(recipe, targets):
+                self._try([recipe], targets)
+        for target in targets:
+            if self._left() > 0 and not self.work.asked() and self._needs_mixing(target):
+                self._mix(target)
+        self._tell(targets)
+        return {target: self.survivors(target) for target in targets}
+
+    def survivors(self, target: Target) -> list[str]:
+        """Return the variants that are within the limit and nearly as fast on a target as its best one, the best first."""
+        scored = sorted(self._scored(target), key=lambda each: each[1])
+        return [variant for variant, ratio in scored if ratio <= _WORTH * scored[0][1]][:_SURVIVORS]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what was found, for the record of the run and its report."""
+        tried = []
+        for (target, variant), metrics in self.judged.items():
+            made = self.work.subject.lowerer.made(variant)
+            outcome = self._outcome(target, variant)
+            tried.append(
+                {
+                    "target": target,
+                    "precision": variant,
+                    "accuracy": dict(metrics),
+                    "problem": self.problems.get((target, variant), ""),
+                    "ratio": outcome.ratio if isinstance(outcome, Score) else None,
+                    "median_s": outcome.median_s if outcome else None,
+                    "weight_bytes": made.weight_bytes if made else None,
+                    "file_bytes": made.file_bytes if made else None,
+                }
+            )
+        sensitivity = {
+            variant: [{"first": first, "last": last, "operators": len(nodes), "noise": noise} for first, last, nodes, noise in found.parts]
+            for variant, found in self.parts.items()
+        }
+        return {"tried": tried, "sensitivity": sensitivity}
+
+    # --- which ways there are
+
+    def _ways(self, family: str, targets: Sequence[Target]) -> list[Recipe]:
+        """Return the recipes of a precision that apply to any of the targets; say why, where none does."""
+        from aivmm.models.lowering_recipes import recipes
+
+        subject = self.work.subject
+        known = recipes(family, subject.facts.category.name, saturates=subject.lowerer.saturates)
+        fitting = [recipe for recipe in known if any(not self._unfit(recipe, target) for target in targets)]
+        for target in targets:
+            reasons = [self._unfit(recipe, target) for recipe in known]
+            if all(reasons) and family in self.work.options.precisions:
+                self.work.note(f"{family} does not apply: {reasons[0]}")
+        return fitting
+
+    def _unfit(self, recipe: Recipe, target: Target) -> str:
+        return unfit(way_of(recipe), target, op_types={each.op_type for each in self.work.subject.structure.operators})
+
+    def _settled(self, recipe: Recipe, targets: Sequence[Target]) -> bool:
+        """True when a recipe that makes as fast a model, and was tried before, is within the limit wherever this one could run."""
+        from aivmm.models.lowering_recipes import pace
+
+        lowerer = self.work.subject.lowerer
+        alike = [variant for _, variant in self.judged if pace(lowerer.recipe(variant)) == pace(recipe)]
+        where = [target for target in targets if not self._unfit(recipe, target)]
+        return all(any(self._is_within(str(target), variant) for variant in alike) for target in where)
+
+    def _is_within(self, target: str, variant: str) -> bool:
+        return (target, variant) in self.judged and (target, variant) not in self.problems
+
+    # --- trying them
+
+    def _try(self, recipes: Sequence[Recipe], targets: Sequence[Target]) -> None:
+        """Lower by each recipe, judge the outcome on each target, and race what is within the limit."""
+        racing = []
+        for recipe in recipes:
+            self.work.subject.lowerer.recipes[recipe.variant] = recipe
+            for target in targets:
+                if not self._unfit(recipe, target) and self._judge(target, recipe.variant):
+                    racing.append(self._candidate(target, recipe.variant))
+        racing = [each for each in racing if each.key not in self.known]
+        for start in range(0, len(racing), _GROUP):
+            group = racing[start : start + _GROUP]
+            found = self.measurer.measure(group, budget_s=_GROUP_S, tell=self.work.tell_race)
+            self.known.update({each.key: (each, found[each.key]) for each in group})
+
+    def _judge(self, target: Target, variant: str) -> bool:
+        """Say whether a variant stays within the limit on a target; its accuracy is stored either way."""
+        place, subject = (str(target), variant), self.work.subject
+        try:
+            samples, references = subject.choosing()
+            config = Config(precision=variant)
+            path = subject.variant(subject.base_batch, variant)
+            loaded = self.work.lab.load(path, target, config, inputs=samples[0], reference=references[0])
+            try:
+                metrics, problem = self.work.lab.judge(loaded.contestant, samples, references)
+            finally:
+                self.work.lab.unload(loaded.contestant)
+        except (Unsupported, WorkerDied, AivmmError) as error:
+            self.problems[place] = error.reason if isinstance(error, WorkerDied) else error.message
+            record = subject.lowerer.record(variant)
+        else:
+            self.judged[place] = metrics
+            if problem := problem or self._over(metrics):
+                self.problems[place] = problem
+            record = subject.lowerer.record(variant, accuracy={str(target): metrics})
+        if record is not None:
+            self.work.database.remember_lowering(record)
+        return place not in self.problems
+
+    def _over(self, metrics: Mapping[str, float]) -> str:
+        """Say which limit on accuracy is broken, or return ""."""
+        if not self.work.subject.deterministic:
+            return ""
+        if self.work.cosine_limit is not None:
+            problem = over_limit(metrics.get("cosine", -1.0), metrics.get("relative_l2", 0.0), self.work.cosine_limit)
+            if problem:
+                return problem
+        limits = [each for each in self.work.constraints if each.metric in ACCURACY]
+        return next((each.sentence for each in check(limits, metrics)), "")
+
+    def _candidate(self, target: Target, variant: str) -> Candidate:
+        return Candidate(target=target, config=Config(precision=variant), batch=self.work.subject.base_batch)
+
+    def _outcome(self, target: str, variant: str) -> Score | Rejection | None:
+        for candidate, outcome in self.known.values():
+            if (str(candidate.target), candidate.config) == (target, Config(precision=variant)):
+                return outcome
+        return None
+
+    def _scored(self, target: Target) -> list[tuple[str, float]]:
+        """Return the lowered variants that have a time on a target, over the reference's."""
+        return [
+            (candidate.config.lowered, outcome.ratio)
+            for candidate, outcome in self.known.values()
+            if candidate.target == target and candidate.config.lowered and not candidate.config.settings and isinstance(outcome, Score)
+            if (str(target), candidate.config.lowered) not in self.problems
+        ]
+
+    def _left(self) -> float:
+        return self._started + self._allowed_s - time.perf_counter()
+
+    # --- mixing
+
+    def _plain_ratio(self, target: Target) -> float | None:
+        """Return the best time of the model as it is on a target, over the reference's."""
+        ratios = [
+            outcome.ratio
+            for candidate, outcome in self.known.values()
+            if candidate.target == target and not candidate.config.lowered and outcome.ratio is not None
+        ]
+        return min(ratios, default=None)
+
+    def _needs_mixing(self, target: Target) -> bool:
+        plain = self._plain_ratio(target)
+        best = min((ratio for _, ratio in self._scored(target)), default=None)
+        return best is None or (plain is not None and best > _ENOUGH * plain)
+
+    def _mix(self, target: Target) -> None:
+        """Leave as they were the blocks of a lowered model that cost the most accuracy for their gain, and try what comes out."""
+        from aivmm.models.lowering_recipes import part_of
+
+        whole = self._to_mix(target)
+        if whole is None:
+            return
+        found = self._sensitivity(whole)
+        if found is None or len(found.parts) < 2:
+            return
+        lowerer = self.work.subject.lowerer
+        everything = {node for _, _, nodes, _ in found.parts for node in nodes}
+        recipes = []
+        for choice in self._choices(target, whole, found):
+            kept = {node for index in choice.parts for node in found.parts[index][2]}
+            recipe = part_of(lowerer.recipe(whole), sorted(everything - kept))
+            if recipe.plain and recipe.variant not in lowerer.recipes:
+                recipes.append(recipe)
+        for recipe in recipes:
+            if self._left() > 0 or recipe is recipes[0]:
+                self._try([recipe], [target])
+
+    def _to_mix(self, target: Target) -> str | None:
+        """Return the whole lowered model to take apart: of those whose operators can be given back, the one with the least noise."""
+        lowerer = self.work.subject.lowerer
+        usable = [
+            (metrics["relative_l2"], variant)
+            for (where, variant), metrics in self.judged.items()
+            if where == str(target) and "relative_l2" in metrics and lowerer.recipe(variant).kind == "static"
+            if lowerer.recipe(variant).whole is None
+        ]
+        return min(usable)[1] if usable else None
+
+    def _sensitivity(self, variant: str) -> Sensitivity | None:
+        if variant not in self.parts:
+            subject = self.work.subject
+            samples, references = subject.choosing()
+            try:
+                self.parts[variant] = self.work.lab.sensitivity(
+                    subject.path,
+                    subject.lowerer.path(variant),
+                    subject.lowerer.recipe(variant),
+                    blocks=[(block.first, block.last) for block in subject.structure.blocks],
+                    samples=samples[:4],
+                    references=references[:4],
+                    most=_MOST_PARTS,
+                    limit_s=max(5.0, self._left()),
+                )
+            except (Unsupported, WorkerDied) as error:
+                self.work.note(f"{variant} cannot be mixed: {error.reason if isinstance(error, WorkerDied) else error.message}")
+                return None
+        return self.parts[variant]
+
+    def _choices(self, target: Target, whole: str, found: Sensitivity) -> list[Choice]:
+        """Return the parts to lower: the points of the front of noise and gain that the limit allows, the largest gain first."""
+        noises = [noise for _, _, _, noise in found.parts]
+        gains = self._gains(target, whole, found)
+        limits = {each.metric: each.limit for each in self.work.constraints if each.metric in ACCURACY}
+        most = most_noise(limits, self.work.cosine_limit)
+        allowed = most if most is not None and most > 0 else found.whole
+        if adds_up(noises, found.whole):
+            return list(front(noises, gains, [share * allowed for share in _LEVELS]))
+        self.work.note(f"the noise of {whole}'s blocks does not add up ({sum(noises):.2g} for {found.whole:.2g}): mixtures were searched")
+        lowerer, subject = self.work.subject.lowerer, self.work.subject
+        samples, references = subject.choosing()
+
+        def evaluate(parts: tuple[int, ...]) -> float:
+            plain = [node for index, part in enumerate(found.parts) if index not in parts for node in part[2]]
+            return self.work.lab.noise(
+                subject.path, lowerer.path(whole), lowerer.recipe(whole), plain, samples=samples[:4], references=references[:4]
+            )
+
+        tried = searched_front(
+            gains, noises, evaluate, trials=8, seed=self.work.options.seed, stop=lambda: self._left() <= 0 or self.work.asked()
+        )
+        return [each for each in tried if each.noise <= allowed][: len(_LEVELS)]
+
+    def _gains(self, target: Target, whole: str, found: Sensitivity) -> list[float]:
+        """Return what lowering each part is worth.
+
+        Where the lowered model is faster, that is its share of the arithmetic. Where it is not, each part is lowered alone and raced, since
+        some parts lose what others gain.
+        """
+        outcome = self._outcome(str(target), whole)
+        plain = self._plain_ratio(target)
+        ratio = outcome.ratio if outcome is not None else self._ratio_regardless(target, whole)
+        if ratio is not None and plain is not None and ratio > _ENOUGH * plain:
+            return self._raced_gains(target, whole, found, plain)
+        blocks = self.work.subject.structure.blocks
+        flops = [sum(block.flops or 0.0 for block in blocks[first : last + 1]) for first, last, _, _ in found.parts]
+        return [max(each, 1.0) for each in flops]
+
+    def _ratio_regardless(self, target: Target, variant: str) -> float | None:
+        """Return the time of a variant that is over the limit: it says what its parts may gain."""
+        candidate = self._candidate(target, variant)
+        outcome = self.measurer.measure([candidate], budget_s=_GROUP_S, tell=self.work.tell_race)[candidate.key]
+        self.known[candidate.key] = (candidate, outcome)
+        return outcome.ratio
+
+    def _raced_gains(self, target: Target, whole: str, found: Sensitivity, plain: float) -> list[float]:
+        from aivmm.models.lowering_recipes import part_of
+
+        lowerer = self.work.subject.lowerer
+        everything = {node for _, _, nodes, _ in found.parts for node in nodes}
+        alone = {}
+        for index, (_, _, nodes, _) in enumerate(found.parts):
+            recipe = part_of(lowerer.recipe(whole), sorted(everything.difference(nodes)))
+            lowerer.recipes[recipe.variant] = recipe
+            alone[index] = self._candidate(target, recipe.variant)
+        outcomes = self.measurer.measure(list(alone.values()), budget_s=max(4.0, min(10.0, self._left())), tell=self.work.tell_race)
+        ratios = {index: outcomes[candidate.key].ratio for index, candidate in alone.items()}
+        return [plain - ratio if (ratio := ratios[index]) is not None else 0.0 for index in range(len(found.parts))]
+
+    # --- telling
+
+    def _tell(self, targets: Sequence[Target]) -> None:
+        """Say in one line for each target what became of the ways that were tried there."""
+        for target in targets:
+            tried = [variant for where, variant in (*self.judged, *self.problems) if where == str(target)]
+            out = [
+                f"{variant} ({self.problems[str(target), variant]})" for variant in dict.fromkeys(tried) if self._is_out(target, variant)
+            ]
+            fine = [variant for variant in dict.fromkeys(tried) if not self._is_out(target, variant)]
+            if tried:
+                within = f"{', '.join(fine)} stay within the limit" if fine else "none stays within the limit"
+                self.work.note(
+                    f"{target}: of {len(fine) + len(out)} ways to lower the model, {within}" + "".join(f"; out: {each}" for each in out)
+                )
+
+    def _is_out(self, target: Target, variant: str) -> bool:
+        return (str(target), variant) in self.problems
+
+
+def way_of(recipe: Recipe) -> Way:
+    """Return what decides whether a recipe suits a target."""
+    options = dict(recipe.options)
+    symmetric = bool(options.get("symmetric")) or options.get("preset") == "performance"
+    return Way(
+        name=recipe.name, precision=recipe.precision, kind=recipe.kind, symmetric=symmetric, fused=options.get("form") == "QOperator"
+    )
