@@ -255,7 +255,7 @@ class Decider:
                 note = accuracy_text(accuracy, samples=len(proof.plan.samples) + 1)
                 lowered = next((piece.config.lowered for piece in proof.plan.draft.pieces if piece.config.lowered), None)
                 if lowered and not self.work.subject.real_data:
-                    note += f" {lowered} was also calibrated on synthetic inputs: bring --dataset before you rely on it."
+                    note += f" {lowered.partition(':')[0]} was also calibrated on synthetic inputs: bring --dataset before you rely on it."
             note += self._silent_precision(proof.plan.draft)
             return sentence(proof, objective=self.work.options.objective, accuracy_text=note), []
         nearest = _nearest(proof)

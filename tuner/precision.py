@@ -339,19 +339,13 @@ class Scout:
     def _tell(self, targets: Sequence[Target]) -> None:
         """Say in one line for each target what became of the ways that were tried there."""
         for target in targets:
-            tried = [variant for where, variant in (*self.judged, *self.problems) if where == str(target)]
-            out = [
-                f"{variant} ({self.problems[str(target), variant]})" for variant in dict.fromkeys(tried) if self._is_out(target, variant)
-            ]
-            fine = [variant for variant in dict.fromkeys(tried) if not self._is_out(target, variant)]
+            where = str(target)
+            tried = list(dict.fromkeys(variant for place, variant in (*self.judged, *self.problems) if place == where))
+            fine = [variant for variant in tried if (where, variant) not in self.problems]
+            out = [f"; out: {variant} ({self.problems[where, variant]})" for variant in tried if variant not in fine]
             if tried:
-                within = f"{', '.join(fine)} stay within the limit" if fine else "none stays within the limit"
-                self.work.note(
-                    f"{target}: of {len(fine) + len(out)} ways to lower the model, {within}" + "".join(f"; out: {each}" for each in out)
-                )
-
-    def _is_out(self, target: Target, variant: str) -> bool:
-        return (str(target), variant) in self.problems
+                within = f"within the limit: {', '.join(fine)}" if fine else "none is within the limit"
+                self.work.note(f"{where}: {len(tried)} ways of lowering the model were tried; {within}{''.join(out)}")
 
 
 def way_of(recipe: Recipe) -> Way:
