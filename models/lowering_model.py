@@ -34,7 +34,7 @@ _LOWERED = frozenset(
     ["MatMulNBits", "GatherBlockQuantized", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"]
 )
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_WORK = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Gather", "Einsum", "Attention"])
+WORK = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Gather", "Einsum", "Attention"])
 
 
 def read(path: Path) -> ir.Model:
@@ -205,7 +205,7 @@ def is_lowered(node: ir.Node) -> bool:
     """Say whether an operator computes on lowered values or weights."""
     if node.op_type in _LOWERED:
         return True
-    if node.op_type not in _WORK:
+    if node.op_type not in WORK:
         return False
     if any(value is not None and value.dtype in _HALVES and _constant(value) is not None for value in node.inputs):
         return True

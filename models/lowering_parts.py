@@ -49,10 +49,7 @@ def mixed(base: ir.Model, whole: ir.Model, plain: Collection[str]) -> ir.Model:
     Raises:
         Unsupported: `whole` does not correspond: it is no model in which operators kept their names.
     """
-    ours = {node.name: node for node in base.graph}
-    theirs = {node.name: node for node in whole.graph}
-    if not any(name in theirs for name in ours):
-        raise Unsupported("this way of lowering replaces operators: it cannot be applied to some of them only")
+    ours, theirs = {node.name: node for node in base.graph}, _corresponding(base, whole)
     copier = _Copier(base, ours)
     for name, node in ours.items():
         other = theirs.get(name)
@@ -69,14 +66,23 @@ def touched(base: ir.Model, whole: ir.Model) -> list[str]:
 
     Those that have no weights of their own are among them: an Add of two quantized values adds to the noise, too.
     """
-    ours = {node.name for node in base.graph}
-    theirs = {node.name: node for node in whole.graph}
+    ours, theirs = {node.name for node in base.graph}, _corresponding(base, whole)
     found = []
     for node in base.graph:
         other = theirs.get(node.name)
         if other is not None and other.op_type == node.op_type and any(_is_inserted(value, ours) for value in other.inputs):
             found.append(str(node.name))
     return found
+
+
+def _corresponding(base: ir.Model, whole: ir.Model) -> dict[str | None, ir.Node]:
+    """Return the nodes of a lowered model by name; it must still have every operator with weights. (A Relu may be gone in a range.)"""
+    theirs = {node.name: node for node in whole.graph}
+    for node in base.graph:
+        other = theirs.get(node.name)
+        if node.op_type in shared.WORK and (other is None or other.op_type != node.op_type):
+            raise Unsupported("this way of lowering replaces operators: it cannot be applied to some of them only")
+    return theirs
 
 
 def _is_inserted(value: ir.Value | None, ours: Collection[str | None]) -> bool:
@@ -187,8 +193,6 @@ class Taken:
         self._base = self._folder / "base.onnx"
         shared.save(base_of(self._prepared, self._recipe), self._base)
         self.names = touched(shared.read(self._base), shared.read(self._whole))
-        if not self.names:
-            raise Unsupported("this way of lowering replaces operators: it cannot be applied to some of them only")
 
     def __exit__(self, *error: object) -> None:
         self._shop.close()

@@ -21,6 +21,7 @@ from aivmm.runtime.target import Target
 _ADDITIVE = 2.0  # so far the sum of the parts' noise may be off the whole's, either way, and still serve to choose by
 _INTEGER_PROVIDERS = ("CPU", "TensorRT", "QNN", "CoreML", "MIGraphX", "DirectML")  # of ONNX Runtime: those with integer kernels
 _HALF_PROVIDERS = ("CUDA", "TensorRT", "DirectML", "MIGraphX")  # those that compute in fp16 when the model does
+_BFLOAT_PROVIDERS = ("CUDA", "TensorRT")
 _COMPILED_AHEAD = ("NPU", "QNN")  # devices whose ranges have to be known when the model is compiled
 _SYMMETRIC_ONLY = ("TensorRT",)
 
@@ -40,9 +41,9 @@ def unfit(way: Way, target: Target, *, op_types: Collection[str]) -> str:
     """Say why a way of lowering does not apply to a model with these operators on a target; "" when it does."""
     if problem := _nothing_to_lower(way, op_types):
         return problem
-    device = target.name.partition(":")[0].partition(".")[0]
+    device = _device_of(target)
     if way.kind == "cast":
-        return _no_cast(way.precision, target, device)
+        return "" if converts(target, way.precision) else _no_cast(way.precision, target)
     if target.runtime == "onnxruntime" and device not in _INTEGER_PROVIDERS and way.kind != "weights":
         return f"{target} has no integer kernels: it would dequantize and compute in fp32"
     if way.kind == "dynamic" and target.device.kind != "cpu":
@@ -68,13 +69,21 @@ def _nothing_to_lower(way: Way, op_types: Collection[str]) -> str:
     return ""
 
 
-def _no_cast(precision: str, target: Target, device: str) -> str:
+def converts(target: Target, precision: str) -> bool:
+    """Say whether a target computes in fp16 or bf16 when the model itself is converted to it."""
     if precision in target.precisions:
-        return ""
-    if target.runtime == "onnxruntime" and device in _HALF_PROVIDERS and (precision == "fp16" or device in ("CUDA", "TensorRT")):
-        return ""
-    lacks = ", ".join(target.precisions)
-    return f"{target} does not compute in {precision} ({lacks} alone): the model would be cast back and forth, and run slower"
+        return precision != "fp32"
+    providers = {"fp16": _HALF_PROVIDERS, "bf16": _BFLOAT_PROVIDERS}.get(precision, ())
+    return target.runtime == "onnxruntime" and _device_of(target) in providers
+
+
+def _no_cast(precision: str, target: Target) -> str:
+    has = ", ".join(target.precisions)
+    return f"{target} does not compute in {precision} ({has} alone): the model would be cast back and forth, and run slower"
+
+
+def _device_of(target: Target) -> str:
+    return target.name.partition(":")[0].partition(".")[0]
 
 
 # --- which parts of a model to lower

@@ -24,6 +24,7 @@ from aivmm.db.database import Database
 from aivmm.errors import UsageError
 from aivmm.planner.constraints import ACCURACY, Constraint
 from aivmm.planner.levels import SERVICE_LEVELS
+from aivmm.planner.precision import converts
 from aivmm.planner.records import RunRecord
 from aivmm.probes.lab import Lab
 from aivmm.probes.race import RaceState
@@ -177,9 +178,9 @@ class Session:
         if not targets:
             raise UsageError("--targets and the constraint on targets leave nothing to run on", advice="drop one of them")
         for each in self.options.precisions:
-            if each not in LOWERED and not any(each in target.precisions for target in targets):
+            if each not in LOWERED and not any(each in target.precisions or converts(target, each) for target in targets):
                 known = sorted({precision for target in targets for precision in target.precisions})
-                raise UsageError(f"no target here runs {each} natively", advice=f"--precisions can be: {', '.join((*known, 'int8'))}")
+                raise UsageError(f"no target here runs {each} natively", advice=f"--precisions can be: {', '.join((*known, *LOWERED))}")
         return targets
 
     def _require_counters(self, targets: Sequence[Target]) -> None:
