@@ -170,7 +170,7 @@ def check_listing(folder: Path, files: Mapping[str, str], *, root: str, shown: P
     """Raise BundleError unless `folder` holds the file `root` and what `files` lists, and nothing else; contents are not looked at."""
     for name in files:
         _check_name(name, shown)
-    present = _walk(folder, shown)
+    present = _walk(folder, shown, free=frozenset({REPORT_FILE}) - set(files))
     unlisted = sorted(name for name in present - set(files) - {root} if not _may_be_unlisted(name, root))
     if unlisted:
         raise BundleError(f"{shown} holds {unlisted[0]!r}, which its plan does not list", advice="remove it, or tune again")
@@ -266,8 +266,11 @@ def _check_name(name: str, shown: Path) -> None:
         raise BundleError(f"{shown} lists {name!r}, which is not a plain path inside the bundle")
 
 
-def _walk(folder: Path, shown: Path) -> set[str]:
-    """Return the files below `folder`. Links of both kinds are refused: the runtimes read hard-linked external data without a question."""
+def _walk(folder: Path, shown: Path, *, free: frozenset[str]) -> set[str]:
+    """Return the files below `folder`. Links of both kinds are refused: the runtimes read hard-linked external data without a question.
+
+    Those that are `free` are opened by nobody, so they may be hard links.
+    """
     found: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=False):
         for each in (*folders, *files):
@@ -278,7 +281,7 @@ def _walk(folder: Path, shown: Path) -> set[str]:
                 continue
             if not stat.S_ISREG(status.st_mode):
                 raise BundleError(f"{shown} holds {name!r}, which is a link or a special file")
-            if status.st_nlink > 1 and name != REPORT_FILE:
+            if status.st_nlink > 1 and name not in free:
                 raise BundleError(
                     f"{shown} holds {name!r}, which is hard-linked from elsewhere", advice="copy the bundle instead of linking it"
                 )

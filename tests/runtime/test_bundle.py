@@ -162,6 +162,16 @@ def test_hard_links_are_refused(bundle: Path) -> None:
 
 
 @links
+def test_a_hard_link_to_a_report_is_refused_where_the_plan_lists_it(bundle: Path) -> None:
+    """An unlisted report is opened by nobody; a listed file is read for its digest."""
+    (bundle.parent / "elsewhere").write_text("x")
+    os.link(bundle.parent / "elsewhere", bundle / "report.html")
+    Bundle.open(bundle).close()
+    edit_plan(bundle, lambda plan: plan["files"].update({"report.html": file_sha256(bundle / "report.html")}))
+    refused(bundle, "hard-linked from elsewhere")
+
+
+@links
 def test_special_files_are_refused_without_being_opened(bundle: Path) -> None:
     os.mkfifo(bundle / "pipe")
     with pytest.raises(BundleError, match="special file"):

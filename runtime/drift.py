@@ -1,0 +1,166 @@
+"""Drift: whether calls still take what the plan says, told from the noise that every machine has.
+
+The statistic is a one-sided CUSUM (Page, "Continuous inspection schemes", Biometrika 41, 1954) on the logarithm of the mean of `BLOCK`
+calls. Means of blocks, since another process that takes a share of the cores delays a few short calls by much or all long ones by a
+little, and the share is what both have in common; and since they are nearer to independent than calls are (Runger and Willemain,
+"Batch-means control charts for autocorrelated data", IIE Transactions 28, 1996). A call counts for at most twice the baseline and a
+scheduler's slice, and a block for at most `_CLIP`, so that a stall of a second is one stall.
+
+    S = min(_LIMIT, max(0, S + min(_CLIP, log(mean) - level)))          level = max(baseline + log(1.3) / 2, the plan's interval)
+
+log(1.3) / 2 is the allowance with which a shift of 30 % is found soonest (Page's k; Moustakides, Annals of Statistics 14, 1986). The event
+is raised when S has come to `_LIMIT` and the excursion has lasted `_LEAST_CALLS` calls and `_LEAST_S` seconds: a shift of 30 % is there
+after some 130 calls, and what somebody else's cron job does for less than a tenth of a second is not. The baseline is the median over the
+blocks of a warm-up, so it knows this machine, this process and its load; the plan's interval keeps what the proof has already seen from
+being called a drift.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from aivmm.runtime.plan import Number
+
+log = logging.getLogger("aivmm.engine")
+
+BLOCK = 16  # calls whose mean is one observation: what feeds a monitor gathers as many
+_SKIPPED_BLOCKS = 2  # the first calls after loading are slower
+_WARMUP_BLOCKS, _WARMUP_S = 8, 0.5  # the baseline is taken over at least so many blocks, and so long
+_WARMUP_MOST = 2048  # blocks: where calls take microseconds
+_ALLOWANCE = math.log(1.3) / 2
+_LIMIT = 0.9  # some seven blocks of a 30 % shift
+_CLIP = 0.5
+_SLICE_NS = 5_000_000  # for which Linux lets somebody else run, and a little more
+_REMEMBERED = 100  # events
+_LEAST_CALLS, _LEAST_S = 7 * BLOCK, 0.1
+_TOLERANCE = 1.15  # loads of one model differ by up to 10 % (docs/decisions/0009); beyond this a warm-up is outside of the plan's interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """Live latency has left the plan's interval. Times in seconds; those of the plan are None where it has no number."""
+
+    live_s: float  # median of the last calls
+    baseline_s: float  # median of the calls of the warm-up
+    plan_s: float | None
+    low_s: float | None
+    high_s: float | None
+    calls: int  # since the excursion began
+
+    def __str__(self) -> str:
+        said = "the plan names no latency" if self.plan_s is None else f"the plan says {_ms(self.plan_s)}"
+        if self.low_s is not None and self.high_s is not None:
+            said += f" ({_ms(self.low_s)} to {_ms(self.high_s)})"
+        against = "" if self.live_s == self.baseline_s else f", and the first calls of this engine took {_ms(self.baseline_s)}"
+        return f"drift: a call takes {_ms(self.live_s)} over the last {self.calls} calls; {said}{against}"
+
+
+class DriftMonitor:
+    """Watches the latencies of one engine. Thread-safe; fed by blocks, a call costs a part of a microsecond."""
+
+    def __init__(self, expected: Number | None, *, callers: int = 1, tell: Callable[[Drift], None]) -> None:
+        """Watch against the plan's `expected` latency of a call; `tell` is called once each time when it was left.
+
+        With several `callers` the plan's latency is that of an engine kept busy: less load is faster, and more of it no drift.
+        """
+        self._expected = expected
+        self._callers = callers
+        self._tell = tell
+        self._lock = threading.Lock()
+        self._warm: list[int] = []  # durations of the warm-up; empty afterwards
+        self._warm_ns = 0
+        self._warming = True
+        self._skip = _SKIPPED_BLOCKS
+        self._recent: deque[int] = deque(maxlen=_LEAST_CALLS)
+        self._level = math.inf
+        self._most_ns = 0  # what a call counts for at most
+        self._sum = 0.0
+        self._calls = 0  # in this excursion
+        self._busy_ns = 0
+        self._outside = False
+        self.baseline_s: float | None = None
+        self.events: deque[Drift] = deque(maxlen=_REMEMBERED)
+
+    def add(self, durations_ns: Sequence[int]) -> None:
+        """Take the durations of `BLOCK` calls, in nanoseconds."""
+        with self._lock:
+            found = self._warm_up(durations_ns) if self._warming else self._watch(durations_ns)
+        if found is not None:
+            self._tell(found)
+
+    def state(self) -> dict[str, Any]:
+        """Return the state for statistics: `warming up`, `inside` or `outside`, the baseline, and the events."""
+        state = "warming up" if self._warming else "outside" if self._outside else "inside"
+        return {"state": state, "baseline_s": self.baseline_s, "events": [asdict(each) for each in self.events]}
+
+    def _warm_up(self, durations_ns: Sequence[int]) -> Drift | None:
+        if self._skip:
+            self._skip -= 1
+            return None
+        self._warm.extend(durations_ns)
+        self._warm_ns += sum(durations_ns)
+        blocks = len(self._warm) // BLOCK
+        if blocks < _WARMUP_BLOCKS or (self._warm_ns < _WARMUP_S * 1e9 and blocks < _WARMUP_MOST):
+            return None
+        self._warming = False
+        baseline = median(math.log(sum(self._warm[at : at + BLOCK]) / BLOCK) for at in range(0, len(self._warm), BLOCK))
+        call_ns = median(self._warm)
+        calls, self._warm = len(self._warm), []
+        self.baseline_s = call_ns / 1e9
+        self._most_ns = int(2 * call_ns) + _SLICE_NS
+        self._level = baseline + _ALLOWANCE
+        if self._expected is None:
+            return None
+        # The plan's numbers are those of a call, and the level is one of means: what lies between the two is in the baseline.
+        high_ns = (self._expected.high or self._expected.value) * 1e9
+        limit = baseline + math.log(high_ns / call_ns)
+        if self._callers == 1 and call_ns > high_ns * _TOLERANCE:
+            self._level, self._sum = limit + _ALLOWANCE, _LIMIT  # it is back when it is where the plan says
+            return self._left(self.baseline_s, calls)
+        self._level = max(self._level, limit + (_ALLOWANCE if self._callers > 1 else 0.0))
+        return None
+
+    def _watch(self, durations_ns: Sequence[int]) -> Drift | None:
+        self._recent.extend(durations_ns)
+        most = self._most_ns
+        total_ns = sum(durations_ns) if max(durations_ns) <= most else sum(min(each, most) for each in durations_ns)
+        step = math.log(max(total_ns, 1) / len(durations_ns)) - self._level
+        self._sum = min(_LIMIT, max(0.0, self._sum + min(_CLIP, step)))
+        if self._sum <= 0.0:
+            self._calls = self._busy_ns = 0
+            if self._outside:
+                self._outside = False
+                log.info("latency is back inside of the plan's interval")
+            return None
+        self._calls += len(durations_ns)
+        self._busy_ns += total_ns
+        lasted = self._calls >= _LEAST_CALLS and self._busy_ns >= _LEAST_S * 1e9 * self._callers
+        if self._outside or self._sum < _LIMIT or not lasted:
+            return None
+        return self._left(median(self._recent) / 1e9, self._calls)
+
+    def _left(self, live_s: float, calls: int) -> Drift:
+        assert self.baseline_s is not None
+        self._outside = True
+        said = self._expected
+        found = Drift(
+            live_s=live_s,
+            baseline_s=self.baseline_s,
+            plan_s=None if said is None else said.value,
+            low_s=None if said is None else said.low,
+            high_s=None if said is None else said.high,
+            calls=calls,
+        )
+        self.events.append(found)
+        return found
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"

@@ -1,0 +1,94 @@
+"""Thousands of bundles from strangers: none ends the process, and nothing outside of a bundle is read or written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle
+from tests.runtime.mutating import MUTATIONS, SECRET
+
+ROOT = Path(__file__).parent.parent.parent
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="inotify tells what native code opens")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    parts = [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4)]
+    fallbacks = [[Part(ONNXRUNTIME)]]
+    return make_bundle(tmp_path_factory.mktemp("sound") / "m.aivmm", chain_model(width=16), parts, fallbacks=fallbacks)
+
+
+def load_mutated(sound: Path, folder: Path, first: int, count: int) -> list[dict[str, Any]]:
+    """Load mutations in a process of its own, and return what it said of each; a process that ends before is started again behind it."""
+    for each in ("room", "tmp"):
+        (folder / each).mkdir(exist_ok=True)
+    (folder / "room" / SECRET).write_bytes(b"SECRET" * 200)
+    results: list[dict[str, Any]] = []
+    at = first
+    while at < first + count:
+        arguments = [sys.executable, "-m", "tests.runtime.loading_strangers", sound, folder / "room", at, first + count - at]
+        environment = {**os.environ, "TMPDIR": str(folder / "tmp"), "HOME": str(folder / "nowhere"), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(list(map(str, arguments)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600)
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        results += [each for each in lines if "said" in each]
+        if done.returncode == 0:
+            break
+        assert lines, done.stderr
+        results.append({**lines[-1], "said": f"ended the process: {done.returncode} {done.stderr[-500:]}", "found": [], "left": []})
+        at = lines[-1]["seed"] + 1
+    return results
+
+
+def assert_harmless(results: list[dict[str, Any]], count: int) -> None:
+    assert len({each["seed"] for each in results}) == count
+    odd = [each for each in results if not each["said"].startswith(("ran", "refused: ")) or "\n" in each["said"]]
+    assert odd == []
+    assert [each for each in results if each["found"] or each["left"]] == []
+    kinds = Counter(each["said"].partition(":")[0] for each in results)
+    assert kinds["refused"] > count / 3 and kinds["ran"] > 0  # neither is everything refused at the door, nor let in
+
+
+def test_five_hundred_bundles_from_strangers_do_no_harm(sound: Path, tmp_path: Path) -> None:
+    assert_harmless(load_mutated(sound, tmp_path, 0, 500), 500)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_ten_thousand_bundles_from_strangers_do_no_harm(sound: Path, tmp_path: Path) -> None:
+    assert_harmless(load_mutated(sound, tmp_path, 1000, 10_000), 10_000)
+
+
+def test_the_watch_sees_what_is_opened_outside(sound: Path, tmp_path: Path) -> None:
+    """The instrument itself: Python's opens and those of native code, through another link too, are found where there are some."""
+    code = """
+import os, sys, json, pathlib, ctypes
+from tests.runtime.loading_strangers import Notices, Watch
+secret = pathlib.Path(sys.argv[1])
+os.link(secret, secret.with_name("link"))
+watch, notices = Watch(), Notices(secret)
+watch.temporary, watch.on = pathlib.Path("/nowhere"), True
+open(secret).close()
+watch.on = False
+python, seen = watch.found, notices.events()
+library = ctypes.CDLL(None)
+library.close(library.open(os.fsencode(secret.with_name("link")), 0))
+print(json.dumps([python, seen, notices.events()]))
+"""
+    (tmp_path / SECRET).write_bytes(b"x")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / SECRET)], cwd=ROOT, capture_output=True, text=True, check=True)
+    python, seen, native = json.loads(done.stdout)
+    assert python == [f"reads {tmp_path / SECRET}"]
+    assert "opened" in seen and "opened" in native
+
+
+def test_each_kind_of_mutation_takes_part() -> None:
+    assert {each.__name__ for each in MUTATIONS} >= {"damage_plan", "change_model", "change_files", "slip_zip", "name_outside"}

@@ -1,0 +1,221 @@
+"""Drift on simulated and recorded latencies: noise is none, a slowdown of 30 % is one, and each is told once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aivmm.runtime.drift import BLOCK, Drift, DriftMonitor
+from aivmm.runtime.plan import Number
+
+Floats = npt.NDArray[np.float64]
+CALL_S = 5e-3
+TEN_MINUTES = int(600 / CALL_S)
+RECORDED = np.load(Path(__file__).parent / "recorded_latencies.npz")
+
+
+def plan_says(value: float = CALL_S, *, width: float = 0.02) -> Number:
+    return Number(value=value, low=value * (1 - width), high=value * (1 + width), source="measured", samples=1000)
+
+
+def feed(monitor: DriftMonitor, seconds: Floats) -> list[tuple[int, Drift]]:
+    """Feed latencies, and return each event with the number of calls after which it came."""
+    found: list[tuple[int, Drift]] = []
+    nanoseconds = (seconds * 1e9).astype(np.int64).tolist()
+    for at in range(0, len(nanoseconds) - BLOCK + 1, BLOCK):
+        before = len(monitor.events)
+        monitor.add(nanoseconds[at : at + BLOCK])
+        found += [(at + BLOCK, each) for each in list(monitor.events)[before:]]
+    return found
+
+
+def quiet(_: Drift) -> None:
+    pass
+
+
+def monitor(expected: Number | None = None, **options: int) -> DriftMonitor:
+    return DriftMonitor(expected or plan_says(), tell=quiet, **options)
+
+
+# --- noise ---
+
+
+def white(rng: np.random.Generator, count: int) -> Floats:
+    return CALL_S * np.exp(rng.normal(0, 0.08, count))
+
+
+def stalls(rng: np.random.Generator, count: int) -> Floats:
+    """One call in two hundred waits for a whole time slice or three of somebody else."""
+    return white(rng, count) + np.where(rng.random(count) < 0.005, rng.choice([4e-3, 12e-3, 100e-3], count), 0.0)
+
+
+def correlated(rng: np.random.Generator, count: int) -> Floats:
+    """Clocks and caches wander: a first-order process with a memory of a second, and white noise on top."""
+    memory = np.exp(-CALL_S)
+    steps = rng.normal(0, 0.03 * np.sqrt(1 - memory**2), count)
+    level = np.zeros(count)
+    for index in range(1, count):
+        level[index] = memory * level[index - 1] + steps[index]
+    return CALL_S * np.exp(level + rng.normal(0, 0.04, count))
+
+
+def cron(rng: np.random.Generator, count: int) -> Floats:
+    """Every ten seconds something else runs for a third of a second and takes half of the machine."""
+    period, length = int(10 / CALL_S), int(0.3 / CALL_S)
+    return white(rng, count) * np.where(np.arange(count) % period < length, 2.0, 1.0)
+
+
+def creeping(rng: np.random.Generator, count: int) -> Floats:
+    """Everything gets warm: 6 % slower over the ten minutes."""
+    return white(rng, count) * np.linspace(1.0, 1.06, count)
+
+
+@pytest.mark.parametrize("noise", [white, stalls, correlated, cron, creeping])
+@pytest.mark.parametrize("seed", range(3))
+def test_ten_minutes_of_noise_are_no_drift(noise: Callable[[np.random.Generator, int], Floats], seed: int) -> None:
+    watch = monitor()
+    assert feed(watch, noise(np.random.default_rng(seed), TEN_MINUTES)) == []
+    assert watch.state()["state"] == "inside"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    spread=st.floats(0.0, 0.15),
+    share=st.floats(0.0, 0.01),
+    stall=st.floats(0.0, 0.1),
+    call=st.floats(1e-4, 0.1),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_noise_of_any_size_is_no_drift(spread: float, share: float, stall: float, call: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    count = 200 * BLOCK + int(0.6 / call)
+    seconds = call * np.exp(rng.normal(0, spread, count)) + np.where(rng.random(count) < share, min(stall, 4 * call), 0.0)
+    assert feed(monitor(plan_says(call)), seconds) == []
+
+
+@pytest.mark.parametrize("name", RECORDED.files)
+def test_what_was_recorded_on_an_idle_machine_is_no_drift(name: str) -> None:
+    seconds = RECORDED[name].astype(float)
+    assert feed(monitor(plan_says(float(np.median(seconds)))), seconds) == []
+
+
+# --- a slowdown of 30 % ---
+
+
+def throughout(rng: np.random.Generator, seconds: Floats) -> Floats:
+    return seconds * 1.3
+
+
+def sliced(rng: np.random.Generator, seconds: Floats) -> Floats:
+    """A process of lower priority takes a slice of 4 ms now and then: the calls that it falls into wait, and the mean grows by 30 %."""
+    return seconds + np.where(rng.random(len(seconds)) < 0.3 * float(np.mean(seconds)) / 4e-3, 4e-3, 0.0)
+
+
+def in_turns(rng: np.random.Generator, seconds: Floats) -> Floats:
+    """It works three calls in ten, and then the machine is shared in two."""
+    return seconds * np.where(np.arange(len(seconds)) % 10 < 3, 2.0, 1.0)
+
+
+@pytest.mark.parametrize("slow", [throughout, sliced, in_turns])
+@pytest.mark.parametrize("seed", range(40))
+def test_a_slowdown_of_thirty_percent_is_reported_once_within_200_calls(
+    slow: Callable[[np.random.Generator, Floats], Floats], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    before, watch = white(rng, 100 * BLOCK + seed % BLOCK), monitor()
+    after = slow(rng, white(rng, 2000))
+    ((calls, event),) = feed(watch, np.concatenate([before, after]))
+    assert len(before) < calls <= len(before) + 200
+    assert watch.state()["state"] == "outside"
+    assert event.plan_s == CALL_S and 0.9 < event.baseline_s / CALL_S < 1.1
+    assert "\n" not in str(event) and "the plan says 5 ms (4.9 ms to 5.1 ms)" in str(event)
+
+
+@pytest.mark.parametrize("name", RECORDED.files)
+def test_what_was_recorded_and_slowed_down_is_reported_within_200_calls(name: str) -> None:
+    seconds = RECORDED[name].astype(float)
+    half = len(seconds) // 2 // BLOCK * BLOCK
+    seconds[half:] *= 1.3
+    ((calls, _),) = feed(monitor(plan_says(float(np.median(seconds[:half])))), seconds)
+    assert half < calls <= half + 200
+
+
+@settings(max_examples=60, deadline=None)
+@given(factor=st.floats(1.3, 5.0), call=st.floats(1e-3, 0.1), spread=st.floats(0.0, 0.1), seed=st.integers(0, 2**32 - 1))
+def test_more_is_reported_as_well(factor: float, call: float, spread: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    before = call * np.exp(rng.normal(0, spread, int(max(20 * BLOCK, 0.7 / call))))
+    after = factor * call * np.exp(rng.normal(0, spread, 400))
+    ((calls, event),) = feed(monitor(plan_says(call)), np.concatenate([before, after]))
+    assert calls <= len(before) + 200
+    assert event.live_s > event.baseline_s
+
+
+def test_short_calls_are_judged_over_a_tenth_of_a_second() -> None:
+    rng = np.random.default_rng(0)
+    call = 50e-6
+    before, burst, after = (call * factor * np.exp(rng.normal(0, 0.05, count)) for factor, count in ((1, 20_000), (1.6, 1000), (1, 20_000)))
+    assert feed(monitor(plan_says(call)), np.concatenate([before, burst, after])) == []  # 80 ms
+    slow = 1.3 * call * np.exp(rng.normal(0, 0.05, 20_000))
+    ((calls, _),) = feed(monitor(plan_says(call)), np.concatenate([before, slow]))
+    assert (calls - len(before)) * 1.3 * call < 0.15
+
+
+# --- the plan's interval ---
+
+
+def test_latency_within_the_plans_interval_is_no_drift_however_fast_it_began() -> None:
+    rng = np.random.default_rng(0)
+    seconds = np.concatenate([0.6 * white(rng, 4000), white(rng, 4000)])
+    assert feed(monitor(plan_says(width=0.1)), seconds) == []
+    assert len(feed(monitor(plan_says(width=0.1)), np.concatenate([seconds, 1.4 * white(rng, 400)]))) == 1
+
+
+def test_an_engine_that_starts_outside_of_the_plans_interval_says_so_once_and_knows_when_it_is_back() -> None:
+    rng = np.random.default_rng(0)
+    watch = monitor()
+    ((calls, event),) = feed(watch, 1.5 * white(rng, 4000))
+    assert calls < 200 and event.live_s == pytest.approx(1.5 * CALL_S, rel=0.1)
+    assert watch.state()["state"] == "outside"
+    assert feed(watch, white(rng, 4000)) == []
+    assert watch.state()["state"] == "inside"
+    assert len(feed(watch, 1.5 * white(rng, 4000))) == 1
+
+
+def test_an_event_is_raised_again_only_after_it_was_over() -> None:
+    rng = np.random.default_rng(0)
+    good, bad = white(rng, 2000), 1.5 * white(rng, 2000)
+    assert len(feed(monitor(), np.concatenate([good, bad, bad]))) == 1
+    assert len(feed(monitor(), np.concatenate([good, bad, good, bad]))) == 2
+
+
+def test_with_several_callers_more_load_is_no_drift_until_it_is_more_than_the_plans() -> None:
+    rng = np.random.default_rng(0)
+    assert feed(monitor(callers=4), np.concatenate([0.4 * white(rng, 4000), white(rng, 4000)])) == []
+    assert feed(monitor(callers=4), 1.5 * white(rng, 4000)) == []  # who keeps more in flight than the plan has; the baseline knows
+    assert len(feed(monitor(callers=4), np.concatenate([0.4 * white(rng, 4000), 1.5 * white(rng, 4000)]))) == 1
+
+
+def test_a_plan_without_a_latency_is_watched_against_its_own_beginning() -> None:
+    rng = np.random.default_rng(0)
+    watch = DriftMonitor(None, tell=quiet)
+    ((_, event),) = feed(watch, np.concatenate([white(rng, 2000), 1.4 * white(rng, 2000)]))
+    assert event.plan_s is None and "the plan names no latency" in str(event)
+
+
+def test_many_threads_may_feed_it() -> None:
+    watch = DriftMonitor(plan_says(), tell=quiet)
+    calls = [int(CALL_S * 1e9)] * BLOCK
+    threads = [threading.Thread(target=lambda: [watch.add(calls) for _ in range(500)]) for _ in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert watch.state() == {"state": "inside", "baseline_s": pytest.approx(CALL_S), "events": []}
