@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,18 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from aivmm.result import TuneResult
+    from aivmm.runtime.drift import Drift
     from aivmm.runtime.engine import Engine
     from aivmm.runtime.many import Engines, ShapedEngine
     from aivmm.runtime.target import Target
 
 
 def load_plan(
-    path: str | Path, *, on_mismatch: str = "warn", require_signature: str | bytes | Path | Sequence[str | bytes | Path] | None = None
+    path: str | Path,
+    *,
+    on_mismatch: str = "warn",
+    require_signature: str | bytes | Path | Sequence[str | bytes | Path] | None = None,
+    on_drift: Callable[[Drift], None] | None = None,
 ) -> Engine | ShapedEngine | Engines:
     """Load the bundle at `path` (a folder or a zip of one), check it, compile it, and return a running engine.
 
@@ -27,14 +32,18 @@ def load_plan(
 
     `on_mismatch` decides what runs where the machine is another than the one that the plan was proven on: `warn` (the plan), `fallback`
     (the plan's first fallback that can) or `error`. `require_signature` names public keys, one of which must have signed the plan.
+    `on_drift` is called, once each time, when calls have left the latency that the plan was proven with; `stats()["drift"]` has the state.
 
     Raises:
         BundleError: the bundle is missing, damaged, changed, unsafe, newer than this version, or not signed as required.
         Unsupported: neither the plan nor a fallback of it that `on_mismatch` allows runs on this machine.
     """
-    from aivmm.runtime.many import load
+    from aivmm.runtime.many import load, plain
 
-    return load(path, on_mismatch=on_mismatch, require_signature=require_signature)
+    engine = load(path, on_mismatch=on_mismatch, require_signature=require_signature)
+    for each in plain(engine):
+        each.on_drift = on_drift
+    return engine
 
 
 def devices() -> tuple[Target, ...]:

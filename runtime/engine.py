@@ -6,7 +6,7 @@ import hashlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -19,6 +19,7 @@ from aivmm.errors import AivmmError, BundleError, Unsupported, UsageError
 from aivmm.runtime.backend import Backend, Buffer, Executable
 from aivmm.runtime.blobs import BlobCache
 from aivmm.runtime.bundle import Bundle
+from aivmm.runtime.drift import Drift, DriftMonitor
 from aivmm.runtime.lane import Lane
 from aivmm.runtime.plan import Execution, Plan, Stage, agree
 from aivmm.runtime.program import Program, closed
@@ -95,6 +96,8 @@ class Engine:
             self._program.close()
             raise
         self._admission: ThreadPoolExecutor | None = None  # brings in the requests of `arun`
+        self.on_drift: Callable[[Drift], None] | None = None  # called on the thread of the call that showed it
+        self._drift, self._unwatched = self._watch()
         self.load_s = perf_counter() - started
 
     @classmethod
@@ -243,6 +246,7 @@ class Engine:
             "validity": self.validity.grade,
             "differences": {key: {"here": here, "plan": there} for key, (here, there) in self.validity.differences.items()},
             "attempts": [asdict(each) for each in self.attempts],
+            "drift": self._drift.state() if self._drift else {"state": "not watched", "reason": self._unwatched},
             "events": list(self.events),
         }
 
@@ -286,6 +290,7 @@ class Engine:
                     self._event("nothing is left to run instead" + ("" if refusal is error else f": {refusal}"))
                     raise error from None
                 self._program = replacement
+                self._drift, self._unwatched = self._watch()
                 threading.Thread(target=program.close, name="aivmm-retire", daemon=True).start()  # it may have to wait for others
         return self._program.run(inputs)
 
@@ -384,6 +389,28 @@ class Engine:
             executable.close()
             raise
         return executable
+
+    def _watch(self) -> tuple[DriftMonitor | None, str]:
+        """Watch the latency of calls, or say why it cannot be told from other things that change it."""
+        if self._program.execution.batching is not None:
+            return None, "requests are batched, and a batch takes as long as it has rows"
+        if not all(spec.static for spec in self.inputs):
+            return None, "inputs change their shape"
+        # Where the plan's numbers do not hold anyway, an engine is held against its own beginning.
+        names = {_PLAN: self.plan.expected, **{each.name: each.expected for each in self.plan.fallbacks}}
+        expected = None if self.validity.grade == "retune" else names[self._running].get("median_s")
+        drift = DriftMonitor(expected, callers=self._program.window, tell=self._drifted)
+        for lane in self._program.lanes:
+            lane.watch = drift.add
+        return drift, ""
+
+    def _drifted(self, found: Drift) -> None:
+        self._event(str(found))
+        if self.on_drift is not None:
+            try:
+                self.on_drift(found)
+            except Exception:  # a listener must not cost the answer to a request
+                log.exception("on_drift failed")
 
     def _event(self, text: str) -> None:
         self.events.append(text)

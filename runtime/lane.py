@@ -14,6 +14,7 @@ import numpy as np
 from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Buffer, Executable, Request, aligned_empty
 from aivmm.runtime.clocks import StageClock
+from aivmm.runtime.drift import BLOCK
 from aivmm.runtime.inputs import checked, dtype_of, is_numpy, refuse_unknown
 from aivmm.runtime.plan import Stage
 from aivmm.tensors import TensorSpec
@@ -52,6 +53,9 @@ class Lane:
         self._specs = {each.name: each for each in inputs}
         self._requests: list[Request] = [executable.new_request() for executable in executables]
         self.clocks = [StageClock() for _ in stages]
+        self.watch: Callable[[Sequence[int]], None] | None = None  # takes the durations of so many runs, in nanoseconds
+        self._took: list[int] = []
+        self._so_far_ns = 0  # of a run that is taken by steps
         self._buffers: dict[str, Buffer] = {}
         self._rebind: dict[str, list[Callable[[str, Buffer], None]]] = {}
         self._late: list[list[tuple[str, Request, list[Request]]]] = [[] for _ in stages]
@@ -141,7 +145,7 @@ class Lane:
         Raises:
             Unsupported: a stage's runtime refuses, in its own words.
         """
-        last_ns = perf_counter_ns()
+        started_ns = last_ns = perf_counter_ns()
         for run, clock, late in self._steps:
             run()
             if late:
@@ -149,6 +153,10 @@ class Lane:
             now = perf_counter_ns()
             clock.add(now - last_ns)
             last_ns = now
+        if self.watch is not None:
+            self._took.append(last_ns - started_ns)
+            if len(self._took) >= BLOCK:
+                self._tell()
 
     def step(self, index: int) -> None:
         """Run one stage, after those before it."""
@@ -157,7 +165,20 @@ class Lane:
         run()
         if late:
             self._hand_on(late, clock)
-        clock.add(perf_counter_ns() - started)
+        took = perf_counter_ns() - started
+        clock.add(took)
+        if self.watch is not None:
+            self._so_far_ns += took
+            if index == len(self._steps) - 1:
+                self._took.append(self._so_far_ns)
+                self._so_far_ns = 0
+                if len(self._took) >= BLOCK:
+                    self._tell()
+
+    def _tell(self) -> None:
+        assert self.watch is not None
+        took, self._took = self._took, []
+        self.watch(took)
 
     def copies(self) -> dict[str, Buffer]:
         """Return the outputs of the last run; the arrays are the caller's own."""

@@ -205,6 +205,15 @@ def load(
         raise
 
 
+def plain(engine: Engine | ShapedEngine | Engines) -> Iterator[Engine]:
+    """Yield the engines of single plans that `engine` is made of."""
+    if isinstance(engine, Engine):
+        yield engine
+        return
+    for each in engine.values() if isinstance(engine, Engines) else engine._all().values():
+        yield from plain(each)
+
+
 def load_one(path: str | Path, name: str | None = None) -> Engine | ShapedEngine:
     """Load the only model at `path`, or the one of a `name`.
 

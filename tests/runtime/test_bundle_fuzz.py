@@ -36,7 +36,8 @@ def load_mutated(sound: Path, folder: Path, first: int, count: int) -> list[dict
     at = first
     while at < first + count:
         arguments = [sys.executable, "-m", "tests.runtime.loading_strangers", sound, folder / "room", at, first + count - at]
-        environment = {**os.environ, "TMPDIR": str(folder / "tmp"), "HOME": str(folder / "nowhere"), "PYTHONDONTWRITEBYTECODE": "1"}
+        places = {"TMPDIR": str(folder / "tmp"), "AIVMM_CACHE": str(folder / "tmp" / "cache"), "HOME": str(folder / "nowhere")}
+        environment = {**os.environ, **places, "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(list(map(str, arguments)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600)
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         results += [each for each in lines if "said" in each]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import aivmm
+from aivmm.runtime import lane
 from aivmm.runtime.drift import BLOCK, Drift, DriftMonitor
-from aivmm.runtime.plan import Number
+from aivmm.runtime.plan import Batching, Execution, Number
+from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, normal
 
 Floats = npt.NDArray[np.float64]
 CALL_S = 5e-3
@@ -219,3 +222,74 @@ def test_many_threads_may_feed_it() -> None:
     for each in threads:
         each.join()
     assert watch.state() == {"state": "inside", "baseline_s": pytest.approx(CALL_S), "events": []}
+
+
+# --- in an engine ---
+
+
+class Slow:
+    """How long a run of the runtime takes."""
+
+    seconds = 0.0
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[aivmm.Engine]:
+    """An engine whose calls take what `Slow.seconds` says: its clock is moved by hand, so that no load of the machine is seen."""
+    now = [0]
+    monkeypatch.setattr(lane, "perf_counter_ns", lambda: now[0])
+    bundle = make_bundle(tmp_path / "m.aivmm", chain_model(), [Part(ONNXRUNTIME)], expected={"median_s": plan_says()})
+    with aivmm.load_plan(bundle) as loaded:
+        for each in loaded._program.lanes:
+            real = each._steps[0][0]
+
+            def run(real: Callable[[], None] = real) -> None:
+                real()
+                now[0] += int(Slow.seconds * 1e9)
+
+            each._steps[0] = (run, *each._steps[0][1:])
+        yield loaded
+
+
+def test_an_engine_tells_its_listener_its_log_and_its_statistics(engine: aivmm.Engine, caplog: pytest.LogCaptureFixture) -> None:
+    told: list[Drift] = []
+    engine.on_drift = told.append
+    x = {"x": normal(2, 32)}
+    for Slow.seconds, calls in ((CALL_S, 600), (1.3 * CALL_S, 200)):
+        assert engine.stats()["drift"]["state"] in ("warming up", "inside") and not told
+        for _ in range(calls):
+            engine.run(x)
+    (event,) = told
+    assert event.live_s == pytest.approx(1.3 * CALL_S) and event.baseline_s == pytest.approx(CALL_S)
+    stats = engine.stats()
+    assert stats["drift"]["state"] == "outside" and len(stats["drift"]["events"]) == 1
+    assert str(event) in stats["events"] and str(event) in caplog.text
+
+
+def test_futures_are_watched_as_calls_are(engine: aivmm.Engine) -> None:
+    told: list[Drift] = []
+    engine.on_drift = told.append
+    for Slow.seconds, calls in ((CALL_S, 600), (1.3 * CALL_S, 200)):
+        for _ in range(calls):
+            engine.submit({"x": normal(2, 32)}).result()
+    assert len(told) == 1
+
+
+def test_a_listener_that_fails_costs_no_answer(engine: aivmm.Engine, caplog: pytest.LogCaptureFixture) -> None:
+    def fails(_: Drift) -> None:
+        raise RuntimeError("the listener's own")
+
+    engine.on_drift = fails
+    for Slow.seconds, calls in ((CALL_S, 600), (2 * CALL_S, 400)):
+        for _ in range(calls):
+            assert engine.run({"x": normal(2, 32)})["y"].shape == (2, 32)
+    assert "the listener's own" in caplog.text
+
+
+def test_where_latency_says_nothing_it_is_not_watched(tmp_path: Path) -> None:
+    batching = Execution(batching=Batching(max_batch=4))
+    with aivmm.load_plan(make_bundle(tmp_path / "m.aivmm", chain_model(), [Part(ONNXRUNTIME)], execution=batching)) as loaded:
+        assert loaded.stats()["drift"] == {
+            "state": "not watched",
+            "reason": "requests are batched, and a batch takes as long as it has rows",
+        }
