@@ -10,9 +10,10 @@ scheduler's slice, and a block for at most `_CLIP`, so that a stall of a second 
 
 log(1.3) / 2 is the allowance with which a shift of 30 % is found soonest (Page's k; Moustakides, Annals of Statistics 14, 1986). The event
 is raised when S has come to `_LIMIT` and the excursion has lasted `_LEAST_CALLS` calls and `_LEAST_S` seconds: a shift of 30 % is there
-after some 130 calls, and what somebody else's cron job does for less than a tenth of a second is not. The baseline is the median over the
-blocks of a warm-up, so it knows this machine, this process and its load; the plan's interval keeps what the proof has already seen from
-being called a drift.
+after some 180 calls or, where calls are short, after half a second; other machines on the same host take away more than that for shorter
+times (seen on virtual machines: twice the time for up to 0.2 s, several times a minute). The baseline is the median over the blocks of a
+warm-up, so it knows this machine, this process and its load; the plan's interval keeps what the proof has already seen from being called a
+drift. Where it comes and goes, there is at most one event in `_PAUSE_S`.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ _SKIPPED_BLOCKS = 2  # the first calls after loading are slower
 _WARMUP_BLOCKS, _WARMUP_S = 8, 0.5  # the baseline is taken over at least so many blocks, and so long
 _WARMUP_MOST = 2048  # blocks: where calls take microseconds
 _ALLOWANCE = math.log(1.3) / 2
-_LIMIT = 0.9  # some seven blocks of a 30 % shift
+_LIMIT = 1.0  # some eight blocks of a 30 % shift
 _CLIP = 0.5
 _SLICE_NS = 5_000_000  # for which Linux lets somebody else run, and a little more
 _REMEMBERED = 100  # events
-_LEAST_CALLS, _LEAST_S = 7 * BLOCK, 0.1
+_LEAST_CALLS, _LEAST_S = 10 * BLOCK, 0.5
+_PAUSE_S = 60.0  # of calls, between two events
 _TOLERANCE = 1.15  # loads of one model differ by up to 10 % (docs/decisions/0009); beyond this a warm-up is outside of the plan's interval
 
 
@@ -85,6 +87,7 @@ class DriftMonitor:
         self._calls = 0  # in this excursion
         self._busy_ns = 0
         self._outside = False
+        self._paused_ns = math.inf  # of calls, since the last event
         self.baseline_s: float | None = None
         self.events: deque[Drift] = deque(maxlen=_REMEMBERED)
 
@@ -131,6 +134,7 @@ class DriftMonitor:
         self._recent.extend(durations_ns)
         most = self._most_ns
         total_ns = sum(durations_ns) if max(durations_ns) <= most else sum(min(each, most) for each in durations_ns)
+        self._paused_ns += total_ns
         step = math.log(max(total_ns, 1) / len(durations_ns)) - self._level
         self._sum = min(_LIMIT, max(0.0, self._sum + min(_CLIP, step)))
         if self._sum <= 0.0:
@@ -142,13 +146,13 @@ class DriftMonitor:
         self._calls += len(durations_ns)
         self._busy_ns += total_ns
         lasted = self._calls >= _LEAST_CALLS and self._busy_ns >= _LEAST_S * 1e9 * self._callers
-        if self._outside or self._sum < _LIMIT or not lasted:
+        if self._outside or self._sum < _LIMIT or not lasted or self._paused_ns < _PAUSE_S * 1e9 * self._callers:
             return None
         return self._left(median(self._recent) / 1e9, self._calls)
 
     def _left(self, live_s: float, calls: int) -> Drift:
         assert self.baseline_s is not None
-        self._outside = True
+        self._outside, self._paused_ns = True, 0
         said = self._expected
         found = Drift(
             live_s=live_s,

@@ -1,4 +1,4 @@
-"""Drift on simulated and recorded latencies: noise is none, a slowdown of 30 % is one, and each is told once."""
+"""Drift on simulated and recorded latencies: noise is none, a slowdown of 30 % is one, and it is told once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, normal
 Floats = npt.NDArray[np.float64]
 CALL_S = 5e-3
 TEN_MINUTES = int(600 / CALL_S)
-RECORDED = np.load(Path(__file__).parent / "recorded_latencies.npz")
 
 
 def plan_says(value: float = CALL_S, *, width: float = 0.02) -> Number:
@@ -103,12 +102,6 @@ def test_noise_of_any_size_is_no_drift(spread: float, share: float, stall: float
     assert feed(monitor(plan_says(call)), seconds) == []
 
 
-@pytest.mark.parametrize("name", RECORDED.files)
-def test_what_was_recorded_on_an_idle_machine_is_no_drift(name: str) -> None:
-    seconds = RECORDED[name].astype(float)
-    assert feed(monitor(plan_says(float(np.median(seconds)))), seconds) == []
-
-
 # --- a slowdown of 30 % ---
 
 
@@ -141,17 +134,19 @@ def test_a_slowdown_of_thirty_percent_is_reported_once_within_200_calls(
     assert "\n" not in str(event) and "the plan says 5 ms (4.9 ms to 5.1 ms)" in str(event)
 
 
-@pytest.mark.parametrize("name", RECORDED.files)
-def test_what_was_recorded_and_slowed_down_is_reported_within_200_calls(name: str) -> None:
-    seconds = RECORDED[name].astype(float)
-    half = len(seconds) // 2 // BLOCK * BLOCK
-    seconds[half:] *= 1.3
-    ((calls, _),) = feed(monitor(plan_says(float(np.median(seconds[:half])))), seconds)
+def test_a_recorded_slowdown_by_another_process_is_reported_once_within_200_calls() -> None:
+    """ONNX Runtime on one core of a virtual machine (a Xeon): alone, and from the half on beside a process at nice 5 on that core."""
+    seconds = np.load(Path(__file__).parent / "recorded_latencies.npz")["alone_then_shared"].astype(float)
+    half = len(seconds) // 2
+    assert 1.3 < float(np.mean(seconds[half:]) / np.mean(seconds[:half])) < 1.5
+    assert float(np.median(seconds[half:]) / np.median(seconds[:half])) < 1.15  # most calls do not meet the other process
+    ((calls, event),) = feed(monitor(plan_says(float(np.median(seconds[:half])))), seconds)
     assert half < calls <= half + 200
+    assert event.live_s > event.baseline_s
 
 
 @settings(max_examples=60, deadline=None)
-@given(factor=st.floats(1.3, 5.0), call=st.floats(1e-3, 0.1), spread=st.floats(0.0, 0.1), seed=st.integers(0, 2**32 - 1))
+@given(factor=st.floats(1.3, 5.0), call=st.floats(3e-3, 0.1), spread=st.floats(0.0, 0.1), seed=st.integers(0, 2**32 - 1))
 def test_more_is_reported_as_well(factor: float, call: float, spread: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     before = call * np.exp(rng.normal(0, spread, int(max(20 * BLOCK, 0.7 / call))))
@@ -161,14 +156,14 @@ def test_more_is_reported_as_well(factor: float, call: float, spread: float, see
     assert event.live_s > event.baseline_s
 
 
-def test_short_calls_are_judged_over_a_tenth_of_a_second() -> None:
+def test_short_calls_are_judged_over_half_a_second() -> None:
     rng = np.random.default_rng(0)
     call = 50e-6
-    before, burst, after = (call * factor * np.exp(rng.normal(0, 0.05, count)) for factor, count in ((1, 20_000), (1.6, 1000), (1, 20_000)))
-    assert feed(monitor(plan_says(call)), np.concatenate([before, burst, after])) == []  # 80 ms
+    before, burst, after = (call * factor * np.exp(rng.normal(0, 0.05, count)) for factor, count in ((1, 20_000), (2.0, 4000), (1, 20_000)))
+    assert feed(monitor(plan_says(call)), np.concatenate([before, burst, after])) == []  # 0.4 s
     slow = 1.3 * call * np.exp(rng.normal(0, 0.05, 20_000))
     ((calls, _),) = feed(monitor(plan_says(call)), np.concatenate([before, slow]))
-    assert (calls - len(before)) * 1.3 * call < 0.15
+    assert 0.5 <= (calls - len(before)) * 1.3 * call < 0.55
 
 
 # --- the plan's interval ---
@@ -187,16 +182,17 @@ def test_an_engine_that_starts_outside_of_the_plans_interval_says_so_once_and_kn
     ((calls, event),) = feed(watch, 1.5 * white(rng, 4000))
     assert calls < 200 and event.live_s == pytest.approx(1.5 * CALL_S, rel=0.1)
     assert watch.state()["state"] == "outside"
-    assert feed(watch, white(rng, 4000)) == []
+    assert feed(watch, white(rng, 14_000)) == []
     assert watch.state()["state"] == "inside"
     assert len(feed(watch, 1.5 * white(rng, 4000))) == 1
 
 
-def test_an_event_is_raised_again_only_after_it_was_over() -> None:
+def test_an_event_is_raised_again_only_after_it_was_over_for_a_minute() -> None:
     rng = np.random.default_rng(0)
-    good, bad = white(rng, 2000), 1.5 * white(rng, 2000)
+    good, bad, long = white(rng, 2000), 1.5 * white(rng, 2000), white(rng, int(60 / CALL_S))
     assert len(feed(monitor(), np.concatenate([good, bad, bad]))) == 1
-    assert len(feed(monitor(), np.concatenate([good, bad, good, bad]))) == 2
+    assert len(feed(monitor(), np.concatenate([good, bad, good, bad]))) == 1
+    assert len(feed(monitor(), np.concatenate([good, bad, long, bad]))) == 2
 
 
 def test_with_several_callers_more_load_is_no_drift_until_it_is_more_than_the_plans() -> None:
