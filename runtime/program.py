@@ -71,7 +71,6 @@ class Program:
         for lane in self.lanes:
             self.free.put(lane)
         self._threads = StageThreads(self)
-        _running.add(self)
         self._lock = threading.Lock()
         self._turn = StageClock()  # waits for a free lane
         self._good: Mapping[str, Buffer] | None = None  # the first inputs that were answered
@@ -80,6 +79,7 @@ class Program:
         batching = self.execution.batching
         self._by_threads = self.pipelined or batching is not None
         self._batcher = Batcher(self, self.inputs, self.outputs, batch, batching) if batching else None
+        _running.add(self)  # last: what is not whole cannot be closed
 
     def run(self, inputs: Mapping[str, Any]) -> Outputs:
         """Run once and return the outputs; the arrays are the caller's own.

@@ -284,7 +284,7 @@ def test_a_listener_that_fails_costs_no_answer(engine: aivmm.Engine, caplog: pyt
 
 def test_where_latency_says_nothing_it_is_not_watched(tmp_path: Path) -> None:
     batching = Execution(batching=Batching(max_batch=4))
-    with aivmm.load_plan(make_bundle(tmp_path / "m.aivmm", chain_model(), [Part(ONNXRUNTIME)], execution=batching)) as loaded:
+    with aivmm.load_plan(make_bundle(tmp_path / "m.aivmm", chain_model(), [Part(ONNXRUNTIME)], execution=batching, batch=2)) as loaded:
         assert loaded.stats()["drift"] == {
             "state": "not watched",
             "reason": "requests are batched, and a batch takes as long as it has rows",
