@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
+from matplotlib.dates import date2num, num2date
 from matplotlib.ticker import FuncFormatter
 
 from aivmm.reports import format as fmt
@@ -15,6 +15,7 @@ from aivmm.reports.palette import OTHER, SLOTS
 from aivmm.reports.svg import INK, Canvas, target_colour
 
 _HEIGHT = (260, 240)
+_LEAST_ROOM_DAYS = 1 / 1440
 
 
 def charts(history: History) -> tuple[tuple[str, Chart], ...]:
@@ -52,10 +53,12 @@ def _chart(goal: str, entries: Sequence[Entry]) -> Chart:
                 axes.scatter(
                     [time for time, _ in bad], [value for _, value in bad], s=110, facecolor="none", edgecolor=INK, linewidth=1.4, zorder=5
                 )
-        locator = AutoDateLocator(maxticks=7 if wide else 4, tz=UTC)
-        axes.xaxis.set_major_locator(locator)
-        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, tz=UTC))
-        axes.xaxis.get_offset_text().set_visible(False)
+        moments = [float(date2num(_utc(entry.data.run.started_at))) for entry in entries]
+        room = max(_LEAST_ROOM_DAYS, 0.04 * (max(moments) - min(moments)))  # runs of one moment have no extent
+        axes.set_xlim(min(moments) - room, max(moments) + room)
+        shown = moments if len(moments) == 1 or min(moments) == max(moments) else _spread(min(moments), max(moments), 6 if wide else 3)
+        pattern = "%m-%d %H:%M" if max(moments) - min(moments) < 5 else "%Y-%m-%d"
+        axes.set_xticks(list(dict.fromkeys(shown)), [num2date(each, tz=UTC).strftime(pattern) for each in dict.fromkeys(shown)])
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: fmt.tick(show(value)) if value > 0 else "0"))
 
@@ -63,6 +66,10 @@ def _chart(goal: str, entries: Sequence[Entry]) -> Chart:
     wide, narrow = both(f"trend-{goal}", f"Best {goal} over time", description, _HEIGHT, draw)
     legend = tuple(Key(label=name, slot=slots[name] % SLOTS, width=0) for name in machines)
     return Chart(wide=wide, narrow=narrow, legend=legend)
+
+
+def _spread(low: float, high: float, count: int) -> list[float]:
+    return [low + (high - low) * index / (count - 1) for index in range(count)]
 
 
 def _utc(moment: datetime) -> datetime:
