@@ -58,5 +58,10 @@ class TuneResult:
 
         return Engine.load(self.plan_path)
 
+    def _repr_html_(self) -> str:
+        from aivmm.reports.notebook import notebook
+
+        return notebook(self.summary, str(self.report_path))
+
     def __str__(self) -> str:
         return self.verdict

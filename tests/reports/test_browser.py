@@ -15,7 +15,7 @@ from aivmm.reports.data import ReportData
 from aivmm.reports.history import histories
 from aivmm.reports.pages import render_comparison, render_site
 from aivmm.reports.render import render
-from tests.reports.conftest import EARLIER, full_data, hostile_data, infeasible_data, split_data
+from tests.reports.conftest import EARLIER, full_data, hostile_data, infeasible_data, large_data, split_data
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -171,5 +171,12 @@ def test_it_prints_on_paper_with_everything(browser: Any, pages: dict[str, Path]
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_a_report_of_many_blocks_stays_small(large: ReportData) -> None:
+def test_a_report_of_many_blocks_stays_small(large: ReportData) -> None:  # 500 blocks
     assert len(render(large).encode()) < 2_000_000
+
+
+@pytest.mark.slow
+def test_a_report_of_ten_thousand_nodes_stays_small() -> None:
+    data = large_data(1800)
+    assert data.structure is not None and data.structure.node_count > 10_000
+    assert len(render(data).encode()) < 10_000_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +19,14 @@ from aivmm.reports.data import ReportData
 from aivmm.reports.figures import distribution, knob_effects, knobs, search
 from aivmm.reports.intervals import apart, log_ticks, median_interval, nice_ticks
 from aivmm.reports.markdown import markdown_summary
+from aivmm.reports.notebook import notebook
 from aivmm.reports.palette import OTHER, slots
 from aivmm.reports.race import best_baseline, lay_out
 from aivmm.reports.render import render
 from aivmm.reports.summary import key_figures
 from aivmm.reports.trouble import cautions, troubles
 from aivmm.tensors import TensorSpec
+from tests.reports.conftest import HOSTILE
 
 
 @pytest.mark.parametrize(
@@ -260,3 +263,26 @@ def test_markdown_holds_the_verdict_and_no_live_markup(full: ReportData, hostile
     assert text.startswith("**openvino:CPU, 2 threads: 2.71 ms") and "| onnxruntime:CPU default | 5.19 ms |" in text
     bad: Any = markdown_summary(hostile)
     assert "\\<script\\>" in bad and not re.search(r"(?<!\\)<", bad)
+
+
+def test_a_notebook_shows_the_verdict_and_the_comparison_with_every_name_escaped(page: Callable[[str], Any]) -> None:
+    row = {"name": HOSTILE[0], "median_s": 0.002, "ci95_s": [0.0019, 0.0021], "ratio_to_plan": 2.0, "eligible": True, "verdict": "faster"}
+    left_out = {
+        "name": "bf16",
+        "median_s": None,
+        "ci95_s": None,
+        "ratio_to_plan": None,
+        "eligible": False,
+        "reason": "cosine 0.9 is below 0.999",
+    }
+    summary = {
+        "verdict": f"{HOSTILE[1]} won",
+        "plan": {"path": "m.aivmm"},
+        "measured": {"median_s": 0.001, "ci95_s": [0.0009, 0.0011]},
+        "baselines": [row, left_out],
+    }
+    html = notebook(summary, "m.aivmm/report.html")
+    seen = page(html)
+    assert seen.unclosed == () and not seen.all("script") and not seen.all("img")
+    assert len(seen.all("tr")) == 4 and "1.00 ms" in html and "2.00×" in html and "not eligible" in html
+    assert notebook({"verdict": "No plan meets the constraints.", "plan": None}, "r.html").startswith("<p><b>No plan")
