@@ -74,12 +74,12 @@ class Cutter:
         alone = estimates(self._anatomist.found, self._anatomist.wrong)
         beliefs = beliefs_of(structure, names, alone, wholes)
         self.evidence = ChainEvidence(structure=structure, beliefs=beliefs, handover_s=self._handover_s)
-        forced = work.options.min_segments > 1
+        forced = work.min_segments > 1
         ends = time.perf_counter() + (_FORCED_S if forced else _LOOKS_S)
         self.cuts = place_cuts(
             self.evidence,
             self._measure,
-            min_segments=work.options.min_segments,
+            min_segments=work.min_segments,
             most=_FORCED_LOOKS if forced else _MOST_LOOKS,
             stop=lambda: work.asked() or time.perf_counter() > ends,
         )

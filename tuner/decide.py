@@ -55,7 +55,7 @@ class Decider:
             worth = yardstick is None or score.ratio <= _WORTH_PROVING * yardstick
             if candidate.key in known or not worth or not self._keeps(candidate, score):
                 continue
-            if len(finalists) >= self.work.options.top or self.work.options.min_segments > 1:
+            if len(finalists) >= self.work.options.top or self.work.min_segments > 1:
                 break
             draft = Draft.whole(f"candidate {len(finalists) + 1}", candidate, blocks)
             self._predicted[draft.name] = self._expected(candidate, score)
@@ -225,7 +225,7 @@ class Decider:
         looked = cut.look if cut else self._cutter.cuts.looked if self._cutter else None
         plain = draft.callers == 1 and draft.batch == self.work.subject.base_batch and not draft.pieces[0].config.lowered
         blocks, targets = len(self.work.subject.structure.blocks), len(self.work.targets)
-        least = self.work.options.min_segments
+        least = self.work.min_segments
         among = f"placements of {blocks} blocks on {targets} {'target' if targets == 1 else 'targets'}"
         among += f" in {least} segments or more" if least > 1 else ""
         why = "the model has one block" if blocks < 2 else "not every block was measured on some target"
@@ -257,6 +257,8 @@ class Decider:
                 if lowered and not self.work.subject.real_data:
                     note += f" {lowered.partition(':')[0]} was also calibrated on synthetic inputs: bring --dataset before you rely on it."
             note += self._silent_precision(proof.plan.draft)
+            if not self.work.taken_whole:
+                note = f"No target takes the model whole, so there is no baseline to compare with. {note}"
             return sentence(proof, objective=self.work.options.objective, accuracy_text=note), []
         nearest = _nearest(proof)
         asked = ", ".join(self.work.options.constraints) or f"cosine>={DEFAULT_COSINE:g}"

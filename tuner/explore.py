@@ -52,7 +52,8 @@ class Explorer:
         if self.work.subject.lowered_precisions:
             self.work.subject.lowerer.restore(self.work.database.lowerings(self.work.subject.structure.content))
         self.baselines = self._baselines()
-        self.search = self._search(self.baselines)
+        self.work.taken_whole = bool(self.baselines)
+        self.search = self._search(self.baselines) if self.baselines else self._nothing_to_search()
         for each in self.work.lab.trouble:
             self.work.note(each)
 
@@ -126,10 +127,10 @@ class Explorer:
         return list(dict.fromkeys((*self.work.targets, *(candidate.target for _, candidate in pairs))))
 
     def _first_that_runs(self, pairs: list[tuple[Baseline, Candidate]]) -> list[tuple[Baseline, Candidate]]:
-        """Make sure that the reference runs: try the baselines in order, and leave the refused ones out.
+        """Make sure that the reference runs: try the baselines in order, and leave the refused ones out. Where none runs, there is none.
 
         Raises:
-            ModelError: none runs.
+            ModelError: none runs, and there is one target only, so that the model cannot be shared out either.
         """
         reasons = []
         for index, (baseline, candidate) in enumerate(pairs):
@@ -139,7 +140,9 @@ class Explorer:
                 return pairs[index:]
             reasons.append(f"{baseline.name}: {outcome.reason}")
             self.work.note(f"{baseline.name} cannot run this model: {outcome.reason}")
-        raise ModelError(f"no target takes {self.work.subject.facts.name}: {'; '.join(reasons)}")
+        if len(self.work.targets) < 2:
+            raise ModelError(f"no target takes {self.work.subject.facts.name}: {'; '.join(reasons)}")
+        return []
 
     def _leave_aliases(self, pairs: list[tuple[Baseline, Candidate]]) -> list[tuple[Baseline, Candidate]]:
         """Set aside AUTO, and hints that resolve to the default: they teach the search nothing. They are proven all the same."""
@@ -192,6 +195,11 @@ class Explorer:
                         self.known[key] = (candidate, outcome)
         return twins
 
+    def _nothing_to_search(self) -> Search:
+        """Say that no target takes the model whole, and return a search that has found nothing: there is only the placing of its parts."""
+        self.work.note("no target takes the model whole, so there is no baseline to compare with: its parts are shared out")
+        return Search(space=Space(targets=(), knobs={}, objective=self.work.options.objective, precisions={}), seed=self.work.options.seed)
+
     def _search(self, baselines: Sequence[tuple[Baseline, Candidate]]) -> Search:
         """Search the knobs of the targets that are worth it, until the budget's share is spent or nothing improves."""
         self.work.progress.phase("searching settings")
@@ -218,7 +226,7 @@ class Explorer:
             for target in targets
             for precision in dict.fromkeys((precisions[target][0], *self.work.variants.get(str(target), ())))
         )
-        if targets and not self.searched_before and self.work.options.min_segments == 1:
+        if targets and not self.searched_before and self.work.min_segments == 1:
             self._search_on(search)
         self.measurer.release()
         return search

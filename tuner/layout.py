@@ -8,7 +8,6 @@ from pathlib import Path
 from aivmm.errors import UsageError
 from aivmm.models.pieces import cut_around
 from aivmm.models.records import Structure
-from aivmm.planner.candidates import Rejection
 from aivmm.runtime.target import Target
 from aivmm.tuner.anatomy import WRONG, Anatomist
 from aivmm.tuner.miscalculations import Miscalculations
@@ -34,12 +33,12 @@ def cut_as_asked(structure: Structure, model: Path, asked: Collection[str]) -> S
     return cut_around(model, structure, apart) if apart else structure
 
 
-def cut_around_refused(work: Work, target: Target, rejection: Rejection, stop: Stop) -> None:
-    """Find what `target` refuses of a model that it refuses as a whole, and cut the blocks around that."""
+def cut_around_refused(work: Work, target: Target, reason: str, stop: Stop) -> None:
+    """Find what `target` refuses of a model that it refuses as a whole, for `reason`, and cut the blocks around that."""
     work.progress.phase(f"looking for what {target} refuses")
     subject = work.subject
     search = Refusals(work.lab, target, subject.path, subject.structure, work.folder / "refusals", stop=stop)
-    refused = search.find(rejection.reason)
+    refused = search.find(reason)
     for run in refused:
         work.note(f"{target} refuses {run.described(f'found in {search.compiles} compiles')}: {run.reason}")
     _lay_out(work, {name for run in refused for name in run.nodes})

@@ -43,6 +43,7 @@ from aivmm.tuner.interrupt import Interrupts
 from aivmm.tuner.joules import ENERGY, why_no_energy
 from aivmm.tuner.layout import cut_around_refused, cut_around_wrong, cut_as_asked
 from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
+from aivmm.tuner.piecewise import refer_in_pieces
 from aivmm.tuner.progress import Progress
 from aivmm.tuner.prove import Proof, Prover
 from aivmm.tuner.refusals import as_laid_out_before
@@ -244,9 +245,11 @@ class Session:
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def _tune(self, work: Work, record: RunRecord) -> TuneOutcome:
+        if work.subject.refusals:
+            refer_in_pieces(work, laid_out=self._searched_before)
         explorer = Explorer(work, searched_before=self._searched_before)
         explorer.run()
-        if not self._searched_before:
+        if not self._searched_before and not work.subject.refusals:
             self._cut_around_refused(work, explorer)
         anatomist, handovers = self._anatomise(work, explorer)
         cut_short = work.asked()
@@ -264,7 +267,7 @@ class Session:
             seed=self.options.seed,
             tell=self._tell_proof,
             metric=None if self.options.metric is None else partial(work.lab.metric, self.options.metric),
-            forced=self.options.min_segments > 1,
+            forced=work.min_segments > 1,
         ).run()
         for each in proof.records():
             work.database.add_proof(record.id, each)
@@ -276,11 +279,11 @@ class Session:
         for target in work.targets:
             rejection = explorer.rejection(target)
             if rejection is not None and rejection.state == "refused" and len(work.targets) > 1:
-                cut_around_refused(work, target, rejection, self._out_of_time(work))
+                cut_around_refused(work, target, rejection.reason, self._out_of_time(work))
 
     def _out_of_time(self, work: Work) -> Callable[[], bool]:
         """Return what says whether the share of the budget that blocks have is spent, counted from now where a cut is forced."""
-        ends = max(_BLOCKS_UNTIL * self.options.budget_s, work.elapsed() + (_FORCED_S if self.options.min_segments > 1 else 0.0))
+        ends = max(_BLOCKS_UNTIL * self.options.budget_s, work.elapsed() + (_FORCED_S if work.min_segments > 1 else 0.0))
         return lambda: work.asked() or work.elapsed() > ends
 
     def _anatomise(self, work: Work, explorer: Explorer) -> tuple[Anatomist, Mapping[tuple[str, str], TransferFit]]:
@@ -312,7 +315,7 @@ class Session:
         def tell(what: str, number: int, total: int) -> None:
             self.progress.detail(f"{what}: {number} of {total}", left_s=budget - work.elapsed())
 
-        least = _FORCED_S if self.options.min_segments > 1 else 0.0
+        least = _FORCED_S if work.min_segments > 1 else 0.0
         anatomist.blocks(budget_s=max(least, _BLOCKS_UNTIL * budget - work.elapsed()), tell=tell)
         if not self._searched_before and cut_around_wrong(work, anatomist, self._out_of_time(work)):
             self.progress.phase("measuring blocks and operators")

@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class Subject:
         self.real_data = options.inputs is not None or options.dataset is not None
         self.deterministic = True
         self.reference_name = ""
+        self.refusals: dict[Target, str] = {}  # where no target takes the model whole: why each does not
         self._by_name: dict[str, Target] = {}
         self._sample_digest = ""
         self._calibration: tuple[Path, ...] = ()
@@ -168,27 +169,40 @@ class Subject:
     def make_reference(self, targets: Sequence[Target]) -> None:
         """Make samples and the fp32 reference at the base batch, on ONNX Runtime's CPU or else on the first target that takes the model.
 
+        Where none takes it whole, and several may take parts of it, there are samples alone, and `refusals` says why.
+
         Raises:
-            ModelError: no target takes the model; with each one's reason.
+            ModelError: there is one target, and it does not take the model.
         """
         facts = self.facts
         samples = self._base_samples(facts)
         self._sample_digest = _digest(load_arrays(str(samples[0])))
         reasons = []
+        refusals: dict[Target, str] = {}
         for target in _reference_order(targets):
             try:
                 precision = "fp32" if "fp32" in target.precisions else None
                 loaded = self._lab.load(self.path, target, Config(precision=precision), inputs=samples[0])
                 references = self._refer(loaded, samples)
             except (AivmmError, WorkerDied) as error:
-                reasons.append(f"{target}: {error.message if isinstance(error, AivmmError) else error.reason}")
+                refusals[target] = error.message if isinstance(error, AivmmError) else error.reason
+                reasons.append(f"{target}: {refusals[target]}")
                 continue
             self.reference_name = f"{target} fp32"
             if reasons:
                 self.notes.append(f"the reference outputs come from {target}, since {reasons[0]}")
             self._at[self.base_batch] = Prepared(path=self.path, facts=facts, samples=samples, references=references, extras=self._extras)
             return
-        raise ModelError(f"no target here takes {self.facts.name}: {'; '.join(reasons)}")
+        if len(reasons) < 2:
+            raise ModelError(f"no target here takes {self.facts.name}: {'; '.join(reasons)}")
+        self.refusals = refusals
+        self.notes.append(f"no target here takes the model whole: {'; '.join(reasons)}")
+        self._at[self.base_batch] = Prepared(path=self.path, facts=facts, samples=samples, references=(), extras=self._extras)
+
+    def keep_references(self, references: Sequence[Path], name: str) -> None:
+        """Take the reference outputs, one file a sample, from elsewhere: of a model that no target takes whole."""
+        self._at[self.base_batch] = replace(self._at[self.base_batch], references=tuple(references))
+        self.reference_name = name
 
     def at(self, batch: int) -> Prepared:
         """Return the model prepared for `batch`.

@@ -45,6 +45,7 @@ class Work:
     asked: Callable[[], bool]  # True once the user wants an end: what is running is finished, nothing new is begun
     notes: list[str] = field(default_factory=list)
     variants: dict[str, Sequence[str]] = field(default_factory=dict)  # by str(target): the lowered models that its search may use
+    taken_whole: bool = True  # False once it is known that no target takes the model whole
     _emitters: dict[int, Emitter] = field(default_factory=dict)
     _layouts: int = 0  # that the blocks have had
 
@@ -68,6 +69,11 @@ class Work:
         """Return the precisions that may be searched on a target."""
         wanted = [each for each in target.precisions if not self.options.precisions or each in self.options.precisions]
         return [*wanted, *self.variants.get(str(target), ())]
+
+    @property
+    def min_segments(self) -> int:
+        """The fewest segments that a plan may have: what no target takes whole has to be cut."""
+        return self.options.min_segments if self.taken_whole else max(2, self.options.min_segments)
 
     def batches(self) -> tuple[int, ...]:
         """Return the batches that may be searched."""

@@ -195,14 +195,20 @@ def refused_in_branches() -> onnx.ModelProto:
     return _in_branches(_scaled_by_determinant, {2, 5})
 
 
+def _clipped_as_integers(g: _Graph, y: str) -> str:
+    """Nodes of which ONNX Runtime has no kernel for one, a Max of 16-bit integers."""
+    steps = g.node("Cast", g.node("Mul", y, g.weight(np.float32(256))), to=TensorProto.INT16)
+    return g.node("Mul", g.node("Cast", g.node("Max", steps, g.weight(np.int16(8))), to=FLOAT), g.weight(np.float32(1 / 256)))
+
+
 def refused_by_onnxruntime() -> onnx.ModelProto:
-    """A network with a Max of 16-bit integers, which ONNX Runtime has no kernel for."""
+    """A network with a Max that ONNX Runtime refuses."""
+    return _network_with(_clipped_as_integers)
 
-    def clipped(g: _Graph, y: str) -> str:
-        steps = g.node("Cast", g.node("Mul", y, g.weight(np.float32(256))), to=TensorProto.INT16)
-        return g.node("Mul", g.node("Cast", g.node("Max", steps, g.weight(np.int16(8))), to=FLOAT), g.weight(np.float32(1 / 256)))
 
-    return _network_with(clipped)
+def refused_by_both() -> onnx.ModelProto:
+    """A network that neither runtime takes whole: what the one refuses, the other has."""
+    return _network_with(lambda g, y: _clipped_as_integers(g, g.conv(_scaled_by_determinant(g, y), 16, 16)))
 
 
 def refused_among_dynamic_shapes() -> onnx.ModelProto:
@@ -219,5 +225,6 @@ def refused_among_dynamic_shapes() -> onnx.ModelProto:
 
 
 REFUSED: dict[str, Callable[[], onnx.ModelProto]] = {
-    each.__name__: each for each in (refused_by_openvino, refused_by_onnxruntime, refused_among_dynamic_shapes, refused_in_branches)
+    each.__name__: each
+    for each in (refused_by_openvino, refused_by_onnxruntime, refused_among_dynamic_shapes, refused_in_branches, refused_by_both)
 }

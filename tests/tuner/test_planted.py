@@ -161,6 +161,23 @@ def test_a_hybrid_plan_runs_around_what_one_runtime_refuses(place: Place, name: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_what_no_runtime_takes_whole_is_shared_out_and_nothing_is_said_to_be_faster(place: Place) -> None:
+    model = write_planted("refused_by_both", place.folder)
+    first = tune(place, model, "-o", "both.aivmm")  # no cut is asked for: there is no other way
+    found = first.json
+    assert found["baselines"] == [] and {stage["target"] for stage in found["plan"]["stages"]} == {"openvino:CPU", "onnxruntime:CPU"}
+    assert "No target takes the model whole, so there is no baseline to compare with" in found["verdict"]
+    assert "faster" not in found["verdict"] and found["accuracy"]["value"] > 0.9999
+    assert "ONNX's own evaluator" in found["verdict"]  # what only OpenVINO takes is not held against itself
+    x = np.random.default_rng(3).standard_normal((1, 3, 16, 16)).astype(np.float32)
+    wanted = {"y": ReferenceEvaluator(str(model)).run(None, {"x": x})[0]}
+    assert is_right(place, "both.aivmm", model, {"x": x}, wanted)
+    again = tune(place, model, "-o", "both.aivmm")
+    assert again.json["probes"]["measured"] == 0 and "looking for what" not in again.err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not MODELS.is_dir(), reason="the shared models are not here: they are not part of the repository")
 def test_silero_runs_as_a_hybrid_with_its_state_and_its_scalar(place: Place) -> None:
     model = MODELS / "silero_vad_16k_op15.onnx"
