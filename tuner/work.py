@@ -81,7 +81,7 @@ class Work:
             if len(self.options.batches) > 1:
                 self.note(f"latency is tuned for batch {self.subject.base_batch}; use --objective throughput to search several")
             return (self.subject.base_batch,)
-        if not self.subject.facts.batchable:
+        if not self.subject.facts.batchable or not self.taken_whole:
             return (self.subject.base_batch,)
         return self.options.batches or DEFAULT_BATCHES
 
