@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from aivmm.runtime.config import Config, Setting
 from aivmm.runtime.environment import Environment
 from aivmm.runtime.target import Unavailable
 from aivmm.tensors import TensorSpec
+from tests.reports.html_page import Page
 
 OV, ORT, GPU = "openvino:CPU", "onnxruntime:CPU", "openvino:GPU.0"
 SPEED = {OV: 1.0, ORT: 1.7, GPU: 0.62}
@@ -465,50 +465,6 @@ def large_data(blocks: int = 500) -> ReportData:
     )
     shape = replace(shape, operators=many)
     return replace(data, structure=shape, outcomes=probes(shape, (GPU, OV, ORT)), trials=trials(300))
-
-
-@dataclass(frozen=True)
-class Element:
-    """A start tag, with the text directly inside it."""
-
-    tag: str
-    attributes: Mapping[str, str | None]
-    path: tuple[str, ...]
-
-
-class Page(HTMLParser):
-    """A report as a browser would see it: elements, and the text of the document."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[Element] = []
-        self.text = ""
-        self.scripts: list[str] = []
-        self._open: list[str] = []
-        self.feed(html)
-        self.close()
-        self.unclosed = tuple(self._open)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append(Element(tag, dict(attrs), tuple(self._open)))
-        if tag not in ("meta", "link", "br", "input", "img", "hr"):
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append(Element(tag, dict(attrs), tuple(self._open)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open and self._open[-1] == tag, f"</{tag}> closes {self._open[-3:]} at {self.getpos()}"
-        self._open.pop()
-
-    def handle_data(self, data: str) -> None:
-        if self._open and self._open[-1] == "script":
-            self.scripts.append(data)
-        elif "style" not in self._open:
-            self.text += data
-
-    def all(self, tag: str) -> list[Element]:
-        return [element for element in self.elements if element.tag == tag]
 
 
 @pytest.fixture(scope="session")
