@@ -38,6 +38,14 @@ def load_plan(
         BundleError: the bundle is missing, damaged, changed, unsafe, newer than this version, or not signed as required.
         Unsupported: neither the plan nor a fallback of it that `on_mismatch` allows runs on this machine.
     """
+    from aivmm.runtime.bundle import is_family
+    from aivmm.runtime.engine import Engine
+
+    if not is_family(path):  # what serves several plans takes a tenth of a second to import
+        single = Engine.load(path, on_mismatch=on_mismatch, require_signature=require_signature)
+        single.on_drift = on_drift
+        return single
+
     from aivmm.runtime.many import load, plain
 
     engine = load(path, on_mismatch=on_mismatch, require_signature=require_signature)

@@ -105,9 +105,10 @@ class Bundle:
             self._reading.wait()
 
     @property
-    def hash_s(self) -> float:
-        """The seconds it took to read and hash the files; 0 where someone else did."""
-        return self._reading.seconds if self._reading is not None else 0.0
+    def hashing(self) -> dict[str, float]:
+        """The seconds it took to read and hash the files, and those of them that loading had to wait for; 0 where someone else did it."""
+        reading = self._reading
+        return {"hash_s": reading.seconds if reading else 0.0, "hash_wait_s": reading.waited_s if reading else 0.0}
 
     def close(self) -> None:
         """Remove what was unpacked."""
@@ -122,6 +123,18 @@ class Bundle:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def is_family(path: str | Path) -> bool:
+    """Say whether what lies at `path` looks like a bundle of several plans. Nothing is checked yet."""
+    path = Path(path)
+    if path.is_dir():
+        return (path / FAMILY_FILE).is_file()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return FAMILY_FILE in archive.namelist()
+    except (OSError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile):
+        return False  # whatever is wrong with it, opening it will say
 
 
 def unpack(path: Path) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
@@ -193,6 +206,7 @@ class Reading:
     def __init__(self, folder: Path, plan: Plan, shown: Path) -> None:
         """Start to read the files of the bundle in `folder`. `shown` is what its user calls it: that may be a zip."""
         self.seconds = 0.0
+        self.waited_s = 0.0  # by those who had nothing else to do meanwhile
         self._error: BundleError | None = None
         self._given_up = False
         self._thread = threading.Thread(target=self._read, args=(folder, plan, shown), name="aivmm-hash", daemon=True)
@@ -204,7 +218,9 @@ class Reading:
         Raises:
             BundleError: a file is not what the plan says.
         """
+        started = perf_counter()
         self._thread.join()
+        self.waited_s += perf_counter() - started
         if self._error is not None:
             raise self._error
 

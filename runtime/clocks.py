@@ -15,7 +15,7 @@ QUANTILES = (50, 90, 99)
 class StageClock:
     """Durations of one stage in one lane, in nanoseconds: the last ones, how many there were and their sum. Only its lane writes."""
 
-    __slots__ = ("count", "durations", "late_bytes", "total_ns", "wait_ns", "waits")
+    __slots__ = ("count", "durations", "late_bytes", "total_ns", "wait_count", "wait_ns", "waits")
 
     def __init__(self) -> None:
         self.durations: deque[int] = deque(maxlen=_RING)
@@ -23,6 +23,7 @@ class StageClock:
         self.total_ns = 0
         self.waits: deque[int] = deque(maxlen=_RING)  # in front of the stage, where it has a queue
         self.wait_ns = 0
+        self.wait_count = 0
         self.late_bytes = 0  # of outputs whose size is known only after the run
 
     def add(self, nanoseconds: int) -> None:
@@ -35,6 +36,7 @@ class StageClock:
         """Remember how long a request stood in the stage's queue."""
         self.waits.append(nanoseconds)
         self.wait_ns += nanoseconds
+        self.wait_count += 1
 
     def recent_ns(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the last durations."""
@@ -61,6 +63,7 @@ def summed(clocks: Sequence[StageClock]) -> dict[str, Any]:
         "count": sum(each.count for each in clocks),
         "total_s": sum(each.total_ns for each in clocks) / 1e9,
         **quantiles_s(each.durations for each in clocks),
+        "wait_count": sum(each.wait_count for each in clocks),
         "wait_total_s": sum(each.wait_ns for each in clocks) / 1e9,
         **quantiles_s((each.waits for each in clocks), "wait_"),
     }

@@ -8,7 +8,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -212,22 +211,13 @@ class Engine:
         while pending:
             yield pending.popleft().result()
 
-    @contextmanager
-    def lend(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Buffer]]:
+    def lend(self, inputs: Mapping[str, Any]) -> Loan:
         """Run once and lend the outputs without copying them: `with engine.lend(inputs) as outputs:`.
 
         The arrays are the engine's own buffers, and other requests overwrite them as soon as the block ends. Copy what is to be kept.
-
-        Raises:
-            UsageError, Unsupported: as `run`.
+        Entering the block raises as `run` does.
         """
-        program = self._program
-        with ExitStack() as stack:
-            try:
-                outputs = stack.enter_context(program.lend(inputs))
-            except (Unsupported, UsageError) as error:
-                outputs = self._instead(program, inputs, error)
-            yield outputs
+        return Loan(self, inputs)
 
     def one_lane(self) -> Lane:
         """Return one caller's way through the plan, for probes of its stages. Nobody else may run the engine meanwhile."""
@@ -241,7 +231,7 @@ class Engine:
             **figures,
             "callers": self.plan.callers,
             "load_s": self.load_s,
-            "hash_s": self._bundle.hash_s,
+            **self._bundle.hashing,
             "cache": self._blobs.stats() if self._blobs else None,
             "validity": self.validity.grade,
             "differences": {key: {"here": here, "plan": there} for key, (here, there) in self.validity.differences.items()},
@@ -415,6 +405,29 @@ class Engine:
     def _event(self, text: str) -> None:
         self.events.append(text)
         log.warning("%s: %s", self.plan.model.name, text)
+
+
+class Loan:
+    """Outputs lent for a `with` block; see `Engine.lend`. Used once."""
+
+    __slots__ = ("_engine", "_inputs", "_lane", "_program")
+
+    def __init__(self, engine: Engine, inputs: Mapping[str, Any]) -> None:
+        self._engine, self._inputs = engine, inputs
+        self._lane: Lane | None = None
+
+    def __enter__(self) -> dict[str, Buffer]:
+        self._program = self._engine._program
+        try:
+            self._lane, outputs = self._program.borrow(self._inputs)
+        except (Unsupported, UsageError) as error:
+            return self._engine._instead(self._program, self._inputs, error)
+        return outputs
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._lane is not None:
+            self._program.free.put(self._lane)
+            self._lane = None
 
 
 def _check_interface(stage: Stage, executable: Executable) -> None:

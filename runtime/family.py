@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -212,18 +211,6 @@ def open_family(path: str | Path, *, signed_by: Key | Sequence[Key] | None = Non
             raise
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror or error})") from error
-
-
-def is_family(path: str | Path) -> bool:
-    """Say whether what lies at `path` looks like a bundle of several plans. Nothing is checked yet."""
-    path = Path(path)
-    if path.is_dir():
-        return (path / FAMILY_FILE).is_file()
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return FAMILY_FILE in archive.namelist()
-    except (OSError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile):
-        return False  # whatever is wrong with it, opening it will say
 
 
 def _opened(path: Path, folder: Path, unpacked: TemporaryDirectory[str] | None, signed_by: Key | Sequence[Key] | None) -> OpenFamily:

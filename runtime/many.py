@@ -10,8 +10,9 @@ from typing import Any
 
 from aivmm.errors import UsageError
 from aivmm.runtime.backend import Buffer
+from aivmm.runtime.bundle import is_family
 from aivmm.runtime.engine import Engine
-from aivmm.runtime.family import Family, OpenFamily, Served, is_family, open_family
+from aivmm.runtime.family import Family, OpenFamily, Served, open_family
 from aivmm.runtime.fitting import Fitter
 from aivmm.runtime.signing import Key
 from aivmm.runtime.validity import check_policy

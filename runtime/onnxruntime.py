@@ -92,13 +92,13 @@ class OnnxRuntime:
         return tuple(found)
 
     def find(self, name: str) -> Target | Unavailable:
-        """Return one target by its device's name. The CPU needs no look at the other providers, whose trials can take seconds."""
+        """Return one target by its device's name. Each build runs on the CPU, so that needs no trial; those of others can take seconds."""
         try:
             _ort()
         except (ImportError, OSError) as error:
             return Unavailable(target=f"onnxruntime:{name}", reason=_words(error), advice="pip install onnxruntime")
         if name == "CPU":
-            return self._try("CPU", "CPU", cpu_device(), None)
+            return self._found(name, "CPU", cpu_device())
         for each in self.targets():
             if (str(each) if isinstance(each, Target) else each.target) in (f"onnxruntime:{name}", f"onnxruntime:{name.split(':')[0]}"):
                 return each
@@ -198,7 +198,11 @@ class OnnxRuntime:
             session.run(None, {"x": np.zeros(4, dtype=np.float32)})
         except Exception as error:  # noqa: BLE001 - see compile
             return Unavailable(target=f"onnxruntime:{name}", reason=_words(error), advice=provider.advice)
-        return Target(runtime=self.name, name=name, device=device, runtime_version=str(ort.__version__), precisions=provider.precisions)
+        return self._found(name, kind, device)
+
+    def _found(self, name: str, kind: str, device: Device) -> Target:
+        version = str(_ort().__version__)
+        return Target(runtime=self.name, name=name, device=device, runtime_version=version, precisions=PROVIDERS[kind].precisions)
 
 
 def _kind(target: Target) -> str:

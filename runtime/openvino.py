@@ -105,6 +105,11 @@ class OpenVino:
             return Unavailable(target=f"openvino:{name}", reason=_words(error), advice="pip install openvino")
         if name == "AUTO":
             return self._auto()
+        if name == "CPU":  # asking for all devices loads the plug-ins of GPU and NPU
+            try:
+                return self._target(name)
+            except RuntimeError as error:
+                return Unavailable(target=f"openvino:{name}", reason=_words(error))
         device = name.removesuffix(".0") if name.startswith("GPU") and name not in _core().available_devices else name
         if device not in _core().available_devices:
             return Unavailable(target=f"openvino:{name}", reason=self._why_absent(name), advice=_ADVICE.get(name.split(".")[0], ""))

@@ -11,9 +11,8 @@ import atexit
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from time import perf_counter_ns
 from typing import Any
@@ -90,13 +89,17 @@ class Program:
         """
         if self._by_threads:
             return self.submit(inputs).result()
-        lane = self.acquire()
+        try:  # `acquire` without a call: this is the hot path
+            lane = self.free.get_nowait()
+        except Empty:
+            lane = self.acquire()
         try:
-            lane.load(inputs)
-            lane.execute()
+            if self._closed:
+                raise closed()
+            outputs = lane.run(inputs)
             if self._good is None:
                 self.answered(lane)
-            return lane.copies()
+            return outputs
         finally:
             self.free.put(lane)
 
@@ -151,9 +154,8 @@ class Program:
         """Requests in flight that keep everything busy."""
         return len(self.lanes) * (self._batcher.capacity if self._batcher else 1)
 
-    @contextmanager
-    def lend(self, inputs: Mapping[str, Any]) -> Iterator[Outputs]:
-        """Run once and lend the outputs where they are, without a copy. They are overwritten by other requests as soon as the block ends.
+    def borrow(self, inputs: Mapping[str, Any]) -> tuple[Lane, Outputs]:
+        """Run once and return the lane with its outputs where they are, without a copy; they stay until the lane is put back into `free`.
 
         The request is a batch of its own: it has as many rows as the stages were made for.
 
@@ -172,9 +174,12 @@ class Program:
             else:
                 lane.load(inputs)
                 lane.execute()
-            yield lane.views()
-        finally:
+            self.answered(lane)
+            return lane, lane.views()
+        except BaseException:  # not handled: the lane goes back first
+            lane.error = None
             self.free.put(lane)
+            raise
 
     def acquire(self) -> Lane:
         """Return a free lane, which its taker puts back into `free`; waits while there is none.
@@ -226,7 +231,7 @@ class Program:
             figures["out_bytes"] = figures["count"] * made + sum(each.late_bytes for each in clocks)
             stages.append({"target": stage.target, "precision": stage.precision, "replicas": copies, **figures})
         with self._lock:
-            waits = {"count": len(self._turn.waits), "total_s": self._turn.wait_ns / 1e9, **quantiles_s([self._turn.waits])}
+            waits = {"count": self._turn.wait_count, "total_s": self._turn.wait_ns / 1e9, **quantiles_s([self._turn.waits])}
         batches = self._batcher.stats() if self._batcher else None
         return {"mode": self.execution.mode, "lanes": len(self.lanes), "stages": stages, "waits": waits, "batches": batches}
 

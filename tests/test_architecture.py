@@ -49,6 +49,7 @@ HEAVY = {
     "rich": {"tuner"},
     "openvino": {"runtime", "models", "probes"},
     "onnxruntime": {"runtime", "models", "probes"},
+    "prometheus_client": {"runtime/prometheus.py"},
 }
 
 _MODULE_WITH_ATTRIBUTE = re.compile(r"(aivmm(?:\.\w+)+):\w+")

@@ -25,6 +25,7 @@ MODULES = {
     "nvidia-ml-py": "pynvml",
     "ml-dtypes": "ml_dtypes",
     "protobuf": "google",
+    "prometheus-client": "prometheus_client",
 }  # where the import has another name
 
 

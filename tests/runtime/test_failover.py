@@ -96,12 +96,14 @@ def test_no_request_is_lost_or_wrong_while_many_threads_meet_the_death(load: Loa
     samples = [normal(2, 32, seed=seed) for seed in range(6)]
     answers = [reference(model, {"x": x})["y"] for x in samples]
     wrong: list[Any] = []
-    ready = threading.Barrier(7)
+    ready = threading.Barrier(6)
 
     def work(index: int) -> None:
         for turn in range(40):
             if turn == 10:
                 ready.wait(60)
+            if (index, turn) == (0, 12):
+                lost.set()
             try:
                 found = ask(engine, ("run", "submit")[(index + turn) % 2], samples[index])
             except BaseException as error:  # noqa: BLE001 - none may come
@@ -113,8 +115,6 @@ def test_no_request_is_lost_or_wrong_while_many_threads_meet_the_death(load: Loa
     threads = [threading.Thread(target=work, args=(index,)) for index in range(6)]
     for each in threads:
         each.start()
-    ready.wait(60)
-    lost.set()
     for each in threads:
         each.join(120)
         assert not each.is_alive()

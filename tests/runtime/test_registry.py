@@ -77,9 +77,10 @@ def test_a_plug_in_is_found_and_loaded(site: Path) -> None:
 
 def test_a_plug_in_cannot_take_the_name_of_one_of_ours(site: Path) -> None:
     install(site, "usurper", "openvino = usurper:Mine", PLUG_IN.format(attribute="Mine", name="openvino"))
-    for ask in (backend_names, lambda: load_backend("null")):
+    for ask in (backend_names, lambda: load_backend("some-other-plug-in")):
         with pytest.raises(UsageError, match=r"usurper registers a backend named 'openvino', which is one of .*; uninstall usurper"):
             ask()
+    assert type(load_backend("openvino")).__module__ == "aivmm.runtime.openvino"
 
 
 def test_two_plug_ins_cannot_share_a_name(site: Path) -> None:

@@ -1,0 +1,473 @@
+"""What does the engine cost, beside the bare runtime? Gates of issue 5, points 3 and 7; measured, not asserted, on a quiet machine.
+
+    python -m benchmarks.engine [--only overhead,cut,pipeline,memory,threads,cold] [--seconds 8] [--quick] [--out FILE.md]
+
+About 13 minutes in all; `--quick` 1 minute, to see that it works. Nothing else may run meanwhile, this machine's other cores included.
+
+- overhead: `engine.run` of an uncut plan against the runtime's own call on the *same* compiled model with pre-bound buffers, call by call
+  in random order; a second bare request (A/A) says what two equal things differ by. The engine copies inputs up to 32 KiB, binds larger
+  ones, and copies outputs; `lend` spares the latter.
+- cut: what a cut costs the engine beyond what it costs the runtimes: (engine cut - engine whole) - (bare cut - bare whole).
+- pipeline: rate of a two-stage plan against that of its slower stage, timed bare while the other one runs, in alternating blocks.
+- memory: resident memory over a million calls after warm-up. threads: 64 of them on one engine, every answer compared.
+- cold: fresh processes that load a cached plan and answer once, against fresh ones in which the runtime takes back the same compiled form.
+  Imports are told apart, and so is hashing: what is compared is the time from the imports to the first answer, less what loading waited
+  for the end of the hashing that went on meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from aivmm.runtime.backend import Executable
+from aivmm.runtime.cpu import cpu_device
+from aivmm.runtime.engine import Engine
+from aivmm.runtime.lane import new_buffer
+from aivmm.runtime.plan import Execution
+from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal
+
+SECTIONS = ("overhead", "cut", "pipeline", "memory", "threads", "cold")
+ONE_THREAD = {OPENVINO: (("INFERENCE_NUM_THREADS", 1),), ONNXRUNTIME: (("intra_op_num_threads", 1),)}
+SIZES = {"20 µs": (64, 1, 8), "300 µs": (512, 1, 8), "large input": (256, 64, 4)}  # name -> width, rows, layers of a chain
+Samples = dict[str, "np.ndarray[Any, np.dtype[np.float64]]"]
+
+
+@dataclass
+class Report:
+    """Lines for people, and whether every gate held."""
+
+    lines: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def say(self, line: str = "") -> None:
+        """Add a line, and show it."""
+        self.lines.append(line)
+        print(line, flush=True)
+
+    def gate(self, what: str, held: bool) -> str:
+        """Note a gate and return its mark."""
+        if not held:
+            self.failed.append(what)
+        return "ok" if held else "**failed**"
+
+
+def bare(executable: Any, arrays: dict[str, Any]) -> Callable[[], object]:
+    """Return the runtime's own call on a compiled model, with all inputs and outputs bound before: what a careful user would write."""
+    outputs = {each.name: new_buffer(each) for each in executable.outputs}
+    if hasattr(executable, "_session"):
+        binding = executable._session.io_binding()
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, array)
+        import onnxruntime
+
+        for name, array in outputs.items():
+            binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+        run, keep = executable._session.run_with_iobinding, (binding, arrays, outputs)
+        return lambda: run(keep[0])
+    import openvino
+
+    request = executable._compiled.create_infer_request()
+    for name, array in arrays.items():
+        request.set_input_tensor(executable.input_ports[name], openvino.Tensor(array, shared_memory=True))
+    for name, array in outputs.items():
+        request.set_output_tensor(executable.output_ports[name], openvino.Tensor(array, shared_memory=True))
+    infer, keep = request.infer, (arrays, outputs)
+    return lambda: infer(share_outputs=True) and keep
+
+
+def interleaved(calls: dict[str, Callable[[], object]], seconds: float, *, seed: int = 0) -> Samples:
+    """Time each of `calls` once a round, in random order, for `seconds`; return durations in seconds by name."""
+    clock, order, rng = time.perf_counter_ns, list(calls.items()), random.Random(seed)
+    for _ in range(50):
+        for _, call in order:
+            call()
+    found: dict[str, list[int]] = {name: [] for name in calls}
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        rng.shuffle(order)
+        for name, call in order:
+            started = clock()
+            call()
+            found[name].append(clock() - started)
+    return {name: np.array(each) / 1e9 for name, each in found.items()}
+
+
+def p99_band(one: Any, other: Any, *, seed: int = 0) -> float:
+    """Return by how many seconds the p99 of two equal things differs: the 97.5 % quantile over resamplings of blocks of rounds."""
+    rng = np.random.default_rng(seed)
+    blocks = np.array_split(np.arange(len(one)), 40)
+    differences = []
+    for _ in range(300):
+        picks = [np.concatenate([blocks[each] for each in rng.integers(0, len(blocks), len(blocks))]) for _ in range(2)]
+        differences.append(abs(np.quantile(one[picks[0]], 0.99) - np.quantile(other[picks[1]], 0.99)))
+    return float(np.quantile(differences, 0.975))
+
+
+@contextmanager
+def engine_of(model: Any, parts: Sequence[Part], **fields: Any) -> Iterator[Engine]:
+    """Load a plan for `model` from a bundle that goes away again."""
+    with tempfile.TemporaryDirectory() as folder, Engine.load(make_bundle(Path(folder) / "m.aivmm", model, parts, **fields)) as engine:
+        yield engine
+
+
+def single(target: str, first: int = 0, last: int = -1) -> Part:
+    """Return a stage with one thread."""
+    return Part(target, first, last, settings=ONE_THREAD[target])
+
+
+def executables(engine: Engine) -> list[Executable]:
+    """Return the first replica of each stage."""
+    return [each[0] for each in engine._program._executables]
+
+
+def chained(engine: Engine, arrays: dict[str, Any]) -> Callable[[], object]:
+    """Return the bare calls of all stages, one after the other; each has inputs of its own, of the right size."""
+    calls = []
+    for executable in executables(engine):
+        inputs = {each.name: arrays.get(each.name, new_buffer(each)) for each in executable.inputs}
+        calls.append(bare(executable, inputs))
+    if len(calls) == 1:
+        return calls[0]
+    first, second = calls
+    return lambda: (first(), second())
+
+
+def micro(seconds: float) -> str:
+    """Return a duration in microseconds."""
+    return f"{seconds * 1e6:.1f}"
+
+
+def overhead(report: Report, seconds: float) -> None:
+    """Uncut plans."""
+    report.say("\n## Uncut plan against the bare call (µs)\n")
+    report.say("| model | target | bare p50 | engine p50 | lent p50 | allowed | | bare p99 | engine p99 | A/A band | | rounds |")
+    report.say("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for name, (width, rows, layers) in SIZES.items():
+        for target in (OPENVINO, ONNXRUNTIME):
+            x = new_buffer_like(normal(rows, width))
+            with engine_of(chain_model(width=width, rows=rows, layers=layers), [single(target)]) as engine:
+                (executable,) = executables(engine)
+
+                def lent(engine: Engine = engine, arrays: Any = {"x": x}) -> None:  # noqa: B006
+                    with engine.lend(arrays):
+                        pass
+
+                arrays = {"x": x}
+                calls = {
+                    "bare": bare(executable, arrays),
+                    "again": bare(executable, arrays),
+                    "engine": lambda engine=engine, arrays=arrays: engine.run(arrays),
+                    "lent": lent,
+                }
+                found = interleaved(calls, seconds)
+            bare_s = np.median(np.concatenate([found["bare"], found["again"]]))
+            p50, allowed = float(np.median(found["engine"])), max(0.02 * bare_s, 10e-6)
+            p99 = {each: float(np.quantile(found[each], 0.99)) for each in found}
+            band, reference = p99_band(found["bare"], found["again"]), max(p99["bare"], p99["again"])
+            held = report.gate(f"overhead p50, {name} on {target}", p50 - bare_s <= allowed)
+            held99 = report.gate(f"overhead p99, {name} on {target}", p99["engine"] <= reference + band)
+            medians = f"{micro(bare_s)} | {micro(p50)} | {micro(float(np.median(found['lent'])))} | +{micro(allowed)} | {held}"
+            tails = f"{micro(reference)} | {micro(p99['engine'])} | ±{micro(band)} | {held99}"
+            report.say(f"| {name} | {target} | {medians} | {tails} | {len(found['bare'])} |")
+
+
+def new_buffer_like(array: Any) -> Any:
+    """Return a copy of `array` where a buffer of ours would lie."""
+    from aivmm.tensors import TensorSpec
+
+    buffer = new_buffer(TensorSpec(name="x", dtype=array.dtype.name, shape=array.shape))
+    assert buffer is not None
+    buffer[...] = array
+    return buffer
+
+
+def cut(report: Report, seconds: float) -> None:
+    """Plans of two stages."""
+    report.say("\n## What a cut costs the engine, beyond what it costs the runtimes (µs, median)\n")
+    report.say("| stages | bare whole | bare cut | engine whole | engine cut | engine's share | allowed | |")
+    report.say("|---|---|---|---|---|---|---|---|")
+    width, rows, layers = SIZES["300 µs"]
+    model, arrays = chain_model(width=width, rows=rows, layers=layers), {"x": new_buffer_like(normal(rows, width))}
+    for first, second in ((OPENVINO, OPENVINO), (ONNXRUNTIME, ONNXRUNTIME), (OPENVINO, ONNXRUNTIME), (ONNXRUNTIME, OPENVINO)):
+        parts = [single(first, 0, layers - 1), single(second, layers)]
+        with engine_of(model, [single(first)]) as whole, engine_of(model, parts) as apart:
+            calls = {
+                "bare whole": bare(executables(whole)[0], arrays),
+                "bare cut": chained(apart, arrays),
+                "engine whole": lambda whole=whole: whole.run(arrays),
+                "engine cut": lambda apart=apart: apart.run(arrays),
+            }
+            found = {name: float(np.median(each)) for name, each in interleaved(calls, seconds).items()}
+        share = (found["engine cut"] - found["engine whole"]) - (found["bare cut"] - found["bare whole"])
+        held = report.gate(f"cut, {first} to {second}", share <= 20e-6)
+        report.say(f"| {first}, {second} | {' | '.join(micro(each) for each in found.values())} | {micro(share)} | 20 | {held} |")
+
+
+def pipeline(report: Report, seconds: float) -> None:
+    """Two stages, on threads of their own."""
+    report.say("\n## Pipelined: rate against the slower stage's, timed bare while the other one runs (per second)\n")
+    report.say("| stages | first | second | engine | ratio of blocks: median (range) | least | |")
+    report.say("|---|---|---|---|---|---|---|")
+    model = chain_model(width=1024, rows=32, layers=8)
+    x = normal(32, 1024)
+    for first, second in ((OPENVINO, ONNXRUNTIME), (OPENVINO, OPENVINO), (ONNXRUNTIME, ONNXRUNTIME)):
+        parts = [single(first, 0, 7), single(second, 8)]
+        with engine_of(model, parts, execution=Execution(mode="pipelined")) as engine:
+            calls = []
+            for executable in executables(engine):
+                inputs = {each.name: new_buffer_like(np.zeros(each.shape, dtype=np.float32) + 0.1) for each in executable.inputs}
+                calls.append(bare(executable, inputs))
+            rates: list[tuple[float, float, float]] = []
+            block = max(0.5, seconds / 8)
+            for _ in range(9):
+                rates.append((*side_by_side(calls, block), streamed(engine, x, block)))
+        table = np.array(rates[1:])  # the first block warms up
+        ratios = table[:, 2] / table[:, :2].min(axis=1)
+        held = report.gate(f"pipeline, {first} and {second}", float(np.median(ratios)) >= 0.95)
+        middle = np.median(table, axis=0)
+        shown = f"{np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f})"
+        report.say(f"| {first}, {second} | {middle[0]:.1f} | {middle[1]:.1f} | {middle[2]:.1f} | {shown} | 0.95 | {held} |")
+
+
+def side_by_side(calls: Sequence[Callable[[], object]], seconds: float) -> list[float]:
+    """Return the rate of each call, all running at once on threads of their own."""
+    rates = [0.0] * len(calls)
+    end = time.perf_counter() + seconds
+
+    def work(index: int) -> None:
+        call, count, started = calls[index], 0, time.perf_counter()
+        while time.perf_counter() < end:
+            call()
+            count += 1
+        rates[index] = count / (time.perf_counter() - started)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(calls))]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    return rates
+
+
+def streamed(engine: Engine, x: Any, seconds: float) -> float:
+    """Return the rate at which a full pipeline answers."""
+
+    def requests() -> Iterator[dict[str, Any]]:
+        while time.perf_counter() < end:
+            yield {"x": x}
+
+    end = time.perf_counter() + seconds + 0.1
+    stream = engine.stream(requests())
+    for _ in range(6):  # until it is full
+        next(stream)
+    started, count, last = time.perf_counter(), 0, 0.0
+    for _ in stream:
+        now = time.perf_counter()
+        if now < end:  # and not while it runs empty
+            count, last = count + 1, now
+    return count / max(last - started, 1e-9)
+
+
+def memory(report: Report, calls: int) -> None:
+    """Many calls."""
+    report.say(f"\n## Resident memory over {calls:,} calls\n")
+    report.say("| how | calls | after warm-up | at the end | growth | allowed | |")
+    report.say("|---|---|---|---|---|---|---|")
+    x = {"x": normal(2, 32)}
+    parts = [single(OPENVINO, 0, 3), single(ONNXRUNTIME, 4)]
+    process = psutil.Process()
+    for how, execution, count in (("run", Execution(), calls), ("stream, pipelined", Execution(mode="pipelined"), calls // 5)):
+        with engine_of(chain_model(), parts, execution=execution) as engine:
+
+            def many(number: int, engine: Engine = engine, pipelined: bool = execution.mode == "pipelined") -> None:
+                if pipelined:
+                    for _ in engine.stream(x for _ in range(number)):
+                        pass
+                else:
+                    for _ in range(number):
+                        engine.run(x)
+
+            many(max(20_000, count // 20))
+            before = process.memory_info().rss
+            many(count)
+            after = process.memory_info().rss
+        held = report.gate(f"memory, {how}", after - before < 1 << 20)
+        shown = " | ".join(f"{each / 2**20:.2f} MiB" for each in (before, after, after - before))
+        report.say(f"| {how} | {count:,} | {shown} | 1 MiB | {held} |")
+
+
+def threads(report: Report, seconds: float, count: int = 64) -> None:
+    """Many threads on one engine."""
+    report.say(f"\n## {count} threads on one engine for {seconds:.0f} s, every answer compared\n")
+    report.say("| how | calls | wrong | stuck | |")
+    report.say("|---|---|---|---|---|")
+    parts = [single(OPENVINO, 0, 3), single(ONNXRUNTIME, 4)]
+    for mode in ("sequential", "pipelined"):
+        with engine_of(chain_model(), parts, execution=Execution(mode=mode), callers=2) as engine:  # type: ignore[arg-type]
+            samples = [{"x": normal(2, 32, seed=seed)} for seed in range(count)]
+            answers = [engine.run(each)["y"] for each in samples]
+            end = time.monotonic() + seconds
+            wrong, done = [0] * count, [0] * count
+
+            def work(
+                index: int, engine: Engine = engine, end: float = end, wrong: list[int] = wrong, done: list[int] = done,
+                samples: Any = samples, answers: Any = answers,
+            ) -> None:  # fmt: skip
+                while time.monotonic() < end:
+                    wrong[index] += not np.allclose(engine.run(samples[index])["y"], answers[index], rtol=1e-4, atol=1e-5)
+                    done[index] += 1
+
+            workers = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(count)]
+            for each in workers:
+                each.start()
+            for each in workers:
+                each.join(seconds + 60)
+            stuck = sum(each.is_alive() for each in workers)
+            held = report.gate(f"threads, {mode}", not any(wrong) and not stuck and all(done))
+            report.say(f"| {mode} | {sum(done):,} | {sum(wrong)} | {stuck} | {held} |")
+
+
+OURS = """
+import sys, time, json
+import numpy as np
+t0 = time.perf_counter()
+import aivmm, aivmm.runtime.engine, aivmm.runtime.{module} as module
+module.{ready}()
+t1 = time.perf_counter()
+engine = aivmm.load_plan(sys.argv[1])
+engine.run({{"x": np.zeros({shape}, dtype=np.float32)}})
+t2 = time.perf_counter()
+stats = engine.stats()
+assert stats["cache"]["hits"] == 1, stats["cache"]
+print(json.dumps({{"imports": t1 - t0, "load": t2 - t1, "hash": stats["hash_s"], "wait": stats["hash_wait_s"]}}))
+"""
+BARE = {
+    OPENVINO: """
+import sys, time, json
+import numpy as np
+t0 = time.perf_counter()
+import openvino
+t1 = time.perf_counter()
+with open(sys.argv[1], "rb") as file:
+    compiled = openvino.Core().import_model(file.read(), "CPU", {{"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}})
+compiled.create_infer_request().infer([np.zeros({shape}, dtype=np.float32)])
+t2 = time.perf_counter()
+print(json.dumps({{"imports": t1 - t0, "load": t2 - t1}}))
+""",
+    ONNXRUNTIME: """
+import sys, time, json
+import numpy as np
+t0 = time.perf_counter()
+import onnxruntime
+t1 = time.perf_counter()
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+options.add_session_config_entry("session.model_external_initializers_file_folder_path", sys.argv[2])
+with open(sys.argv[1], "rb") as file:
+    session = onnxruntime.InferenceSession(file.read(), options, providers=["CPUExecutionProvider"])
+session.run(None, {{"x": np.zeros({shape}, dtype=np.float32)}})
+t2 = time.perf_counter()
+print(json.dumps({{"imports": t1 - t0, "load": t2 - t1}}))
+""",
+}
+
+
+def cold(report: Report, rounds: int) -> None:
+    """Fresh processes."""
+    report.say("\n## From imported to answered, in a fresh process, with the compiled form cached (ms, median)\n")
+    report.say("| model | target | bare | engine | waited for hashes | ratio (95 % of rounds) | allowed | | imports: bare | engine |")
+    report.say("|---|---|---|---|---|---|---|---|---|---|")
+    for name, (width, rows, layers) in {"8 MB": (512, 1, 8), "80 MB": (1024, 1, 20)}.items():
+        for target, module, ready in ((OPENVINO, "openvino", "_import_openvino"), (ONNXRUNTIME, "onnxruntime", "_ort")):
+            with tempfile.TemporaryDirectory() as text:
+                folder = Path(text)
+                bundle = make_bundle(folder / "m.aivmm", chain_model(width=width, rows=rows, layers=layers), [single(target)])
+                environment = {**os.environ, "AIVMM_CACHE": str(folder / "cache")}
+                shape = (rows, width)
+                first = OURS.format(module=module, ready=ready, shape=shape).replace('["hits"] == 1', '["stored"] == 1')
+                fresh(first, environment, str(bundle))
+                (kept,) = (folder / "cache").rglob("*.blob")
+                blob = folder / "blob"
+                blob.write_bytes(kept.read_bytes()[4096:])
+                ours: list[dict[str, float]] = []
+                theirs: list[dict[str, float]] = []
+                for _ in range(rounds):
+                    theirs.append(fresh(BARE[target].format(shape=shape), environment, str(blob), str(bundle / "segments")))
+                    ours.append(fresh(OURS.format(module=module, ready=ready, shape=shape), environment, str(bundle)))
+            ratios = np.array([(mine["load"] - mine["wait"]) / other["load"] for mine, other in zip(ours, theirs, strict=True)])
+            held = report.gate(f"cold start, {name} on {target}", float(np.median(ratios)) <= 1.1)
+            low, high = np.quantile(ratios, [0.025, 0.975])
+
+            def ms(rows: list[dict[str, float]], key: str) -> str:
+                return f"{np.median([each[key] for each in rows]) * 1e3:.1f}"
+
+            shown = f"{np.median(ratios):.3f} ({low:.3f} to {high:.3f}) | 1.1 | {held}"
+            waited = f"{ms(ours, 'wait')} of {ms(ours, 'hash')}"
+            imports = f"{ms(theirs, 'imports')} | {ms(ours, 'imports')}"
+            report.say(f"| {name} | {target} | {ms(theirs, 'load')} | {ms(ours, 'load')} | {waited} | {shown} | {imports} |")
+
+
+def fresh(code: str, environment: dict[str, str], *arguments: str) -> dict[str, float]:
+    """Run `code` in a process of its own and return what it prints."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(SECTIONS))
+    parser.add_argument("--seconds", type=float, default=8.0, help="for each comparison")
+    parser.add_argument("--quick", action="store_true", help="a look whether it works; its figures mean nothing")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    wanted = options.only.split(",")
+    unknown = set(wanted) - set(SECTIONS)
+    if unknown:
+        parser.error(f"unknown section {unknown.pop()!r}; choose from {', '.join(SECTIONS)}")
+    seconds = 0.7 if options.quick else options.seconds
+    report = Report()
+    device = cpu_device()
+    report.say("# The engine beside the bare runtimes\n")
+    runtimes = f"OpenVINO {version('openvino')}, ONNX Runtime {version('onnxruntime-gpu')}, Python {sys.version.split()[0]}"
+    report.say(f"{device.model}, {device.cores} cores usable, {runtimes}; load when it began: {os.getloadavg()[0]:.2f}.")
+    report.say(f"`python -m benchmarks.engine {' '.join(sys.argv[1:])}`")
+    measures: dict[str, Callable[[], None]] = {
+        "overhead": lambda: overhead(report, seconds),
+        "cut": lambda: cut(report, seconds),
+        "pipeline": lambda: pipeline(report, seconds),
+        "memory": lambda: memory(report, 20_000 if options.quick else 1_000_000),
+        "threads": lambda: threads(report, 2 if options.quick else 60),
+        "cold": lambda: cold(report, 3 if options.quick else 15),
+    }
+    for name in wanted:
+        measures[name]()
+    report.say(f"\nGates that failed: {', '.join(report.failed) or 'none'}.")
+    if options.out:
+        options.out.write_text("\n".join(report.lines) + "\n", encoding="utf-8")
+    raise SystemExit(1 if report.failed else 0)
+
+
+if __name__ == "__main__":
+    main()
