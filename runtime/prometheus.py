@@ -9,7 +9,7 @@ start_http_server(9000)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aivmm.errors import UsageError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
 _STAGE = ("model", "stage", "target", "precision")
-_Stages = list[tuple[tuple[str, ...], Mapping[str, Any]]]
+_Stages = Sequence[tuple[tuple[str, ...], Mapping[str, Any]]]
 
 
 class HasStats(Protocol):
@@ -73,9 +73,9 @@ class EngineCollector:
                 yield self._one(counter, f"aivmm_batch_{name}", words, stats["batches"][name])
 
     def _one(self, kind: Any, name: str, words: str, value: float) -> Metric:
-        family = kind(name, words, labels=("model",))
+        family: Metric = kind(name, words, labels=("model",))
         family.add_metric((self._model,), value)
-        return family  # type: ignore[no-any-return]
+        return family
 
     def _summary(self, name: str, words: str, stages: _Stages, keys: tuple[str, str, str]) -> Iterator[Metric]:
         count, total, quantile = keys
