@@ -100,7 +100,7 @@ class BucketTuner:
         check_destination(output)
         with tempfile.TemporaryDirectory(prefix=f"aivmm-{os.getpid()}-", ignore_cleanup_errors=True) as name:
             folder = Path(name)
-            outcomes = self._tune(folder, output, started)
+            outcomes = self._tune(folder, output)
             missing = next(((each, found) for each, found in zip(self.wanted, outcomes, strict=False) if found.plan_path is None), None)
             if missing is not None:
                 return self._infeasible(missing[0], missing[1], outcomes, output, time.perf_counter() - started)
@@ -118,19 +118,18 @@ class BucketTuner:
         shown = (output, output / f"report-{index}.html")
         return Session(options, Prefixed(self.progress, each.name), command=self.command, shown=shown)
 
-    def _tune(self, folder: Path, output: Path, started: float) -> list[TuneOutcome]:
-        """Tune each shape with an equal share of what is left of the budget; the first that has no plan ends it."""
+    def _tune(self, folder: Path, output: Path) -> list[TuneOutcome]:
+        """Tune each shape with an equal share of the budget; the first that has no plan ends it.
+
+        The shares are the same whenever the same is asked: what a run has searched is known again by its budget, too.
+        """
         outcomes: list[TuneOutcome] = []
-        proofs_s, asked = 0.0, False
+        share, asked = self.options.budget_s / len(self.wanted), False
         for index in range(len(self.wanted)):
-            left = self.options.budget_s - (time.perf_counter() - started - proofs_s)
-            session = self._session(index, folder, output, 0.0 if asked else left / (len(self.wanted) - index))
-            begun = time.perf_counter()
+            session = self._session(index, folder, output, 0.0 if asked else share)
             found = session.run()
             assert isinstance(found, TuneOutcome)
             outcomes.append(found)
-            # The proof comes on top of the budget, for each shape as for one.
-            proofs_s += max(0.0, time.perf_counter() - begun - session.options.budget_s)
             asked = asked or session.interrupts.asked
             if found.plan_path is None:
                 break
