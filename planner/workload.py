@@ -1,18 +1,18 @@
 """Divides a machine among models that are served at once, so that limits hold in the order of priority and the rest is shared.
 
 Each model has *options*: a target with a number of threads and of replicas, and how long a call takes there when nothing else runs. An
-option takes `threads * replicas` units of its device (a processor's usable cores; one unit of any other device). A division gives each model
+option takes `threads * replicas` units of its device: a processor has its usable cores, any other device one. A division gives each model
 one option, within what the devices have. It is the best in this order: the fewest broken limits of the first priority, then of the second,
-and so on; then the least sum of the logarithms of how many times its fastest option's latency each model waits: the rest is shared in
-proportion, and no model is starved for another's last percent. All of that adds up over models, so dynamic programming over what is left of the
-devices finds the optimum.
+and so on; then the least sum of the logarithms of how many times its fastest option's latency each model waits, which shares the rest in
+proportion and starves no model for another's last percent. All of that adds up over models, so dynamic programming over what is left of
+the devices finds the optimum.
 
-Where models are more than cores, or when the proof finds it better, `level` units of work share one core: then calls take `level` times as long
-at worst, which is what is assumed.
+Where models are more than cores, or when the proof finds it better, `level` units of work share one core: then calls take `level` times as
+long at worst, which is what is assumed.
 
-Requests that arrive at random (Poisson) with rate r find R replicas that take s seconds each busy with rho = r s / R. A queue before one server
-of fixed service time makes them wait rho s / (2 (1 - rho)) on average (Pollaczek and Khinchine, M/D/1); R servers share one queue, which divides
-the wait by R. The tail of the wait is taken for exponential. These are estimates to choose by; what is claimed is proven.
+Requests that arrive at random (Poisson) with rate r find R replicas that take s seconds each busy with rho = r s / R. A queue before one
+server of fixed service time makes them wait rho s / (2 (1 - rho)) on average (Pollaczek and Khinchine, M/D/1); R servers share one queue,
+which divides the wait by R. The tail of the wait is taken for exponential. These are estimates to choose by; what is claimed is proven.
 """
 
 from __future__ import annotations

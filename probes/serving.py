@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from aivmm.errors import AivmmError
+from aivmm.probes import phases
 from aivmm.probes.accuracy import judge
-from aivmm.runtime.many import load_one
+from aivmm.runtime.backend import Buffer
+from aivmm.runtime.engine import Engine
+from aivmm.runtime.many import Engines, ShapedEngine, load, load_one
+
+_GRACE_S = 1.0  # after the end, for what has arrived before it
+_MOST_KEPT = 50_000  # latencies sent back of one model
+_WARM_UP = 5
 
 
 def fit(state: Any, *, bundle: str, samples: list[str], references: list[str]) -> dict[str, Any]:
@@ -14,10 +28,115 @@ def fit(state: Any, *, bundle: str, samples: list[str], references: list[str]) -
 
     judged = []
     with load_one(bundle) as engine:
+        phases.enter(phases.RUN)
         for sample, reference in zip(samples, references, strict=True):
             found = judge(engine.run(load_arrays(sample)), load_arrays(reference))
             judged.append({"accuracy": found.metrics(), "problem": found.problem})
         return {"judged": judged, "stats": {"padded": engine.stats().get("padded", 0)}}
 
 
-OPERATIONS = {"fit": fit}
+@dataclass(slots=True)
+class Client:
+    """Sends requests to one model: at given times after the start, or each when the last one is answered."""
+
+    engine: Engine | ShapedEngine
+    inputs: Mapping[str, Buffer]
+    due_s: Sequence[float] | None  # when requests arrive, after the start; None: one after the other
+    callers: int
+    latencies_s: list[float] = field(default_factory=list)  # from arrival to answer
+    durations_s: list[float] = field(default_factory=list)  # of the call alone
+    error: str = ""
+    _next: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def drive(self, started: float, ends: float) -> None:
+        """Send requests from one thread until `ends`, in seconds of the clock; what has arrived by then is still answered for a while."""
+        try:
+            while (due := self._due(started)) is not None and due < ends:
+                late = due - time.perf_counter()
+                if late > 0:
+                    time.sleep(late)
+                begun = time.perf_counter()
+                if begun > ends + _GRACE_S:
+                    return
+                self.engine.run(self.inputs)
+                done = time.perf_counter()
+                self.latencies_s.append(done - due)
+                self.durations_s.append(done - begun)
+        except AivmmError as error:
+            self.error = str(error)
+
+    def _due(self, started: float) -> float | None:
+        if self.due_s is None:
+            return time.perf_counter()
+        with self._lock:
+            index = self._next
+            self._next += 1
+        return started + self.due_s[index] if index < len(self.due_s) else None
+
+
+def arrivals_s(rate_per_s: float, seconds: float, seed: int) -> list[float]:
+    """Return when requests arrive within `seconds`: a Poisson process, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    gaps = rng.exponential(1 / rate_per_s, size=max(16, int(2 * rate_per_s * seconds) + 16))
+    times = np.cumsum(gaps)
+    return [float(each) for each in times[times < seconds]]
+
+
+def serve(state: Any, *, bundle: str, models: dict[str, dict[str, Any]], seconds: float, alone_s: float, seed: int) -> dict[str, Any]:
+    """Load a workload's bundle and serve its models: each alone for `alone_s`, then all at once for `seconds`.
+
+    `models` has for each name `inputs` and `reference` (files), `rate_per_s` (None: one request after the other) and `callers`. Returns for
+    each name how close its answers are, and of both services the `latencies_s`, `durations_s`, and how many requests were `offered` and
+    `served`.
+    """
+    from aivmm.probes.operations import load_arrays
+
+    with load(bundle) as engines:
+        assert isinstance(engines, Engines)
+        phases.enter(phases.RUN)
+        inputs = {name: load_arrays(each["inputs"]) for name, each in models.items()}
+        answers: dict[str, dict[str, Any]] = {}
+        for name, each in models.items():
+            found = judge(engines[name].run(inputs[name]), load_arrays(each["reference"]))
+            answers[name] = {"accuracy": found.metrics(), "problem": found.problem}
+            for _ in range(_WARM_UP):
+                engines[name].run(inputs[name])
+
+        def client(number: int, name: str, for_s: float) -> Client:
+            rate = models[name]["rate_per_s"]
+            due = None if rate is None else arrivals_s(rate, for_s, seed + number)
+            return Client(engines[name], inputs[name], due, models[name]["callers"])
+
+        for number, name in enumerate(models):
+            answers[name]["alone"] = _served({name: client(number, name, alone_s)}, alone_s)[name]
+        together = {name: client(number, name, seconds) for number, name in enumerate(models)}
+        for name, found in _served(together, seconds).items():
+            answers[name]["together"] = found
+    return {"models": answers}
+
+
+def _served(clients: Mapping[str, Client], seconds: float) -> dict[str, dict[str, Any]]:
+    """Drive all clients at once, and return what came of each."""
+    started = time.perf_counter() + 0.01  # until all threads stand ready
+    threads = [
+        threading.Thread(target=each.drive, args=(started, started + seconds)) for each in clients.values() for _ in range(each.callers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {
+        name: {
+            "latencies_s": each.latencies_s[:_MOST_KEPT],
+            "durations_s": each.durations_s[:_MOST_KEPT],
+            "offered": len(each.latencies_s) if each.due_s is None else len(each.due_s),
+            "served": len(each.latencies_s),
+            "seconds": seconds,
+            "error": each.error,
+        }
+        for name, each in clients.items()
+    }
+
+
+OPERATIONS = {"fit": fit, "serve": serve}

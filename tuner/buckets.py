@@ -25,6 +25,7 @@ from aivmm.runtime.registry import default_backends
 from aivmm.runtime.target import Target
 from aivmm.tensors import TensorSpec
 from aivmm.tuner.families import combine
+from aivmm.tuner.many import ManyOutcome, Prefixed, report_beside, summed
 from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
 from aivmm.tuner.padding import Case, PaddingCheck, Paddings, dimensions_of, replace_padding
 from aivmm.tuner.progress import Progress
@@ -33,45 +34,6 @@ from aivmm.tuner.shapes import Wanted
 from aivmm.tuner.verdict import time_text
 
 _LEAST_BUDGET_S = 5.0  # of each shape, so that the baselines are measured at least
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ManyOutcome:
-    """What tuning for several plans gave. `plan_path` is None when one of them is missing; then no bundle is written."""
-
-    plan_path: Path | None
-    report_path: Path
-    summary: Mapping[str, Any]
-    lines: tuple[str, ...]  # the verdict, a line for each thing that it says
-    outcomes: tuple[TuneOutcome, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def use(self) -> str:
-        """What to type to run it."""
-        return f"import aivmm; engine = aivmm.load_plan({str(self.plan_path)!r})"
-
-
-class Prefixed:
-    """Progress of one part of a larger work."""
-
-    def __init__(self, progress: Progress, prefix: str) -> None:
-        self._progress, self._prefix = progress, prefix
-
-    def phase(self, text: str) -> None:
-        """Pass on, with the part's name."""
-        self._progress.phase(f"{self._prefix}: {text}")
-
-    def detail(self, text: str, *, best: str = "", left_s: float | None = None) -> None:
-        """Pass on."""
-        self._progress.detail(text, best=best, left_s=left_s)
-
-    def note(self, text: str) -> None:
-        """Pass on, with the part's name."""
-        self._progress.note(f"{self._prefix}: {text}")
-
-    def close(self) -> None:
-        """Nothing: the whole is closed once."""
 
 
 @dataclass(slots=True)
@@ -159,9 +121,9 @@ class BucketTuner:
         for index, found in enumerate(outcomes):
             shutil.copyfile(found.report_path, output / f"report-{index}.html")
         summary = self._summary(outcomes, output, paddings, buckets, verdict, time.perf_counter() - started)
-        report = output / "report.html"
+        report, use = output / "report.html", f"import aivmm; engine = aivmm.load_plan({str(output)!r})"
         report.write_text(render_family(self._overview(plans, outcomes, paddings, verdict)), encoding="utf-8")
-        return ManyOutcome(plan_path=output, report_path=report, summary=summary, lines=lines, outcomes=tuple(outcomes))
+        return ManyOutcome(plan_path=output, report_path=report, summary=summary, lines=lines, outcomes=tuple(outcomes), use=use)
 
     def _paddings(
         self, folder: Path, buckets: Sequence[Bucket], inputs: Sequence[Mapping[str, TensorSpec]], dimensions: Sequence[Dimension]
@@ -274,7 +236,7 @@ class BucketTuner:
 
     def _infeasible(self, each: Wanted, found: TuneOutcome, outcomes: Sequence[TuneOutcome], output: Path, wall_s: float) -> ManyOutcome:
         """Say which shape has no plan: a bundle that lacks one of the shapes asked for is none."""
-        report = output.absolute().with_name(f"{output.absolute().name.removesuffix('.aivmm')}.report.html")
+        report = report_beside(output)
         shutil.copyfile(found.report_path, report)
         verdict = f"{each.name}: {found.summary['verdict']}"
         summary = {
@@ -335,11 +297,6 @@ def best_baseline_text(summary: Mapping[str, Any]) -> str:
 def crop_json(crop: Crop) -> dict[str, Any]:
     """Return a crop as `tune --json` gives it."""
     return {"output": crop.output, "axis": crop.axis, "dimension": crop.dimension, "times": crop.times}
-
-
-def summed(outcomes: Sequence[TuneOutcome]) -> dict[str, int]:
-    """Return the probes of all tunings."""
-    return {name: sum(each.summary["probes"][name] for each in outcomes) for name in ("measured", "reused", "refused", "failed")}
 
 
 def _extents(dimensions: Sequence[Dimension], inputs: Mapping[str, TensorSpec]) -> dict[str, int]:

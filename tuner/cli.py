@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from aivmm.errors import AivmmError, Infeasible
+from aivmm.errors import AivmmError, Infeasible, UsageError
 from aivmm.planner.levels import goal
 from aivmm.probes.client import WorkerDied
 from aivmm.runtime.target import Target
@@ -30,7 +30,7 @@ from aivmm.tuner.shapes import parse_dim_lists, parse_shape_lists, wanted
 from aivmm.tuner.text import printable
 
 if TYPE_CHECKING:
-    from aivmm.tuner.buckets import ManyOutcome
+    from aivmm.tuner.many import ManyOutcome
 
 app = typer.Typer(
     name="aivmm",
@@ -68,7 +68,10 @@ Db = Annotated[
 @app.command()
 def tune(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="An ONNX file, or `demo:NAME` (`demo:` lists them).")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="An ONNX file, or `demo:NAME` (`demo:` lists them); several with --workload."),
+    ],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where the plan goes; default `<name>.aivmm`.")
     ] = None,
@@ -95,6 +98,10 @@ def tune(
         typer.Option(
             metavar="NAME=N", help="The extent of a named dimension; `seq=32,128` or `seq=32..512` for a plan of several. Repeatable."
         ),
+    ] = None,
+    workload: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.toml", help="Serve several models at once: for each its priority, limits and rate."),
     ] = None,
     inputs: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Real samples to run with.")] = None,
     dataset: Annotated[
@@ -139,14 +146,18 @@ def tune(
     `aivmm tune model.onnx --objective throughput --batch 1,8,32 --dim seq=128`
 
     `aivmm tune model.onnx --dim seq=32..512` (one bundle with a plan for 32, 64, 128, 256 and 512)
+
+    `aivmm tune a.onnx b.onnx --workload w.toml` (both at once, on a part of the machine each)
     """
-    if model == "demo:":
+    if models == ["demo:"]:
         _list_demos(as_json)
         return
+    if workload is None and len(models) > 1:
+        raise UsageError(f"{len(models)} models are given", advice="tune one by one, or say with --workload FILE what each is to reach")
     objective, constraints = goal(service_level, objective, tuple(constraint or ()))
     each_shape = wanted(parse_shape_lists(shape or ()), parse_dim_lists(dim or ()))
     options = TuneOptions(
-        model=model,
+        model=models[0],
         output=output,
         db=db,
         objective=objective,
@@ -171,15 +182,24 @@ def tune(
         dry_run=dry_run,
         backends=tuple(backend or ()),
     )
-    from aivmm.tuner.buckets import BucketTuner, ManyOutcome
+    from aivmm.tuner.buckets import BucketTuner
+    from aivmm.tuner.many import ManyOutcome
     from aivmm.tuner.progress import make_progress
+    from aivmm.tuner.served import WorkloadTuner, require_alone
     from aivmm.tuner.session import Session, TuneOutcome
+    from aivmm.tuner.workload_file import read_workload
 
     progress = make_progress(quiet=quiet)
     command = _command(context.obj)
     outcome: TuneOutcome | ManyOutcome | dict[str, Any]
     try:
-        if len(each_shape) > 1:
+        if workload is not None:
+            require_alone(options, each_shape)
+            wishes, notes = read_workload(workload, models)
+            for note in notes:
+                progress.note(note)
+            outcome = WorkloadTuner(options, wishes, progress, command=command, notes=list(notes)).run()
+        elif len(each_shape) > 1:
             outcome = BucketTuner(options, each_shape, progress, command=command).run()
         else:
             outcome = Session(options, progress, command=command).run()

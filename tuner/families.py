@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from aivmm.runtime.bundle import Bundle
@@ -10,8 +10,18 @@ from aivmm.runtime.family import Family, Part, write_family
 from aivmm.runtime.plan import Alternative, Plan, Stage
 
 
-def combine(destination: Path, family: Family, bundles: Mapping[str, Path], folder: Path) -> None:
-    """Write `family` at `destination` from the bundles at `bundles` (by plan file), whose segments are gathered in `folder` meanwhile."""
+def combine(
+    destination: Path,
+    family: Family,
+    bundles: Mapping[str, Path],
+    folder: Path,
+    *,
+    adjust: Mapping[str, Callable[[Plan], Plan]] | None = None,
+) -> None:
+    """Write `family` at `destination` from the bundles at `bundles` (by plan file), whose segments are gathered in `folder` meanwhile.
+
+    `adjust` (by plan file) changes plans on the way: their replicas, or what is expected of them in company.
+    """
     from aivmm.models.gather import Gatherer  # here: it loads onnx
 
     gatherer = Gatherer(folder)
@@ -24,8 +34,13 @@ def combine(destination: Path, family: Family, bundles: Mapping[str, Path], fold
                 segment, weights = gatherer.take(bundle.file(model))
                 renamed[model] = f"segments/{segment.name}"
                 files |= {f"segments/{each.name}": each for each in (segment, *weights)}
-            parts[name] = Part(plan=_renamed(bundle.plan, renamed, files), files=files)
+            plan = (adjust or {}).get(name, _as_it_is)(bundle.plan)
+            parts[name] = Part(plan=_renamed(plan, renamed, files), files=files)
     write_family(destination, family, parts)
+
+
+def _as_it_is(plan: Plan) -> Plan:
+    return plan
 
 
 def _models(plan: Plan) -> list[str]:

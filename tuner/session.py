@@ -58,6 +58,8 @@ _AHEAD = ("aivmm.models.graph", "aivmm.models.slice", "aivmm.probes.wilcoxon", "
 _BLOCKS_UNTIL, _HANDOVERS_UNTIL, _OPERATORS_UNTIL = 0.80, 0.85, 1.0
 _FORCED_S = 20.0  # a forced cut needs its evidence, whatever is left
 
+Look = Callable[[Work, Explorer], None]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneOutcome:
@@ -73,8 +75,21 @@ class TuneOutcome:
 class Session:
     """One tuning. Its parts talk through the database; what is in memory is only what this run needs."""
 
-    def __init__(self, options: TuneOptions, progress: Progress, *, command: str = "", shown: tuple[Path, Path] | None = None) -> None:
-        """Tune as `options` say. `shown` is where plan and report end up, when what is written now is only a part of a bundle to come."""
+    def __init__(
+        self,
+        options: TuneOptions,
+        progress: Progress,
+        *,
+        command: str = "",
+        shown: tuple[Path, Path] | None = None,
+        look: Look | None = None,
+    ) -> None:
+        """Tune as `options` say.
+
+        `shown` is where plan and report end up, when what is written now is only a part of a bundle to come. `look` is called once settings
+        were searched, for those who want to measure more of the same model.
+        """
+        self._look = look
         self.options = options
         self._shown = shown
         self.progress = progress
@@ -249,6 +264,8 @@ class Session:
             refer_in_pieces(work, laid_out=self._searched_before)
         explorer = Explorer(work, searched_before=self._searched_before)
         explorer.run()
+        if self._look is not None:
+            self._look(work, explorer)
         if not self._searched_before and not work.subject.refusals:
             self._cut_around_refused(work, explorer)
         anatomist, handovers = self._anatomise(work, explorer)

@@ -151,7 +151,7 @@ def test_no_division_is_better_than_the_one_found(case: tuple[list[Demand], list
         assert best == ()
         return
     assert rank(demands, best[0].broken) == min(allowed)
-    used = [option for option in best[0].options.values()]
+    used = list(best[0].options.values())
     assert all(sum(each.units for each in used if each.device == device) <= most for device, most in units.items())
 
 

@@ -1,0 +1,80 @@
+"""Serving several models at once in a worker: arrivals by rate, answers judged, what could not be served counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aivmm.probes.client import Worker
+from aivmm.probes.operations import save_arrays
+from aivmm.probes.serving import arrivals_s
+from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, make_family, normal, reference
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    made = Worker("serving")
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serving")
+    targets = {"a": ONNXRUNTIME, "b": OPENVINO}
+    bundles = {
+        name: make_bundle(folder / f"{name}.aivmm", chain_model(), [Part(target)], conditions=False) for name, target in targets.items()
+    }
+    save_arrays(folder / "x.npz", {"x": normal(2, 32)})
+    save_arrays(folder / "y.npz", reference(chain_model(), {"x": normal(2, 32)}))
+    save_arrays(folder / "wrong.npz", {"y": normal(2, 32, seed=9)})
+    return make_family(folder / "w.aivmm", bundles, kind="workload")
+
+
+def serve(worker: Worker, bundle: Path, *, seconds: float = 0.5, right: str = "y.npz", **rates: float | None) -> dict[str, Any]:
+    folder = bundle.parent
+    models = {
+        name: {"inputs": str(folder / "x.npz"), "reference": str(folder / right), "rate_per_s": rate, "callers": 1}
+        for name, rate in rates.items()
+    }
+    answer = worker.call("serve", limit_s=120, run_limit_s=60, bundle=str(bundle), models=models, seconds=seconds, alone_s=0.2, seed=3)
+    return answer["models"]  # type: ignore[no-any-return]
+
+
+def test_each_model_is_served_at_its_rate_or_as_fast_as_it_goes(worker: Worker, bundle: Path) -> None:
+    found = serve(worker, bundle, a=40.0, b=None)
+    together = found["a"]["together"]
+    assert together["offered"] == len(arrivals_s(40.0, 0.5, 3))
+    assert 0 < together["served"] <= together["offered"]
+    assert len(together["latencies_s"]) == len(together["durations_s"]) == together["served"]
+    assert all(wait >= call > 0 for wait, call in zip(together["latencies_s"], together["durations_s"], strict=True))
+    assert found["b"]["together"]["served"] == found["b"]["together"]["offered"] > 0
+    assert found["b"]["alone"]["served"] > 0
+    assert all(each["problem"] == "" and each["accuracy"]["cosine"] > 0.999 for each in found.values())
+
+
+def test_more_than_a_model_can_answer_is_counted_and_ends_in_time(worker: Worker, bundle: Path) -> None:
+    together = serve(worker, bundle, seconds=0.05, a=1_000_000.0)["a"]["together"]
+    assert together["served"] < together["offered"]
+
+
+def test_wrong_answers_are_told(worker: Worker, bundle: Path) -> None:
+    assert serve(worker, bundle, right="wrong.npz", a=20.0)["a"]["accuracy"]["cosine"] < 0.999
+
+
+@given(st.floats(1, 1000), st.integers(0, 1000))
+def test_arrivals_are_in_order_within_the_time_and_the_same_for_the_same_seed(rate: float, seed: int) -> None:
+    found = arrivals_s(rate, 2.0, seed)
+    assert found == sorted(found) == arrivals_s(rate, 2.0, seed)
+    assert all(0 < each < 2.0 for each in found)
+
+
+def test_arrivals_come_at_their_rate_on_average() -> None:
+    counts = [len(arrivals_s(50.0, 2.0, seed)) for seed in range(200)]
+    assert mean(counts) == pytest.approx(100, rel=0.03)

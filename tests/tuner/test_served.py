@@ -1,0 +1,176 @@
+"""Workloads from the command line with real runtimes: two models served at once, and mixes that this machine cannot serve."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import aivmm
+from aivmm.planner.workload import Demand, Option, divide
+from aivmm.runtime.family import open_family
+from aivmm.runtime.many import Engines
+from aivmm.tuner.ladder import Ladder
+from aivmm.tuner.serving import Trial, seen_of
+from aivmm.tuner.serving_words import Words
+from tests.making import chain_model, normal, reference, token_model, write_model
+from tests.tuner.harness import ONE_RUNTIME, SMALL, Finished, Place
+
+FEASIBLE = """
+[tokens]
+priority = 1
+latency = "10s"
+rate = "5/s"
+dim = { rows = 8 }
+
+[chain]
+priority = 2
+"""
+HOPELESS = FEASIBLE.replace('latency = "10s"', 'latency = "1ns"')
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    made = Place.at(tmp_path_factory.mktemp("workload"))
+    write_model(made.work / "tokens.onnx", token_model("rows"))
+    write_model(made.work / "chain.onnx", chain_model())
+    (made.work / "w.toml").write_text(FEASIBLE)
+    (made.work / "hopeless.toml").write_text(HOPELESS)
+    return made
+
+
+@pytest.fixture(scope="module")
+def tuned(place: Place) -> Any:
+    """A workload of two models. Look, do not touch."""
+    done = place.aivmm("tune", "chain.onnx", "tokens.onnx", "--workload", "w.toml", *ONE_RUNTIME, *SMALL, "--json")
+    assert done.code == 0, done.err
+    return done.json
+
+
+def test_the_summary_tells_of_each_model_in_the_order_of_priority(place: Place, tuned: Any) -> None:
+    assert tuned["kind"] == "workload"
+    assert tuned["plan"] == {"path": "workload.aivmm", "models": ["tokens", "chain"]}
+    tokens, chain = tuned["models"]
+    assert (tokens["name"], tokens["priority"], tokens["limits"]["latency_s"], tokens["limits"]["rate_per_s"]) == ("tokens", 1, 10, 5)
+    for each in (tokens, chain):
+        assert each["holds"]
+        assert each["seen"]["latency_s"] > 0
+        assert each["seen"]["slowdown"] > 0
+        assert each["plan"]["threads"] >= 1
+        assert each["alone"]["measured"]["median_s"] > 0
+        assert each["plan"]["text"] in tuned["verdict"]
+    assert tuned["tried"]
+    assert "every limit holds" in tuned["verdict"]
+
+
+def test_one_bundle_gives_an_engine_for_each_name(place: Place, tuned: Any) -> None:
+    with aivmm.load_plan(place.work / tuned["plan"]["path"]) as engines:
+        assert isinstance(engines, Engines)
+        for name, model, feeds in (
+            ("chain", chain_model(), {"x": normal(2, 32)}),
+            ("tokens", token_model(8), {"x": normal(1, 8, 16), "mask": np.ones((1, 8), np.int64)}),
+        ):
+            found = engines[name].run(feeds)
+            for output, value in reference(model, feeds).items():
+                np.testing.assert_allclose(found[output], value, rtol=1e-3, atol=1e-4)
+
+
+def test_the_bundle_keeps_what_was_asked_and_what_was_seen(place: Place, tuned: Any) -> None:
+    with open_family(place.work / "workload.aivmm") as opened:
+        assert opened.family.verdict == tuned["verdict"]
+        promise = opened.family.models[0].promise
+        assert promise is not None
+        assert (promise.priority, promise.latency_s, promise.rate_per_s) == (1, 10, 5)
+        assert promise.seen["latency_s"].value == tuned["models"][0]["seen"]["latency_s"]
+        cores = sum(
+            stage.replicas * int(stage.config.get("intra_op_num_threads", 1)) for plan in opened.plans.values() for stage in plan.stages
+        )
+        assert cores >= 2
+
+
+def test_the_report_has_a_row_for_each_model(place: Place, tuned: Any) -> None:
+    text = (place.work / tuned["report"]).read_text()
+    assert text.count('<tr><th scope="row">') == 2
+    for name in ("report-0.html", "report-1.html"):
+        assert f'href="{name}"' in text
+        assert (place.work / "workload.aivmm" / name).is_file()
+
+
+def test_a_limit_that_nothing_can_hold_ends_with_3_and_says_which_and_why(place: Place, tuned: Any) -> None:
+    done: Finished = place.aivmm(
+        "tune", "chain.onnx", "tokens.onnx", "--workload", "hopeless.toml", "-o", "h.aivmm", *ONE_RUNTIME, *SMALL, "--json"
+    )
+    assert done.code == 3, done.err
+    found = done.json
+    assert found["plan"] is None
+    assert "tokens (priority 1) cannot be served: median" in found["verdict"]
+    assert "Not even alone on the whole machine" in found["verdict"]
+    assert not (place.work / "h.aivmm").exists()
+    assert Path(found["report"]).is_file()
+    assert [each["holds"] for each in found["models"]] == [False, True]
+
+
+# --- why not, in words, from made-up measurements
+
+
+def answer(*, latency_s: float = 0.01, alone_s: float = 0.01, offered: int = 600, served: int = 600) -> dict[str, Any]:
+    together = {"latencies_s": [latency_s] * served, "durations_s": [latency_s] * served, "offered": offered, "served": served}
+    return {
+        "accuracy": {"cosine": 1.0, "relative_l2": 0.0},
+        "problem": "",
+        "together": {**together, "seconds": 5.0, "error": ""},
+        "alone": {"durations_s": [alone_s] * 10},
+    }
+
+
+def words(*demands: Demand, alone_s: float = 0.01) -> tuple[Words, Any]:
+    ladders = {}
+    for demand in demands:
+        option = Option(name=demand.name, model=demand.name, device="cpu", threads=1, service_s=alone_s)
+        ladders[demand.name] = Ladder(demand.name, Path(), options=[option], texts={demand.name: "here"}, units={"cpu": 2})
+    division = divide(demands, [each.options[0] for each in ladders.values()], {"cpu": 2})[0]
+    return Words(demands=demands, ladders=ladders), division
+
+
+def test_limits_are_judged_by_what_was_seen() -> None:
+    demand = Demand(name="a", latency_s=0.02, p99_s=0.03, rate_per_s=100)
+    assert seen_of(demand, answer(), 0.999).broken == ()
+    assert seen_of(demand, answer(), 0.999).p99_s == 0.01
+    slow = seen_of(demand, answer(latency_s=0.04), 0.999)
+    assert [each.split()[0] for each in slow.broken] == ["median", "p99"]
+    assert slow.slowdown == pytest.approx(4)
+    late = seen_of(demand, answer(served=500), 0.999)
+    assert late.broken == ("500 of 600 requests answered in time at 100/s",)
+    few = seen_of(demand, answer(offered=100, served=100), 0.999)
+    assert few.p99_s is None
+    wrong = {**answer(), "accuracy": {"cosine": 0.9, "relative_l2": 0.5}}
+    assert "cosine" in seen_of(demand, wrong, 0.999).broken[0]
+    assert seen_of(demand, {**answer(), "together": {**answer()["together"], "error": "boom"}}, 0.999).broken == ("boom",)
+    assert "no request was answered" in seen_of(demand, answer(served=0), 0.999).broken[0]
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "rate_per_s", "said"),
+    [
+        (0.005, None, "Not even alone on the whole machine: its fastest plan takes 10 ms (here)."),
+        (
+            0.02,
+            None,
+            "Alone its fastest plan takes 10 ms (here), but first is served first, and calls take 4.00 times as long beside them.",
+        ),
+        (0.02, 200.0, "Not even alone on the whole machine: its fastest plan takes 10 ms (here), which is 100/s at most."),
+    ],
+)
+def test_who_cannot_be_served_is_told_with_what_stands_in_its_way(limit_s: float, rate_per_s: float | None, said: str) -> None:
+    demands = (Demand(name="first"), Demand(name="late", priority=2, latency_s=limit_s, rate_per_s=rate_per_s))
+    told, division = words(*demands)
+    seen = {"first": seen_of(demands[0], answer(), 0.999), "late": seen_of(demands[1], answer(latency_s=0.04), 0.999)}
+    (text,) = told.why_not(Trial(division=division, seen=seen))
+    assert text.startswith("late (priority 2) cannot be served: median 40 ms, limit ")
+    assert text.endswith(said)
+    assert told.why_not(Trial(division=division, seen={}, error="boom")) == ("Serving the models at once failed: boom.",)
+    kept = {**seen, "late": replace(seen["late"], broken=())}
+    assert Trial(division=division, seen=kept).failed is False

@@ -1,0 +1,329 @@
+"""Tunes several models that one machine serves at once: each alone, then divisions of the machine, proven with all models running."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from aivmm.errors import AivmmError, UsageError
+from aivmm.planner.workload import Demand, Division, Option, divide, rank
+from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
+from aivmm.probes.machine import measuring
+from aivmm.reports.family import render_family
+from aivmm.runtime.bundle import check_destination
+from aivmm.runtime.family import Bucket, Family, Served
+from aivmm.runtime.plan import Plan
+from aivmm.tuner.families import combine
+from aivmm.tuner.ladder import Ladder
+from aivmm.tuner.many import ManyOutcome, Prefixed, report_beside, summed
+from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
+from aivmm.tuner.progress import Progress
+from aivmm.tuner.prove import TAIL_SAMPLES
+from aivmm.tuner.serving import Seen, Trial, promise_of, seen_of
+from aivmm.tuner.serving_words import Words
+from aivmm.tuner.session import Session, TuneOutcome
+from aivmm.tuner.shapes import Wanted
+from aivmm.tuner.workload_file import Wish
+
+_TRY_S, _PROVE_S, _ALONE_S = 2.5, 5.0, 1.0  # of serving: to choose, to prove, and each model alone for comparison
+_MOST_S = 40.0  # of a proof that needs many requests for a 99th percentile
+_REPLICAS = (1, 2, 4, 8)
+_MOST_TRIED = 6
+
+
+@dataclass(slots=True)
+class WorkloadTuner:
+    """Several models on one machine. `options` holds what all tunings share."""
+
+    options: TuneOptions
+    wishes: Sequence[Wish]
+    progress: Progress
+    command: str = ""
+    notes: list[str] = field(default_factory=list)
+    _ladders: dict[str, Ladder] = field(default_factory=dict)
+    _cosine: float = DEFAULT_COSINE
+
+    @property
+    def output(self) -> Path:
+        """Where the bundle goes."""
+        return self.options.output or Path("workload.aivmm")
+
+    @property
+    def demands(self) -> list[Demand]:
+        """What is asked for each model, what is served first in front."""
+        return sorted((each.demand for each in self.wishes), key=lambda each: each.priority)
+
+    def run(self) -> ManyOutcome:
+        """Tune.
+
+        Raises:
+            AivmmError: what the user can fix.
+        """
+        started = time.perf_counter()
+        if self.options.dry_run:
+            raise UsageError("--dry-run says what is measured for one model", advice="ask for each model alone")
+        check_destination(self.output)
+        with tempfile.TemporaryDirectory(prefix=f"aivmm-{os.getpid()}-", ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            outcomes = self._tune(folder)
+            missing = next(((wish, found) for wish, found in zip(self.wishes, outcomes, strict=False) if found.plan_path is None), None)
+            if missing is not None:
+                name = missing[0].demand.name
+                why = f"{name} has no plan even alone. {missing[1].summary['verdict']}"
+                return self._infeasible((why,), outcomes, None, (), started)
+            trials = self._try_divisions(folder)
+            chosen = self._confirm(folder, trials)
+            if chosen.failed:
+                return self._infeasible(self._words.why_not(chosen), outcomes, chosen, trials, started)
+            return self._write(folder, outcomes, chosen, trials, started)
+
+    @property
+    def _words(self) -> Words:
+        return Words(demands=self.demands, ladders=self._ladders)
+
+    # --- each model alone
+
+    def _tune(self, folder: Path) -> list[TuneOutcome]:
+        outcomes: list[TuneOutcome] = []
+        share, asked = self.options.budget_s / len(self.wishes), False
+        for index, wish in enumerate(self.wishes):
+            name = wish.demand.name
+            (folder / f"options-{index}").mkdir()
+            replicas = _REPLICAS if wish.demand.rate_per_s is not None else (1,)
+            ladder = self._ladders[name] = Ladder(name, folder / f"options-{index}", replicas)
+            options = replace(
+                self.options,
+                model=wish.model,
+                shapes=wish.shapes,
+                dims=wish.dims,
+                output=folder / f"alone-{index}.aivmm",
+                budget_s=1.0 if asked else share,
+            )
+            shown = (self.output, self.output / f"report-{index}.html")
+            session = Session(options, Prefixed(self.progress, name), command=self.command, shown=shown, look=ladder.look)
+            self._cosine = session.cosine_limit or DEFAULT_COSINE
+            found = session.run()
+            assert isinstance(found, TuneOutcome)
+            outcomes.append(found)
+            asked = asked or session.interrupts.asked
+            if found.plan_path is None:
+                break
+        return outcomes
+
+    # --- all at once
+
+    def _units(self) -> dict[str, int]:
+        return {device: units for ladder in self._ladders.values() for device, units in ladder.units.items()}
+
+    def _options(self) -> list[Option]:
+        return [option for ladder in self._ladders.values() for option in ladder.options]
+
+    def _divisions(self, slowdown: Mapping[str, float] | None = None) -> list[Division]:
+        """Return the divisions worth serving: the best two in which nothing shares a core, and the best in which two share one."""
+        units, options = self._units(), self._options()
+        found = list(divide(self.demands, options, units, slowdown=slowdown, count=2))
+        level = 2
+        while True:
+            shared = divide(self.demands, options, units, level=level, slowdown=slowdown, count=1)
+            found += shared
+            if found or level > len(self.demands):
+                return found
+            level += 1
+
+    def _try_divisions(self, folder: Path) -> list[Trial]:
+        """Serve the divisions that are expected to be best; again with the slowdown that was seen, while a limit does not hold."""
+        trials: list[Trial] = []
+        waiting = self._divisions()
+        if not waiting:
+            raise UsageError("no division of this machine gives each model a place", advice="drop a model, or allow more targets")
+        while waiting and len(trials) < _MOST_TRIED:
+            division = waiting.pop(0)
+            if any(_same(division, each.division) for each in trials):
+                continue
+            self.progress.phase(f"serving all models at once: {self._words.division(division)}")
+            trials.append(self._serve(folder, division, _TRY_S, seed=self.options.seed))
+            if not waiting and all(each.failed for each in trials):
+                waiting = [each for each in self._divisions(_worst(trials)) if not any(_same(each, tried.division) for tried in trials)]
+        return sorted(trials, key=self._merit)
+
+    def _confirm(self, folder: Path, trials: Sequence[Trial]) -> Trial:
+        """Prove on arrivals that chose nothing: the best division first, the next when its limits do not hold. Return the best proof."""
+        proofs = []
+        for trial in trials:
+            if trial.error and proofs:
+                continue
+            self.progress.phase(f"proving with all models running: {self._words.division(trial.division)}")
+            seconds = max(_PROVE_S, *(_needed_s(each) for each in self.demands))
+            proofs.append(self._serve(folder, trial.division, min(_MOST_S, seconds), seed=self.options.seed + 1000))
+            if not proofs[-1].failed:
+                break
+        return min(proofs, key=self._merit)
+
+    def _merit(self, trial: Trial) -> tuple[Any, ...]:
+        """Return what makes a trial better than another one: smaller is better."""
+        fastest = {demand.name: min(each.service_s for each in self._ladders[demand.name].options) for demand in self.demands}
+        waits = sum(math.log(each.latency_s / fastest[name]) for name, each in trial.seen.items())
+        return (bool(trial.error), rank(self.demands, trial.broken), waits)
+
+    def _serve(self, folder: Path, division: Division, seconds: float, *, seed: int) -> Trial:
+        bundle = folder / "serving.aivmm"
+        shutil.rmtree(bundle, ignore_errors=True)
+        self._combine(bundle, folder, division, {}, "")
+        models = {}
+        for demand in self.demands:
+            ladder = self._ladders[demand.name]
+            models[demand.name] = {
+                "inputs": str(ladder.sample),
+                "reference": str(ladder.reference),
+                "rate_per_s": demand.rate_per_s,
+                "callers": division.options[demand.name].replicas,
+            }
+        worker = Worker("serving all models")
+        try:
+            with measuring():
+                answer = worker.call(
+                    "serve",
+                    limit_s=compile_limit_s(),
+                    run_limit_s=run_limit_s() + seconds + len(models) * _ALONE_S,
+                    bundle=str(bundle),
+                    models=models,
+                    seconds=seconds,
+                    alone_s=_ALONE_S,
+                    seed=seed,
+                )
+        except (AivmmError, WorkerDied) as error:
+            return Trial(division=division, seen={}, error=error.reason if isinstance(error, WorkerDied) else error.message)
+        finally:
+            worker.close()
+        seen = {each.name: seen_of(each, answer["models"][each.name], self._cosine) for each in self.demands}
+        return Trial(division=division, seen=seen)
+
+    # --- what comes of it
+
+    def _combine(self, destination: Path, folder: Path, division: Division, seen: Mapping[str, Seen], verdict: str) -> None:
+        bundles, adjust, models = {}, {}, []
+        for number, demand in enumerate(self.demands):
+            option, plan = division.options[demand.name], f"plans/{number}.json"
+            bundles[plan] = self._ladders[demand.name].bundles[option.name]
+            adjust[plan] = _adjusted(option, seen.get(demand.name), self._words.text(option, seen.get(demand.name)))
+            promise = promise_of(demand, seen.get(demand.name))
+            models.append(Served(name=demand.name, buckets=[Bucket(name="", plan=plan)], promise=promise))
+        family = Family(
+            kind="workload",
+            created_by=f"aivmm {version('aivmm')}",
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            models=models,
+            verdict=verdict,
+            files=dict.fromkeys(bundles, "0" * 64),
+        )
+        gathered = Path(tempfile.mkdtemp(prefix="gathered-", dir=folder))
+        combine(destination, family, bundles, gathered, adjust=adjust)
+
+    def _write(self, folder: Path, outcomes: Sequence[TuneOutcome], chosen: Trial, trials: Sequence[Trial], started: float) -> ManyOutcome:
+        lines = (f"{len(self.demands)} models served at once on {self._words.machine()}: every limit holds.", *self._words.told(chosen))
+        verdict = " ".join(lines)
+        self._combine(self.output, folder, chosen.division, chosen.seen, verdict)
+        links = {}
+        for index, (wish, found) in enumerate(zip(self.wishes, outcomes, strict=True)):
+            links[wish.demand.name] = f"report-{index}.html"
+            shutil.copyfile(found.report_path, self.output / links[wish.demand.name])
+        report = self.output / "report.html"
+        use = f"import aivmm; engines = aivmm.load_plan({str(self.output)!r}); engines[{self.demands[0].name!r}].run(inputs)"
+        return self._outcome(self.output, report, lines, outcomes, chosen, trials, links, started, use)
+
+    def _infeasible(
+        self, why: Sequence[str], outcomes: Sequence[TuneOutcome], chosen: Trial | None, trials: Sequence[Trial], started: float
+    ) -> ManyOutcome:
+        told = self._words.told(chosen) if chosen is not None and chosen.seen else ()
+        lines = ("This machine cannot serve this workload.", *why, *told)
+        return self._outcome(None, report_beside(self.output), lines, outcomes, chosen, trials, {}, started, "")
+
+    def _outcome(
+        self,
+        plan: Path | None,
+        report: Path,
+        lines: tuple[str, ...],
+        outcomes: Sequence[TuneOutcome],
+        chosen: Trial | None,
+        trials: Sequence[Trial],
+        links: Mapping[str, str],
+        started: float,
+        use: str,
+    ) -> ManyOutcome:
+        verdict = " ".join(lines)
+        try:
+            report.write_text(render_family(self._words.overview(chosen, verdict, links, self.notes)), encoding="utf-8")
+        except OSError as error:
+            raise UsageError(
+                f"cannot write the report to {report}: {error.strerror or error}", advice="choose another with -o DIR"
+            ) from error
+        summary = self._words.summary(
+            plan=None if plan is None else str(plan),
+            report=str(report),
+            chosen=chosen,
+            tried=trials,
+            alone={wish.demand.name: found.summary for wish, found in zip(self.wishes, outcomes, strict=False)},
+            probes=summed(outcomes),
+            notes=self.notes,
+            wall_s=time.perf_counter() - started,
+            verdict=verdict,
+        )
+        notes = tuple(self.notes)
+        return ManyOutcome(plan_path=plan, report_path=report, summary=summary, lines=lines, outcomes=tuple(outcomes), notes=notes, use=use)
+
+
+def require_alone(options: TuneOptions, shapes: Sequence[Wanted]) -> None:
+    """Raise UsageError when an option is given that speaks of one model."""
+    given = {
+        "--dim and --shape": len(shapes) > 1 or bool(shapes[0].dims) or bool(shapes[0].shapes),
+        "--inputs": options.inputs is not None,
+        "--dataset": options.dataset is not None,
+        "--metric": options.metric is not None,
+        "--batch": bool(options.batches),
+        "--min-segments": options.min_segments > 1,
+        "--objective": options.objective != "latency",
+        "--constraint": bool(options.constraints),
+    }
+    odd = next((name for name, there in given.items() if there), None)
+    if odd is not None:
+        raise UsageError(f"{odd} is for one model, not for a workload", advice="say in the workload file what each model is to reach")
+
+
+def _same(one: Division, other: Division) -> bool:
+    return {name: each.name for name, each in one.options.items()} == {name: each.name for name, each in other.options.items()}
+
+
+def _worst(trials: Sequence[Trial]) -> dict[str, float]:
+    """Return the largest slowdown that each model was seen to suffer."""
+    found: dict[str, float] = {}
+    for trial in trials:
+        for name, each in trial.seen.items():
+            found[name] = max(found.get(name, 1.0), each.slowdown)
+    return found
+
+
+def _needed_s(demand: Demand) -> float:
+    """Return how long to serve for as many requests as a limit on the 99th percentile needs."""
+    return 1.2 * TAIL_SAMPLES / demand.rate_per_s if demand.p99_s is not None and demand.rate_per_s is not None else 0.0
+
+
+def _adjusted(option: Option, seen: Seen | None, verdict: str) -> Callable[[Plan], Plan]:
+    """Return what gives a plan its replicas, its callers, and what was seen of it in company."""
+
+    def adjust(plan: Plan) -> Plan:
+        stages = [each.model_copy(update={"replicas": option.replicas}) for each in plan.stages]
+        update: dict[str, Any] = {"stages": stages, "callers": option.replicas, "verdict": verdict}
+        if seen is not None and seen.latency_s < math.inf:
+            update["expected"] = dict(promise_of(Demand(name=option.model), seen).seen)
+        return plan.model_copy(update=update)
+
+    return adjust
