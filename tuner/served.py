@@ -34,7 +34,6 @@ from aivmm.tuner.session import Session, TuneOutcome
 from aivmm.tuner.shapes import Wanted
 from aivmm.tuner.workload_file import Wish
 
-_TRY_S, _PROVE_S, _ALONE_S = 2.5, 5.0, 1.0  # of serving: to choose, to prove, and each model alone for comparison
 _MOST_S = 40.0  # of a proof that needs many requests for a 99th percentile
 _REPLICAS = (1, 2, 4, 8)
 _MOST_TRIED = 6
@@ -49,7 +48,10 @@ class WorkloadTuner:
     progress: Progress
     command: str = ""
     notes: list[str] = field(default_factory=list)
-    _ladders: dict[str, Ladder] = field(default_factory=dict)
+    ladders: dict[str, Ladder] = field(default_factory=dict)  # by model; filled by the tuning of each
+    try_s: float = 2.5  # of serving, to choose
+    prove_s: float = 5.0  # ... and to prove
+    alone_s: float = 1.0  # ... and of each model alone, for comparison
     _cosine: float = DEFAULT_COSINE
 
     @property
@@ -80,15 +82,14 @@ class WorkloadTuner:
                 name = missing[0].demand.name
                 why = f"{name} has no plan even alone. {missing[1].summary['verdict']}"
                 return self._infeasible((why,), outcomes, None, (), started)
-            trials = self._try_divisions(folder)
-            chosen = self._confirm(folder, trials)
+            chosen, trials = self.divided(folder)
             if chosen.failed:
                 return self._infeasible(self._words.why_not(chosen), outcomes, chosen, trials, started)
             return self._write(folder, outcomes, chosen, trials, started)
 
     @property
     def _words(self) -> Words:
-        return Words(demands=self.demands, ladders=self._ladders)
+        return Words(demands=self.demands, ladders=self.ladders)
 
     # --- each model alone
 
@@ -99,7 +100,7 @@ class WorkloadTuner:
             name = wish.demand.name
             (folder / f"options-{index}").mkdir()
             replicas = _REPLICAS if wish.demand.rate_per_s is not None else (1,)
-            ladder = self._ladders[name] = Ladder(name, folder / f"options-{index}", replicas)
+            ladder = self.ladders[name] = Ladder(name, folder / f"options-{index}", replicas)
             options = replace(
                 self.options,
                 model=wish.model,
@@ -121,11 +122,20 @@ class WorkloadTuner:
 
     # --- all at once
 
+    def divided(self, folder: Path) -> tuple[Trial, list[Trial]]:
+        """Divide the machine, serve, and prove: return the best proof, and all that was tried before it, best first.
+
+        Raises:
+            UsageError: no division gives each model a place.
+        """
+        trials = self._try_divisions(folder)
+        return self._confirm(folder, trials), trials
+
     def _units(self) -> dict[str, int]:
-        return {device: units for ladder in self._ladders.values() for device, units in ladder.units.items()}
+        return {device: units for ladder in self.ladders.values() for device, units in ladder.units.items()}
 
     def _options(self) -> list[Option]:
-        return [option for ladder in self._ladders.values() for option in ladder.options]
+        return [option for ladder in self.ladders.values() for option in ladder.options]
 
     def _divisions(self, slowdown: Mapping[str, float] | None = None) -> list[Division]:
         """Return the divisions worth serving: the best two in which nothing shares a core, and the best in which two share one."""
@@ -150,7 +160,7 @@ class WorkloadTuner:
             if any(_same(division, each.division) for each in trials):
                 continue
             self.progress.phase(f"serving all models at once: {self._words.division(division)}")
-            trials.append(self._serve(folder, division, _TRY_S, seed=self.options.seed))
+            trials.append(self._serve(folder, division, self.try_s, seed=self.options.seed))
             if not waiting and all(each.failed for each in trials):
                 waiting = [each for each in self._divisions(_worst(trials)) if not any(_same(each, tried.division) for tried in trials)]
         return sorted(trials, key=self._merit)
@@ -162,7 +172,7 @@ class WorkloadTuner:
             if trial.error and proofs:
                 continue
             self.progress.phase(f"proving with all models running: {self._words.division(trial.division)}")
-            seconds = max(_PROVE_S, *(_needed_s(each) for each in self.demands))
+            seconds = max(self.prove_s, *(_needed_s(each) for each in self.demands))
             proofs.append(self._serve(folder, trial.division, min(_MOST_S, seconds), seed=self.options.seed + 1000))
             if not proofs[-1].failed:
                 break
@@ -170,7 +180,7 @@ class WorkloadTuner:
 
     def _merit(self, trial: Trial) -> tuple[Any, ...]:
         """Return what makes a trial better than another one: smaller is better."""
-        fastest = {demand.name: min(each.service_s for each in self._ladders[demand.name].options) for demand in self.demands}
+        fastest = {demand.name: min(each.service_s for each in self.ladders[demand.name].options) for demand in self.demands}
         waits = sum(math.log(each.latency_s / fastest[name]) for name, each in trial.seen.items())
         return (bool(trial.error), rank(self.demands, trial.broken), waits)
 
@@ -180,7 +190,7 @@ class WorkloadTuner:
         self._combine(bundle, folder, division, {}, "")
         models = {}
         for demand in self.demands:
-            ladder = self._ladders[demand.name]
+            ladder = self.ladders[demand.name]
             models[demand.name] = {
                 "inputs": str(ladder.sample),
                 "reference": str(ladder.reference),
@@ -193,11 +203,11 @@ class WorkloadTuner:
                 answer = worker.call(
                     "serve",
                     limit_s=compile_limit_s(),
-                    run_limit_s=run_limit_s() + seconds + len(models) * _ALONE_S,
+                    run_limit_s=run_limit_s() + seconds + len(models) * self.alone_s,
                     bundle=str(bundle),
                     models=models,
                     seconds=seconds,
-                    alone_s=_ALONE_S,
+                    alone_s=self.alone_s,
                     seed=seed,
                 )
         except (AivmmError, WorkerDied) as error:
@@ -213,7 +223,7 @@ class WorkloadTuner:
         bundles, adjust, models = {}, {}, []
         for number, demand in enumerate(self.demands):
             option, plan = division.options[demand.name], f"plans/{number}.json"
-            bundles[plan] = self._ladders[demand.name].bundles[option.name]
+            bundles[plan] = self.ladders[demand.name].bundles[option.name]
             adjust[plan] = _adjusted(option, seen.get(demand.name), self._words.text(option, seen.get(demand.name)))
             promise = promise_of(demand, seen.get(demand.name))
             models.append(Served(name=demand.name, buckets=[Bucket(name="", plan=plan)], promise=promise))

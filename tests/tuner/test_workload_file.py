@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aivmm.errors import UsageError
@@ -89,6 +89,7 @@ def test_a_file_that_is_not_there_and_models_of_one_name(tmp_path: Path) -> None
     assert name_of("demo:squeezenet") == "squeezenet"
 
 
+@settings(max_examples=50)
 @given(st.text() | st.binary().map(lambda raw: raw.decode("latin-1")))
 def test_any_text_is_a_workload_or_one_line_of_refusal(text: str) -> None:
     import tempfile
