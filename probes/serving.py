@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,8 +111,8 @@ def serve(state: Any, *, bundle: str, models: dict[str, dict[str, Any]], seconds
         for number, name in enumerate(models):
             answers[name]["alone"] = _served({name: client(number, name, alone_s)}, alone_s)[name]
         together = {name: client(number, name, seconds) for number, name in enumerate(models)}
-        for name, found in _served(together, seconds).items():
-            answers[name]["together"] = found
+        for name, one in _served(together, seconds).items():
+            answers[name]["together"] = one
     return {"models": answers}
 
 
@@ -139,4 +139,4 @@ def _served(clients: Mapping[str, Client], seconds: float) -> dict[str, dict[str
     }
 
 
-OPERATIONS = {"fit": fit, "serve": serve}
+OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {"fit": fit, "serve": serve}

@@ -167,7 +167,7 @@ class WorkloadTuner:
 
     def _confirm(self, folder: Path, trials: Sequence[Trial]) -> Trial:
         """Prove on arrivals that chose nothing: the best division first, the next when its limits do not hold. Return the best proof."""
-        proofs = []
+        proofs: list[Trial] = []
         for trial in trials:
             if trial.error and proofs:
                 continue
