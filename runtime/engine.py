@@ -183,12 +183,12 @@ class Engine:
         """
         import asyncio  # here: production that never awaits need not wait for it
 
-        if self._admission is None:
-            with self._lock:
-                if self._closed:
-                    raise closed()
-                self._admission = self._admission or ThreadPoolExecutor(1, thread_name_prefix="aivmm-admission")
-        admitted = self._admission.submit(self.submit, inputs)  # it may have to wait for its turn, so not here
+        with self._lock:
+            if self._closed:
+                raise closed()
+            if self._admission is None:
+                self._admission = ThreadPoolExecutor(1, thread_name_prefix="aivmm-admission")
+            admitted = self._admission.submit(self.submit, inputs)  # it may have to wait for its turn, so not here
         accepted = await asyncio.wrap_future(admitted)
         return await asyncio.wrap_future(accepted)
 
@@ -246,11 +246,11 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
-        if self._admission is not None:
-            self._admission.shutdown(cancel_futures=True)
         with self._failover:  # a fallback that is being compiled comes first
             program = self._program
         program.close()
+        if self._admission is not None:  # who still waits there is told that the engine is closed
+            self._admission.shutdown()
         self._bundle.close()
 
     def __enter__(self) -> Engine:

@@ -338,6 +338,13 @@ class StageThreads:
                     thread.start()
                     self._threads.append(thread)
             self._queues = queues
+            # Nobody may ever close the program: the threads know their queues only, and end when it is forgotten.
+            weakref.finalize(self, _end, [each for row in queues for each in row]).atexit = False
+
+
+def _end(queues: Sequence[SimpleQueue[Lane | None]]) -> None:
+    for each in queues:
+        each.put(None)
 
 
 def _put(lane: Lane, row: Sequence[SimpleQueue[Lane | None]]) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.engine import Engine
@@ -131,20 +134,39 @@ def test_what_was_submitted_may_be_changed_at_once(way: Callable[..., Engine], r
         assert same(future.result(60)["y"], reference(model, {"x": x})["y"])
 
 
-def test_a_stages_buffers_are_those_of_the_next_whatever_lane_it_is(load: Load) -> None:
-    engine = load(chain_model(), [Part(OPENVINO, 0, 3, replicas=2), Part(ONNXRUNTIME, 4, 5), Part(OPENVINO, 6)], execution=PIPELINED)
+def runtimes_address(request: Any, name: str, *, output: bool) -> int | None:
+    """Return where the runtime itself says that a tensor lies; None where it does not say (ONNX Runtime of an input)."""
+    if hasattr(request, "_binding"):
+        return int(request._binding.get_outputs()[request._places[name]].data_ptr()) if output else None
+    tensor = request._request.get_output_tensor if output else request._request.get_input_tensor
+    return int(tensor((request._outputs if output else request._inputs)[name]).data.ctypes.data)
+
+
+@pytest.mark.parametrize("execution", [Execution(), PIPELINED], ids=lambda each: each.mode)
+def test_nothing_is_copied_between_stages_whatever_lane_it_is(load: Load, execution: Execution) -> None:
+    model = chain_model()
+    parts = [Part(OPENVINO, 0, 3, replicas=2), Part(ONNXRUNTIME, 4, 5), Part(ONNXRUNTIME, 6, 6), Part(OPENVINO, 7)]
+    engine = load(model, parts, execution=execution)
     lanes = engine._program.lanes
-    assert len(lanes) == engine.stats()["lanes"] == 2 * 3 * 2
-    list(engine.stream({"x": normal(2, 32, seed=seed)} for seed in range(30)))
+    assert len(lanes) == engine.stats()["lanes"] == (2 if execution.mode == "sequential" else 2 * 4 * 2)
+    list(engine.stream({"x": normal(2, 32, seed=seed)} for seed in range(40)))
     seen = set()
     for lane in lanes:
-        for producer, name, consumer in ((0, "r1", 1), (1, "r2", 2)):
+        for producer, name in enumerate(("r1", "r2", "m3")):
             address = lane.buffers[name].ctypes.data
             assert address % 4096 == 0
-            assert lane._requests[producer].output(name).ctypes.data == address
-            assert lane._requests[consumer]._bound[name].ctypes.data == address
+            assert runtimes_address(lane._requests[producer], name, output=True) == address
+            assert runtimes_address(lane._requests[producer + 1], name, output=False) in (address, None)
             seen.add(address)
-    assert len(seen) == 2 * len(lanes)  # and no two lanes share any
+        # And where the runtime does not say: what is written there is what the next stage reads.
+        lane.buffers["r2"][...] = normal(2, 32, seed=99)
+        lane._requests[2].run()
+        np.testing.assert_allclose(lane.buffers["m3"], normal(2, 32, seed=99) @ weights_of(model, "w3"), rtol=1e-4, atol=1e-5)
+    assert len(seen) == 3 * len(lanes)  # and no two lanes share any
+
+
+def weights_of(model: Any, name: str) -> Any:
+    return numpy_helper.to_array(next(each for each in model.graph.initializer if each.name == name))
 
 
 def test_lent_outputs_are_the_engines_own_buffers(way: Callable[..., Engine]) -> None:
@@ -315,3 +337,75 @@ def test_a_callback_that_would_wait_for_itself_is_told(load: Load, execution: Ex
     engine.submit(x).add_done_callback(greedy)
     assert done.wait(60)
     assert "from another thread" in str(told[0])
+
+
+def test_closing_tells_who_awaits_his_turn(load: Load) -> None:
+    engine = load(chain_model(), [Part(ONNXRUNTIME)])
+    x = {"x": normal(2, 32)}
+
+    async def gather() -> list[Any]:
+        first = await engine.arun(x)
+        loan = engine.lend(x)
+        loan.__enter__()  # the only lane
+        waiting = [asyncio.ensure_future(engine.arun(x)) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        closing = asyncio.get_running_loop().run_in_executor(None, engine.close)
+        await asyncio.sleep(0.05)
+        loan.__exit__(None, None, None)
+        await closing
+        with pytest.raises(UsageError, match="closed"):
+            await engine.arun(x)
+        return [first, *await asyncio.gather(*waiting, return_exceptions=True)]
+
+    first, *others = asyncio.run(gather())
+    assert same(first["y"], reference(chain_model(), x)["y"])
+    assert [str(each) for each in others] == ["this engine is closed; load the plan again"] * 5
+
+
+def test_a_request_that_nobody_awaits_any_more_does_no_harm(load: Load) -> None:
+    engine = load(chain_model(), [Part(ONNXRUNTIME)])
+    x = {"x": normal(2, 32)}
+
+    async def give_up() -> Any:
+        with engine.lend(x):
+            task = asyncio.ensure_future(engine.arun(x))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        return await engine.arun(x)
+
+    assert same(asyncio.run(give_up())["y"], reference(chain_model(), x)["y"])
+
+
+UNCLOSED = """
+import sys, threading, numpy as np, aivmm
+engine = aivmm.load_plan(sys.argv[1])
+x = {"x": np.ones((512, 512), dtype=np.float32)}
+futures = [engine.submit(x) for _ in range(4)]
+def forever():
+    while True:
+        engine.submit(x)
+threading.Thread(target=forever, daemon=True).start()
+print("leaving", flush=True)
+"""
+
+
+@pytest.mark.parametrize("execution", [Execution(), PIPELINED], ids=lambda each: each.mode)
+def test_an_interpreter_that_leaves_without_closing_neither_hangs_nor_crashes(tmp_path: Path, execution: Execution) -> None:
+    model = chain_model(width=512, rows=512)
+    bundle = make_bundle(tmp_path / "m.aivmm", model, [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4)], execution=execution)
+    done = subprocess.run([sys.executable, "-c", UNCLOSED, str(bundle)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "leaving\n"), done.stderr
+
+
+def test_the_threads_of_an_engine_that_was_forgotten_end(tmp_path: Path) -> None:
+    engine = Engine.load(make_bundle(tmp_path / "m.aivmm", chain_model(), [Part(ONNXRUNTIME)], execution=PIPELINED))
+    engine.submit({"x": normal(2, 32)}).result(60)
+    threads = [each for each in threading.enumerate() if each.name.startswith("aivmm-stage")]
+    assert threads
+    del engine
+    gc.collect()
+    for each in threads:
+        each.join(60)
+        assert not each.is_alive()
