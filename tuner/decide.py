@@ -11,7 +11,7 @@ from typing import Any
 from aivmm.planner.candidates import Candidate, Draft, Rejection, Score
 from aivmm.planner.certificate import Certificate, certify
 from aivmm.planner.constraints import ACCURACY, check
-from aivmm.planner.evidence import Estimate, total
+from aivmm.planner.evidence import Estimate, shares, total
 from aivmm.probes.transfers import TransferFit
 from aivmm.runtime.config import Config
 from aivmm.runtime.plan import Accuracy, Number
@@ -206,6 +206,23 @@ class Decider:
             "reference": reference,
             "ratio_to_reference": found.seconds * callers / reference_s if reference_s else None,
         }
+
+    def note_predictions(self, proof: Proof) -> None:
+        """Put beside what the proof found of each entrant what was expected of it, over what the reference took in the search.
+
+        `predicted_measured` is the share of that which rests on measurements.
+        """
+        reference_s = self._reference_s()
+        for each in proof.entrants:
+            found = self._prediction(each.draft)
+            if found is None or not reference_s:
+                continue
+            cut = self._cut_plans.get(each.draft.name)
+            each.metrics |= {
+                "predicted_ratio": found.seconds / reference_s,
+                "predicted_sigma": found.sigma,
+                "predicted_measured": shares(cut.parts if cut else [found]).get("measured", 0.0),
+            }
 
     def certificate(self, proof: Proof) -> Certificate | None:
         """Return what is known of how good the plan is; None where there is no plan, or nothing was expected of it."""

@@ -286,6 +286,7 @@ class Session:
             metric=None if self.options.metric is None else partial(work.lab.metric, self.options.metric),
             forced=work.min_segments > 1,
         ).run()
+        decider.note_predictions(proof)
         for each in proof.records():
             work.database.add_proof(record.id, each)
         work.notes.extend(f"{what} was not measured: {why}" for what, why in proof.absent.items())

@@ -1,0 +1,427 @@
+"""How far the planner's predictions are from what is measured: tier by tier, and end to end.
+
+    python benchmarks/prediction.py [--state FOLDER] [--minutes M] [--out benchmarks/results/prediction.md] [--data FILE] [MODEL ...]
+
+Records, then evaluates. Recorded are, for each model (default: all demo models but the three with hundreds of megabytes of weights, and
+in `../shared/models`) on each CPU target: the whole model in fp32 at several batches, raced together; each unique operator and each block
+alone; the ceilings; and what the runtime makes of the nodes. Then tunes with forced cuts: the proof of each gives the cut plan and the
+baselines, each over the reference executable in the same race, while what was predicted of it is over the reference that took turns with
+its probes minutes before. What is done is kept in `--state`, one file a model or tune, and the next call goes on from there; with
+`--minutes` nothing is begun after that time. `--data` writes what was recorded into one file, and the errors found in it as the accepted
+ones: `tests/planner/prediction.json` is such a file, and a test fails when errors on it grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from aivmm.models.demo import demo_names
+from aivmm.planner.evidence import Estimate
+from aivmm.planner.modelled import Alone, Factors, operator
+from aivmm.planner.scaling import Point, left_out
+from aivmm.planner.segments import Segments
+from aivmm.probes.ceilings import Ceilings
+from aivmm.probes.compare import compare
+from aivmm.runtime.cpu import cpu_device
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("alexnet", "zfnet512", "vgg19")
+BATCHES = (1, 2, 4, 8, 16)
+SEGMENTS = (2, 3, 4)
+PARTS_S, BATCHES_S = 20.0, 10.0
+Row = Mapping[str, Any]
+
+
+def main() -> None:
+    """Record, evaluate, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--state", type=Path, default=Path(tempfile.gettempdir()) / "aivmm-prediction")
+    parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "prediction.md")
+    parser.add_argument("--data", type=Path)
+    arguments = parser.parse_args()
+    arguments.state.mkdir(parents=True, exist_ok=True)
+    ends = time.monotonic() + 60 * arguments.minutes
+    whole = record(arguments.models or all_models(), arguments.state, ends)
+    data = {
+        "parts": [json.loads(path.read_text()) for path in sorted(arguments.state.glob("parts-*.json"))],
+        "plans": [row for path in sorted(arguments.state.glob("plans-*.json")) for row in json.loads(path.read_text())],
+    }
+    lines = [*environment(whole), "", *report(data)]
+    arguments.out.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    if arguments.data is not None:
+        kept = {**data, "accepted": {name: round(middle(errors), 4) for name, errors in tiers(data).items() if errors}}
+        arguments.data.write_text(json.dumps(kept, separators=(",", ":")) + "\n")
+
+
+def all_models() -> list[str]:
+    """Return the models at hand."""
+    shared = sorted((ROOT.parent / "shared" / "models").glob("*.onnx"))
+    return [*(f"demo:{name}" for name in demo_names() if name not in HEAVY), *map(str, shared)]
+
+
+def environment(whole: bool) -> list[str]:
+    """Return where and when this ran, and whether it ran to its end."""
+    packages = ", ".join(f"{each} {version(each)}" for each in ("aivmm", "openvino", "numpy"))
+    load = ", ".join(f"{each:.1f}" for each in psutil.getloadavg())
+    moment = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    more = "" if whole else " **Not all was recorded within the time given: the same command goes on.**"
+    return ["# Predictions", "", f"{moment}; {cpu_device().model}, {os.cpu_count()} cores; {packages}; load average {load}.{more}"]
+
+
+# --- recording
+
+
+def record(models: Sequence[str], state: Path, ends: float) -> bool:
+    """Record what is not there yet; return whether all is."""
+    jobs: list[tuple[Path, str, int]] = [
+        (state / f"plans-{stem(model)}-{count}.json", model, count) for count in SEGMENTS for model in models
+    ]
+    jobs = [*((state / f"parts-{stem(model)}.json", model, 0) for model in models), *jobs]
+    for number, (path, model, count) in enumerate(jobs):
+        if path.exists():
+            continue
+        if time.monotonic() > ends:
+            return False
+        print(f"[{number + 1}/{len(jobs)}] {model} {f'in {count} segments' if count else 'parts'} ...", file=sys.stderr, flush=True)
+        found = recorded_plans(model, count, state) if count else recorded_parts(model, state)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(found))
+        partial.replace(path)
+    return True
+
+
+def stem(model: str) -> str:
+    """Return a model's name for a file."""
+    return Path(model.removeprefix("demo:")).stem
+
+
+def recorded_parts(model: str, state: Path) -> dict[str, Any]:
+    """Return operators, blocks, ceilings, and the whole model at several batches, by target."""
+    from aivmm.probes.records import Measured
+    from aivmm.tuner.options import TuneOptions
+    from aivmm.tuner.profile import profile_model
+    from aivmm.tuner.progress import Silent
+
+    options = TuneOptions(model=model, db=str(state / "probes.db"), targets=("*:CPU",), budget_s=PARTS_S)
+    profile = profile_model(options, Silent())
+    structure = profile.subject.structure
+    wholes = whole_times(options)
+    targets = {}
+    for target in map(str, profile.targets):
+        ceilings = profile.ceilings.get((target, "fp32"))
+        if ceilings is None or target not in wholes:
+            continue
+        fusion = profile.fusions.get(target)
+        own = None if fusion is None else set(fusion.own)
+        operators = []
+        for each in structure.operators:
+            outcome = profile.operators.get((each.signature, target, "fp32"))
+            if isinstance(outcome, Measured):
+                with_kernel = each.count if own is None else len(own & set(each.nodes))
+                operators.append(
+                    [each.op_type, each.flops, each.bytes, digits(outcome.samples.median_s), with_kernel, each.count - with_kernel]
+                )
+        blocks = [profile.blocks.get((block.index, target)) for block in structure.blocks]
+        targets[target] = {
+            "ceilings": asdict(ceilings),
+            "fusion_known": own is not None,
+            "operators_lacking": sum(each.count for each in structure.operators) - sum(each[4] + each[5] for each in operators),
+            "operators": operators,
+            "blocks": [digits(each.samples.median_s) if isinstance(each, Measured) else None for each in blocks],
+            "whole": wholes[target],
+        }
+    moved = sum((each.bytes or 0) * each.count for each in structure.operators)
+    return {
+        "model": stem(model),
+        "flops": structure.flops,
+        "bytes": moved,
+        "weight_bytes": structure.weight_bytes,
+        "batch": profile.subject.base_batch,
+        "targets": targets,
+    }
+
+
+def whole_times(options: Any) -> dict[str, dict[str, float]]:
+    """Race the whole model in fp32 at several batches on each target; return target -> batch -> seconds of one call."""
+    from aivmm.db.database import Database
+    from aivmm.planner.candidates import Candidate, Score
+    from aivmm.probes.lab import Lab
+    from aivmm.runtime.config import Config
+    from aivmm.runtime.environment import environment_of
+    from aivmm.runtime.registry import default_backends
+    from aivmm.runtime.target import select
+    from aivmm.tuner.measure import Measurer
+    from aivmm.tuner.subject import Subject
+
+    with (
+        tempfile.TemporaryDirectory(prefix="aivmm-prediction-") as name,
+        Database.open(str(Path(name) / "own.db")) as database,
+        Lab() as lab,
+    ):
+        folder = Path(name)
+        subject = Subject(options, lab, folder)
+        found, unavailable = lab.discover(list(default_backends()))
+        targets = select(found, list(options.targets), unavailable)
+        subject.remember_targets(found)
+        subject.make_reference(found)
+        for each in found:
+            database.remember_environment(environment_of(each))
+            database.remember_target(each)
+        batches = BATCHES if subject.facts.batchable else (subject.base_batch,)
+        candidates = [Candidate(target=target, config=Config(precision="fp32"), batch=batch) for target in targets for batch in batches]
+        candidates.sort(key=lambda each: (str(each.target) != "onnxruntime:CPU", each.batch != subject.base_batch))
+        measurer = Measurer(lab=lab, subject=subject, database=database, run_id=None, reference=candidates[0], cosine_limit=None, seed=0)  # type: ignore[arg-type]
+        results = measurer.measure(candidates, budget_s=BATCHES_S, keep=candidates)
+        reference = results[candidates[0].key]
+        assert isinstance(reference, Score), reference
+        times: dict[str, dict[str, float]] = {}
+        for each in candidates:
+            score = results[each.key]
+            if isinstance(score, Score):
+                seconds = score.ratio * reference.median_s * each.batch / candidates[0].batch
+                times.setdefault(str(each.target), {})[str(each.batch)] = digits(seconds)
+        return times
+
+
+def recorded_plans(model: str, count: int, state: Path) -> list[dict[str, Any]]:
+    """Tune with a forced cut; return what was predicted and proven of each entrant, over the reference, the reference itself left out."""
+    from aivmm.db.database import Database
+
+    database = state / "probes.db"
+    with tempfile.TemporaryDirectory() as folder:
+        tuning = [sys.executable, "-P", "-m", "aivmm", "tune", model, "--db", str(database), "-o", f"{folder}/plan.aivmm", "--json", "-q"]
+        done = subprocess.run(
+            [*tuning, "--targets", "*:CPU", "--budget", "10s", "--trials", "1", "--min-segments", str(count)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        print(f"  {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return []
+    summary = json.loads(done.stdout)
+    name = summary["predicted"]["reference"]
+    with Database.open(str(database)) as opened:
+        proofs = opened.proofs(opened.runs(1)[0].id)
+    reference = next((each for each in proofs if each.name == name and each.samples), None)
+    if reference is None or reference.samples is None:
+        return []
+    rows = []
+    for each in proofs:
+        if (
+            each is reference
+            or each.samples is None
+            or not each.samples.rounds
+            or "predicted_ratio" not in each.metrics
+            or each.callers != 1
+        ):
+            continue
+        found = compare(each.samples, reference.samples, scale=reference.batch / each.batch)
+        rows.append(
+            {
+                "model": stem(model),
+                "plan": f"{each.name} of {count}" if "plan" in each.name else each.name,
+                "forced": "plan" in each.name,
+                "predicted": digits(each.metrics["predicted_ratio"]),
+                "sigma": digits(each.metrics["predicted_sigma"]),
+                "measured": each.metrics["predicted_measured"],
+                "proven": digits(found.ratio),
+                "proven_low": digits(found.low),
+                "proven_high": digits(found.high),
+            }
+        )
+    return rows
+
+
+def digits(value: float) -> float:
+    """Return a value with five significant digits."""
+    return float(f"{value:.5g}")
+
+
+# --- evaluating
+
+
+def tiers(data: Row) -> dict[str, list[float]]:
+    """Return the relative errors of each tier, |predicted / measured - 1|."""
+    parts, plans = data["parts"], distinct(data["plans"])
+    return {
+        "interpolated: a batch left out": [error for row in parts for error in batches_left_out(row)],
+        "interpolated: an operator left out": [error for row in parts for error in operators_left_out(row, [row])],
+        "interpolated: a model's operators left out": [error for row in parts for error in operators_left_out(row, others(parts, row))],
+        "modelled: a whole model from its blocks": [error for row in parts for error in from_blocks(row)],
+        "modelled: a whole model from its operators, that model left out": list(from_operators(parts, fusion=True)),
+        "modelled: the same without knowing what is fused": list(from_operators(parts, fusion=False)),
+        "end to end: plans that rest on measurements": [error(row["predicted"], row["proven"]) for row in plans if row["measured"] > 0.999],
+        "end to end: forced cuts among them": [
+            error(row["predicted"], row["proven"]) for row in plans if row["measured"] > 0.999 and row["forced"]
+        ],
+        "end to end: plans that do not": [error(row["predicted"], row["proven"]) for row in plans if row["measured"] <= 0.999],
+    }
+
+
+def distinct(plans: Sequence[Row]) -> list[Row]:
+    """Return each plan once: baselines are proven again beside each forced cut."""
+    return list({(row["model"], row["plan"]): row for row in plans}.values())
+
+
+def others(parts: Sequence[Row], row: Row) -> list[Row]:
+    """Return the other models."""
+    return [each for each in parts if each is not row]
+
+
+def error(predicted: float, measured: float) -> float:
+    """Return the relative error."""
+    return abs(predicted / measured - 1)
+
+
+def middle(errors: Sequence[float]) -> float:
+    """Return the median."""
+    return statistics.median(errors)
+
+
+def ceilings_of(place: Row) -> Ceilings:
+    """Return the ceilings of a target as they were recorded."""
+    raw = place["ceilings"]
+    return Ceilings(flops_per_s=raw["flops_per_s"], copies=tuple(map(tuple, raw["copies"])), call_s=raw["call_s"])  # type: ignore[arg-type]
+
+
+def floor_s(ceilings: Ceilings, flops: float | None, moved: float | None) -> float | None:
+    """Return the least seconds of so much work."""
+    found = ceilings.roofline(seconds=1.0, flops=flops, moved_bytes=moved)
+    return None if found is None else found.share
+
+
+def batches_left_out(row: Row) -> Iterator[float]:
+    """Yield the errors at batches between others, each predicted from the others."""
+    for place in row["targets"].values():
+        points = []
+        for batch, seconds in place["whole"].items():
+            factor = int(batch) / row["batch"]
+            moved = row["weight_bytes"] + factor * max(0.0, row["bytes"] - row["weight_bytes"])
+            least = floor_s(ceilings_of(place), None if row["flops"] is None else factor * row["flops"], moved)
+            if least is not None:
+                points.append(Point(floor_s=least, seconds=seconds))
+        yield from (error(found.seconds, point.seconds) for point, found in left_out(points))
+
+
+def operator_points(rows: Iterable[Row], target: str, *, without: int | None = None) -> dict[str, list[Point]]:
+    """Return the measured operators by type; one of the first row's may be left out."""
+    points: dict[str, list[Point]] = {}
+    for row in rows:
+        place = row["targets"].get(target)
+        if place is None:
+            continue
+        for number, (op_type, flops, moved, seconds, *_) in enumerate(place["operators"]):
+            least = floor_s(ceilings_of(place), flops, moved)
+            if least is not None and number != without:
+                points.setdefault(op_type, []).append(Point(floor_s=least, seconds=seconds))
+    return points
+
+
+def operators_left_out(row: Row, known: Sequence[Row]) -> Iterator[float]:
+    """Yield the errors of each operator, predicted from others of its type in the models `known`."""
+    for target, place in row["targets"].items():
+        shared = None if any(each is row for each in known) else operator_points(known, target)
+        for number, (op_type, flops, moved, seconds, *_) in enumerate(place["operators"]):
+            points = operator_points([row], target, without=number) if shared is None else shared
+            least = floor_s(ceilings_of(place), flops, moved)
+            if least is None:
+                continue
+            same = [point for point in points.get(op_type, ()) if not math.isclose(point.floor_s, least, rel_tol=1e-9)]
+            found = operator(op_type, flops, moved, {op_type: same}, ceilings_of(place))
+            if found is not None:
+                yield error(found.seconds, seconds)
+
+
+def from_blocks(row: Row) -> Iterator[float]:
+    """Yield the error of the whole model on each target, from its blocks alone, before any segment was measured."""
+    for place in row["targets"].values():
+        whole = place["whole"].get(str(row["batch"]))
+        if whole is None or len(place["blocks"]) < 2 or None in place["blocks"]:
+            continue
+        belief = Segments([Estimate(seconds=each, sigma=0.03, source="measured") for each in place["blocks"]])
+        found = belief.segment(0, len(place["blocks"]) - 1)
+        assert found is not None
+        yield error(found.seconds, whole)
+
+
+def from_operators(parts: Sequence[Row], *, fusion: bool) -> Iterator[float]:
+    """Yield the error of each whole model on each target, from its operators, with factors fitted to the other models there."""
+    for target in sorted({target for row in parts for target in row["targets"]}):
+        known: list[tuple[Alone, float]] = []
+        for row in parts:
+            place = row["targets"].get(target)
+            if place is None or str(row["batch"]) not in place["whole"] or place["operators_lacking"]:
+                continue
+            nodes = [(seconds, own, fused) if fusion else (seconds, own + fused, 0) for _, _, _, seconds, own, fused in place["operators"]]
+            known.append((Alone.of(nodes, place["ceilings"]["call_s"]), place["whole"][str(row["batch"])]))
+        for number, (alone, seconds) in enumerate(known):
+            factors = Factors.fitted([each for index, each in enumerate(known) if index != number])
+            yield error(factors.seconds(alone), seconds)
+
+
+# --- writing
+
+
+def report(data: Row) -> list[str]:
+    """Return the tables."""
+    found = tiers(data)
+    plans = distinct(data["plans"])
+    forced = sum(row["forced"] for row in plans)
+    lines = [
+        f"Errors are |predicted / measured - 1|. In sum {len(data['parts'])} models and {len(plans)} plans, {forced} of them forced cuts.",
+        "",
+        "| tier | predictions | median | 90 % below | within 10 % | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, errors in found.items():
+        if not errors:
+            lines.append(f"| {name} | 0 | - | - | - | |")
+            continue
+        within = sum(each <= 0.10 for each in errors) / len(errors)
+        ninety = sorted(errors)[min(len(errors) - 1, math.ceil(0.9 * len(errors)) - 1)]
+        lines.append(f"| {name} | {len(errors)} | {middle(errors):.1%} | {ninety:.1%} | {within:.0%} | {verdict(name, errors, within)} |")
+    lines += [
+        "",
+        "## End to end",
+        "",
+        "Times over those of the reference executable, which took turns with the probes, and again with the proof.",
+    ]
+    lines += ["", "| model | plan | predicted | proven | 95 % | error |", "|---|---|---|---|---|---|"]
+    for row in plans:
+        interval = f"{row['proven_low']:.3f} to {row['proven_high']:.3f}"
+        off = row["predicted"] / row["proven"] - 1
+        lines.append(f"| {row['model']} | {row['plan']} | {row['predicted']:.3f} | {row['proven']:.3f} | {interval} | {off:+.1%} |")
+    return lines
+
+
+def verdict(name: str, errors: Sequence[float], within: float) -> str:
+    """Say whether a tier reached what it has to; nothing where nothing is asked of it."""
+    if name == "interpolated: a batch left out":
+        return "met" if middle(errors) <= 0.05 else "missed"
+    if name == "end to end: plans that rest on measurements":
+        return "met" if middle(errors) <= 0.05 and within >= 0.9 and len(errors) >= 30 else "missed"
+    return ""
+
+
+if __name__ == "__main__":
+    main()
