@@ -5,7 +5,7 @@ went into another's (`probes.fusion`), and the others find their inputs in a cac
 
     seconds = call + own_factor * (operators with a kernel of their own) + fused_factor * (the others)
 
-each operator less the call that it paid alone. The factors are fitted to what was measured both ways on the same target: blocks, whole models.
+each operator less the call that it paid alone. The factors are fitted to what was measured both ways on one target: blocks, whole models.
 An operator that was not measured is taken from measured ones of its type at other sizes (`scaling`), by its floor.
 """
 

@@ -7,13 +7,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from aivmm.errors import Infeasible, UsageError
 from aivmm.models.records import Structure
 from aivmm.planner.evidence import Estimate
 from aivmm.planner.lazy import TOLERANCE, Chain, Look, Measure, look
+from aivmm.planner.placement import edges_of, problem_of, runs_of
 from aivmm.planner.segments import Segments
+from aivmm.planner.solve import solve
+from aivmm.runtime.target import Target
 
 Handover = Callable[[str, str, int], float | None]  # source, destination, bytes -> seconds
 
@@ -21,6 +23,7 @@ Handover = Callable[[str, str, int], float | None]  # source, destination, bytes
 # handing over has not been measured.
 CUT_S = 15e-6
 BYTES_PER_S = 4e9
+_GRAPH_S = 1.0  # for the placement by the graph
 PROMISE = 0.97  # an unforced cut has to be predicted at least this far below the best uncut plan to be worth proving
 
 
@@ -49,27 +52,30 @@ class ChainEvidence:
 
     def crossing(self, block: int, source: str, destination: str) -> Estimate | None:
         """Return the price of the boundary before a block between two choices: what a call costs, and the hand-over of what crosses."""
-        size = _crossing_bytes(self.structure, block)
-        known = self.handover_s(source, destination, size)
-        if known is None:
-            return Estimate(seconds=CUT_S + size / BYTES_PER_S, sigma=0.5, source="modelled", because="the bandwidth of memory")
-        return Estimate(seconds=CUT_S + known, sigma=0.3, source="interpolated", because="the fit of measured hand-overs")
+        size = _crossing_bytes(self.structure)[block - 1]
+        seconds = self.crossing_s(source, destination, size)
+        if self.handover_s(source, destination, size) is None:
+            return Estimate(seconds=seconds, sigma=0.5, source="modelled", because="the bandwidth of memory")
+        return Estimate(seconds=seconds, sigma=0.3, source="interpolated", because="the fit of measured hand-overs")
+
+    def crossing_s(self, source: str, destination: str, size_bytes: int) -> float:
+        """Return the price of a boundary that so many bytes cross, in seconds."""
+        known = self.handover_s(source, destination, size_bytes)
+        return CUT_S + (size_bytes / BYTES_PER_S if known is None else known)
 
     def chain(self, *, min_segments: int = 1) -> Chain:
         """Return the chain to be placed."""
         names = list(self.beliefs)
-        boundaries = range(1, len(self.structure.blocks))
-        prices = [
-            [[found.seconds if (found := self.crossing(index, a, b)) else np.inf for b in names] for a in names] for index in boundaries
-        ]
-        table: npt.NDArray[np.float64] = np.array(prices, dtype=np.float64).reshape(len(boundaries), len(names), len(names))
-        return Chain(beliefs=self.beliefs, prices=table, min_segments=min_segments)
+        sizes = _crossing_bytes(self.structure)
+        prices = np.array([[[self.crossing_s(a, b, size) for b in names] for a in names] for size in sizes], dtype=np.float64)
+        return Chain(beliefs=self.beliefs, prices=prices.reshape(len(sizes), len(names), len(names)), min_segments=min_segments)
 
 
 def place_cuts(
     evidence: ChainEvidence,
     measure: Measure,
     *,
+    targets: Sequence[Target] = (),
     min_segments: int,
     most: int = 0,
     stop: Callable[[], bool] = lambda: False,
@@ -77,6 +83,7 @@ def place_cuts(
     """Find the cut plans worth proving, measuring what they rest on.
 
     Args:
+        targets: those of the evidence; with them, an unforced search also tries what is best by the graph of the blocks.
         min_segments: the fewest segments asked for; above 1 the best cut is returned whatever it promises, and where it stays on one target
             also the best that does not: which one wins is for the proof to say.
         most: so many plans may be measured, for each of the two.
@@ -95,6 +102,8 @@ def place_cuts(
     if nowhere or len(blocks) < 2:
         return Cuts()
     chain = evidence.chain(min_segments=min_segments)
+    if not forced and most and len(targets) > 1:
+        _try_the_graph(evidence, targets, measure)
     # An uncut plan is given up only for what promises more than noise: what may promise less is not looked for.
     tolerance = TOLERANCE if forced else 1 / PROMISE - 1
     try:
@@ -104,8 +113,7 @@ def place_cuts(
             f"the model cannot be cut into {min_segments} segments here: {error.message}", advice="lower --min-segments"
         ) from error
     if not forced:
-        wholes = [each.measured.get((0, len(blocks) - 1)) for each in evidence.beliefs.values()]
-        uncut_s = min((each.seconds for each in wholes if each is not None), default=None)
+        uncut_s = _uncut_s(evidence)
         worth = len(looked.plan.segments) > 1 and (uncut_s is None or looked.plan.cost_s <= PROMISE * uncut_s)
         return Cuts(looked=looked, worth_proving=(("cut plan", looked),) if worth else ())
     found = [("cut plan", looked)]
@@ -115,6 +123,27 @@ def place_cuts(
         with suppress(Infeasible):
             found.append(("hybrid plan", look(hybrid, measure, most=most, stop=stop)))
     return Cuts(looked=looked, worth_proving=tuple(found))
+
+
+def _try_the_graph(evidence: ChainEvidence, targets: Sequence[Target], measure: Measure) -> None:
+    """Learn what the best placement by the graph of the blocks takes, where it promises more than noise."""
+    problem = problem_of(evidence.structure, targets, evidence.beliefs, evidence.crossing_s)
+    try:
+        found = solve(problem, "latency", time_limit_s=_GRAPH_S)
+    except (Infeasible, UsageError):
+        return  # the chain says what is in the way
+    spans = runs_of(evidence.structure, found.assignment)
+    uncut_s = _uncut_s(evidence)
+    if len(spans) > 1 and (uncut_s is None or found.objective <= PROMISE * uncut_s):
+        for (first, last, name), learnt in measure(spans).items():
+            evidence.beliefs[name].observe(first, last, learnt)
+
+
+def _uncut_s(evidence: ChainEvidence) -> float | None:
+    """Return what the best uncut plan takes, or None when none was measured."""
+    last = len(evidence.structure.blocks) - 1
+    wholes = [each.measured.get((0, last)) for each in evidence.beliefs.values()]
+    return min((each.seconds for each in wholes if each is not None), default=None)
 
 
 def beliefs_of(
@@ -129,7 +158,14 @@ def beliefs_of(
     return found
 
 
-def _crossing_bytes(structure: Structure, index: int) -> int:
-    """Return the bytes that cross the boundary before the block `index`; 0 where they are not known before the run."""
-    first = structure.blocks[index].first
-    return next((cut.bytes or 0 for cut in structure.cut_points if cut.position == first), 0)
+def _crossing_bytes(structure: Structure) -> list[int]:
+    """Return for each block but the first the bytes that it reads from the one before it; what is not known before the run counts as 0.
+
+    Blocks further before may be on either side, so that what they hand over is at least nothing: a price that is too low is put right by
+    what is measured in its place, one that is too high hides a plan.
+    """
+    sizes = [0] * (len(structure.blocks) - 1)
+    for edge in edges_of(structure):
+        if int(edge.reader) == int(edge.source) + 1:
+            sizes[int(edge.source)] += int(edge.bytes)
+    return sizes

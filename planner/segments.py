@@ -26,7 +26,8 @@ Array = npt.NDArray[np.float64]
 # The prior of what running on saves at a boundary, as shares of the smaller of its two blocks (RUNTIMES.md D: a cut costs 3 to 12 %).
 _SAVES, _SAVES_ALL, _SAVES_EACH = 0.08, 0.08, 0.06  # mean; standard deviation that all boundaries share; that each has of its own
 _ALIKE = 0.03  # relative: a stage's config is not the one that its blocks were timed with; they are faster or slower together
-_NUGGET = 0.02  # relative: what no sum explains of a segment (caches, neighbours), and what measuring adds
+# Relative: what no sum explains of a segment (caches, neighbours), before any was measured; it counts as so many measurements.
+_NUGGET, _NUGGET_COUNTS = 0.02, 4
 _LEAST = 0.2  # of its blocks alone: no segment is believed to take less
 _UNSURE = 0.5  # relative deviation beyond which a belief says no more than that it is unsure
 
@@ -38,6 +39,7 @@ class Segments:
         """Start from the blocks alone; None is a block that the choice does not run."""
         self._alone = tuple(alone)
         self.measured: dict[tuple[int, int], Estimate] = {}
+        self._surprises: list[float] = []  # squared: how far measurements were from what was believed, beyond what was expected
         seconds = np.array([each.seconds if each else 0.0 for each in alone])
         spread = np.array([each.seconds * each.sigma if each else 0.0 for each in alone])
         self._blocks = np.concatenate([[0.0], np.cumsum(seconds)])
@@ -65,11 +67,19 @@ class Segments:
         if (first, last) not in self.measured:
             inside = slice(2 * first, 2 * last + 1)
             gain = self._covariance[:, inside].sum(axis=1)
-            noise = (found.seconds * math.hypot(found.sigma, _NUGGET)) ** 2
-            gain_scale = 1 / (gain[inside].sum() + noise)
-            self._mean = self._mean + gain * (gain_scale * (found.seconds - self._mean[inside].sum()))
+            noise = (found.seconds * math.hypot(found.sigma, self.unexplained)) ** 2
+            variance = float(gain[inside].sum())
+            gain_scale = 1 / (variance + noise)
+            off = found.seconds - float(self._mean[inside].sum())
+            self._surprises.append(max(0.0, (off**2 - variance) / found.seconds**2 - found.sigma**2))
+            self._mean = self._mean + gain * (gain_scale * off)
             self._covariance = self._covariance - np.outer(gain, gain) * gain_scale
         self.measured[first, last] = found
+
+    @property
+    def unexplained(self) -> float:
+        """The relative deviation of a segment from any sum of parts, as far as measurements have shown it."""
+        return math.sqrt((_NUGGET_COUNTS * _NUGGET**2 + sum(self._surprises)) / (_NUGGET_COUNTS + len(self._surprises)))
 
     def table(self) -> tuple[Array, Array]:
         """Return believed seconds [first, last] and their relative deviations; infinite where the choice does not run a block.
@@ -88,13 +98,21 @@ class Segments:
         mean = np.maximum(mean, _LEAST * sums)
         with np.errstate(divide="ignore", invalid="ignore"):
             relative = np.sqrt(np.maximum(variance, 0.0)) / mean
-        relative = np.minimum(np.hypot(np.nan_to_num(relative), _NUGGET), _UNSURE)
+        relative = np.minimum(np.hypot(np.nan_to_num(relative), self.unexplained), _UNSURE)
         lacking = self._lacking[high // 2 + 1] - self._lacking[low // 2] > 0
         backwards = np.arange(blocks)[:, None] > np.arange(blocks)[None, :]
         mean = np.where(lacking | backwards, math.inf, mean)
         for (first, last), found in self.measured.items():
             mean[first, last], relative[first, last] = found.seconds, 0.0
         return mean, relative
+
+    def added(self) -> Array:
+        """Return what each block is believed to add to a segment that runs on from the block before it; infinite where it does not run."""
+        costs = self._mean[0::2].copy()
+        costs[1:] += self._mean[1::2]
+        costs = np.maximum(costs, _LEAST * np.diff(self._blocks))
+        costs[np.diff(self._lacking) > 0] = math.inf
+        return costs
 
     def segment(self, first: int, last: int) -> Estimate | None:
         """Return what is believed of one segment: as it was measured, or from its blocks; None where a block does not run."""
@@ -109,4 +127,4 @@ class Segments:
         deviation = math.sqrt(max(0.0, float(self._covariance[inside, inside].sum()))) / seconds
         count = last - first + 1
         because = f"{count} blocks, and {len(self.measured)} segments measured on the same target" if count > 1 else "the block alone"
-        return Estimate(seconds=seconds, sigma=min(math.hypot(deviation, _NUGGET), _UNSURE), source="modelled", because=because)
+        return Estimate(seconds=seconds, sigma=min(math.hypot(deviation, self.unexplained), _UNSURE), source="modelled", because=because)

@@ -79,6 +79,7 @@ class Cutter:
         self.cuts = place_cuts(
             self.evidence,
             self._measure,
+            targets=work.targets,
             min_segments=work.min_segments,
             most=_FORCED_LOOKS if forced else _MOST_LOOKS,
             stop=lambda: work.asked() or time.perf_counter() > ends,

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aivmm.errors import UsageError
-from aivmm.models.records import Block, CutPoint, Structure
-from aivmm.planner.chain import ChainPlan
+from aivmm.models.records import Block, Structure
+from aivmm.planner.chain import ChainPlan, place
 from aivmm.planner.evidence import Estimate
 from aivmm.planner.partition import BYTES_PER_S, CUT_S, ChainEvidence, beliefs_of, place_cuts
+from aivmm.planner.placement import problem_of, runs_of
+from aivmm.planner.segments import Segments
+from aivmm.planner.solve import solve
 from aivmm.runtime.target import Device, Target
 from aivmm.tensors import TensorSpec
 
@@ -19,28 +26,30 @@ GPU = Target(runtime="two", name="GPU.0", device=Device(kind="gpu", model="made-
 MS = 1e-3
 
 
-def structure(blocks: int, *, crossing: Sequence[int | None] = ()) -> Structure:
-    """Return a chain of `blocks` blocks of ten nodes each; `crossing` are the bytes at its cut points."""
-    tensor = TensorSpec(name="t", dtype="float32", shape=(1,))
-    made = tuple(
+def structure(blocks: int, *, crossing: Sequence[int | None] = (), reads: Mapping[int, Sequence[int]] | None = None) -> Structure:
+    """Return a chain of `blocks` blocks of ten nodes each; `crossing` are the bytes that each but the last hands on, None unknown.
+
+    `reads` says of which earlier blocks a block reads; without, of the one before it.
+    """
+    sizes = [*crossing, *[0] * (blocks - len(crossing))]
+    made = [TensorSpec(name=f"t{index}", dtype="uint8", shape=(size,)) for index, size in enumerate(sizes)]
+    blocks_ = tuple(
         Block(
             index=index,
             first=10 * index,
             last=10 * index + 9,
             structure=f"s{index}",
             content=f"c{index}",
-            inputs=(tensor,),
-            outputs=(tensor,),
+            inputs=tuple(made[other] for other in (reads or {}).get(index, [index - 1] if index else [])),
+            outputs=(made[index],),
             op_types={"Relu": 10},
             flops=1.0,
-            weight_bytes=0,
+            weight_bytes=100,
         )
         for index in range(blocks)
     )
-    sizes = [*crossing, *[0] * (blocks - 1 - len(crossing))]
-    cuts = tuple(CutPoint(position=10 * (index + 1), tensors=(tensor,), bytes=size) for index, size in enumerate(sizes))
     return Structure(
-        structure="s", content="c", node_count=10 * blocks, flops=1.0, weight_bytes=0, operators=(), cut_points=cuts, blocks=made
+        structure="s", content="c", node_count=10 * blocks, flops=1.0, weight_bytes=0, operators=(), cut_points=(), blocks=blocks_
     )  # fmt: skip
 
 
@@ -186,3 +195,57 @@ def test_a_measured_handover_prices_the_cut_instead_of_the_model_of_it() -> None
     assert found and found.seconds == pytest.approx(CUT_S + 1 * MS) and found.source == "interpolated"
     modelled = ChainEvidence(structure=model, beliefs={}).crossing(1, "one:CPU", "two:GPU.0")
     assert modelled and modelled.seconds == CUT_S + 1000 / BYTES_PER_S and modelled.source == "modelled"
+
+
+def test_what_passes_by_a_block_is_not_priced_at_its_boundaries() -> None:
+    model = structure(3, crossing=[4_000_000, 8_000], reads={1: [], 2: [0, 1]})
+    found = ChainEvidence(structure=model, beliefs={})
+    first, second = found.crossing(1, "one:CPU", "two:GPU.0"), found.crossing(2, "two:GPU.0", "one:CPU")
+    assert first and first.seconds == CUT_S
+    assert second and second.seconds == CUT_S + 8_000 / BYTES_PER_S
+
+
+def test_the_placement_by_the_graph_is_measured_where_it_promises_something() -> None:
+    """Block 1 stands apart: what block 0 hands to block 2 need not move for it."""
+    model = structure(3, crossing=[40_000_000, 0, 0], reads={1: [], 2: [0, 1]})
+    costs = {CPU: [2 * MS, 9 * MS, 2 * MS], GPU: [9 * MS, 1 * MS, 9 * MS]}
+    alone = {(index, str(target)): exactly(cost) for target, row in costs.items() for index, cost in enumerate(row)}
+    beliefs = beliefs_of(model, [str(target) for target in costs], alone, {"one:CPU": exactly(13 * MS)})
+    asked: list[list[tuple[int, int, str]]] = []
+
+    def measure(spans: Sequence[tuple[int, int, str]]) -> dict[tuple[int, int, str], Estimate]:
+        asked.append(list(spans))
+        return {span: exactly(sum(costs[CPU if span[2] == "one:CPU" else GPU][span[0] : span[1] + 1])) for span in spans}
+
+    found = place_cuts(ChainEvidence(structure=model, beliefs=beliefs), measure, targets=(CPU, GPU), min_segments=1, most=4)
+    assert asked[0] == [(0, 0, "one:CPU"), (1, 1, "two:GPU.0"), (2, 2, "one:CPU")]
+    assert found.worth_proving and placed(found.worth_proving[0][1].plan) == [("one:CPU", 0, 0), ("two:GPU.0", 1, 1), ("one:CPU", 2, 2)]
+
+
+def test_a_device_takes_no_more_than_its_memory() -> None:
+    model = structure(4)
+    small = replace(GPU, device=replace(GPU.device, memory_bytes=250))
+    beliefs = beliefs_of(
+        model,
+        ["one:CPU", "two:GPU.0"],
+        {(i, name): exactly(ms * MS) for i in range(4) for name, ms in (("one:CPU", 5), ("two:GPU.0", 1))},
+        {},
+    )
+    problem = problem_of(model, (CPU, small), beliefs, lambda source, destination, size: 0.0)
+    found = solve(problem, "latency")
+    assert [choice for _, _, choice in runs_of(model, found.assignment)].count("two:GPU.0") >= 1
+    assert sum(place.choice == "two:GPU.0" for place in found.assignment.values()) == 2
+    assert found.gap == 0
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=2, max_size=6), st.integers(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_on_a_chain_the_graph_and_the_chain_agree(rows: list[tuple[int, int]], move: int) -> None:
+    """By costs of blocks alone, where a boundary saves nothing."""
+    costs = [{"one:CPU": float(a), "two:GPU.0": float(b)} for a, b in rows]
+    model = structure(len(rows))
+    beliefs = {name: Segments([exactly(row[name]) for row in costs]) for name in ("one:CPU", "two:GPU.0")}
+    problem = problem_of(model, (CPU, GPU), beliefs, lambda source, destination, size: float(move))
+    added = np.stack([belief.added() for belief in beliefs.values()], axis=1)
+    boundary = np.full((2, 2), float(move)) - move * np.eye(2)
+    assert solve(problem, "latency").objective == pytest.approx(place(added, boundary).cost_s)
