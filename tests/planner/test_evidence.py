@@ -80,9 +80,9 @@ def test_without_a_measured_size_there_is_no_number() -> None:
 def test_a_measured_segment_is_untouched_and_teaches_its_neighbours() -> None:
     belief = Segments([known(MS)] * 6)
     before = [belief.segment(0, 3), belief.segment(1, 4), belief.segment(4, 5)]
-    belief.observe(0, 3, known(3.2 * MS))
+    belief.observe(0, 3, known(3.65 * MS))
     after = [belief.segment(0, 3), belief.segment(1, 4), belief.segment(4, 5)]
-    assert after[0] == known(3.2 * MS)
+    assert after[0] == known(3.65 * MS)
     for old, new in zip(before[1:], after[1:], strict=True):
         assert old and new and new.source == "modelled"
         assert new.seconds < old.seconds and new.sigma < old.sigma
