@@ -14,14 +14,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from aivmm.models.records import Block, Structure
 from aivmm.planner.chain import ChainPlan
@@ -29,6 +32,7 @@ from aivmm.planner.evidence import Estimate
 from aivmm.planner.lazy import Chain, Span, look
 from aivmm.planner.partition import ChainEvidence, beliefs_of, place_cuts
 from aivmm.planner.segments import Segments
+from aivmm.runtime.cpu import cpu_device
 from aivmm.runtime.target import Device, Target
 from aivmm.tensors import TensorSpec
 
@@ -165,7 +169,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "lazy.md")
     parser.add_argument("--seeds", type=int, default=10)
     arguments = parser.parse_args()
-    lines = ["# Lazy measuring", "", *simulated(arguments.seeds), "", *planning()]
+    load = ", ".join(f"{each:.1f}" for each in psutil.getloadavg())
+    where = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC; {cpu_device().model}, {os.cpu_count()} cores; load average {load}."
+    lines = ["# Lazy measuring", "", where, "", *simulated(arguments.seeds), "", *planning()]
     arguments.out.parent.mkdir(exist_ok=True)
     arguments.out.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

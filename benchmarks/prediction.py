@@ -96,6 +96,7 @@ def record(models: Sequence[str], state: Path, ends: float) -> bool:
         (state / f"plans-{stem(model)}-{count}.json", model, count) for count in SEGMENTS for model in models
     ]
     jobs = [*((state / f"parts-{stem(model)}.json", model, 0) for model in models), *jobs]
+    whole = True
     for number, (path, model, count) in enumerate(jobs):
         if path.exists():
             continue
@@ -103,10 +104,13 @@ def record(models: Sequence[str], state: Path, ends: float) -> bool:
             return False
         print(f"[{number + 1}/{len(jobs)}] {model} {f'in {count} segments' if count else 'parts'} ...", file=sys.stderr, flush=True)
         found = recorded_plans(model, count, state) if count else recorded_parts(model, state)
+        if found is None:
+            whole = False
+            continue
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(found))
         partial.replace(path)
-    return True
+    return whole
 
 
 def stem(model: str) -> str:
@@ -202,8 +206,11 @@ def whole_times(options: Any) -> dict[str, dict[str, float]]:
         return times
 
 
-def recorded_plans(model: str, count: int, state: Path) -> list[dict[str, Any]]:
-    """Tune with a forced cut; return what was predicted and proven of each entrant, over the reference, the reference itself left out."""
+def recorded_plans(model: str, count: int, state: Path) -> list[dict[str, Any]] | None:
+    """Tune with a forced cut; return what was predicted and proven of each entrant, over the reference, the reference itself left out.
+
+    Nothing where the model has no such plan; None when the tune broke, to be tried again.
+    """
     from aivmm.db.database import Database
 
     database = state / "probes.db"
@@ -217,23 +224,20 @@ def recorded_plans(model: str, count: int, state: Path) -> list[dict[str, Any]]:
         )
     if done.returncode:
         print(f"  {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-        return []
+        return [] if done.returncode in (2, 3) else None
     summary = json.loads(done.stdout)
     name = summary["predicted"]["reference"]
     with Database.open(str(database)) as opened:
         proofs = opened.proofs(opened.runs(1)[0].id)
     reference = next((each for each in proofs if each.name == name and each.samples), None)
     if reference is None or reference.samples is None:
-        return []
+        return None
     rows = []
+    shared = set(reference.samples.rounds)
     for each in proofs:
-        if (
-            each is reference
-            or each.samples is None
-            or not each.samples.rounds
-            or "predicted_ratio" not in each.metrics
-            or each.callers != 1
-        ):
+        # What lost the choice among finalists never raced against the reference.
+        raced = each is not reference and each.samples is not None and shared & set(each.samples.rounds)
+        if not raced or each.samples is None or "predicted_ratio" not in each.metrics or each.callers != 1:
             continue
         found = compare(each.samples, reference.samples, scale=reference.batch / each.batch)
         rows.append(
