@@ -351,7 +351,7 @@ def operators_left_out(row: Row, known: Sequence[Row]) -> Iterator[float]:
             if least is None:
                 continue
             same = [point for point in points.get(op_type, ()) if not math.isclose(point.floor_s, least, rel_tol=1e-9)]
-            found = operator(op_type, flops, moved, {op_type: same}, ceilings_of(place))
+            found = operator(op_type, least, {op_type: same})
             if found is not None:
                 yield error(found.seconds, seconds)
 

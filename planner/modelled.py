@@ -20,7 +20,6 @@ from scipy.optimize import nnls
 
 from aivmm.planner.evidence import Estimate
 from aivmm.planner.scaling import Point, scaled
-from aivmm.probes.ceilings import Ceilings
 
 # What the factors are taken for before anything was fitted, and how much that counts: as one measurement that is off by half.
 _OWN, _FUSED, _WEIGHT = 0.9, 0.2, 0.5
@@ -85,11 +84,9 @@ class Factors:
         return Estimate(seconds=self.seconds(alone), sigma=self.sigma, source="modelled", because=because)
 
 
-def operator(
-    op_type: str, flops: float | None, moved_bytes: float | None, known: Mapping[str, Sequence[Point]], ceilings: Ceilings
-) -> Estimate | None:
-    """Return what an operator that was not measured takes alone, from measured ones of its type; None where there is none to go by."""
-    floor = ceilings.roofline(seconds=1.0, flops=flops, moved_bytes=moved_bytes)
-    if floor is None:
-        return None
-    return scaled(known.get(op_type, ()), floor.share, unit=f"{op_type} operators")
+def operator(op_type: str, floor_s: float, known: Mapping[str, Sequence[Point]]) -> Estimate | None:
+    """Return what an operator that was not measured takes alone, from measured ones of its type; None where there is none to go by.
+
+    `floor_s` is the least it could take by the target's ceilings (`probes.ceilings`), the call included.
+    """
+    return scaled(known.get(op_type, ()), floor_s, unit=f"{op_type} operators")

@@ -8,10 +8,8 @@ from hypothesis import strategies as st
 
 from aivmm.planner.modelled import Alone, Factors, operator
 from aivmm.planner.scaling import Point
-from aivmm.probes.ceilings import Ceilings
 
 CALL = 10e-6
-CEILINGS = Ceilings(flops_per_s=1e11, copies=((1 << 14, 1e-6), (1 << 26, 1e-2)), call_s=CALL)
 
 
 def piece(own: float, fused: float) -> Alone:
@@ -50,11 +48,7 @@ def test_each_operator_pays_the_call_once_when_alone_and_the_piece_once_in_all()
 
 
 def test_an_operator_of_a_new_size_is_taken_from_its_type() -> None:
-    def floor(flops: float) -> float:
-        return CALL + flops / 1e11
-
-    known = {"Conv": [Point(floor_s=floor(flops), seconds=2 * floor(flops)) for flops in (1e8, 1e9)]}
-    found = operator("Conv", 5e8, 1e4, known, CEILINGS)
-    assert found and found.seconds == pytest.approx(2 * floor(5e8)) and found.source == "interpolated"
-    assert operator("Gemm", 5e8, 1e4, known, CEILINGS) is None
-    assert operator("Conv", None, 1e4, known, CEILINGS) is None
+    known = {"Conv": [Point(floor_s=floor, seconds=2 * floor) for floor in (1e-3, 1e-2)]}
+    found = operator("Conv", 5e-3, known)
+    assert found and found.seconds == pytest.approx(1e-2) and found.source == "interpolated"
+    assert operator("Gemm", 5e-3, known) is None
