@@ -246,6 +246,11 @@ class Reading:
         self.seconds = perf_counter() - started
 
 
+def unlisted_in(folder: Path, root: str) -> list[str]:
+    """Return the files that lie beside `root` without being listed in it, of those that may."""
+    return sorted(each.name for each in folder.iterdir() if each.is_file() and _may_be_unlisted(each.name, root))
+
+
 def _may_be_unlisted(name: str, root: str) -> bool:
     """Say whether a file may lie beside `root` without being listed in it: what is only for people to read, and the signature."""
     return name in UNLISTED or (root == FAMILY_FILE and bool(re.fullmatch(r"report-[0-9]{1,4}\.html", name)))

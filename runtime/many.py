@@ -215,20 +215,20 @@ def plain(engine: Engine | ShapedEngine | Engines) -> Iterator[Engine]:
         yield from plain(each)
 
 
-def load_one(path: str | Path, name: str | None = None) -> Engine | ShapedEngine:
-    """Load the only model at `path`, or the one of a `name`.
+def load_one(path: str | Path, name: str | None = None, *, require_signature: Key | Sequence[Key] | None = None) -> Engine | ShapedEngine:
+    """Load the only model at `path`, or the one of a `name`. The signature is that of `Engine.load`.
 
     Raises:
         BundleError, Unsupported: as `load`.
         UsageError: there are several and none is named, or none of that name.
     """
     if not is_family(path):
-        engine = Engine.load(path)
+        engine = Engine.load(path, require_signature=require_signature)
         if name in (None, engine.plan.model.name):
             return engine
         engine.close()
         raise UsageError(f"there is no model {name!r} in {path}", advice=f"it holds {engine.plan.model.name!r}")
-    opened = open_family(path)
+    opened = open_family(path, signed_by=require_signature)
     try:
         known = {each.name: each for each in opened.family.models}
         if name is None and len(known) > 1:

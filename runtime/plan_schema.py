@@ -13,10 +13,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from aivmm.runtime.family import Family
 from aivmm.runtime.plan import Plan
 from aivmm.runtime.signing import Signatures
 
-SCHEMAS: dict[str, type[BaseModel]] = {"plan.schema.json": Plan, "signature.schema.json": Signatures}
+SCHEMAS: dict[str, type[BaseModel]] = {"plan.schema.json": Plan, "family.schema.json": Family, "signature.schema.json": Signatures}
 
 
 def json_schema(name: str) -> dict[str, Any]:

@@ -20,8 +20,10 @@ from aivmm.planner.levels import goal
 from aivmm.probes.client import WorkerDied
 from aivmm.runtime.target import Target
 from aivmm.tuner import config_file
+from aivmm.tuner.cli_bench import bench
 from aivmm.tuner.cli_db import app as db_app
 from aivmm.tuner.cli_doctor import doctor
+from aivmm.tuner.cli_plan import app as plan_app
 from aivmm.tuner.cli_profile import profile
 from aivmm.tuner.cli_report import report
 from aivmm.tuner.config_file import Defaults
@@ -55,7 +57,9 @@ Options may stand in `aivmm.toml` or in `[tool.aivmm]` of `pyproject.toml`, unde
 )
 
 app.add_typer(db_app, name="db")
+app.add_typer(plan_app, name="plan")
 app.command()(profile)
+app.command()(bench)
 app.command()(doctor)
 app.command()(report)
 
@@ -258,6 +262,10 @@ def run_plan(
     inputs: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Inputs by name; default: random ones.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE.npz", help="Where to write the outputs.")] = None,
     repeat: Annotated[int, typer.Option(metavar="N", min=1, help="How many times to run.")] = 1,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="The model, where the bundle holds several.")] = None,
+    key: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE.pem", help="Require a signature by this public key. Repeatable: any of them.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a plan once (or N times) and show its outputs.
@@ -266,7 +274,7 @@ def run_plan(
     """
     from aivmm.tuner.running import run_bundle
 
-    result = run_bundle(plan, inputs, output, repeat)
+    result = run_bundle(plan, inputs, output, repeat, model=model, keys=key or ())
     if as_json:
         _print_json(result)
         return

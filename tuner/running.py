@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,29 +13,38 @@ import numpy as np
 from aivmm.errors import UsageError
 from aivmm.runtime.backend import Buffer
 from aivmm.runtime.engine import Engine
+from aivmm.runtime.many import ShapedEngine, load_one
 from aivmm.tensors import TensorSpec
 
 _PREVIEW = 6
 
 
-def run_bundle(plan: Path, inputs: Path | None, output: Path | None, repeat: int) -> dict[str, Any]:
-    """Run the bundle at `plan` `repeat` times and return what came out, as `aivmm run --json` gives it."""
-    with Engine.load(plan) as engine:
-        arrays = _read(inputs, engine.inputs) if inputs else _random(engine.inputs)
+def run_bundle(
+    plan: Path, inputs: Path | None, output: Path | None, repeat: int, *, model: str | None = None, keys: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Run the bundle at `plan` `repeat` times and return what came out, as `aivmm run --json` gives it.
+
+    Raises:
+        AivmmError: the bundle does not load, the inputs do not fit, or the outputs cannot be written.
+    """
+    with load_one(plan, model, require_signature=list(keys) or None) as engine:
+        arrays = inputs_for(engine.inputs, inputs)
         durations = []
         outputs: dict[str, Buffer] = {}
         for _ in range(repeat):
             started = time.perf_counter()
             outputs = engine.run(arrays)
             durations.append(time.perf_counter() - started)
+        one = engine if isinstance(engine, Engine) else _used(engine, arrays)
+        stats = engine.stats()
         result = {
             "schema": 1,
-            "model": engine.plan.model.name,
-            "targets": list(dict.fromkeys(stage.target for stage in engine.stages)),
-            "validity": engine.validity.grade,
+            "model": one.plan.model.name,
+            "targets": list(dict.fromkeys(stage.target for stage in one.stages)),
+            "validity": stats["validity"],
             "runs": repeat,
             "median_s": median(durations),
-            "load_s": engine.load_s,
+            "load_s": stats["load_s"],
             "outputs": [
                 {"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "preview": _preview(array)}
                 for name, array in outputs.items()
@@ -45,6 +55,23 @@ def run_bundle(plan: Path, inputs: Path | None, output: Path | None, repeat: int
         _write(output, outputs)
         result["written"] = str(output)
     return result
+
+
+def inputs_for(specs: Sequence[TensorSpec], path: Path | None) -> dict[str, Buffer]:
+    """Return the inputs that a file holds for `specs`, or random ones.
+
+    Raises:
+        UsageError: the file cannot be read, or does not fit.
+    """
+    return _read(path, tuple(specs)) if path else _random(tuple(specs))
+
+
+def _used(engine: ShapedEngine, arrays: dict[str, Buffer]) -> Engine:
+    """Return the engine of the shape that took `arrays`."""
+    name = engine.bucket_of(arrays)
+    found = engine.fallback if name is None else engine.engines[name]
+    assert found is not None
+    return found
 
 
 def _read(path: Path, specs: tuple[TensorSpec, ...]) -> dict[str, Buffer]:

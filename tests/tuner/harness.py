@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import psutil
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from aivmm.tuner.options import DEFAULT_COSINE
@@ -123,6 +124,27 @@ class Place:
                 process.kill()
         finally:
             process.kill()
+
+
+@dataclass(frozen=True)
+class Shell:
+    """Runs commands in this process, in a folder: for the many that need no process of their own, which takes a second to start."""
+
+    work: Path
+    capsys: pytest.CaptureFixture[str]
+
+    def aivmm(self, *arguments: str | Path) -> Finished:
+        from aivmm.tuner.cli import run as run_here
+
+        self.capsys.readouterr()
+        before = Path.cwd()
+        os.chdir(self.work)
+        try:
+            code = run_here([str(each) for each in arguments])
+        finally:
+            os.chdir(before)
+        out, err = self.capsys.readouterr()
+        return Finished(code, out, err)
 
 
 def workers_of(pid: int) -> list[psutil.Process]:

@@ -1,0 +1,174 @@
+"""`aivmm plan` and `aivmm run`, as their users run them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import aivmm
+from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, normal
+from tests.tuner.harness import Place, Shell
+
+MODEL = chain_model(width=16)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    return make_bundle(folder / "m.aivmm", MODEL, [Part(ONNXRUNTIME)], fallbacks=[[Part("openvino:GPU.7")]], verdict="It won.")
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
+    """A folder with a bundle `m.aivmm`, and a pair of keys `k`."""
+    monkeypatch.setenv("AIVMM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "work").mkdir()
+    place = Shell(tmp_path / "work", capsys)
+    shutil.copytree(made, place.work / "m.aivmm")
+    assert place.aivmm("plan", "key", "k").code == 0
+    return place
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {each.relative_to(folder).as_posix(): each.read_bytes() for each in folder.rglob("*") if each.is_file()}
+
+
+def test_show_says_what_runs_where(place: Shell) -> None:
+    shown = place.aivmm("plan", "show", "m.aivmm")
+    assert (shown.code, shown.err) == (0, "")
+    for part in ("onnxruntime:CPU in fp32, default settings", "openvino:GPU.7", "x: float32[2, 16]", "It won.", "not signed"):
+        assert part in shown.out
+    found = place.aivmm("plan", "show", "m.aivmm", "--json").json
+    assert found["plans"]["plan.json"] == json.loads((place.work / "m.aivmm" / "plan.json").read_text())
+    assert found["size_bytes"] == sum(map(len, content(place.work / "m.aivmm").values()))
+
+
+def test_verify_grades_each_way_to_run_it_here(place: Shell) -> None:
+    found = place.aivmm("plan", "verify", "m.aivmm", "--json").json
+    plan, fallback = found["plans"]["plan.json"]["ways"]
+    assert (plan["grade"], plan["differences"]) == ("exact", {})
+    assert fallback["grade"] is None and "openvino:GPU.7 is not available here" in fallback["reason"]
+    (place.work / "m.aivmm" / "segments" / "weights.bin").write_bytes(b"x")
+    refused = place.aivmm("plan", "verify", "m.aivmm")
+    assert (refused.code, refused.out) == (2, "") and "weights.bin was changed" in refused.err and len(refused.error_lines) == 1
+
+
+def test_a_signed_plan_stays_signed_as_a_zip_and_as_a_folder(place: Shell) -> None:
+    assert place.aivmm("plan", "verify", "m.aivmm", "--key", "k.pub.pem").code == 2
+    assert place.aivmm("plan", "sign", "m.aivmm", "--key", "k.pem").code == 0
+    assert place.aivmm("plan", "export", "m.aivmm", "-o", "m.zip").code == 0
+    assert place.aivmm("plan", "export", "m.zip", "-o", "again.aivmm").code == 0
+    for path in ("m.aivmm", "m.zip", "again.aivmm"):
+        verified = place.aivmm("plan", "verify", path, "--key", "k.pub.pem")
+        assert verified.code == 0 and "signed as required" in verified.out
+    assert content(place.work / "again.aivmm") == content(place.work / "m.aivmm")
+    place.aivmm("plan", "key", "other")
+    refused = place.aivmm("plan", "verify", "m.zip", "--key", "other.pub.pem")
+    assert refused.code == 2 and "not by the required key" in refused.err
+    assert place.aivmm("plan", "verify", "m.zip", "--key", "other.pub.pem", "--key", "k.pub.pem").code == 0
+
+
+def test_a_zip_can_be_signed(place: Shell) -> None:
+    place.aivmm("plan", "export", "m.aivmm", "-o", "m.zip")
+    assert place.aivmm("plan", "sign", "m.zip", "--key", "k.pem").code == 0
+    with aivmm.load_plan(place.work / "m.zip", require_signature=place.work / "k.pub.pem") as engine:
+        assert engine.run({"x": normal(2, 16)})["y"].shape == (2, 16)
+    assert sorted(each.name for each in place.work.iterdir()) == ["k.pem", "k.pub.pem", "m.aivmm", "m.zip"]
+
+
+def test_equal_bundles_make_equal_zips_that_store_weights_as_they_are(place: Shell) -> None:
+    place.aivmm("plan", "export", "m.aivmm", "-o", "one.zip")
+    place.aivmm("plan", "export", "one.zip", "-o", "two.zip")
+    assert (place.work / "one.zip").read_bytes() == (place.work / "two.zip").read_bytes()
+    with zipfile.ZipFile(place.work / "one.zip") as archive:
+        assert {each.compress_type for each in archive.infolist()} == {zipfile.ZIP_STORED}
+
+
+def test_newlines_and_reports_survive_the_way_through_a_zip(place: Shell) -> None:
+    plan = place.work / "m.aivmm" / "plan.json"
+    plan.write_bytes(plan.read_bytes().replace(b"\n", b"\r\n"))
+    (place.work / "m.aivmm" / "report.html").write_bytes("<p>größer</p>\r\n".encode())
+    place.aivmm("plan", "sign", "m.aivmm", "--key", "k.pem")
+    place.aivmm("plan", "export", "m.aivmm", "-o", "m.zip")
+    place.aivmm("plan", "export", "m.zip", "-o", "again.aivmm")
+    assert content(place.work / "again.aivmm") == content(place.work / "m.aivmm")
+    assert place.aivmm("plan", "verify", "again.aivmm", "--key", "k.pub.pem").code == 0
+
+
+@pytest.mark.parametrize("output", ["thesis.zip", "thesis"])
+def test_export_destroys_nothing(place: Shell, output: str) -> None:
+    if output.endswith(".zip"):
+        with zipfile.ZipFile(place.work / output, "w") as archive:
+            archive.writestr("chapter.tex", "years of work")
+    else:
+        (place.work / output).mkdir()
+        (place.work / output / "chapter.tex").write_text("years of work")
+    before = content(place.work)
+    refused = place.aivmm("plan", "export", "m.aivmm", "-o", output)
+    assert refused.code == 2 and len(refused.error_lines) == 1
+    assert content(place.work) == before
+
+
+def test_the_command_runs_as_a_process_without_a_terminal(place: Shell) -> None:
+    outside = Place.at(place.work.parent)
+    shown = outside.aivmm("plan", "verify", "m.aivmm")
+    assert (shown.code, shown.err) == (0, "") and "all as listed" in shown.out
+    assert outside.aivmm("plan", "verify", "missing.aivmm").code == 2
+
+
+def test_a_damaged_bundle_is_neither_exported_nor_signed(place: Shell) -> None:
+    (place.work / "m.aivmm" / "extra").write_text("x")
+    before = content(place.work)
+    for command in (("export", "m.aivmm", "-o", "m.zip"), ("sign", "m.aivmm", "--key", "k.pem"), ("show", "m.aivmm")):
+        refused = place.aivmm("plan", *command)
+        assert refused.code == 2 and "'extra', which its plan does not list" in refused.err
+    assert content(place.work) == before
+
+
+def test_diff_names_the_places_and_its_status_says_whether_there_are_any(place: Shell) -> None:
+    assert place.aivmm("plan", "diff", "m.aivmm", "m.aivmm").out == "no difference\n"
+    make_bundle(place.work / "n.aivmm", MODEL, [Part(ONNXRUNTIME, settings=(("intra_op_num_threads", 1),))], verdict="It won.")
+    different = place.aivmm("plan", "diff", "m.aivmm", "n.aivmm")
+    assert different.code == 1
+    assert "stages[0].config.intra_op_num_threads: (none) -> 1" in different.out
+    assert "fallbacks[0].name: fallback 0 -> (none)" in different.out
+    assert "created_at" not in different.out and "verdict" not in different.out
+    found = place.aivmm("plan", "diff", "m.aivmm", "n.aivmm", "--json")
+    assert found.code == 1
+    assert {"place": "stages[0].config.intra_op_num_threads", "first": "(none)", "second": 1} in found.json["differences"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
+def test_a_private_key_is_private_and_never_overwritten(place: Shell) -> None:
+    assert stat.S_IMODE((place.work / "k.pem").stat().st_mode) == 0o600
+    before = content(place.work)
+    refused = place.aivmm("plan", "key", "k")
+    assert refused.code == 2 and "File exists" in refused.err
+    assert content(place.work) == before
+
+
+def test_names_from_a_plan_do_not_steer_a_terminal(place: Shell) -> None:
+    plan = place.work / "m.aivmm" / "plan.json"
+    plan.write_text(plan.read_text().replace("It won.", "\\u001b[31mred [bold]"))
+    shown = place.aivmm("plan", "show", "m.aivmm")
+    assert "\x1b" not in shown.out and "[31mred [bold]" in shown.out
+
+
+def test_run_takes_and_gives_npz_and_checks_a_signature(place: Shell) -> None:
+    x = normal(2, 16)
+    np.savez(place.work / "in.npz", x=x)
+    done = place.aivmm("run", "m.aivmm", "--inputs", "in.npz", "-o", "out.npz", "--json")
+    with aivmm.load_plan(place.work / "m.aivmm") as engine, np.load(place.work / "out.npz") as written:
+        np.testing.assert_array_equal(written["y"], engine.run({"x": x})["y"])
+    assert done.json["written"] == "out.npz"
+    refused = place.aivmm("run", "m.aivmm", "--key", "k.pub.pem")
+    assert refused.code == 2 and "is not signed" in refused.err
+    place.aivmm("plan", "sign", "m.aivmm", "--key", "k.pem")
+    assert place.aivmm("run", "m.aivmm", "--key", "k.pub.pem").code == 0

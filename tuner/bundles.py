@@ -1,0 +1,150 @@
+"""What the command line says of bundles: a summary, a check, a comparison. Plain values; `cli_plan` prints them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from aivmm.errors import AivmmError
+from aivmm.runtime.engine import find_named
+from aivmm.runtime.packing import Opened, opened
+from aivmm.runtime.plan import Number, Plan, Stage
+from aivmm.runtime.signing import Key
+from aivmm.runtime.validity import grade_stages
+
+MISSING = "(none)"
+_UNITS = {"per_s": (1.0, " /s"), "_s": (1e3, " ms"), "_bytes": (1e-6, " MB")}  # by what a number's name ends with
+
+
+def shown(bundle: Opened) -> dict[str, Any]:
+    """Return what `aivmm plan show --json` gives: each plan as it is in its file, and what the bundle is as a whole."""
+    return {
+        "schema": 1,
+        "path": str(bundle.path),
+        "files": len(bundle.all_files),
+        "size_bytes": bundle.size_bytes,
+        "signed_by": bundle.signers,
+        "family": None if bundle.family is None else bundle.family.model_dump(mode="json", by_alias=True),
+        "plans": {name: plan.model_dump(mode="json", by_alias=True) for name, plan in bundle.plans.items()},
+    }
+
+
+def lines_of(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield the summary of a plan for people: a heading and a line."""
+    yield "model", f"{plan.model.name} ({plan.model.category}), SHA-256 {plan.model.sha256[:16]}"
+    yield "made", f"{plan.created_at} by {plan.created_by}"
+    limits = f", limited by {', '.join(plan.constraints)}" if plan.constraints else ""
+    yield "objective", plan.objective + limits
+    for each in plan.model.inputs:
+        yield "input", str(each.spec)
+    for each in plan.model.outputs:
+        yield "output", str(each.spec)
+    batching = plan.execution.batching
+    together = f", up to {batching.max_batch} rows together" if batching else ""
+    yield "runs", f"{plan.execution.mode}, batch {plan.batch}, callers {plan.callers}{together}"
+    for stage in plan.stages:
+        yield "stage", stage_line(stage)
+    for other in plan.fallbacks:
+        yield "fallback", f"{other.name}: {' + '.join(stage_line(stage) for stage in other.stages)}"
+    for name, number in plan.expected.items():
+        yield "expected", f"{name} {number_line(name, number)}"
+    if plan.accuracy is not None:
+        found = plan.accuracy
+        yield "accuracy", f"{found.metric} {found.value:.6g} (limit {found.limit:.6g}) on {found.data} data against {found.reference}"
+    for where in plan.environments:
+        cores = f", {where.usable_cores} cores" if where.usable_cores else ""
+        yield "proven on", f"{where.target}: {where.device_model}{cores}, version {where.runtime_version}, {where.system}"
+    if plan.verdict:
+        yield "verdict", plan.verdict
+
+
+def stage_line(stage: Stage) -> str:
+    """Return a stage in one line."""
+    config = ", ".join(f"{name}={value}" for name, value in stage.config.items()) or "default settings"
+    copies = f", {stage.replicas} replicas" if stage.replicas > 1 else ""
+    return f"{stage.target} in {stage.precision}, {config}{copies} (blocks {stage.blocks[0]} to {stage.blocks[1]}, {stage.model})"
+
+
+def number_line(name: str, number: Number) -> str:
+    """Return a number with its unit, its interval and where it comes from."""
+    scale, unit = next((known for suffix, known in _UNITS.items() if name.endswith(suffix)), (1.0, ""))
+    value = f"{number.value * scale:.4g}{unit}"
+    if number.low is not None and number.high is not None:
+        value += f" ({number.low * scale:.4g} to {number.high * scale:.4g}{unit})"
+    return f"{value}, {number.source}" + (f", {number.samples} samples" if number.samples else "")
+
+
+def verified(path: Path, keys: Sequence[Key] | None) -> dict[str, Any]:
+    """Check the bundle at `path` and say how far it is valid on this machine, as `aivmm plan verify --json` gives it.
+
+    Nothing is compiled.
+
+    Raises:
+        BundleError: the bundle is damaged or unsafe, or not signed by one of `keys` where there are some.
+    """
+    with opened(path, signed_by=keys) as bundle:
+        return {
+            "schema": 1,
+            "path": str(path),
+            "files": len(bundle.all_files),
+            "size_bytes": bundle.size_bytes,
+            "signed_by": bundle.signers,
+            "signature_checked": bool(keys),
+            "plans": {name: _on_this_machine(plan) for name, plan in bundle.plans.items()},
+        }
+
+
+def _on_this_machine(plan: Plan) -> dict[str, Any]:
+    """Return a plan's grade and what differs, or why it cannot run here; the same of each fallback."""
+    found = []
+    for name, stages in (("the plan", plan.stages), *((each.name, each.stages) for each in plan.fallbacks)):
+        try:
+            targets = {stage.target: find_named(stage.target) for stage in stages}
+        except AivmmError as error:
+            found.append({"name": name, "grade": None, "differences": {}, "reason": str(error)})
+            continue
+        grade = grade_stages(stages, plan.environments, targets)
+        differences = {key: {"here": here, "plan": there} for key, (here, there) in grade.differences.items()}
+        found.append({"name": name, "grade": grade.grade, "differences": differences, "reason": str(grade)})
+    return {"model": plan.model.name, "ways": found}
+
+
+def differences(first: Path, second: Path) -> list[dict[str, Any]]:
+    """Return where two bundles differ, as `{"place", "first", "second"}`, in the order of the first; the time of making is left out.
+
+    Raises:
+        BundleError: one of them is damaged or unsafe.
+    """
+    with opened(first) as one, opened(second) as other:
+        mine, theirs = (dict(_flat("", _content(each))) for each in (one, other))
+    places = [*mine, *(each for each in theirs if each not in mine)]
+    return [
+        {"place": place, "first": mine.get(place, MISSING), "second": theirs.get(place, MISSING)}
+        for place in places
+        if mine.get(place, MISSING) != theirs.get(place, MISSING)
+    ]
+
+
+def _content(bundle: Opened) -> dict[str, Any]:
+    content = shown(bundle)
+    plans = content["plans"]
+    for each in (*plans.values(), *([content["family"]] if content["family"] else [])):
+        del each["created_at"]
+    if bundle.family is None:  # one plan against one: no need to name its file each time
+        (content,) = plans.values()
+        return {**content, "signed_by": bundle.signers}
+    return {"family": content["family"], "plans": plans, "signed_by": bundle.signers}
+
+
+def _flat(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of a JSON document with their places."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(f"{place}.{key}" if place else str(key), inner)
+    elif isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        for index, inner in enumerate(value):
+            yield from _flat(f"{place}[{index}]", inner)
+    else:
+        yield place, json.loads(json.dumps(value))

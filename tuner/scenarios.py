@@ -1,0 +1,187 @@
+"""How a running plan is loaded for `aivmm bench`: the scenarios of MLPerf Inference, on an engine as production has it.
+
+    single   SingleStream: the next query is sent when the last one is answered; its figure is the 90th percentile of latency
+    offline  Offline: all queries are there at once; its figure is samples a second
+    server   Server: queries arrive in a Poisson process, whether the last ones are answered or not; its figure is the highest rate at
+             which the 99th percentile of latency, counted from the arrival, keeps within a bound
+
+(Reddi et al., "MLPerf Inference Benchmark", ISCA 2020, section IV; the percentiles are theirs.) What a submission also has to have, such
+as ten minutes and 270,000 queries for a 99th percentile, is not enforced: how many there were is said instead.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from aivmm.runtime.backend import Buffer
+from aivmm.runtime.engine import Engine
+
+Inputs = Mapping[str, Buffer]
+Floats = npt.NDArray[np.float64]
+
+SCENARIOS = ("single", "offline", "server")
+_FIGURES = {"single": "p90_s", "offline": "throughput_per_s", "server": "throughput_per_s"}
+_SEARCH_STEPS = 7  # a rate is known to 1 % of the offline rate
+_HOPELESS = 20.0  # a backlog of so many bounds does not come back
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One scenario. Latencies in seconds, in the order of arrival; for `offline` there are none that mean anything."""
+
+    scenario: str
+    latencies_s: Floats
+    queries: int
+    samples: int  # rows of queries: a query of a plan for a batch has as many
+    wall_s: float
+    rate_per_s: float | None = None  # queries a second that were to arrive
+    bound_s: float | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """Return figures by name, in SI units; quantiles of latency where it means something."""
+        found = {"throughput_per_s": self.samples / self.wall_s}
+        if self.scenario != "offline":
+            found |= {f"p{q}_s": float(np.quantile(self.latencies_s, q / 100)) for q in (50, 90, 95, 99)}
+            found |= {"mean_s": float(np.mean(self.latencies_s)), "max_s": float(np.max(self.latencies_s))}
+        return found
+
+    @property
+    def valid(self) -> bool:
+        """Whether the bound was kept, where there is one."""
+        return self.bound_s is None or self.metrics()["p99_s"] <= self.bound_s
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as `aivmm bench --json` gives it."""
+        return {
+            "scenario": self.scenario,
+            "figure": _FIGURES[self.scenario],
+            "valid": self.valid,
+            "queries": self.queries,
+            "samples": self.samples,
+            "wall_s": self.wall_s,
+            "rate_per_s": self.rate_per_s,
+            "latency_bound_s": self.bound_s,
+            "metrics": self.metrics(),
+        }
+
+
+def single(engine: Engine, inputs: Inputs, duration_s: float) -> Result:
+    """Send one query after another for `duration_s`."""
+    latencies: list[float] = []
+    started = last = time.perf_counter()
+    while last - started < duration_s or not latencies:
+        engine.run(inputs)
+        now = time.perf_counter()
+        latencies.append(now - last)
+        last = now
+    return Result(
+        scenario="single",
+        latencies_s=np.array(latencies),
+        queries=len(latencies),
+        samples=len(latencies) * engine.plan.batch,
+        wall_s=last - started,
+    )
+
+
+def offline(engine: Engine, inputs: Inputs, duration_s: float) -> Result:
+    """Send queries as fast as they are taken for `duration_s`, and wait for all of them."""
+    sent = 0
+    pending: list[Future[Any]] = []
+    started = time.perf_counter()
+    while time.perf_counter() - started < duration_s or not sent:
+        pending.append(engine.submit(inputs))
+        sent += 1
+        if len(pending) >= 1024:  # those in front are done long since
+            for each in pending[:512]:
+                each.result()
+            del pending[:512]
+    for each in pending:
+        each.result()
+    wall_s = time.perf_counter() - started
+    return Result(scenario="offline", latencies_s=np.zeros(0), queries=sent, samples=sent * engine.plan.batch, wall_s=wall_s)
+
+
+def server(engine: Engine, inputs: Inputs, duration_s: float, *, rate_per_s: float, bound_s: float | None, seed: int = 0) -> Result:
+    """Let queries arrive at `rate_per_s` in a Poisson process for `duration_s`. Latency counts from the time at which one was to arrive.
+
+    So who arrives while the engine takes no more waits in line, and its waiting counts. Ends early when the line has become hopeless.
+    """
+    rng = np.random.default_rng(seed)
+    due = np.cumsum(rng.exponential(1 / rate_per_s, max(1, int(rate_per_s * duration_s))))
+    done = np.full(len(due), math.nan)
+    pending = threading.Semaphore(0)
+    sent = 0
+    started = time.perf_counter()
+    for index, at in enumerate(due.tolist()):
+        ahead = at - (time.perf_counter() - started)
+        if ahead > 0:
+            _wait(started + at)
+        elif bound_s is not None and -ahead > _HOPELESS * bound_s:
+            break
+        engine.submit(inputs).add_done_callback(_stamp(done, index, started, pending))
+        sent += 1
+    for _ in range(sent):
+        pending.acquire()
+    wall_s = time.perf_counter() - started
+    failed = int(np.isnan(done[:sent]).sum())
+    if failed:
+        raise RuntimeError(f"{failed} of {sent} queries failed")
+    return Result(
+        scenario="server",
+        latencies_s=done[:sent] - due[:sent],
+        queries=sent,
+        samples=sent * engine.plan.batch,
+        wall_s=wall_s,
+        rate_per_s=rate_per_s,
+        bound_s=bound_s,
+    )
+
+
+def highest_rate(
+    engine: Engine, inputs: Inputs, duration_s: float, *, bound_s: float, seed: int = 0, tell: Callable[[str], None] = lambda _: None
+) -> Result:
+    """Search the highest rate at which `server` keeps `bound_s`, below what `offline` reaches; each step takes a part of `duration_s`.
+
+    Returns the result at that rate, over a third of `duration_s`; where no rate keeps the bound, an invalid one at the lowest tried.
+    """
+    part_s = duration_s / (_SEARCH_STEPS + 5)
+    most = offline(engine, inputs, part_s)
+    low, high = 0.0, most.queries / most.wall_s
+    for step in range(_SEARCH_STEPS):
+        rate = (low + high) / 2
+        found = server(engine, inputs, part_s, rate_per_s=rate, bound_s=bound_s, seed=seed + step)
+        tell(f"{rate:.4g} queries/s: p99 {found.metrics()['p99_s'] * 1e3:.3g} ms")
+        low, high = (rate, high) if found.valid else (low, rate)
+    result = server(engine, inputs, 4 * part_s, rate_per_s=low or high, bound_s=bound_s, seed=seed + _SEARCH_STEPS)
+    while not result.valid and low and result.rate_per_s and result.rate_per_s > 0.5 * low:  # a longer run sees rarer queries
+        lower = 0.95 * result.rate_per_s
+        tell(f"{result.rate_per_s:.4g} queries/s does not hold for longer, {lower:.4g} may")
+        result = server(engine, inputs, 4 * part_s, rate_per_s=lower, bound_s=bound_s, seed=seed)
+    return result
+
+
+def _stamp(done: Floats, index: int, started: float, pending: threading.Semaphore) -> Callable[[Future[Any]], None]:
+    def stamp(future: Future[Any]) -> None:
+        if future.exception() is None:
+            done[index] = time.perf_counter() - started
+        pending.release()
+
+    return stamp
+
+
+def _wait(until: float) -> None:
+    """Wait for a point in time, the last tenth of a millisecond awake: a sleep ends late by about as much."""
+    left = until - time.perf_counter()
+    if left > 2e-4:
+        time.sleep(left - 1e-4)
+    while time.perf_counter() < until:
+        pass
