@@ -9,11 +9,12 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from aivmm.errors import BundleError, UsageError
-from aivmm.runtime.bundle import FAMILY_FILE, PLAN_FILE, Bundle, unlisted_in, write_folder
-from aivmm.runtime.family import Family, is_family, open_family
+from aivmm.runtime.bundle import FAMILY_FILE, PLAN_FILE, Bundle, is_family, unlisted_in, write_folder
+from aivmm.runtime.family import Family, open_family
 from aivmm.runtime.plan import Plan
 from aivmm.runtime.signing import SIGNATURE_FILE, Key, sign, signers
 
@@ -79,10 +80,10 @@ def sign_bundle(path: Path, key: Key, *, passphrase: bytes | None = None) -> str
         made = sign((bundle.folder / bundle.root).read_bytes(), key, earlier=earlier, passphrase=passphrase)
         with _told(path):
             if path.is_dir():
-                _write_whole(beside, lambda partial: partial.write_text(made.to_json(), encoding="utf-8") and None)
+                _write_whole(beside, partial(_write_text, made.to_json()))
             else:
-                beside.write_text(made.to_json(), encoding="utf-8")
-                _write_whole(path, lambda partial: _zip(bundle, partial))
+                _write_text(made.to_json(), beside)
+                _write_whole(path, partial(_zip, bundle))
         return made.signatures[-1].key
 
 
@@ -96,7 +97,7 @@ def export_zip(path: Path, destination: Path) -> Path:
     if destination.exists() and not (zipfile.is_zipfile(destination) and _holds_bundle(destination)):
         raise UsageError(f"cannot write {destination}: it exists and is no bundle", advice="choose another with -o")
     with opened(path) as bundle, _told(destination):
-        _write_whole(destination, lambda partial: _zip(bundle, partial))
+        _write_whole(destination, partial(_zip, bundle))
     return destination
 
 
@@ -120,6 +121,10 @@ def export_folder(path: Path, destination: Path) -> Path:
         return write_folder(destination, {name: bundle.folder / PurePosixPath(name) for name in bundle.files}, texts)
 
 
+def _write_text(text: str, path: Path) -> None:
+    path.write_bytes(text.encode())
+
+
 def _zip(bundle: Opened, destination: Path) -> None:
     with zipfile.ZipFile(destination, "w", zipfile.ZIP_STORED) as archive:
         for name in bundle.all_files:
@@ -140,13 +145,13 @@ def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file under another name, and move it to its place: whole or not at all."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.absolute().parent)
     os.close(descriptor)
-    partial = Path(name)
+    unfinished = Path(name)
     try:
-        write(partial)
-        partial.chmod(0o644)  # mkstemp makes private files; a bundle is for sharing
-        partial.replace(path)
+        write(unfinished)
+        unfinished.chmod(0o644)  # mkstemp makes private files; a bundle is for sharing
+        unfinished.replace(path)
     except BaseException:  # not handled, only cleaned up
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
 
 

@@ -98,7 +98,7 @@ def verified(path: Path, keys: Sequence[Key] | None) -> dict[str, Any]:
 
 def _on_this_machine(plan: Plan) -> dict[str, Any]:
     """Return a plan's grade and what differs, or why it cannot run here; the same of each fallback."""
-    found = []
+    found: list[dict[str, Any]] = []
     for name, stages in (("the plan", plan.stages), *((each.name, each.stages) for each in plan.fallbacks)):
         try:
             targets = {stage.target: find_named(stage.target) for stage in stages}
