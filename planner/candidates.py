@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Target
@@ -85,6 +85,8 @@ class Draft:
     pieces: tuple[Piece, ...]
     batch: int = 1
     callers: int = 1
+    mode: Literal["sequential", "pipelined"] = "sequential"  # pipelined: its stages run at once, each on another request
+    replicas: int = 1  # of each stage
 
     @classmethod
     def whole(cls, name: str, candidate: Candidate, blocks: int) -> Draft:

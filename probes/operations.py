@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from aivmm.errors import UsageError
-from aivmm.probes import conformance, fusion, operator_probes, phases, serving, transfers, wire
+from aivmm.probes import conformance, contention, fusion, operator_probes, phases, serving, transfers, wire
 from aivmm.probes.accuracy import judge, narrowed
 from aivmm.probes.lowering import lower, noise, rebatch, sensitivity
 from aivmm.probes.machine import peak_memory_bytes
@@ -403,4 +403,5 @@ OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     **transfers.OPERATIONS,
     **fusion.OPERATIONS,
     **serving.OPERATIONS,
+    **contention.OPERATIONS,
 }

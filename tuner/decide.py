@@ -22,6 +22,7 @@ from aivmm.tuner.cutting import CutPlan, Cutter
 from aivmm.tuner.emit import folder_bytes
 from aivmm.tuner.explore import Explorer
 from aivmm.tuner.options import DEFAULT_COSINE
+from aivmm.tuner.pipelining import Pipeliner
 from aivmm.tuner.prove import Entrant, Proof, call_s, interval_s
 from aivmm.tuner.subject import Prepared
 from aivmm.tuner.verdict import accuracy_text, describe, sentence
@@ -41,6 +42,7 @@ class Decider:
         self._predicted: dict[str, Estimate] = {}  # draft name -> seconds of one call, where the reference takes what it took in the search
         self._cut_plans: dict[str, CutPlan] = {}  # by draft name
         self._cutter: Cutter | None = None
+        self._cut_configs: dict[str, Config] = {}  # what stages on each target are compiled with
 
     def entrants(self) -> list[Entrant]:
         """Choose who is proven: every baseline, the best few of the search, and cut plans that are forced or promise to win."""
@@ -62,6 +64,7 @@ class Decider:
             finalists.append(draft)
         finalists += self._others(finalists, yardstick, known)
         finalists += self._cuts()
+        finalists += self._pipelines()
         # Batching alone is no merit of ours: whoever may batch gets the defaults at the best finalist's batch as a yardstick.
         for batch in sorted({draft.batch for draft in finalists} - {self.work.subject.base_batch}):
             for each, candidate in baselines:
@@ -112,10 +115,34 @@ class Decider:
             reference_s=self._reference_s(),
             measure_new=not self.explorer.searched_before,
         )
-        plans = self._cutter.plans(configs={name: _as_checked(config) for name, config in best_config.items()}, wholes=wholes)
+        self._cut_configs = {name: _as_checked(config) for name, config in best_config.items()}
+        plans = self._cutter.plans(configs=self._cut_configs, wholes=wholes)
         self.explorer.measurer.release()
         self._cut_plans = {each.draft.name: each for each in plans}
         return [each.draft for each in plans]
+
+    def _pipelines(self) -> list[Draft]:
+        """Return the pipelined plan worth proving, for throughput: what it promises is what its slowest stage takes beside the others."""
+        evidence = self._cutter.evidence if self._cutter is not None else None
+        if evidence is None or self.work.options.objective != "throughput" or self.work.min_segments > 1 or self.work.asked():
+            return []
+        base = self.work.subject.base_batch
+        per_sample = [score.median_s / candidate.batch for candidate, score in self.explorer.search.best(1)]
+        pipeliner = Pipeliner(
+            work=self.work,
+            evidence=evidence,
+            configs=self._cut_configs,
+            counts=self.explorer.measurer.counts,
+            measure_new=not self.explorer.searched_before,
+        )
+        drafts = pipeliner.drafts(uncut_s=min(per_sample, default=None) and min(per_sample) * base)
+        for draft in drafts:
+            assert pipeliner.found is not None
+            because = "blocks in proportion to the whole, and what the stages cost each other, measured in place"
+            self._predicted[draft.name] = Estimate(
+                seconds=pipeliner.found.load_s * draft.callers, sigma=0.2, source="modelled", because=because
+            )
+        return drafts
 
     def _reference_s(self) -> float | None:
         """Return what one call of the reference took in the search."""

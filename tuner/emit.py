@@ -12,7 +12,7 @@ from aivmm.models.records import ModelFacts, Structure
 from aivmm.planner.candidates import Draft, Piece
 from aivmm.runtime.bundle import write_bundle
 from aivmm.runtime.environment import environment_of
-from aivmm.runtime.plan import Accuracy, Alternative, Certificate, Conditions, Model, Number, Plan, Stage, tensors
+from aivmm.runtime.plan import Accuracy, Alternative, Certificate, Conditions, Execution, Model, Number, Plan, Stage, tensors
 from aivmm.runtime.target import Target
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ class Emitter:
             constraints=list(constraints),
             batch=draft.batch,
             callers=draft.callers,
-            stages=stages,
+            execution=Execution(mode=draft.mode),
+            stages=[each.model_copy(update={"replicas": draft.replicas}) for each in stages],
             expected=dict(expected or {}),
             accuracy=accuracy,
             certificate=certificate,

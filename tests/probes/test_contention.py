@@ -1,0 +1,25 @@
+"""Stages of a bundle timed alone and beside each other, in the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aivmm.probes.client import Worker
+from aivmm.probes.operations import save_arrays
+from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal
+
+
+def test_each_stage_is_timed_alone_and_beside_each_other_one(tmp_path: Path) -> None:
+    parts = [Part(OPENVINO, 0, 1), Part(ONNXRUNTIME, 2, 3), Part(OPENVINO, 4)]
+    bundle = make_bundle(tmp_path / "m.aivmm", chain_model(), parts, conditions=False)
+    save_arrays(tmp_path / "x.npz", {"x": normal(2, 32)})
+    worker = Worker("contention")
+    try:
+        answer = worker.call("contention", limit_s=120, bundle=str(bundle), inputs=str(tmp_path / "x.npz"), seconds=0.05)
+    finally:
+        worker.close()
+    assert [(each["slowed"], each["beside"]) for each in answer["pairs"]] == [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
+    for each in answer["pairs"]:
+        assert len(each["alone"]) >= 4
+        assert len(each["together"]) >= 4
+        assert min(each["alone"] + each["together"]) > 0
