@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -56,17 +57,52 @@ class ShapedEngine:
         Raises:
             UsageError: an input is missing, unknown or of another type, or no bucket takes its shape; the known ones are named.
         """
+        engine, arrays, extents = self._placed(inputs)
+        outputs = engine.run(arrays)
+        return outputs if extents is None else self.fitter.crop(outputs, extents)
+
+    def submit(self, inputs: Mapping[str, Any]) -> Future[dict[str, Buffer]]:
+        """Start a run and return a future of what `run` returns; see `Engine.submit`.
+
+        Raises:
+            UsageError: as `run`, at once.
+        """
+        engine, arrays, extents = self._placed(inputs)
+        running = engine.submit(arrays)
+        if extents is None:
+            return running
+        cropped: Future[dict[str, Buffer]] = Future()
+        cropped.set_running_or_notify_cancel()
+
+        def deliver(done: Future[dict[str, Buffer]]) -> None:
+            error = done.exception()
+            if error is None:
+                cropped.set_result(self.fitter.crop(done.result(), extents))
+            else:
+                cropped.set_exception(error)
+
+        running.add_done_callback(deliver)
+        return cropped
+
+    async def arun(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
+        """Run once without blocking the event loop; see `Engine.arun`. Raises as `run`."""
+        engine, arrays, extents = self._placed(inputs)
+        outputs = await engine.arun(arrays)
+        return outputs if extents is None else self.fitter.crop(outputs, extents)
+
+    def _placed(self, inputs: Mapping[str, Any]) -> tuple[Engine, Mapping[str, Any], dict[str, int] | None]:
+        """Return what runs `inputs`, them as it takes them, and their extents where outputs are to be cropped to those."""
         engine = self._exact.get(tuple(getattr(inputs.get(name), "shape", None) for name in self._names))
         if engine is not None:
-            return engine.run(inputs)
+            return engine, inputs, None
         arrays, extents = self.fitter.take(inputs)
         bucket = self.fitter.choose(extents)
         if bucket is None:
             assert self.fallback is not None
             self._beyond += 1
-            return self.fallback.run(arrays)
+            return self.fallback, arrays, None
         self._padded += bucket.extents != extents
-        return self.fitter.crop(self.engines[bucket.name].run(self.fitter.pad(arrays, bucket)), extents)
+        return self.engines[bucket.name], self.fitter.pad(arrays, bucket), extents
 
     def bucket_of(self, inputs: Mapping[str, Any]) -> str | None:
         """Return the name of the bucket that `run` would take for `inputs`; None for the fallback. Raises as `run`."""

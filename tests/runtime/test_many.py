@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import zipfile
@@ -86,6 +87,17 @@ def test_each_size_runs_in_the_smallest_bucket_and_answers_as_if_it_had_one_of_i
             np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5)
             assert found[name].flags.c_contiguous
             assert found[name].flags.writeable
+
+
+@pytest.mark.parametrize("rows", [4, 5])
+def test_futures_and_coroutines_give_what_run_gives(made: Path, rows: int) -> None:
+    with shaped(made) as engine:
+        expected = engine.run(feeds(rows))
+        for found in (engine.submit(feeds(rows)).result(timeout=60), asyncio.run(engine.arun(feeds(rows)))):
+            for name, value in expected.items():
+                np.testing.assert_array_equal(found[name], value)
+        with pytest.raises(UsageError, match="nothing here takes"):
+            engine.submit(feeds(65))
 
 
 def test_statistics_count_what_was_padded(made: Path) -> None:
