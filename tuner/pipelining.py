@@ -47,11 +47,10 @@ class Pipeliner:
         sizes = [self._crossing(index) for index in range(1, len(self.evidence.structure.blocks))]
         moves = {(a, b): self._move(a, b) for a in names for b in names if a != b}
         self.found = place_pipeline(costs, sizes, moves, self._measure)
-        if self.found is None:
-            return []
-        said = ", ".join(f"{a} takes {factor:.2f} times as long beside {b}" for (a, b), factor in self.found.factors.items())
-        self.work.note(f"stages that run at once slow each other: {said}")
-        if uncut_s is not None and self.found.load_s > _WORTH * uncut_s:
+        if self._seen:
+            said = ", ".join(f"{a} takes {factor:.2f} times as long beside {b}" for (a, b), factor in self._seen.items())
+            self.work.note(f"stages at once, in their place: {said}")
+        if self.found is None or (uncut_s is not None and self.found.load_s > _WORTH * uncut_s):
             return []
         return [self._draft("pipelined plan", self.found.runs, pipelined=True)]
 
@@ -105,6 +104,7 @@ class Pipeliner:
             if alone not in samples or together not in samples:
                 return {}
             factors[runs[a][2], runs[b][2]] = samples[together].median_s / samples[alone].median_s
+        self._seen |= factors
         return factors
 
     def _probe(self, draft: Draft, keys: Mapping[tuple[int, int], tuple[ProbeKey, ProbeKey]]) -> dict[ProbeKey, Samples]:

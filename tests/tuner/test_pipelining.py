@@ -1,0 +1,82 @@
+"""Pipelined plans in a tuning with real runtimes: stages measured beside each other, remembered, and a plan whose stages run at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aivmm.planner.evidence import Estimate
+from aivmm.planner.partition import ChainEvidence
+from aivmm.planner.segments import Segments
+from aivmm.runtime.config import Config
+from aivmm.runtime.engine import Engine
+from aivmm.tuner.explore import Explorer
+from aivmm.tuner.measure import Counts
+from aivmm.tuner.options import TuneOptions
+from aivmm.tuner.pipelining import DEPTH, Pipeliner
+from aivmm.tuner.progress import Silent
+from aivmm.tuner.session import Session
+from aivmm.tuner.work import Work
+from tests.making import ONNXRUNTIME, OPENVINO, chain_model, normal, reference, write_model
+
+
+class _EnoughError(Exception):
+    """The tuning need not go on."""
+
+
+def evidence(work: Work, block_s: float) -> ChainEvidence:
+    """Return what is believed where each block takes `block_s` on both targets and a cut costs next to nothing."""
+    structure = work.subject.structure
+    alone = [Estimate(seconds=block_s, sigma=0.01, source="measured", because="made up") for _ in structure.blocks]
+    return ChainEvidence(
+        structure=structure, beliefs={name: Segments(alone) for name in (OPENVINO, ONNXRUNTIME)}, handover_s=lambda a, b, size: 1e-9
+    )
+
+
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TuneOptions:
+    monkeypatch.setenv("AIVMM_LOCK", str(tmp_path / "lock"))
+    monkeypatch.setenv("AIVMM_CACHE", str(tmp_path / "cache"))
+    model = write_model(tmp_path / "chain.onnx", chain_model(width=64, layers=8))
+    where = {"output": tmp_path / "chain.aivmm", "db": str(tmp_path / "p.db")}
+    return TuneOptions(model=str(model), objective="throughput", budget_s=1.0, trials=1, **where)  # type: ignore[arg-type]
+
+
+def test_stages_are_measured_at_once_and_remembered_and_the_plan_runs_them_at_once(options: TuneOptions, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def look(work: Work, explorer: Explorer) -> None:
+        assert len(work.subject.structure.blocks) >= 2
+        configs = {name: Config(precision="fp32") for name in (OPENVINO, ONNXRUNTIME)}
+        counts = Counts()
+
+        def pipeliner(**changes: bool) -> Pipeliner:
+            # Blocks of a second: whatever the factors are that these small stages show, the slower of two stages stays below the whole.
+            return Pipeliner(work=work, evidence=evidence(work, 1.0), configs=configs, counts=counts, **changes)
+
+        first = pipeliner()
+        drafts = first.drafts(uncut_s=None)
+        assert counts.measured >= 4
+        assert any("stages at once, in their place" in note for note in work.notes)
+        again = pipeliner(measure_new=False)
+        assert [each.pieces for each in again.drafts(uncut_s=None)] == [each.pieces for each in drafts]
+        assert counts.reused >= 4
+        assert again._seen == first._seen
+        assert pipeliner(measure_new=False).drafts(uncut_s=1e-9) == []
+        draft = replace(first._draft("p", [(0, 0, OPENVINO), (1, len(work.subject.structure.blocks) - 1, ONNXRUNTIME)], pipelined=True))
+        work.emitter(draft.batch).write(draft, tmp_path / "p.aivmm", objective="throughput")
+        seen.append("looked")
+        raise _EnoughError
+
+    with pytest.raises(_EnoughError):
+        Session(options, Silent(), look=look).run()
+    assert seen == ["looked"]
+    with Engine.load(tmp_path / "p.aivmm") as engine:
+        assert engine.plan.execution.mode == "pipelined"
+        assert engine.plan.callers == DEPTH * 2
+        inputs = [{"x": normal(2, 64, seed=seed)} for seed in range(6)]
+        for feeds, found in zip(inputs, engine.stream(inputs), strict=True):
+            np.testing.assert_allclose(found["y"], reference(chain_model(width=64, layers=8), feeds)["y"], rtol=1e-3, atol=1e-4)
