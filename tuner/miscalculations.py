@@ -15,7 +15,7 @@ from aivmm.probes.lab import Lab
 from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Target
-from aivmm.tuner.anatomy import answers, wrong_numbers
+from aivmm.tuner.anatomy import answers, tolerance, wrong_numbers
 from aivmm.tuner.halving import Halving, OddRun
 
 _MOST_RUNS = 24  # of one target: so much that is wrong leaves nothing worth a plan
@@ -73,7 +73,8 @@ class Miscalculations(Halving):
             return error.message
         except WorkerDied as died:
             return died.reason
-        return wrong_numbers(loaded.problem, loaded.accuracy.get("relative_l2", 0.0))
+        most = tolerance(self._target, {node.op_type for node in self._prepared.nodes[start:end]})
+        return wrong_numbers(loaded.problem, loaded.accuracy.get("relative_l2", 0.0), most)
 
     def _answered(self, start: int, end: int) -> _Answered | None:
         """Run the nodes [start, end) of the block on a trusted target, and learn the values they make; None where none takes them."""

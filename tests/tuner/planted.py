@@ -145,6 +145,40 @@ def wrong_in_a_branch() -> onnx.ModelProto:
     return _in_branches(doubled, {3})
 
 
+def integers_in_a_branch() -> onnx.ModelProto:
+    """Integers beyond 32 bits in one of six branches."""
+
+    def grown(g: _Graph, y: str) -> str:
+        whole = g.node("Cast", g.node("Mul", y, g.weight(np.float32(1000))), to=INT64)
+        back = g.node("Div", g.node("Mul", whole, g.weight(np.int64(2**33 + 1))), g.weight(np.int64(2**33)))
+        return g.node("Mul", g.node("Cast", back, to=FLOAT), g.weight(np.float32(0.001)))
+
+    return _in_branches(grown, {4})
+
+
+def doubles_in_a_branch() -> onnx.ModelProto:
+    """Numbers in one of six branches that only float64 holds."""
+
+    def wide(g: _Graph, y: str) -> str:
+        offset = g.weight(np.float64(200))
+        far = g.node("Exp", g.node("Add", g.node("Cast", y, to=DOUBLE), offset))
+        return g.node("Cast", g.node("Sub", g.node("Log", far), offset), to=FLOAT)
+
+    return _in_branches(wide, {4})
+
+
+def resize_in_a_branch() -> onnx.ModelProto:
+    """An antialiased Resize that hardly makes anything smaller, in one of six branches, and one back."""
+
+    def there_and_back(g: _Graph, y: str) -> str:
+        smaller = g.node("Resize", y, "", "", g.weight(np.array([1, 8, 14, 14])), mode="linear", antialias=1)
+        return g.node("Resize", smaller, "", "", g.weight(np.array([1, 8, 16, 16])), mode="linear")
+
+    return _in_branches(there_and_back, {5})
+
+
+BRANCHES = (wrong_in_a_branch, integers_in_a_branch, doubles_in_a_branch, resize_in_a_branch)
+
 PLANTED: dict[str, Callable[[], onnx.ModelProto]] = {
     each.__name__: each
     for each in (
@@ -154,7 +188,7 @@ PLANTED: dict[str, Callable[[], onnx.ModelProto]] = {
         double_precision,
         double_inside,
         antialiased_resize,
-        wrong_in_a_branch,
+        *BRANCHES,
     )
 }
 
