@@ -25,11 +25,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +49,12 @@ from aivmm.models.prepare import prepare
 from aivmm.models.slice import Slicer, WeightStore
 from aivmm.probes.accuracy import judge
 from aivmm.probes.operations import ExecutableRunner, load_arrays, save_arrays
-from aivmm.runtime.backend import Buffer
+from aivmm.runtime.backend import Backend, Buffer
 from aivmm.runtime.config import Config
 from aivmm.runtime.cpu import cpu_device
 from aivmm.runtime.engine import find_target
 from aivmm.runtime.registry import load_backend
+from aivmm.runtime.target import Target
 
 ROOT = Path(__file__).parent.parent
 TOGETHER = 12  # cuts a process: few enough that a crash costs little and the last processes end together
@@ -81,14 +85,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time; with more than one, each has its share of the cores")
     parser.add_argument("--most", type=int, help="cut points a model, spread evenly; default all")
     parser.add_argument("--render", action="store_true", help="write the table of what --state has, and run nothing")
-    parser.add_argument("--do", choices=["prepare", "cut"], help=argparse.SUPPRESS)
+    parser.add_argument("--do", choices=["prepare", "cut", "cut apart"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.do == "prepare":
         prepare_one(arguments.models[0], Path(arguments.models[1]), Path(arguments.models[2]))
         return
-    if arguments.do == "cut":
+    if arguments.do:
         folder, log, threads, *positions = arguments.models
-        cut(Path(folder), Path(log), int(threads), list(map(int, positions)))
+        cut(Path(folder), Path(log), int(threads), list(map(int, positions)), apart=arguments.do == "cut apart")
         return
     if arguments.render and not arguments.state:
         parser.error("--render needs --state")
@@ -193,25 +197,25 @@ class Run:
         return [Portion(-size, model, portion) for portion in portions]
 
     def _cut(self, model: str, positions: Sequence[int]) -> None:
-        """Have `positions` cut: a runtime that crashes costs the cut it was at, tried a second time in a process of its own."""
+        """Have `positions` cut; a cut that crashes a runtime is made again in a process of its own, then with one for each piece."""
         folder, state = self._folders(model)
         log = state / f"{positions[0]}.{os.getpid()}.jsonl"
-        alone: int | None = None
+        ways = ("after others", "alone")
+        tried = 0
         with self._share() as cores:
             while waiting := [each for each in positions if each not in _known(state)]:
-                wanted = waiting if alone is None else [alone]
-                done = _process(cores, "cut", folder, log, len(cores), *wanted)
-                if done.returncode > 0:
-                    raise RuntimeError(f"{model}: {done.stderr[-2000:]}")
-                if done.returncode < 0:
-                    known = _known(state)
-                    at = next(each for each in wanted if each not in known)
-                    crash = f"cut at {at}: signal {-done.returncode}, " + ("also alone" if alone is not None else "after others")
-                    with log.open("a") as file:
-                        file.write(json.dumps({"crash": crash} | ({"position": at} if alone is not None else {})) + "\n")
-                    alone = at if alone is None else None
-                else:
-                    alone = None
+                wanted = waiting if not tried else waiting[:1]
+                done = _process(cores, "cut apart" if tried == 2 else "cut", folder, log, len(cores), *wanted)
+                if done.returncode == 0:
+                    tried = 0
+                    continue
+                if done.returncode > 0 or tried == 2:  # the pieces' own processes are all that may die then
+                    raise RuntimeError(f"{model}: {done.returncode}: {done.stderr[-2000:]}")
+                at = next(each for each in wanted if each not in _known(state))
+                with log.open("a") as file:
+                    file.write(json.dumps({"crash": f"cut at {at}: signal {-done.returncode}, {ways[tried]}"}) + "\n")
+                tried += 1
+                positions = [at, *(each for each in positions if each != at)]
 
 
 def _known(state: Path) -> set[int]:
@@ -245,11 +249,11 @@ def prepare_one(model: str, folder: Path, state: Path) -> None:
     (state / "facts.json").write_text(json.dumps(facts))
 
 
-def cut(folder: Path, log: Path, threads: int, positions: Sequence[int]) -> None:
-    """Cut the model in `folder` at `positions` and append a line on each to `log`."""
+def cut(folder: Path, log: Path, threads: int, positions: Sequence[int], *, apart: bool) -> None:
+    """Cut the model in `folder` at `positions` and append a line on each to `log`; `apart`: each piece runs in a process of its own."""
     where = environment(threads)
     with tempfile.TemporaryDirectory(dir=folder) as pieces, Slicer(folder / "prepared.onnx") as slicer, log.open("a") as file:
-        cutter = Cutter(slicer, Path(pieces), load_arrays(str(folder / "feeds.npz")), lanes(threads))
+        cutter = Cutter(slicer, Path(pieces), load_arrays(str(folder / "feeds.npz")), lanes(threads), apart=apart)
         for position in positions:
             started = time.perf_counter()
             found = cutter.in_blocks() if position == ALL_BLOCKS else cutter.in_two(position)
@@ -262,14 +266,12 @@ def cut(folder: Path, log: Path, threads: int, positions: Sequence[int]) -> None
 class Cutter:
     """Cuts one prepared model and compares; each comparison is (relative L2 error, equal in every bit, why it was refused)."""
 
-    def __init__(self, slicer: Slicer, folder: Path, feeds: Arrays, lanes: Mapping[str, tuple[str, Config]]) -> None:
-        self.slicer, self.folder, self.feeds, self.lanes = slicer, folder, feeds, lanes
+    def __init__(self, slicer: Slicer, folder: Path, feeds: Arrays, lanes: Mapping[str, tuple[str, Config]], *, apart: bool) -> None:
+        self.slicer, self.folder, self.feeds, self.lanes, self.apart = slicer, folder, feeds, lanes, apart
         self.prepared: PreparedGraph = slicer.prepared
         self.last = len(self.prepared.nodes) - 1
         self.outputs = [str(value.name) for value in self.prepared.outputs]
         self.store = WeightStore(folder / "weights.bin")
-        self.backends = {name: load_backend(name.partition(":")[0]) for name, _ in lanes.values()}
-        self.targets = {name: find_target(self.backends[name], name.partition(":")[2]) for name, _ in lanes.values()}
         self.wholes: dict[str, Arrays] = {}
         self.refused: dict[str, str] = {}
         self.repeatable: dict[str, bool] = {}
@@ -325,21 +327,13 @@ class Cutter:
 
     def _answers(self, lane: str, path: Path, inputs: Sequence[Arrays]) -> list[Arrays | AivmmError]:
         """Compile `path` and return its answers to each of `inputs`, or why there are none."""
-        name, config = self.lanes[lane]
+        if not self.apart:
+            return answers_of(*self.lanes[lane], path, inputs)
         try:
-            executable = self.backends[name].compile(path, self.targets[name], config)
-        except AivmmError as error:
-            return [error for _ in inputs]
-        try:
-            return [self._answer(executable, values) for values in inputs]
-        finally:
-            executable.close()
-
-    def _answer(self, executable: Any, values: Arrays) -> Arrays | AivmmError:
-        try:
-            return ExecutableRunner(executable, values, 1).outputs(values)
-        except AivmmError as error:
-            return error
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                return pool.submit(answers_of, *self.lanes[lane], path, inputs).result()
+        except BrokenProcessPool:
+            return [AivmmError("crashed, alone in a process of its own") for _ in inputs]
 
     def _compared(self, answers: Arrays, expected: Arrays) -> Comparison:
         return self._error(answers, expected), _bitwise(answers, expected), ""
@@ -348,6 +342,31 @@ class Cutter:
         """The worst relative L2 of the model's outputs; infinite where they cannot be compared."""
         found = judge({name: answers[name] for name in self.outputs}, {name: expected[name] for name in self.outputs})
         return float("inf") if found.problem else found.relative_l2
+
+
+def answers_of(name: str, config: Config, path: Path, inputs: Sequence[Arrays]) -> list[Arrays | AivmmError]:
+    """Compile `path` on the target `name` and return its answers to each of `inputs`, or why there are none."""
+    backend, target = _loaded(name)
+    try:
+        executable = backend.compile(path, target, config)
+    except AivmmError as error:
+        return [AivmmError(error.message) for _ in inputs]
+    found: list[Arrays | AivmmError] = []
+    try:
+        for values in inputs:
+            try:
+                found.append(ExecutableRunner(executable, values, 1).outputs(values))
+            except AivmmError as error:
+                found.append(AivmmError(error.message))
+    finally:
+        executable.close()
+    return found
+
+
+@cache
+def _loaded(name: str) -> tuple[Backend, Target]:
+    backend = load_backend(name.partition(":")[0])
+    return backend, find_target(backend, name.partition(":")[2])
 
 
 def _bitwise(answers: Arrays, expected: Arrays) -> bool:

@@ -163,7 +163,7 @@ def _blocks(found: Sequence[Found]) -> list[str]:
 
 
 def _refusals(found: Sequence[Found]) -> list[str]:
-    lines = [f"- {each.model}: {crash}" for each in found for crash in each.crashed]
+    lines = [f"- {each.model}: {crash}" for each in found for crash in dict.fromkeys(each.crashed)]
     lines += [f"- {each.model}, whole, {lane}: {reason}" for each in found for lane, reason in each.whole.items()]
     lines += [f"- {each.model}, a piece, {lane}: {tally.reason}" for each in found for lane, tally in each.tallies.items() if tally.reason]
     return ["What crashed a process, and what was refused, with the first reason:", "", *(lines or ["- nothing"])]

@@ -33,7 +33,7 @@ _BLOCK_S = 0.03
 _CHECK_S = 0.0  # a block that was timed before is only checked
 _EVALUATED_FLOPS = 1e8  # a second or so in ONNX's own evaluator
 # Relative L2 of a part against the trusted chain: beyond it the runtime computes something else. In fp32 two CPU runtimes differ by 5e-5 at
-# most over 2198 cuts of 16 models (benchmarks/results/cuts.md); accelerators may multiply in TF32, and quantised kernels round elsewhere.
+# most over 2197 cuts of 16 models (benchmarks/results/cuts.md); accelerators may multiply in TF32, and quantised kernels round elsewhere.
 _TOLERANCE, _LOOSE = 1e-3, 1e-2
 _QUANTISED = ("Quantize", "Quant", "QLinear", "QGemm", "Integer")
 WRONG = "gave wrong numbers"  # how the reason of a verdict on numbers begins
