@@ -14,6 +14,7 @@ from aivmm.errors import AivmmError
 from aivmm.models.records import Block
 from aivmm.planner.evidence import Estimate, measured
 from aivmm.probes import wire
+from aivmm.probes.ceilings import Ceilings
 from aivmm.probes.client import WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.compare import cautions
 from aivmm.probes.lab import Lab
@@ -65,6 +66,8 @@ class Anatomist:
     _edges: list[tuple[Path, Path]] | None = None  # per block the files of its inputs and of its reference outputs
     _problems: dict[tuple[int, str], str] = field(default_factory=dict)  # (block, target) -> what made its outputs unusable, in this run
     found: dict[tuple[int, str], Outcome] = field(default_factory=dict)  # (block, target) -> how it came out
+    operators_found: Mapping[tuple[str, str, str], Outcome] = field(default_factory=dict)  # (signature, target, precision) -> the same
+    ceilings: Mapping[tuple[str, str], Ceilings] = field(default_factory=dict)  # (target, precision) -> its limits
     wrong: dict[tuple[int, str], str] = field(default_factory=dict)  # (block, target) -> what is wrong with its numbers
 
     def blocks(self, *, budget_s: float, tell: Tell) -> None:
@@ -128,6 +131,7 @@ class Anatomist:
         )
         prober.run(budget_s=budget_s, tell=tell)
         self.skipped += prober.skipped
+        self.operators_found, self.ceilings = prober.found, prober.ceilings
 
     def _fed(self, block: Block) -> bool:
         """Have files with the block's inputs and its reference outputs; False where no target takes a block before it."""

@@ -15,6 +15,7 @@ from aivmm.probes.records import Measured, ProbeKey
 from aivmm.probes.transfers import TransferFit
 from aivmm.runtime.config import Config
 from aivmm.tuner.anatomy import Anatomist, estimates
+from aivmm.tuner.guessing import modelled_blocks
 from aivmm.tuner.inplace import InPlace, probe_in_place
 from aivmm.tuner.measure import Measurer
 from aivmm.tuner.work import Work
@@ -71,7 +72,8 @@ class Cutter:
         work, structure = self._work, self._work.subject.structure
         self._configs = configs
         names = [str(target) for target in work.targets]
-        alone = estimates(self._anatomist.found, self._anatomist.wrong)
+        # What was measured, wrong or refused is known; only what the budget left out is modelled.
+        alone = self._modelled(names, wholes) | estimates(self._anatomist.found, self._anatomist.wrong)
         beliefs = beliefs_of(structure, names, alone, wholes)
         self.evidence = ChainEvidence(structure=structure, beliefs=beliefs, handover_s=self._handover_s)
         forced = work.min_segments > 1
@@ -89,6 +91,20 @@ class Cutter:
             for segment in self._seen.get(_chain(each.draft), []):
                 work.note(f"{each.draft.name}, {segment}")
         return found
+
+    def _modelled(self, targets: Sequence[str], wholes: Mapping[str, Estimate]) -> dict[tuple[int, str], Estimate]:
+        structure, anatomist = self._work.subject.structure, self._anatomist
+        if not anatomist.ceilings or all((block.index, name) in anatomist.found for block in structure.blocks for name in targets):
+            return {}
+        return modelled_blocks(
+            structure,
+            self._work.emitter(self._work.subject.base_batch).node_names(),
+            targets,
+            blocks=anatomist.found,
+            operators=anatomist.operators_found,
+            ceilings=anatomist.ceilings,
+            wholes=wholes,
+        )
 
     def _plan(self, name: str, look: Look) -> CutPlan:
         assert self.evidence is not None
@@ -137,9 +153,17 @@ class Cutter:
             self._number += 1
             work.progress.detail(f"cut plans: measuring segments in their place ({self._number})")
             work.emitter(draft.batch).write(draft, bundle, objective=work.options.objective)
-            sample = work.subject.at(draft.batch).samples[0]
-            reference = self._measurer.load_reference()
-            answer = probe_in_place(draft, bundle, sample=sample, others=work.lab.pids(), reference=reference)
+            prepared = work.subject.at(draft.batch)
+            answer = probe_in_place(
+                draft,
+                bundle,
+                sample=prepared.samples[0],
+                others=work.lab.pids(),
+                reference=self._measurer.load_reference(),
+                # Not every block of it need have been checked: what was modelled never ran.
+                expected=prepared.references[0] if work.subject.deterministic and work.cosine_limit is not None else None,
+                cosine_limit=work.cosine_limit,
+            )
             if isinstance(answer, str):
                 work.note(f"the segments of {draft.name} could not be timed in their place: {answer}")
             else:

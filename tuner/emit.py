@@ -107,6 +107,11 @@ class Emitter:
             self._segments[first, last] = replace(made, path=final)
         return self._segments[first, last]
 
+    def node_names(self) -> list[list[str]]:
+        """Return the names of each block's nodes, in order."""
+        nodes = self._slicer.prepared.nodes
+        return [[str(node.name) for node in nodes[block.first : block.last + 1]] for block in self._structure.blocks]
+
     def close(self) -> None:
         """Let go of the model's files."""
         self._slicer.close()

@@ -12,6 +12,7 @@ from typing import Any
 
 from aivmm.errors import AivmmError
 from aivmm.planner.candidates import Draft, Piece
+from aivmm.probes.accuracy import over_limit
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.machine import measuring, wait_until_quiet
 from aivmm.probes.race import Contestant
@@ -87,18 +88,34 @@ class InPlace:
 
 
 def probe_in_place(
-    draft: Draft, bundle: Path, *, sample: Path, others: Sequence[int] = (), reference: Contestant | None = None
+    draft: Draft,
+    bundle: Path,
+    *,
+    sample: Path,
+    others: Sequence[int] = (),
+    reference: Contestant | None = None,
+    expected: Path | None = None,
+    cosine_limit: float | None = None,
 ) -> list[InPlace] | str:
     """Load the written cut plan with the engine in a worker of its own and time its segments; or say why that was not possible.
 
-    `others` are the processes that have to be quiet first. `reference` is loaded elsewhere, and takes turns.
+    `others` are the processes that have to be quiet first. `reference` is loaded elsewhere, and takes turns. Where
+    `expected` outputs are given, what is too far from them is a reason too.
     """
     rounds: list[tuple[list[dict[str, Any]], float | None]] = []
     with Worker("segments in place") as worker:
         try:
-            worker.call(
-                "load_bundle", limit_s=compile_limit_s(), run_limit_s=run_limit_s(), name="engine", bundle=str(bundle), inputs=str(sample)
+            loaded = worker.call(
+                "load_bundle",
+                limit_s=compile_limit_s(),
+                run_limit_s=run_limit_s(),
+                name="engine",
+                bundle=str(bundle),
+                inputs=str(sample),
+                reference=str(expected or ""),
             )
+            if problem := _problem(loaded, cosine_limit):
+                return problem
             for _ in range(_ROUNDS):
                 beside = None
                 for pid in others:
@@ -117,6 +134,14 @@ def probe_in_place(
         except AivmmError as error:
             return error.message
     return [_of_rounds(piece, [(stages[index], beside) for stages, beside in rounds]) for index, piece in enumerate(draft.pieces)]
+
+
+def _problem(loaded: Mapping[str, Any], cosine_limit: float | None) -> str:
+    """Say what is wrong with the outputs of a loaded plan, where they were compared; or ""."""
+    accuracy = loaded.get("accuracy")
+    if accuracy is None or loaded["problem"] or cosine_limit is None or "cosine" not in accuracy:
+        return str(loaded.get("problem") or "")
+    return over_limit(accuracy["cosine"], accuracy.get("relative_l2", math.inf), cosine_limit)
 
 
 def _of_rounds(piece: Piece, rounds: Sequence[tuple[Mapping[str, Sequence[float]], float | None]]) -> InPlace:

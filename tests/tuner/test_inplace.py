@@ -9,6 +9,7 @@ import pytest
 from aivmm.planner.candidates import Draft, Piece
 from aivmm.probes.operations import save_arrays
 from aivmm.runtime.config import Config
+from aivmm.runtime.engine import Engine
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
 from aivmm.tuner.inplace import InPlace, chain_digest, probe_in_place
@@ -38,6 +39,16 @@ def test_each_segment_is_timed_between_its_neighbours_and_alone(tmp_path: Path, 
     assert all(len(each.placed.timed_s) >= 5 and len(each.alone.timed_s) >= 5 for each in found)
     assert all(f"blocks {each.piece.first} to {each.piece.last} on {each.piece.target}" in str(each) for each in found)
     assert found[0].difference == pytest.approx(found[0].placed.median_s / found[0].alone.median_s - 1)
+
+
+def test_wrong_numbers_are_a_reason(tmp_path: Path, draft: Draft) -> None:
+    bundle = make_bundle(tmp_path / "cut.aivmm", chain_model(width=64), [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4, 7)])
+    sample, expected = tmp_path / "sample.npz", tmp_path / "expected.npz"
+    save_arrays(sample, {"x": normal(2, 64)})
+    with Engine.load(bundle) as engine:
+        save_arrays(expected, {name: -array for name, array in engine.run({"x": normal(2, 64)}).items()})
+    answer = probe_in_place(draft, bundle, sample=sample, expected=expected, cosine_limit=0.999)
+    assert isinstance(answer, str) and "cosine" in answer
 
 
 def test_a_bundle_that_does_not_load_is_a_reason(tmp_path: Path, draft: Draft) -> None:
