@@ -5,6 +5,10 @@ and in a new one. Two kinds of noise stand behind that. Within a process the rou
 a second time, in a process of its own, is a little faster or slower for as long as that process lives, however often it is measured:
 where its memory and threads came to lie (Curtsinger and Berger, "Stabilizer", ASPLOS 2013). No number of rounds shows that. It takes
 copies in further processes (`copies`), or a prior of how much processes differ (`Apart`).
+
+A round stands for each side by the median of its block. On a machine that other processes keep busy that tells how the scheduler shared
+the cores: a block holds calls that ran through and calls that stood still for a time slice, as it happens. There a round stands by its
+least duration (`by="least"`): what disturbs only ever adds (Chen and Revels, "Robust benchmarking in noisy environments", 2016).
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ _INTERVAL_RESAMPLES = 500  # each sorts all samples
 _ONE_PAIR = math.log(2)  # a single pair says nothing of its noise: within a factor of two, let us say
 _MOST_HALF = 20.0  # e^20 is no ratio of durations
 Word = Literal["faster", "slower", "same", "ambiguous"]
+By = Literal["median", "least"]  # what a round stands for a contestant by
 Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
@@ -68,20 +73,40 @@ class Comparison:
     high: float
     pairs: int
     verdict: Word
+    by: By = "median"
 
 
 def round_medians(samples: Samples) -> dict[int, float]:
-    """Return the median duration of each round in seconds. Without rounds each sample is a round of its own."""
-    rounds = samples.rounds or range(len(samples.timed_s))
-    by_round: dict[int, list[float]] = {}
-    for number, duration in zip(rounds, samples.timed_s, strict=True):
-        by_round.setdefault(number, []).append(duration)
-    return {number: float(np.median(durations)) for number, durations in by_round.items()}
+    """Return the median duration of each round in seconds."""
+    return round_figures([samples])[0]
 
 
-def paired_logs(a: Samples, b: Samples, *, scale: float = 1.0) -> Floats:
-    """Return the logarithm of a / b for each round that both ran, in order, from the medians of the round; see `paired_rounds`."""
-    mine, theirs = round_medians(a), round_medians(b)
+def round_figures(runs: Sequence[Samples], by: By = "median") -> list[dict[int, float]]:
+    """Return for each run what each round stands for in seconds. Without rounds each sample is a round of its own.
+
+    The least of many is smaller than that of few, and a fast contestant's block holds more calls: so many of each count, the first ones, as
+    the shortest block of that round has.
+    """
+    blocks = [_by_round(each) for each in runs]
+    if by == "median":
+        return [{number: float(np.median(block)) for number, block in each.items()} for each in blocks]
+    fewest: dict[int, int] = {}
+    for each in blocks:
+        for number, block in each.items():
+            fewest[number] = min(len(block), fewest.get(number, len(block)))
+    return [{number: min(block[: fewest[number]]) for number, block in each.items()} for each in blocks]
+
+
+def _by_round(samples: Samples) -> dict[int, list[float]]:
+    found: dict[int, list[float]] = {}
+    for number, duration in zip(samples.rounds or range(len(samples.timed_s)), samples.timed_s, strict=True):
+        found.setdefault(number, []).append(duration)
+    return found
+
+
+def paired_logs(a: Samples, b: Samples, *, scale: float = 1.0, by: By = "median") -> Floats:
+    """Return the logarithm of a / b for each round that both ran, in order; see `paired_rounds`."""
+    mine, theirs = round_figures([a, b], by)
     ratios: Floats = np.array([scale * mine[each] / theirs[each] for each in paired_rounds(a, b)])
     logs: Floats = np.log(ratios)
     return logs
@@ -93,7 +118,7 @@ def paired_rounds(a: Samples, b: Samples) -> list[int]:
     Raises:
         ValueError: they share no round.
     """
-    shared = sorted(round_medians(a).keys() & round_medians(b).keys())
+    shared = sorted(_by_round(a).keys() & _by_round(b).keys())
     if not shared:
         raise ValueError("nothing to pair: the two were not measured in one race")
     return shared
@@ -122,6 +147,7 @@ def compare(
     seed: int = 0,
     copies: tuple[int, int] = (1, 1),
     apart: Apart | None = None,
+    by: By = "median",
 ) -> Comparison:
     """Compare two runs of one race, round by round. `scale` multiplies a's durations (batch sizes that differ).
 
@@ -131,7 +157,7 @@ def compare(
     Without `apart` the interval knows the noise of rounds alone, which is right where one process held both sides. With it the interval is
     widened by what `copies` processes of each side still leave open: independent errors, so the half widths add as squares.
     """
-    logs = paired_logs(a, b, scale=scale)
+    logs = paired_logs(a, b, scale=scale, by=by)
     middle, within = float(np.median(logs)), logs
     if apart is not None and max(copies) > 1:
         middle, within = _without_copies(logs, paired_rounds(a, b), max(copies))
@@ -141,11 +167,16 @@ def compare(
         between = apart.half_width(copies, confidence)
         low, high = middle - math.hypot(middle - low, between), middle + math.hypot(high - middle, between)
     return Comparison(
-        ratio=math.exp(middle), low=math.exp(low), high=math.exp(high), pairs=logs.size, verdict=verdict(math.exp(low), math.exp(high))
+        ratio=math.exp(middle),
+        low=math.exp(low),
+        high=math.exp(high),
+        pairs=logs.size,
+        verdict=verdict(math.exp(low), math.exp(high)),
+        by=by,
     )
 
 
-def observed_apart(runs: Sequence[Samples], copies: int, *, prior: Apart = APART) -> Apart:
+def observed_apart(runs: Sequence[Samples], copies: int, *, prior: Apart = APART, by: By = "median") -> Apart:
     """Return how much processes differ, from contestants of one race that each ran in `copies` processes in turn (round % copies).
 
     Rounds of one copy index share what the machine was doing, so what is left of a contestant's copy after its own and that index's effect
@@ -153,9 +184,9 @@ def observed_apart(runs: Sequence[Samples], copies: int, *, prior: Apart = APART
     """
     if copies < 2 or len(runs) < 2:
         return prior
-    medians = [round_medians(each) for each in runs]
-    shared = sorted(set.intersection(*(set(each) for each in medians)))
-    table = np.log([[each[number] for number in shared] for each in medians])
+    figures = round_figures(runs, by)
+    shared = sorted(set.intersection(*(set(each) for each in figures)))
+    table = np.log([[each[number] for number in shared] for each in figures])
     table -= np.median(table, axis=0)
     of_copy = np.array([number % copies for number in shared])
     if min(np.bincount(of_copy, minlength=copies)) < 2:
@@ -240,11 +271,7 @@ def _quantile(confidence: float, freedom: float) -> float:
 
 def median_interval(samples: Samples, *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """Return the interval of the median duration in seconds: a bootstrap over rounds, whose calls share what the machine was doing."""
-    rounds = samples.rounds or range(len(samples.timed_s))
-    by_round: dict[int, list[float]] = {}
-    for number, duration in zip(rounds, samples.timed_s, strict=True):
-        by_round.setdefault(number, []).append(duration)
-    parts = [np.array(each) for each in by_round.values()]
+    parts = [np.array(each) for each in _by_round(samples).values()]
     if len(parts) < 5:
         return min(samples.timed_s), max(samples.timed_s)
     generator = np.random.default_rng(seed)

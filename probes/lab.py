@@ -14,7 +14,7 @@ from aivmm.models.records import ModelFacts
 from aivmm.probes import wire
 from aivmm.probes.accuracy import combined
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
-from aivmm.probes.race import Contestant
+from aivmm.probes.race import Contestant, runs_single
 from aivmm.probes.user_code import ask
 from aivmm.runtime.backend import Baseline
 from aivmm.runtime.config import Config, Knob
@@ -327,7 +327,14 @@ class Lab:
             callers=callers,
         )
         return Loaded(
-            contestant=Contestant(name, worker, batch=batch, callers=callers, expected_s=answer["first_inference_s"]),
+            contestant=Contestant(
+                name,
+                worker,
+                batch=batch,
+                callers=callers,
+                expected_s=answer["first_inference_s"],
+                single=runs_single([target], [config]),
+            ),
             compile_s=answer["compile_s"],
             first_inference_s=answer["first_inference_s"],
             effective_config=answer["effective_config"],

@@ -19,6 +19,7 @@ from aivmm.probes.records import Caution
 
 _QUIET_S = 0.004  # a process whose CPU time stands still this long has stopped spinning
 _QUIET_LIMIT_S = 0.25
+_BUSY = 0.15  # of the cores that we may use, kept busy by others
 
 
 def lock_path() -> Path:
@@ -108,7 +109,7 @@ def _cpu_seconds(pid: int) -> float:
 
 
 class BackgroundLoad:
-    """How many cores processes other than ours kept busy, between construction and `read`."""
+    """How many of the cores that we may use processes other than ours kept busy, between construction and `read`."""
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._started = time.perf_counter()
@@ -123,8 +124,15 @@ class BackgroundLoad:
 
 
 def _busy_seconds() -> float:
-    times = psutil.cpu_times()
-    return sum(getattr(times, name, 0.0) for name in ("user", "system", "nice", "irq", "softirq", "steal"))
+    """Return for how long the cores that this process may use have been busy, summed: what goes on on others is beside the point."""
+    cores = psutil.cpu_times(percpu=True)
+    ours = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(len(cores))
+    return sum(
+        getattr(cores[core], name, 0.0)
+        for core in ours
+        if core < len(cores)
+        for name in ("user", "system", "nice", "irq", "softirq", "steal")
+    )
 
 
 def on_battery() -> bool:
@@ -136,10 +144,15 @@ def on_battery() -> bool:
     return battery is not None and battery.power_plugged is False
 
 
+def is_busy(load_cores: float, cores: int) -> bool:
+    """Say whether so many cores kept busy by others, of the `cores` that we may use, spoil what is measured."""
+    return load_cores > _BUSY * cores
+
+
 def machine_cautions(load_cores: float, cores: int) -> tuple[Caution, ...]:
     """Return the reasons to doubt what was measured under `load_cores` of foreign load on a machine of `cores`."""
     found = []
-    if load_cores > 0.15 * cores:
+    if is_busy(load_cores, cores):
         found.append(
             Caution(
                 code="machine-busy",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from aivmm.probes.accuracy import judge, narrowed
 from aivmm.probes.lowering import lower, noise, rebatch, sensitivity
 from aivmm.probes.machine import peak_memory_bytes
 from aivmm.probes.timer import BATCH_BELOW_S as BATCH_BELOW_S
-from aivmm.probes.timer import time_steps
+from aivmm.probes.timer import SETTLE_S, held, spinning, time_steps
 from aivmm.probes.user_code import check_metric, dataset, metric
 from aivmm.runtime.backend import Buffer, Executable, Request, aligned_empty
 from aivmm.runtime.engine import Engine
@@ -310,19 +311,36 @@ def timed(
     each: bool = False,
     repeat: int = 1,
     steady_s: float = 0.0,
+    outspin_s: float = 0.0,
+    core: int | None = None,
 ) -> dict[str, Any]:
-    """Time what is loaded under `name`; see `timer.time_steps`. Also tells the worker's peak memory in bytes."""
-    timing = time_steps(
-        state.runners[name].steps,
-        seconds=seconds,
-        least=least,
-        most=most,
-        settle=settle,
-        each=each,
-        repeat=repeat,
-        steady_s=steady_s,
-    )
-    return {"durations": timing.durations, "warmup": timing.warmup, "inner": timing.inner, "memory_bytes": peak_memory_bytes()}
+    """Time what is loaded under `name`; see `timer.time_steps`. Also tells the worker's peak memory in bytes.
+
+    With `outspin_s` it is called for so long before, should threads of something else that is loaded here still be spinning. With a
+    `core`, what is loaded must run on the calling thread alone, and is kept on that core, or on the one where it is when `core` is -1; the
+    answer says on which.
+    """
+    steps = state.runners[name].steps
+    settle_s = outspin_s if outspin_s and spinning() else SETTLE_S
+    with held(steps[0], core) if core is not None else nullcontext(-1) as kept_on:
+        timing = time_steps(
+            steps,
+            seconds=seconds,
+            least=least,
+            most=most,
+            settle=settle,
+            each=each,
+            repeat=repeat,
+            steady_s=steady_s,
+            settle_s=settle_s,
+        )
+    return {
+        "durations": timing.durations,
+        "warmup": timing.warmup,
+        "inner": timing.inner,
+        "memory_bytes": peak_memory_bytes(),
+        "core": kept_on,
+    }
 
 
 def probe(

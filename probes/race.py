@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from aivmm.errors import AivmmError
 from aivmm.probes.client import Worker, WorkerDied, WorkerLost, run_limit_s
-from aivmm.probes.compare import Apart, Comparison, compare, observed_apart, paired_logs
-from aivmm.probes.machine import freeze, measuring, thaw, wait_until_quiet
+from aivmm.probes.compare import Apart, By, Comparison, compare, observed_apart, paired_logs
+from aivmm.probes.machine import BackgroundLoad, freeze, is_busy, measuring, thaw, wait_until_quiet
 from aivmm.probes.records import Caution, Samples
+from aivmm.runtime.config import Config
+from aivmm.runtime.cpu import usable_cores
+from aivmm.runtime.target import Target
 
 # Short blocks, many rounds: neighbours in time are what cancels, and handing over takes a millisecond since the others are frozen.
 _BLOCK_CALLS = 5
@@ -21,6 +24,8 @@ _BLOCK_LEAST_S, _BLOCK_MOST_S = 0.01, 0.15
 _SEVERAL_BLOCK_S = 0.12  # with several callers one block gives one duration, so it must hold many calls
 _SLOW_S = 0.02  # one such call settles the caches
 _VERY_SLOW_S = 0.2  # one such call is a block
+_BUSY_LEAST = 4  # durations to a block on a busy machine, so that one of them is likely to have run through
+_OUTSPIN_S = 0.035  # so long run the threads of another load of the same process on: those of ONNX Runtime spin for 33 ms
 _WARM_S = 0.5  # at most so long until the first calls no longer become faster
 _HOPELESS = 1.10  # dropped when it is shown to be this far behind the leader
 _HOPELESS_P = 0.05  # five rounds of five reach it: what is dropped for nothing costs one candidate of a search
@@ -54,7 +59,10 @@ class Contestant:
     others: tuple[Worker, ...] = ()
     other_names: tuple[str, ...] = ()  # as long as `others`, or empty
     repeat: int = 1  # steps to one duration
+    single: bool = False  # it runs on the thread that calls it and on no other
+    core: int | None = None  # when it is single: the core that its last block ran on, or -1
     cautions: tuple[Caution, ...] = ()  # what the race found doubtful at its end
+    busy: bool = False  # other processes kept the machine busy during the race
     _generations: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -91,17 +99,24 @@ class Contestant:
         """Return the worker whose turn it is in the round `number`."""
         return self.workers[number % self.copies]
 
-    def block(self, number: int, *, warmup: bool = False) -> None:
-        """Time one block and keep its durations under the round `number`; to warm up, call until it no longer becomes faster first."""
+    def block(self, number: int, *, warmup: bool = False, outspin: bool = False, core: int = -1) -> None:
+        """Time one block and keep its durations under the round `number`; to warm up, call until it no longer becomes faster first.
+
+        `outspin`: another load of the same process ran before. `core`: where one that is single shall run; -1 leaves it where it is.
+        """
         worker, name = self.loads[number % self.copies]
         if worker.generation != (self.generation, *self._generations)[number % self.copies] or worker.pid == 0:
             self.failed = WorkerDied("lost with its worker, which died during another candidate")
             self.lost = True
             return
         seconds = block_s(self.expected_s, self.callers)
-        settle = 1 if self.expected_s > _SLOW_S else 2
-        least = 1 if self.expected_s > _VERY_SLOW_S else 2
-        more = ({"steady_s": _WARM_S} if warmup else {}) | ({"repeat": self.repeat} if self.repeat > 1 else {})
+        settle = 1 if self.expected_s > _SLOW_S or self.repeat > 1 else 2
+        least = 1 if self.expected_s > _VERY_SLOW_S else _BUSY_LEAST if self.busy and self.callers == 1 else 2
+        more: dict[str, float | int] = {"steady_s": _WARM_S} if warmup else {"outspin_s": _OUTSPIN_S} if outspin else {}
+        if self.repeat > 1:
+            more["repeat"] = self.repeat
+        if self.single and self.callers == 1:
+            more["core"] = core
         limit_s = run_limit_s() + seconds
         try:
             answer = worker.call("timed", limit_s=limit_s, name=name, seconds=seconds, settle=settle, least=least, **more)
@@ -112,12 +127,20 @@ class Contestant:
             self.failed = WorkerDied(str(error))
             return
         self.memory_bytes = max(self.memory_bytes, answer["memory_bytes"])
+        if "core" in more:
+            self.core = answer["core"]
         self.expected_s = min(answer["durations"])
         if warmup:
             self.warmup.extend((*answer.get("warmup", ()), *answer["durations"]))
         else:
             self.durations.extend(answer["durations"])
             self.rounds.extend([number] * len(answer["durations"]))
+
+
+def runs_single(targets: Iterable[Target], configs: Iterable[Config]) -> bool:
+    """Say whether what is compiled so runs on the thread that calls it and on no other."""
+    names = ("intra_op_num_threads", "INFERENCE_NUM_THREADS")
+    return all(target.device.kind == "cpu" for target in targets) and all(1 in map(config.get, names) for config in configs)
 
 
 def block_s(expected_s: float, callers: int) -> float:
@@ -146,8 +169,19 @@ def versus(a: Contestant, b: Contestant, *, confidence: float = 0.95, field: Seq
     mine, theirs = a.samples(), b.samples()
     assert mine and theirs
     return compare(
-        mine, theirs, scale=b.batch / a.batch, confidence=confidence, copies=(a.copies, b.copies), apart=apart_of(a, b, field=field)
+        mine,
+        theirs,
+        scale=b.batch / a.batch,
+        confidence=confidence,
+        copies=(a.copies, b.copies),
+        apart=apart_of(a, b, field=field),
+        by=by_of(a, b),
     )
+
+
+def by_of(a: Contestant, b: Contestant) -> By:
+    """Return what a round of one race stands for the two by: least durations where other processes kept the machine busy."""
+    return "least" if a.busy or b.busy else "median"
 
 
 def apart_of(a: Contestant, b: Contestant, *, field: Sequence[Contestant] = ()) -> Apart | None:
@@ -162,14 +196,14 @@ def apart_of(a: Contestant, b: Contestant, *, field: Sequence[Contestant] = ()) 
     # Those that left early share too few rounds with the others.
     alike = [each for each in field if each not in (a, b) and each.copies == copies and len(set(each.rounds)) >= full]
     runs = [each.samples() for each in (a, b, *alike)]
-    return observed_apart([each for each in runs if each is not None], copies if a.copies == b.copies else 1)
+    return observed_apart([each for each in runs if each is not None], copies if a.copies == b.copies else 1, by=by_of(a, b))
 
 
 def _within(a: Contestant, b: Contestant, confidence: float) -> Comparison:
     """Compare by the noise of rounds alone: it is all that more rounds could make smaller."""
     mine, theirs = a.samples(), b.samples()
     assert mine and theirs
-    return compare(mine, theirs, scale=b.batch / a.batch, confidence=confidence)
+    return compare(mine, theirs, scale=b.batch / a.batch, confidence=confidence, by=by_of(a, b))
 
 
 def per_sample_s(contestant: Contestant) -> float:
@@ -215,6 +249,7 @@ def race(
     number = first_round
     look = least_rounds
     turns = _Turns(contestants)
+    background = _Background(contestants)
     mirrored: list[Contestant] = []
     try:
         for count in range(-1 if warmup else 0, most_rounds):
@@ -229,10 +264,12 @@ def race(
                 if count < 0:
                     turns.warm_up(order, number)
                     continue
+                turns.new_round()
                 mirrored = mirrored[::-1] if count % 2 else order.sample(list(contestants), len(contestants))
                 for each in mirrored:
                     turns.take(each, number)
             number += 1
+            background.look(count + 1)
             _drop_hopeless(contestants, count + 1)
             if tell:
                 racing = sum(each.racing for each in contestants)
@@ -252,13 +289,40 @@ def race(
     return number
 
 
+class _Background:
+    """Sees to it that the contestants know whether other processes keep the machine busy."""
+
+    def __init__(self, contestants: Sequence[Contestant]) -> None:
+        self._contestants = contestants
+        self._load = BackgroundLoad(self._pids())
+        self._next = 3
+
+    def _pids(self) -> list[int]:
+        return list({worker.pid for each in self._contestants for worker in each.workers if worker.pid > 0})
+
+    def look(self, rounds: int) -> None:
+        """Look again after the third round and whenever there are a third more: it takes a while."""
+        pids = self._pids()
+        if rounds < self._next or not pids:
+            return
+        self._next = max(rounds + 1, round(rounds * _LOOKS))
+        busy = is_busy(self._load.read(pids), usable_cores())
+        for each in self._contestants:
+            each.busy = busy
+
+
 class _Turns:
     """Sees to it that one worker runs at a time."""
 
     def __init__(self, contestants: Sequence[Contestant]) -> None:
         self._contestants = contestants
-        self._last: Worker | None = None
+        self._last: tuple[Worker, str] | None = None  # the worker, and what is loaded in it under which name
         self._frozen: set[int] = set()
+        self._core = -1  # where the first of this round ran that runs on one thread; the others follow it, since cores differ
+
+    def new_round(self) -> None:
+        """Begin a round."""
+        self._core = -1
 
     def warm_up(self, order: random.Random, number: int) -> None:
         """Warm up each copy of each contestant."""
@@ -270,18 +334,24 @@ class _Turns:
         """Time one block of a contestant that still takes part."""
         if not contestant.racing:
             return
-        worker = contestant.worker_in(number)
-        if self._last is not None and self._last is not worker:
-            pid = self._last.pid
-            if freeze(pid):
+        load = worker, _ = contestant.loads[number % contestant.copies]
+        outspin = False
+        if self._last is not None and self._last != load:
+            pid = self._last[0].pid
+            # Threads of one process cannot be stopped apart. To wait until they rest would put the next one's to sleep as well, and where
+            # they wake up is a lottery: it runs beside them until they do.
+            outspin = self._last[0] is worker
+            if not outspin and freeze(pid):
                 self._frozen.add(pid)
-            elif pid > 0:
+            elif not outspin and pid > 0:
                 wait_until_quiet(pid)
         if worker.pid in self._frozen:
             thaw(worker.pid)
             self._frozen.discard(worker.pid)
-        self._last = worker
-        contestant.block(number, warmup=warmup)
+        self._last = load
+        contestant.block(number, warmup=warmup, outspin=outspin, core=self._core)
+        if contestant.core is not None:
+            self._core = contestant.core
 
     def end(self) -> None:
         """Let all go on."""
@@ -309,7 +379,7 @@ def _drop_hopeless(contestants: Sequence[Contestant], rounds: int) -> None:
             continue
         mine, theirs = each.samples(), leader.samples()
         assert mine and theirs
-        behind = paired_logs(mine, theirs, scale=leader.batch / each.batch) - np.log(_HOPELESS)
+        behind = paired_logs(mine, theirs, scale=leader.batch / each.batch, by=by_of(each, leader)) - np.log(_HOPELESS)
         if behind.size >= 5 and np.median(behind) > 0 and wilcoxon.greater(behind) < _HOPELESS_P:
             each.dropped = f"hopeless: {_within(each, leader, 0.95).ratio:.2f} times the leader's time"
 

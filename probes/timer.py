@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
+import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 BATCH_BELOW_S = 100e-6  # steps shorter than this are timed several at a time, so that the clock does not matter
 _BATCH_OF_S = 200e-6
-_SETTLE_S = 2e-3
+SETTLE_S = 2e-3
+_NAP_S = 1e-3
 _STRETCH_S = 5e-3  # warming up looks at calls in stretches of this
 _SEVERAL_STRETCH_S = 0.05
 _FALLING = 0.98  # a stretch whose median is below this much of the best before is still becoming faster
@@ -40,8 +44,9 @@ def time_steps(
     each: bool = False,
     repeat: int = 1,
     steady_s: float = 0.0,
+    settle_s: float = SETTLE_S,
 ) -> Timing:
-    """Run for `seconds` (and at least `least` times) after `settle` untimed calls or 2 ms of them.
+    """Run for `seconds` (and at least `least` times) after `settle` untimed calls or `settle_s` of them.
 
     Steps below 100 µs are timed several at a time and the mean of each such batch is one duration. With several steps all run at once
     for `seconds`, each in a thread, and the one duration is elapsed time per call completed. `each` forbids batches: tails need single
@@ -53,7 +58,7 @@ def time_steps(
         return Timing(durations=[several(steps, seconds, least)], warmup=warm)
     step = steps[0] if repeat == 1 else _repeated(steps[0], repeat)
     warm = warm_up(lambda: median(one(step, _STRETCH_S, 1, most, 1)), steady_s) if steady_s else []
-    typical = warm[-1] if warm else _settle(step, settle)
+    typical = warm[-1] if warm else _settle(step, settle, settle_s)
     inner = 1 if each or typical >= BATCH_BELOW_S else math.ceil(_BATCH_OF_S / max(typical, 1e-7))
     return Timing(durations=one(step, seconds, least, most, inner), warmup=warm, inner=inner)
 
@@ -74,12 +79,43 @@ def warm_up(stretch: Callable[[], float], most_s: float) -> list[float]:
     return durations
 
 
-def _settle(step: Step, least: int) -> float:
-    """Make at least `least` calls, for 2 ms: whoever ran before left its own data in the caches. Return how long the later ones took."""
+def spinning() -> bool:
+    """Say whether threads of this process are running while it does nothing."""
+    before, began = time.process_time(), time.perf_counter()
+    time.sleep(_NAP_S)
+    return time.process_time() - before > 0.2 * (time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def held(step: Step, core: int) -> Iterator[int]:
+    """Keep this thread on one core: on `core`, or where it is after some calls of `step` when that is -1. Yields the core.
+
+    For steps that run on the calling thread alone. Cores differ (P and E cores, one with a neighbour on its other hardware thread), and a
+    thread that slept may wake up on any. Yields -1 and holds nothing where the system does not say where a thread is, or does not obey.
+    """
+    if sys.platform != "linux":
+        yield -1
+        return
+    allowed = os.sched_getaffinity(0)
+    if core < 0:
+        _settle(step, 1, SETTLE_S)
+        core = ctypes.CDLL(None).sched_getcpu()
+    if core not in allowed:
+        yield -1
+        return
+    os.sched_setaffinity(0, {core})
+    try:
+        yield core
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def _settle(step: Step, least: int, seconds: float) -> float:
+    """Make at least `least` calls, for `seconds`: whoever ran before left its data in the caches. Return how long the later ones took."""
     clock = time.perf_counter
     began = clock()
     durations: list[float] = []
-    while len(durations) < max(1, least) or clock() - began < _SETTLE_S:
+    while len(durations) < max(1, least) or clock() - began < seconds:
         before = clock()
         step()
         durations.append(clock() - before)

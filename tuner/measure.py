@@ -356,7 +356,12 @@ def _complete(results: dict[str, Score | Rejection], candidates: Iterable[Candid
 def _fresh(contestant: Contestant) -> Contestant:
     """Return a contestant for the same loaded model with nothing measured yet."""
     made = Contestant(
-        contestant.name, contestant.worker, batch=contestant.batch, callers=contestant.callers, expected_s=contestant.expected_s
+        contestant.name,
+        contestant.worker,
+        batch=contestant.batch,
+        callers=contestant.callers,
+        expected_s=contestant.expected_s,
+        single=contestant.single,
     )
     made.keep = contestant.keep
     made.generation = contestant.generation

@@ -21,7 +21,7 @@ from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.compare import Comparison, cautions, compare, median_interval, round_medians
 from aivmm.probes.machine import BackgroundLoad, measuring, wait_until_quiet
 from aivmm.probes.operations import BATCH_BELOW_S
-from aivmm.probes.race import Contestant, RaceState, block_s, leader_of, race, versus
+from aivmm.probes.race import Contestant, RaceState, block_s, by_of, leader_of, race, runs_single, versus
 from aivmm.probes.records import Caution, Samples
 from aivmm.runtime.target import Target
 from aivmm.tuner.joules import ENERGY, absent, device_memory, energy_metrics, why_no_energy
@@ -216,6 +216,7 @@ class Prover:
             callers=entrant.draft.callers,
             expected_s=expected,
             keep=entrant.role == "baseline",
+            single=runs_single(_targets_of(entrant), [piece.config for piece in entrant.draft.pieces]),
         )
 
     def _ask_metric(self, entrant: Entrant, metric: Metric) -> float:
@@ -442,8 +443,8 @@ def _versus(a: Entrant, b: Entrant) -> Comparison:
     This decides what is emitted, while `Proof.against` says what may be claimed: of two that a few percent set apart the one that was
     faster in round after round is the better bet, even where another pair of processes might turn them around.
     """
-    assert a.confirmed and b.confirmed
-    return compare(a.confirmed, b.confirmed, scale=b.draft.batch / a.draft.batch)
+    assert a.confirmed and b.confirmed and a.contestant and b.contestant
+    return compare(a.confirmed, b.confirmed, scale=b.draft.batch / a.draft.batch, by=by_of(a.contestant, b.contestant))
 
 
 def _unbeaten(entrants: Sequence[Entrant]) -> Entrant | None:

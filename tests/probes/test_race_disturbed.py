@@ -1,0 +1,166 @@
+"""What disturbs a race and is kept out of it: other processes' time slices, threads that spin on, and cores that differ. Decision 0014."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections import namedtuple
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from aivmm.probes import race as racing
+from aivmm.probes.compare import By, compare, round_figures
+from aivmm.probes.machine import BackgroundLoad, is_busy
+from aivmm.probes.race import Contestant, race, runs_single, versus
+from aivmm.probes.records import Samples
+from aivmm.probes.timer import held, spinning
+from aivmm.runtime.config import Config
+from aivmm.runtime.target import Device, Target
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says where a thread is")
+
+
+def sliced(rng: np.random.Generator, rounds: int, factor: float) -> Samples:
+    """Return blocks of four durations of a machine on which half of them lost a time slice 2.6 times as long (as seen, decision 0014)."""
+    durations = factor * rng.lognormal(0, 0.03, rounds * 4) + 2.6 * (rng.random(rounds * 4) < 0.5)
+    return Samples(timed_s=tuple(durations), rounds=tuple(np.repeat(np.arange(rounds), 4).tolist()))
+
+
+def different(factor: float, by: By) -> float:
+    rng = np.random.default_rng(0)
+    verdicts = [compare(sliced(rng, 60, factor), sliced(rng, 60, 1.0), confidence=0.99, by=by).verdict for _ in range(100)]
+    return sum(each in ("faster", "slower") for each in verdicts) / len(verdicts)
+
+
+def test_least_durations_see_through_time_slices_and_medians_do_not() -> None:
+    assert different(1.05, "least") >= 0.9
+    assert different(1.0, "least") <= 0.02
+    assert different(1.05, "median") < 0.3
+
+
+def test_the_least_of_a_round_is_that_of_as_many_on_both_sides() -> None:
+    few = Samples(timed_s=(3.0, 2.0, 5.0), rounds=(0, 0, 1))
+    many = Samples(timed_s=(4.0, 3.0, 1.0, 6.0), rounds=(0, 0, 0, 1))
+    assert round_figures([few, many], "least") == [{0: 2.0, 1: 5.0}, {0: 3.0, 1: 6.0}]
+    assert compare(few, many, by="least").by == "least" and compare(few, many).by == "median"
+
+
+@LINUX
+def test_what_runs_on_one_thread_is_held_on_a_core_and_let_go() -> None:
+    allowed = os.sched_getaffinity(0)
+    with held(lambda: None, -1) as core:
+        assert os.sched_getaffinity(0) == {core} and core in allowed
+    with held(lambda: None, max(allowed)) as core:
+        assert os.sched_getaffinity(0) == {core} == {max(allowed)}
+    assert os.sched_getaffinity(0) == allowed
+    with held(lambda: None, 4095) as core:  # not ours to use
+        assert core == -1 and os.sched_getaffinity(0) == allowed
+    with pytest.raises(KeyError), held(lambda: None, min(allowed)):
+        raise KeyError
+    assert os.sched_getaffinity(0) == allowed
+
+
+def test_a_thread_that_spins_is_noticed() -> None:
+    stop = threading.Event()
+
+    def spin() -> None:
+        while not stop.is_set():
+            pass
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    try:
+        end = time.monotonic() + 20
+        while not spinning():  # on a busy machine it may get no core for a while
+            assert time.monotonic() < end
+    finally:
+        stop.set()
+        thread.join()
+    assert not spinning()
+
+
+Times = namedtuple("Times", "user system idle steal")
+
+
+def test_only_cores_that_we_may_use_count_as_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = [Times(0.0, 0.0, 0.0, 0.0)] * 4
+    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: busy)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2}, raising=False)
+    load = BackgroundLoad([])
+    time.sleep(0.01)
+    busy = [Times(9.0, 9.0, 0.0, 9.0), Times(0.0, 0.0, 9.0, 0.0), Times(0.0, 0.0, 9.0, 0.0), Times(9.0, 9.0, 9.0, 0.0)]
+    assert load.read([]) == 0
+    busy[2] = Times(1e3, 0.0, 0.0, 1e3)
+    assert load.read([]) > 10
+    assert is_busy(0.4, 2) and not is_busy(0.2, 2)
+
+
+class Asked:
+    """Stands for one worker that holds several loads; remembers how each block was asked for."""
+
+    def __init__(self) -> None:
+        self.pid, self.generation, self.blocks = os.getpid(), 1, list[tuple[str, dict[str, Any]]]()
+
+    def call(self, operation: str, *, name: str, **arguments: Any) -> dict[str, Any]:
+        assert operation == "timed"
+        self.blocks.append((name, arguments))
+        answer: dict[str, Any] = {"durations": [1e-3, 1.1e-3, 1.0e-3, 3e-3], "memory_bytes": 1}
+        if "core" in arguments:
+            answer["core"] = 7 if arguments["core"] < 0 else arguments["core"]
+        return answer
+
+
+def run(worker: Any, rounds: int, **fields: Any) -> list[Contestant]:
+    field = [Contestant(name, worker, keep=True, **fields) for name in "abc"]
+    race(field, budget_s=60, most_rounds=rounds, enough=lambda _: False)
+    return field
+
+
+def test_those_of_one_round_that_run_on_one_thread_run_on_one_core() -> None:
+    worker = Asked()
+    run(worker, 5, single=True)
+    cores = [arguments["core"] for _, arguments in worker.blocks[3:]]  # after one round to warm up
+    assert cores == [-1, 7, 7] * 5
+    worker = Asked()
+    run(worker, 5)
+    assert not any("core" in arguments for _, arguments in worker.blocks)
+
+
+def test_another_load_of_the_same_worker_is_outlasted() -> None:
+    worker = Asked()
+    run(worker, 6)
+    names = [name for name, _ in worker.blocks]
+    for at in range(3, len(names)):
+        assert ("outspin_s" in worker.blocks[at][1]) == (names[at] != names[at - 1])
+
+
+@pytest.mark.parametrize(("cores", "by", "least"), [(64.0, "least", 4), (0.0, "median", 2)])
+def test_a_busy_machine_is_noticed_while_racing(cores: float, by: str, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Load:
+        def __init__(self, pids: list[int]) -> None:
+            assert pids == [os.getpid()]
+
+        def read(self, pids: list[int]) -> float:
+            return cores
+
+    monkeypatch.setattr(racing, "BackgroundLoad", Load)
+    monkeypatch.setattr(racing, "usable_cores", lambda: 4)
+    worker = Asked()
+    field = run(worker, 12)
+    assert all(each.busy == bool(cores) for each in field)
+    assert versus(field[0], field[1]).by == by
+    assert worker.blocks[-1][1]["least"] == least
+
+
+def test_what_runs_on_the_calling_thread_alone() -> None:
+    def on(kind: Any) -> Target:
+        return Target(runtime="r", name="x", device=Device(kind=kind, model="m", memory_bytes=None), runtime_version="1")
+
+    one = Config.of({"intra_op_num_threads": 1})
+    assert runs_single([on("cpu")], [one, Config.of({"INFERENCE_NUM_THREADS": 1})])
+    assert not runs_single([on("gpu")], [one]) and not runs_single([on("cpu")], [one, Config()])
