@@ -251,6 +251,7 @@ def _figures(runs: Sequence[ReportData]) -> tuple[Row, ...]:
         ),
         Row(name="peak memory", values=_metric(runs, "peak_memory_bytes", fmt.size)),
         Row(name="compile time", values=_metric(runs, "compile_s", fmt.seconds)),
+        Row(name="load from cache", values=_metric(runs, "load_cached_s", fmt.seconds)),
         Row(name="first inference", values=_metric(runs, "first_inference_s", fmt.seconds)),
         Row(name="accuracy", values=tuple(fmt.similarity(number(dig(data.run.summary, *stated))) for data in runs)),
         Row(name="cautions on the plan", values=tuple(_of_plan(data, lambda proof: str(len(proof.cautions))) for data in runs)),

@@ -75,6 +75,7 @@ def key_figures(data: ReportData) -> tuple[Answer, ...]:
         ("Peak memory", "peak_memory_bytes", fmt.size),
         ("Device memory", "peak_device_memory_bytes", fmt.size),
         ("Compile time", "compile_s", fmt.seconds),
+        ("Load from cache", "load_cached_s", fmt.seconds),
         ("First inference", "first_inference_s", fmt.seconds),
     ):
         value = metrics.get(metric)

@@ -387,7 +387,7 @@ def expected(plan: Entrant) -> dict[str, Number]:
     low, high = interval_s(plan)
     count = len(plan.confirmed.timed_s)
     found = {"median_s": Number(value=call_s(plan), low=low, high=high, source="measured", samples=count)}
-    for name in ("p99_s", "throughput_per_s", "peak_memory_bytes", "compile_s", "first_inference_s"):
+    for name in ("p99_s", "throughput_per_s", "peak_memory_bytes", "compile_s", "load_cached_s", "first_inference_s"):
         if name in plan.metrics:
             found[name] = Number(value=plan.metrics[name], source="measured", samples=count if name == "throughput_per_s" else 0)
     return found

@@ -34,6 +34,7 @@ _SWITCH_S = 0.03  # between two workers: until the one before has stopped spinni
 Metric = Callable[[Sequence[Path], Sequence[Path | None], Sequence[Path]], float]  # samples, extras, outputs
 TAIL_SAMPLES = 500  # below this a 99th percentile is not given
 TAIL_S = 3.0
+_LOAD_AGAIN_S = 5.0  # the proof may take 30 s: what loads slower is not loaded again to see what a cache saves
 TAIL_ASKED_S = 40.0  # when a constraint asks for it
 
 
@@ -314,7 +315,26 @@ class Prover:
             beside = self._proof.best_baseline
             if beside is not None and beside is not plan:
                 self._count_energy(beside)
+            self._load_again(plan)
             self._proof.absent |= plan.absent | absent(_targets_of(plan), plan.metrics)
+
+    def _load_again(self, plan: Entrant) -> None:
+        """Measure how long the plan takes to load once its compiled stages are in the engine's cache. What goes wrong costs this figure."""
+        assert plan.worker is not None
+        if plan.metrics["load_s"] > _LOAD_AGAIN_S:
+            plan.absent["load from cache"] = f"loading takes {plan.metrics['load_s']:.0f} s, and that twice more"
+            return
+        self._tell("loading the plan from the cache of compiled stages", None)
+        try:
+            answer = plan.worker.call("load_cached", limit_s=2 * compile_limit_s(), bundle=str(plan.bundle))
+        except (WorkerDied, AivmmError) as error:
+            plan.absent["load from cache"] = str(error)
+            return
+        if answer["found"]:
+            plan.metrics["load_cached_s"] = answer["load_s"]
+        else:
+            targets = ", ".join(sorted(map(str, _targets_of(plan))))
+            plan.absent["load from cache"] = "; ".join(answer["problems"]) or f"nothing compiled for {targets} can be kept"
 
     def _count_energy(self, entrant: Entrant) -> bool:
         """Count the energy of one sample, where a counter tells. False when it died of it."""

@@ -76,6 +76,16 @@ def test_the_measured_numbers_agree_with_each_other(tuned: Tuned) -> None:
     assert measured["p99_s"] is None or measured["p99_s"] >= measured["median_s"] * 0.5
 
 
+def test_loading_from_the_cache_is_measured_shown_and_kept(tuned: Tuned) -> None:
+    measured = tuned.summary["measured"]
+    assert 0 < measured["load_cached_s"] < 60 and "load from cache" not in measured["not_measured"]
+    assert "Load from cache" in (tuned.plan / "report.html").read_text(encoding="utf-8")
+    with Database.open(tuned.place.db) as database:
+        run_id = database.runs()[-1].id
+        kept = [each.metrics["load_cached_s"] for each in database.proofs(run_id) if "load_cached_s" in each.metrics]
+    assert kept == [measured["load_cached_s"]]
+
+
 def test_the_certificate_is_in_json_plan_and_report_alike(tuned: Tuned) -> None:
     found = tuned.summary["certificate"]
     assert found["objective_s"] == tuned.summary["predicted"]["median_s"]
