@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aivmm.errors import Infeasible
+from aivmm.errors import Infeasible, UsageError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,7 +71,7 @@ def evidence(db: str | Path | None = None, **filters: Any) -> pd.DataFrame:
 
 
 def tune(
-    model: str | Path,
+    model: str | Path | Sequence[str | Path],
     *,
     output: str | Path | None = None,
     db: str | Path | None = None,
@@ -80,8 +80,9 @@ def tune(
     targets: str | Sequence[str] = (),
     precisions: str | Sequence[str] = (),
     batches: Sequence[int] = (),
-    shapes: Mapping[str, Sequence[int]] | None = None,
-    dims: Mapping[str, int] | None = None,
+    shapes: Mapping[str, Sequence[int] | Sequence[Sequence[int]]] | None = None,
+    dims: Mapping[str, int | Sequence[int]] | None = None,
+    workload: str | Path | None = None,
     inputs: str | Path | None = None,
     dataset: str | Path | None = None,
     metric: str | None = None,
@@ -98,19 +99,27 @@ def tune(
 ) -> TuneResult:
     """Find, prove and save the best plan for `model` on this machine; the options are those of `aivmm tune`.
 
+    Lists in `shapes` and `dims` ask for a plan for each, several models with `workload` (a file) for a division of the machine; then
+    `result.load()` gives what `load_plan` says of such bundles.
+
     Raises:
         AivmmError: something the caller can fix: the model, an option, the database, the output folder.
         Infeasible: no plan meets the constraints; the message says which binds and what comes nearest. The report is written all the same.
     """
     from aivmm.planner.levels import goal
     from aivmm.result import TuneResult
+    from aivmm.tuner import entry
+    from aivmm.tuner.many import ManyOutcome
     from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions
     from aivmm.tuner.progress import make_progress
-    from aivmm.tuner.session import Session, TuneOutcome
 
+    models = [str(model)] if isinstance(model, str | Path) else [str(each) for each in model]
+    if not models:
+        raise UsageError("no model is given", advice="give the path of one")
+    each_shape = entry.listed(shapes or {}, dims or {})
     objective, limits = goal(service_level, objective, (constraints,) if isinstance(constraints, str) else tuple(constraints))
     options = TuneOptions(
-        model=str(model),
+        model=models[0],
         output=None if output is None else Path(output),
         db=None if db is None else str(db),
         objective=objective,
@@ -118,8 +127,8 @@ def tune(
         targets=(targets,) if isinstance(targets, str) else tuple(targets),
         precisions=(precisions,) if isinstance(precisions, str) else tuple(precisions),
         batches=tuple(sorted(set(batches))),
-        shapes={name: tuple(shape) for name, shape in (shapes or {}).items()},
-        dims=dict(dims or {}),
+        shapes=each_shape[0].shapes,
+        dims=each_shape[0].dims,
         inputs=None if inputs is None else Path(inputs),
         dataset=None if dataset is None else str(dataset),
         metric=metric,
@@ -135,17 +144,19 @@ def tune(
     )
     progress = make_progress(quiet=quiet)
     try:
-        outcome = Session(options, progress, command=f"aivmm.tune({str(model)!r})").run()
+        file = None if workload is None else Path(workload)
+        outcome = entry.run(options, each_shape, models, file, progress, command=f"aivmm.tune({', '.join(map(repr, models))})")
     finally:
         progress.close()
-    assert isinstance(outcome, TuneOutcome)
+    assert not isinstance(outcome, dict)  # what a dry run gives
     if outcome.plan_path is None:
         raise Infeasible(str(outcome.summary["verdict"]), advice=f"see {outcome.report_path}")
+    first = outcome.outcomes[0] if isinstance(outcome, ManyOutcome) else outcome
     return TuneResult(
         plan_path=outcome.plan_path,
         report_path=outcome.report_path,
-        run_id=outcome.run.id,
-        database=outcome.database,
+        run_id=first.run.id,
+        database=first.database,
         summary=outcome.summary,
         _db=options.db,
     )

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from aivmm.runtime.engine import Engine
+    from aivmm.runtime.many import Engines, ShapedEngine
     from aivmm.runtime.plan import Plan
 
 
@@ -41,7 +42,7 @@ class TuneResult:
     @property
     def baselines(self) -> Sequence[Mapping[str, Any]]:
         """What a user would have run otherwise: name, median_s, ci95_s, ratio_to_plan, eligible, verdict, ..."""
-        return list(self.summary["baselines"])
+        return list(self.summary.get("baselines", ()))  # of several plans each has its own, in the summary
 
     @property
     def evidence(self) -> pd.DataFrame:
@@ -52,15 +53,19 @@ class TuneResult:
         with Database.open(self._db) as database:
             return evidence(database, run_id=self.run_id)
 
-    def load(self) -> Engine:
-        """Load the plan and return a running engine."""
-        from aivmm.runtime.engine import Engine
+    def load(self) -> Engine | ShapedEngine | Engines:
+        """Load the plan and return a running engine, as `load_plan` does."""
+        from aivmm.runtime.many import load
 
-        return Engine.load(self.plan_path)
+        return load(self.plan_path)
 
     def _repr_html_(self) -> str:
+        from html import escape
+
         from aivmm.reports.notebook import notebook
 
+        if "kind" in self.summary:
+            return f"<p>{escape(self.verdict)}</p>"
         return notebook(self.summary, str(self.report_path))
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from aivmm.errors import AivmmError, Infeasible, UsageError
+from aivmm.errors import AivmmError, Infeasible
 from aivmm.planner.levels import goal
 from aivmm.probes.client import WorkerDied
 from aivmm.runtime.target import Target
@@ -156,8 +156,6 @@ def tune(
     if models == ["demo:"]:
         _list_demos(as_json)
         return
-    if workload is None and len(models) > 1:
-        raise UsageError(f"{len(models)} models are given", advice="tune one by one, or say with --workload FILE what each is to reach")
     objective, constraints = goal(service_level, objective, tuple(constraint or ()))
     each_shape = wanted(parse_shape_lists(shape or ()), parse_dim_lists(dim or ()))
     options = TuneOptions(
@@ -186,27 +184,15 @@ def tune(
         dry_run=dry_run,
         backends=tuple(backend or ()),
     )
-    from aivmm.tuner.buckets import BucketTuner
+    from aivmm.tuner import entry
     from aivmm.tuner.many import ManyOutcome
     from aivmm.tuner.progress import make_progress
-    from aivmm.tuner.served import WorkloadTuner, require_alone
-    from aivmm.tuner.session import Session, TuneOutcome
-    from aivmm.tuner.workload_file import read_workload
+    from aivmm.tuner.session import TuneOutcome
 
     progress = make_progress(quiet=quiet)
     command = _command(context.obj)
-    outcome: TuneOutcome | ManyOutcome | dict[str, Any]
     try:
-        if workload is not None:
-            require_alone(options, each_shape)
-            wishes, notes = read_workload(workload, models)
-            for note in notes:
-                progress.note(note)
-            outcome = WorkloadTuner(options, wishes, progress, command=command, notes=list(notes)).run()
-        elif len(each_shape) > 1:
-            outcome = BucketTuner(options, each_shape, progress, command=command).run()
-        else:
-            outcome = Session(options, progress, command=command).run()
+        outcome = entry.run(options, each_shape, models, workload, progress, command=command)
     finally:
         progress.close()
     if isinstance(outcome, ManyOutcome):

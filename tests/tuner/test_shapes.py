@@ -20,6 +20,7 @@ from aivmm.runtime.family import Bucket, Dimension
 from aivmm.runtime.many import ShapedEngine
 from aivmm.runtime.target import Target
 from aivmm.tensors import TensorSpec
+from aivmm.tuner import entry
 from aivmm.tuner.buckets import reference_first
 from aivmm.tuner.padding import PaddingCheck, Paddings, dimensions_of
 from aivmm.tuner.shapes import doublings, parse_dim_lists, parse_shape_lists, wanted
@@ -288,3 +289,13 @@ def test_samples_of_one_shape_do_not_serve_several(place: Place, in_process: Cal
     done = in_process(place, "tune", "tokens.onnx", "--dim", "rows=4,16", "--inputs", "s.npz", "-q")
     assert done.code == 2
     assert done.error_lines == ["aivmm: samples have one shape, and several are asked for; leave them away, or tune one shape"]
+
+
+def test_python_lists_are_what_the_command_line_lists() -> None:
+    found = entry.listed({"x": [1, 3, 8, 8], "y": [(1, 2), (1, 4)]}, {"n": 5, "m": [8, 1]})
+    text = wanted(parse_shape_lists(["x=1x3x8x8", "y=1x2,1x4"]), parse_dim_lists(["n=5", "m=1,8"]))
+    assert found == text
+    assert entry.listed({}, {}) == wanted({}, {})
+    for shapes, dims in (({}, {"n": [4, 4]}), ({}, {"n": []}), ({"x": [(1,), (1,)]}, {})):
+        with pytest.raises(UsageError, match="each once"):
+            entry.listed(shapes, dims)

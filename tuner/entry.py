@@ -1,0 +1,58 @@
+"""One way in for the command line and for Python: a tuning of one model, of one at several shapes, or of several models at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aivmm.errors import UsageError
+from aivmm.tuner.many import ManyOutcome
+from aivmm.tuner.options import TuneOptions
+from aivmm.tuner.progress import Progress
+from aivmm.tuner.session import Session, TuneOutcome
+from aivmm.tuner.shapes import Shape, Wanted, wanted
+
+
+def run(
+    options: TuneOptions, shapes: Sequence[Wanted], models: Sequence[str], workload: Path | None, progress: Progress, *, command: str
+) -> TuneOutcome | ManyOutcome | dict[str, Any]:
+    """Tune what is asked for; `options.model` is the first of `models`. With `dry_run` return what would be measured.
+
+    Raises:
+        AivmmError: what the user can fix.
+    """
+    if workload is not None:
+        from aivmm.tuner.served import WorkloadTuner, require_alone
+        from aivmm.tuner.workload_file import read_workload
+
+        require_alone(options, shapes)
+        wishes, notes = read_workload(workload, models)
+        for note in notes:
+            progress.note(note)
+        return WorkloadTuner(options, wishes, progress, command=command, notes=list(notes)).run()
+    if len(models) > 1:
+        advice = "tune one by one, or say with --workload FILE what each is to reach"
+        raise UsageError(f"{len(models)} models are given", advice=advice)
+    if len(shapes) > 1:
+        from aivmm.tuner.buckets import BucketTuner
+
+        return BucketTuner(options, shapes, progress, command=command).run()
+    return Session(options, progress, command=command).run()
+
+
+def listed(shapes: Mapping[str, Sequence[int] | Sequence[Sequence[int]]], dims: Mapping[str, int | Sequence[int]]) -> tuple[Wanted, ...]:
+    """Return each shape that is wanted, where a shape or an extent may be one or a list of them.
+
+    Raises:
+        UsageError: see `wanted`; or an extent or a shape is listed twice.
+    """
+    extents = {name: (each,) if isinstance(each, int) else tuple(sorted(each)) for name, each in dims.items()}
+    several: dict[str, tuple[Shape, ...]] = {}
+    for name, each in shapes.items():
+        found = [tuple(one) for one in each if not isinstance(one, int)]
+        several[name] = tuple(found) if found else (tuple(one for one in each if isinstance(one, int)),)
+    for name, values in (*extents.items(), *several.items()):
+        if not values or len(set(values)) < len(values):
+            raise UsageError(f"{name!r} lists {list(values)!r}", advice="give at least one, and each once")
+    return wanted(several, extents)
