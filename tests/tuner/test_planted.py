@@ -119,7 +119,7 @@ def test_a_block_whose_time_is_known_from_another_model_is_checked_for_its_own_w
     assert "gave wrong numbers" not in tune(place, harmless, *CUT).err
     again = tune(place, saturating, *CUT)
     assert again.json["probes"]["reused"] > 0
-    assert "(DequantizeLinear, QLinearAdd) is not placed on openvino:CPU: it gave wrong numbers" in again.err
+    assert re.search(r"\([^)]*QLinearAdd\) is not placed on openvino:CPU: it gave wrong numbers", again.err), again.err
 
 
 def proofs(place: Place) -> dict[str, ProofRecord]:
