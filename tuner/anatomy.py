@@ -36,7 +36,7 @@ _EVALUATED_FLOPS = 1e8  # a second or so in ONNX's own evaluator
 # Relative L2 of a part against the trusted chain: beyond it the runtime computes something else. In fp32 two CPU runtimes differ by 5e-5 at
 # most over 2197 cuts of 16 models (benchmarks/results/cuts.md); accelerators may multiply in TF32, and quantised kernels round elsewhere.
 _TOLERANCE, _LOOSE = 1e-3, 1e-2
-_QUANTISED = ("Quantize", "Quant", "QLinear", "QGemm", "Integer")
+_QUANTISED = ("quant", "qlinear", "qgemm", "integer", "nbits")  # in operators' names, in small letters
 WRONG = "gave wrong numbers"  # how the reason of a verdict on numbers begins
 NOT_CHECKED = "its numbers were not checked: the budget was out"
 Tell = Callable[[str, int, int], None]
@@ -283,7 +283,7 @@ class Anatomist:
 
 def tolerance(target: Target, op_types: Iterable[str]) -> float:
     """Return how far (relative L2) the outputs of a part of these operators may be from the trusted ones on a target, in fp32."""
-    quantised = any(word in op_type for op_type in op_types for word in _QUANTISED)
+    quantised = any(word in op_type.lower() for op_type in op_types for word in _QUANTISED)
     return _LOOSE if quantised or target.device.kind != "cpu" else _TOLERANCE
 
 

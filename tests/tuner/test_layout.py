@@ -20,10 +20,10 @@ from aivmm.models.records import Structure
 from aivmm.models.slice import Slicer
 from aivmm.planner.candidates import Draft, Piece
 from aivmm.probes.lab import Lab
-from aivmm.probes.operations import save_arrays
+from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Target
-from aivmm.tuner.anatomy import answers
+from aivmm.tuner.anatomy import answers, evaluator, tolerance, trusted_for, wrong_numbers
 from aivmm.tuner.emit import Emitter
 from aivmm.tuner.layout import cut_as_asked
 from aivmm.tuner.miscalculations import Miscalculations
@@ -117,6 +117,31 @@ def test_what_is_wrong_in_one_branch_is_found_to_the_node(
     gave_up = again.within(block, inputs, "gave wrong numbers")
     again.close()
     assert again.trials == 0 and (gave_up[0].first, gave_up[-1].last) == (block.first, block.last)
+
+
+def test_what_only_one_runtime_takes_is_held_against_the_evaluator_of_onnx(tmp_path: Path, lab: Lab, targets: dict[str, Target]) -> None:
+    path, structure = prepared("refused_by_onnxruntime", tmp_path)
+    structure = cut_as_asked(structure, path, ["Max"])
+    block = next(each for each in structure.blocks if "Max" in each.op_types)
+    inputs, outputs = tmp_path / "inputs.npz", tmp_path / "outputs.npz"
+    steps = normal(1, 16, 16, 16) * 100
+    save_arrays(inputs, {block.inputs[0].name: steps.astype(np.int16)})
+    with Slicer(PreparedGraph(path, pieces=structure.pieces)) as slicer:
+        part = slicer.write(block.first, block.last, tmp_path / "part.onnx").path
+    order = [targets[ONNXRUNTIME], targets[OPENVINO]]
+    assert trusted_for(block, order) == [order[0], evaluator(), order[1]]
+    assert trusted_for(replace(block, flops=1e12), order) == order  # the evaluator would take minutes
+    assert not answers(lab, part, order[0], inputs, outputs)
+    assert answers(lab, part, evaluator(), inputs, outputs)
+    assert np.array_equal(load_arrays(str(outputs))[block.outputs[0].name], np.maximum(steps.astype(np.int16), 8))
+
+
+def test_numbers_may_differ_by_more_where_kernels_round_elsewhere(targets: dict[str, Target]) -> None:
+    cpu = targets[OPENVINO]
+    assert tolerance(cpu, ["Conv", "Relu"]) == 1e-3
+    assert tolerance(cpu, ["Conv", "DequantizeLinear"]) == tolerance(cpu, ["QLinearConv"]) == 1e-2
+    assert tolerance(replace(cpu, device=replace(cpu.device, kind="gpu")), ["Conv"]) == 1e-2
+    assert wrong_numbers("", 2e-3, 1e-3) and not wrong_numbers("", 2e-3, 1e-2) and wrong_numbers("not finite", 0.0, 1e-2)
 
 
 def test_a_layout_is_found_again_only_for_the_model_that_it_was_made_for(tmp_path: Path) -> None:

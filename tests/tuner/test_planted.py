@@ -174,6 +174,8 @@ def test_what_no_runtime_takes_whole_is_shared_out_and_nothing_is_said_to_be_fas
     assert is_right(place, "both.aivmm", model, {"x": x}, wanted)
     again = tune(place, model, "-o", "both.aivmm")
     assert again.json["probes"]["measured"] == 0 and "looking for what" not in again.err
+    alone = place.aivmm("tune", model, "--targets", "onnxruntime:CPU", "--budget", "4s")
+    assert alone.code == 2 and "onnxruntime:CPU does not take refused_by_both" in alone.err and "allow another target" in alone.err
 
 
 @pytest.mark.slow
