@@ -87,21 +87,22 @@ def certify(
     *,
     objective: str,
     boundaries_s: float = 0.0,
+    call_s: float = 0.0,
     looked: Look | None,
     among: str,
     why_no_bound: str = "",
 ) -> Certificate:
-    """Return the certificate of a plan whose segments are expected to take `parts`, and its boundaries `boundaries_s`.
+    """Return the certificate of a plan whose segments are expected to take `parts`, its boundaries `boundaries_s`, and any call `call_s`.
 
     `looked` is the search among the placements that `among` names; without one there is no bound.
     """
     whole = total(parts)
-    factor = (whole.seconds + boundaries_s) / whole.seconds
+    factor = (whole.seconds + boundaries_s + call_s) / whole.seconds
     low, high = whole.interval_s
     bound = {}
     if looked is not None:
         bound = {
-            "bound_s": min(looked.bound_s, whole.seconds * factor),
+            "bound_s": min(looked.bound_s + call_s, whole.seconds * factor),
             "proven": looked.proven,
             "segments_measured": looked.probes,
             "segments_possible": looked.possible,

@@ -289,7 +289,8 @@ def load_cached(state: State, *, bundle: str) -> dict[str, Any]:
 def stages(state: State, *, name: str, inputs: str, seconds: float) -> dict[str, Any]:
     """Time each stage of a loaded bundle in its place, for `seconds` in all, and then alone, on the buffers that the engine has bound.
 
-    Returns `stages`, each with `placed` and `alone`: durations in seconds. In its place a stage finds the caches as its neighbours left
+    Returns `stages`, each with `placed` and `alone`: durations in seconds, and `called`, those of calling the engine as a user does. In its
+    place a stage finds the caches as its neighbours left
     them, and what it takes includes taking over what they made.
     """
     runner = state.runners[name]
@@ -305,7 +306,8 @@ def stages(state: State, *, name: str, inputs: str, seconds: float) -> dict[str,
         [each / 1e9 for each in stage.recent_ns()[-(stage.count - before) :]] for stage, before in zip(lane.clocks, counts, strict=True)
     ]
     alone = [time_steps([run], seconds=seconds / len(placed), least=5, settle=3, each=True).durations for run in lane.runs]
-    return {"stages": [{"placed": one, "alone": other} for one, other in zip(placed, alone, strict=True)]}
+    called = time_steps(runner.steps, seconds=seconds / 2, least=5, settle=1, each=True).durations
+    return {"stages": [{"placed": one, "alone": other} for one, other in zip(placed, alone, strict=True)], "called": called}
 
 
 def outputs(state: State, *, name: str, inputs: str, destination: str) -> dict[str, Any]:

@@ -149,6 +149,10 @@ class Decider:
         outcome = self.explorer.outcome(self.explorer.measurer.reference)
         return outcome.median_s if isinstance(outcome, Score | Rejection) else None
 
+    def _engine_s(self) -> float:
+        """Return what calling the engine adds to any plan and to the reference: the search runs executables, the proof runs engines."""
+        return self._cutter.engine_s if self._cutter else 0.0
+
     def _expected(self, candidate: Candidate, score: Score) -> Estimate:
         """Return what one call of a candidate takes where the reference takes what it took in the search: races are minutes apart."""
         reference_s, reference = self._reference_s(), self.explorer.measurer.reference
@@ -225,13 +229,13 @@ class Decider:
         reference = next((each.name for each, candidate in self.explorer.baselines if candidate == self.explorer.measurer.reference), None)
         if proof.plan is None or found is None:
             return {"median_s": None, "interval_s": None, "source": None, "reference": reference, "ratio_to_reference": None}
-        callers, reference_s = proof.plan.draft.callers, self._reference_s()
+        callers, reference_s, engine_s = proof.plan.draft.callers, self._reference_s(), self._engine_s()
         return {
-            "median_s": found.seconds * callers,
-            "interval_s": [each * callers for each in found.interval_s],
+            "median_s": found.seconds * callers + engine_s,
+            "interval_s": [each * callers + engine_s for each in found.interval_s],
             "source": found.source,
             "reference": reference,
-            "ratio_to_reference": found.seconds * callers / reference_s if reference_s else None,
+            "ratio_to_reference": (found.seconds * callers + engine_s) / (reference_s + engine_s) if reference_s else None,
         }
 
     def note_predictions(self, proof: Proof) -> None:
@@ -246,7 +250,7 @@ class Decider:
                 continue
             cut = self._cut_plans.get(each.draft.name)
             each.metrics |= {
-                "predicted_ratio": found.seconds / reference_s,
+                "predicted_ratio": (found.seconds + self._engine_s()) / (reference_s + self._engine_s()),
                 "predicted_sigma": found.sigma,
                 "predicted_measured": shares(cut.parts if cut else [found]).get("measured", 0.0),
             }
@@ -279,6 +283,7 @@ class Decider:
             parts,
             objective=objective,
             boundaries_s=max(0.0, boundaries_s),
+            call_s=self._engine_s(),
             looked=looked if plain else None,
             among=among,
             why_no_bound=why,

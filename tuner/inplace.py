@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -30,7 +30,7 @@ class InPlace:
     """One segment of a cut plan: what it takes between its neighbours, hand-over included, and what it takes alone.
 
     `ratio` is its time in its place over that of the reference executable, measured in turn with it, and `sigma` the standard error of the
-    ratio's logarithm; None where there was no reference.
+    ratio's logarithm; None where there was no reference. `engine_s` is what a call of the engine takes beyond all of the chain's segments.
     """
 
     piece: Piece
@@ -38,6 +38,7 @@ class InPlace:
     alone: Samples
     ratio: float | None = None
     sigma: float = 0.0
+    engine_s: float = 0.0
 
     @property
     def span(self) -> Span:
@@ -51,13 +52,14 @@ class InPlace:
 
     def metrics(self) -> dict[str, float]:
         """Return what is stored beside the samples in its place; see `recalled`."""
-        return {} if self.ratio is None else {"reference_ratio": self.ratio, "reference_sigma": self.sigma}
+        beside = {} if self.ratio is None else {"reference_ratio": self.ratio, "reference_sigma": self.sigma}
+        return {**beside, "engine_s": self.engine_s}
 
     @classmethod
     def recalled(cls, piece: Piece, placed: Samples, alone: Samples, metrics: Mapping[str, float]) -> InPlace:
         """Return what was stored."""
         ratio, sigma = metrics.get("reference_ratio"), metrics.get("reference_sigma", 0.0)
-        return cls(piece=piece, placed=placed, alone=alone, ratio=ratio, sigma=sigma)
+        return cls(piece=piece, placed=placed, alone=alone, ratio=ratio, sigma=sigma, engine_s=metrics.get("engine_s", 0.0))
 
     @staticmethod
     def keys(index: int, draft: Draft, structures: Sequence[str], reference: str = "") -> tuple[ProbeKey, ProbeKey]:
@@ -103,6 +105,7 @@ def probe_in_place(
     `expected` outputs are given, what is too far from them is a reason too.
     """
     rounds: list[tuple[list[dict[str, Any]], float | None]] = []
+    beyond: list[float] = []
     with Worker("segments in place") as worker:
         try:
             loaded = worker.call(
@@ -129,11 +132,16 @@ def probe_in_place(
                         )
                         beside = median(timed["durations"])
                 rounds.append((answer["stages"], beside))
+                beyond.append(median(answer["called"]) - sum(median(each["placed"]) for each in answer["stages"]))
         except WorkerDied as died:
             return died.reason
         except AivmmError as error:
             return error.message
-    return [_of_rounds(piece, [(stages[index], beside) for stages, beside in rounds]) for index, piece in enumerate(draft.pieces)]
+    engine_s = max(0.0, median(beyond))
+    return [
+        replace(_of_rounds(piece, [(stages[index], beside) for stages, beside in rounds]), engine_s=engine_s)
+        for index, piece in enumerate(draft.pieces)
+    ]
 
 
 def _problem(loaded: Mapping[str, Any], cosine_limit: float | None) -> str:

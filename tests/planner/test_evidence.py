@@ -134,6 +134,11 @@ def test_a_certificate_says_in_words_what_it_holds_in_numbers() -> None:
     assert found.as_json()["sentence"] == found.sentence and sum(found.as_json()["rests_on"].values()) == pytest.approx(1)
 
 
+def test_what_any_call_costs_is_in_the_objective_and_in_the_bound() -> None:
+    found = certify([known(MS)], objective="latency", call_s=0.5 * MS, looked=looked(MS, 0.9 * MS), among="placements")
+    assert found.objective_s == pytest.approx(1.5 * MS) and found.bound_s == pytest.approx(1.4 * MS)
+
+
 def test_a_certificate_without_a_bound_says_why() -> None:
     found = certify([known(MS)], objective="latency", looked=None, among="", why_no_bound="the model has one block")
     assert found.bound_s is None and found.gap is None

@@ -38,6 +38,9 @@ def test_each_segment_is_timed_between_its_neighbours_and_alone(tmp_path: Path, 
     assert [each.span for each in found] == [(0, 1, OPENVINO), (2, 3, ONNXRUNTIME)]
     assert all(len(each.placed.timed_s) >= 5 and len(each.alone.timed_s) >= 5 for each in found)
     assert all(f"blocks {each.piece.first} to {each.piece.last} on {each.piece.target}" in str(each) for each in found)
+    assert found[0].engine_s == found[1].engine_s >= 0
+    again = InPlace.recalled(found[0].piece, found[0].placed, found[0].alone, found[0].metrics())
+    assert again == found[0]
     assert found[0].difference == pytest.approx(found[0].placed.median_s / found[0].alone.median_s - 1)
 
 
