@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aivmm.errors import AivmmError, BundleError, DatabaseError, Infeasible, ModelError, Unsupported, UsageError
-    from aivmm.face import devices, evidence, load_plan, tune
+    from aivmm.face import deploy, devices, evidence, load_plan, tune
     from aivmm.result import TuneResult
     from aivmm.runtime.engine import Engine
     from aivmm.runtime.many import Engines, ShapedEngine
@@ -38,6 +38,7 @@ _HOMES = {
     "TuneResult": "result",
     "Unsupported": "errors",
     "UsageError": "errors",
+    "deploy": "face",
     "devices": "face",
     "evidence": "face",
     "load_plan": "face",
@@ -57,6 +58,7 @@ __all__ = [
     "Unsupported",
     "UsageError",
     "__version__",
+    "deploy",
     "devices",
     "evidence",
     "load_plan",

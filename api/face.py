@@ -54,6 +54,91 @@ def load_plan(
     return engine
 
 
+def deploy(
+    model: str | Path,
+    *,
+    constraints: str | Sequence[str] = (),
+    objective: str | None = None,
+    service_level: str | None = None,
+    targets: str | Sequence[str] = (),
+    precisions: str | Sequence[str] = (),
+    batches: Sequence[int] = (),
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    dims: Mapping[str, int] | None = None,
+    inputs: str | Path | None = None,
+    dataset: str | Path | None = None,
+    metric: str | None = None,
+    budget_s: float | None = None,
+    trials: int | None = None,
+    seed: int = 0,
+    db: str | Path | None = None,
+    plan: str | Path | None = None,
+    store: str | Path | None = None,
+    may_tune: bool = True,
+    on_drift: Callable[[Drift], None] | None = None,
+    quiet: bool = False,
+) -> Engine:
+    """Return a running engine for `model`: from a plan that is kept, or else from a new one, which is kept.
+
+    A kept plan is reused when it was made for this very model and these options, on a machine like this one (grade `exact`), and its
+    numbers keep the constraints. Else `aivmm.tune` makes one first, with progress on standard error; `may_tune=False` refuses instead.
+    Plans are kept below `store`, by default in the user's data folder; `plan` names one bundle to use, and to write, instead. Where a
+    target fails to compile, the plan's fallbacks are tried, and then what a tuning finds on the targets that are left.
+
+        with aivmm.deploy("model.onnx", constraints="latency<100ms") as engine:
+            outputs = engine.run({"input": array})
+
+    Raises:
+        AivmmError: as `aivmm.tune`; or no kept plan fits and none may be made.
+        Infeasible: no plan meets the constraints.
+    """
+    from aivmm.deployment import Deployment, content_of, run
+    from aivmm.planner.levels import goal
+
+    objective, limits = goal(service_level, objective, (constraints,) if isinstance(constraints, str) else tuple(constraints))
+    options = {
+        "precisions": (precisions,) if isinstance(precisions, str) else tuple(precisions),
+        "batches": tuple(sorted(set(batches))),
+        "shapes": {name: tuple(shape) for name, shape in (shapes or {}).items()},
+        "dims": dict(dims or {}),
+        "inputs": None if inputs is None else content_of(str(inputs)),
+        "dataset": None if dataset is None else content_of(str(dataset)),
+        "metric": metric,
+    }
+    deployment = Deployment(
+        model=str(model),
+        objective=objective,
+        constraints=limits,
+        targets=(targets,) if isinstance(targets, str) else tuple(targets),
+        plan=None if plan is None else Path(plan),
+        store=None if store is None else Path(store),
+        options=options,
+    )
+
+    def make(*, output: Path, targets: Sequence[str]) -> TuneResult:
+        return tune(
+            model,
+            output=output,
+            targets=targets,
+            objective=objective,
+            constraints=limits,
+            precisions=precisions,
+            batches=batches,
+            shapes=shapes,
+            dims=dims,
+            inputs=inputs,
+            dataset=dataset,
+            metric=metric,
+            budget_s=budget_s,
+            trials=trials,
+            seed=seed,
+            db=db,
+            quiet=quiet,
+        )
+
+    return run(deployment, tune=make if may_tune else None, on_drift=on_drift)
+
+
 def devices() -> tuple[Target, ...]:
     """Return every target that runs on this machine, proved by a trial in a worker process."""
     from aivmm.tuner.inventory import find_devices

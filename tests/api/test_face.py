@@ -96,6 +96,7 @@ def test_the_public_names_are_these() -> None:
         "Unsupported",
         "UsageError",
         "__version__",
+        "deploy",
         "devices",
         "evidence",
         "load_plan",

@@ -38,13 +38,14 @@ def load_mutated(sound: Path, folder: Path, first: int, count: int) -> list[dict
         arguments = [sys.executable, "-m", "tests.runtime.loading_strangers", sound, folder / "room", at, first + count - at]
         places = {"TMPDIR": str(folder / "tmp"), "AIVMM_CACHE": str(folder / "tmp" / "cache"), "HOME": str(folder / "nowhere")}
         environment = {**os.environ, **places, "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(list(map(str, arguments)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600)
-        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        done = subprocess.run(list(map(str, arguments)), cwd=ROOT, env=environment, capture_output=True, timeout=3600)
+        out, err = (each.decode(errors="replace") for each in (done.stdout, done.stderr))  # runtimes print names as they find them
+        lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
         results += [each for each in lines if "said" in each]
         if done.returncode == 0:
             break
-        assert lines, done.stderr
-        results.append({**lines[-1], "said": f"ended the process: {done.returncode} {done.stderr[-500:]}", "found": [], "left": []})
+        assert lines, err
+        results.append({**lines[-1], "said": f"ended the process: {done.returncode} {err[-500:]}", "found": [], "left": []})
         at = lines[-1]["seed"] + 1
     return results
 

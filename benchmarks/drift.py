@@ -1,0 +1,133 @@
+"""The drift monitor on a real engine: no event while the machine is idle, one when another process takes a share of the cores.
+
+    python -m benchmarks.drift [--minutes 10] [--trials 10] [--json FILE]
+
+Idle: a small model runs on one pinned core for so many minutes, and events are counted. Shared: in each trial a process at lower priority
+is let loose on that core after a baseline (by SIGCONT), and the calls until the event are counted. Its priority is the one of a few at which
+the mean of calls grows most nearly by 30 %. Cost: what feeding the monitor takes a call. Run it where nothing else runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+
+import aivmm
+from aivmm.runtime.drift import BLOCK, Drift, DriftMonitor
+from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, normal
+
+WIDTH, ROWS, LAYERS = 768, 64, 8  # some 5 ms on one core
+BASELINE_CALLS, WATCHED_CALLS = 1000, 1500
+NICES = (3, 4, 5, 6, 7)
+
+
+def seconds(engine: aivmm.Engine, inputs: Any, calls: int) -> list[float]:
+    """Return the durations of so many calls."""
+    found = []
+    for _ in range(calls):
+        started = time.perf_counter()
+        engine.run(inputs)
+        found.append(time.perf_counter() - started)
+    return found
+
+
+def neighbour(nice: int) -> subprocess.Popen[bytes]:
+    """Start a process that burns the core at a lower priority, and stop it at once."""
+    process = subprocess.Popen([sys.executable, "-c", f"import os; os.nice({nice})\nwhile True: pass"])
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGSTOP)
+    return process
+
+
+def idle(bundle: Path, inputs: Any, minutes: float) -> dict[str, Any]:
+    """Run for so many minutes, and return the events."""
+    with aivmm.load_plan(bundle) as engine:
+        started, calls = time.perf_counter(), 0
+        while time.perf_counter() - started < 60 * minutes:
+            engine.run(inputs)
+            calls += 1
+        return {"minutes": minutes, "calls": calls, "events": engine.stats()["drift"]["events"]}
+
+
+def shared(bundle: Path, inputs: Any, nice: int) -> dict[str, Any]:
+    """Let a neighbour loose after a baseline, and return after how many calls that was told, and by how much calls grew."""
+    told: list[tuple[int, Drift]] = []
+    calls = 0
+    process = neighbour(nice)
+    try:
+        with aivmm.load_plan(bundle, on_drift=lambda event: told.append((calls, event))) as engine:
+            before = seconds(engine, inputs, BASELINE_CALLS)
+            early = len(told)
+            os.kill(process.pid, signal.SIGCONT)
+            after = []
+            while calls < WATCHED_CALLS:
+                calls += 1
+                after += seconds(engine, inputs, 1)
+    finally:
+        process.kill()
+        process.wait()
+    late = told[early:]
+    return {
+        "nice": nice,
+        "mean_ratio": fmean(after) / fmean(before),
+        "median_ratio": median(after) / median(before),
+        "events_before": early,
+        "events_after": len(late),
+        "calls_until_told": late[0][0] if late else None,
+    }
+
+
+def cost_s() -> float:
+    """Return what feeding the monitor takes a call, in seconds: the least of several means."""
+    monitor = DriftMonitor(None, tell=lambda event: None)
+    rng = np.random.default_rng(0)
+    blocks = [(5e6 * np.exp(rng.normal(0, 0.05, BLOCK))).astype(int).tolist() for _ in range(1000)]
+    best = float("inf")
+    for _ in range(20):
+        started = time.perf_counter()
+        for each in blocks:
+            monitor.add(each)
+        best = min(best, (time.perf_counter() - started) / (len(blocks) * BLOCK))
+    return best
+
+
+def main() -> None:
+    """Measure, print, and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    found: dict[str, Any] = {"system": platform.platform(), "cost_s_per_call": cost_s()}
+    print(f"cost: {found['cost_s_per_call'] * 1e6:.2f} µs a call")
+    with tempfile.TemporaryDirectory() as folder:
+        part = Part(ONNXRUNTIME, settings=(("intra_op_num_threads", 1),))
+        bundle = make_bundle(Path(folder) / "m.aivmm", chain_model(width=WIDTH, rows=ROWS, layers=LAYERS), [part])
+        inputs = {"x": normal(ROWS, WIDTH)}
+        nice = min(NICES, key=lambda each: abs(shared(bundle, inputs, each)["mean_ratio"] - 1.3))
+        found["shared"] = [shared(bundle, inputs, nice) for _ in range(options.trials)]
+        for each in found["shared"]:
+            print(f"neighbour at nice {nice}: mean x {each['mean_ratio']:.2f}, median x {each['median_ratio']:.2f}, "
+                  f"told after {each['calls_until_told']} calls, {each['events_before']} before, {each['events_after']} after")  # fmt: skip
+        found["idle"] = idle(bundle, inputs, options.minutes)
+        print(f"idle: {len(found['idle']['events'])} events in {found['idle']['minutes']:g} minutes, {found['idle']['calls']} calls")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

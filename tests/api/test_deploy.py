@@ -1,0 +1,189 @@
+"""`aivmm.deploy`: which kept plans are reused, and what happens when none is. Plans are real; making one is left out but for one test."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+import aivmm
+from aivmm.deployment import Deployment, run
+from aivmm.errors import BundleError, Unsupported, UsageError
+from aivmm.result import TuneResult
+from aivmm.runtime.bundle import Bundle
+from aivmm.runtime.plan import Accuracy, Number
+from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal
+from tests.tuner.harness import write_tiny
+
+MODEL = chain_model(width=16)
+EXPECTED = {"median_s": Number(value=5e-3, low=4e-3, high=6e-3, source="measured")}
+
+
+class Tuner:
+    """Stands where tuning would be: writes a bundle of the parts that it is given for each time that it is asked."""
+
+    def __init__(self, *parts: Part) -> None:
+        self._parts = list(parts)
+        self.asked: list[tuple[str, ...]] = []
+
+    def __call__(self, *, output: Path, targets: Sequence[str]) -> TuneResult:
+        self.asked.append(tuple(targets))
+        made = make_bundle(output.with_name(f"made-{len(self.asked)}"), MODEL, [self._parts.pop(0)], expected=EXPECTED)
+        shutil.rmtree(output, ignore_errors=True)
+        made.rename(output)
+        return TuneResult(plan_path=output, report_path=output, run_id="", database="", summary={})
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "chain.onnx"
+    path.write_bytes(MODEL.SerializeToString())
+    return path
+
+
+@pytest.fixture
+def asked(model: Path, tmp_path: Path) -> Callable[..., Deployment]:
+    def make(**changes: Any) -> Deployment:
+        given = {"model": str(model), "objective": "latency", "constraints": (), "targets": (), "store": tmp_path / "store"}
+        return Deployment(**{**given, **changes})
+
+    return make
+
+
+def kept(deployment: Deployment, *, target: str = ONNXRUNTIME, change: Callable[[Any], object] = lambda plan: None, **fields: Any) -> Path:
+    deployment.place.parent.mkdir(parents=True, exist_ok=True)
+    bundle = make_bundle(deployment.place, MODEL, [Part(target)], **{"expected": EXPECTED, **fields})
+    plan = json.loads((bundle / "plan.json").read_text())
+    change(plan)
+    (bundle / "plan.json").write_text(json.dumps(plan))
+    return bundle
+
+
+def test_a_kept_plan_is_reused_and_answers(asked: Callable[..., Deployment]) -> None:
+    kept(asked())
+    with run(asked(), tune=None, on_drift=None) as engine:
+        assert engine.run({"x": normal(2, 16)})["y"].shape == (2, 16)
+        assert engine.validity.grade == "exact"
+
+
+def test_reusing_costs_less_than_a_second_beyond_loading(asked: Callable[..., Deployment]) -> None:
+    kept(asked())
+    run(asked(), tune=None, on_drift=None).close()
+    started = time.thread_time()  # of this thread: what others do to the machine is not its fault
+    engine = run(asked(), tune=None, on_drift=None)
+    took = time.thread_time() - started
+    engine.close()
+    assert took < 1.0
+
+
+@pytest.mark.parametrize(
+    ("constraints", "fields"),
+    [
+        (("latency<7ms",), {}),
+        (("latency<1s, targets in (onnxruntime)",), {}),
+        (("p99<20ms",), {"constraints": ["p99<20ms"]}),  # proven by what the plan was made for
+        (("cosine>=0.99",), {"accuracy": Accuracy(metric="cosine", value=0.9999, limit=0.999, data="real", reference="r")}),
+    ],
+)
+def test_a_plan_is_reused_when_its_numbers_keep_the_constraints(
+    asked: Callable[..., Deployment], constraints: tuple[str, ...], fields: dict[str, Any]
+) -> None:
+    kept(asked(), **fields)  # kept for no constraints at all
+    run(asked(constraints=constraints), tune=None, on_drift=None).close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "change", "reason"),
+    [
+        ({"constraints": ("latency<5.5ms",)}, lambda p: None, "latency is 6 ms"),  # by the upper end of its interval
+        ({"constraints": ("p99<1s",)}, lambda p: None, "says nothing of p99"),
+        ({}, lambda p: p.update(objective="throughput"), "made for throughput"),
+        ({}, lambda p: p["model"].update(sha256="0" * 64), "made for another model"),
+        ({}, lambda p: p["environments"][0].update(driver="other"), "proven under other conditions"),
+        ({}, lambda p: p["environments"].clear(), "proven under other conditions"),
+        ({}, lambda p: p["stages"][0].update(target="openvino:GPU.7"), "GPU.7 is not available"),
+        ({}, lambda p: p.update(schema=99), "has schema 99"),
+        ({}, lambda p: p["files"].update({"segments/weights.bin": "0" * 64}), "was changed"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_named_with_the_reason_and_made_anew(
+    asked: Callable[..., Deployment], changes: dict[str, Any], change: Callable[[Any], object], reason: str
+) -> None:
+    path = kept(asked(), change=change)
+    with pytest.raises((UsageError, BundleError), match=reason):
+        run(asked(plan=path, **changes), tune=None, on_drift=None)
+    tuner = Tuner(Part(ONNXRUNTIME))
+    run(asked(**changes), tune=tuner, on_drift=None).close()
+    assert tuner.asked == [()]
+    run(asked(), tune=None, on_drift=None).close()  # what was made is kept
+
+
+def test_only_plans_on_the_targets_that_are_asked_for_are_reused(asked: Callable[..., Deployment]) -> None:
+    path = kept(asked(), target=OPENVINO)
+    run(asked(plan=path, targets=("openvino",)), tune=None, on_drift=None).close()
+    with pytest.raises(UsageError, match="it runs on openvino:CPU; let deploy tune"):
+        run(asked(plan=path, targets=("onnxruntime",)), tune=None, on_drift=None)
+
+
+def test_options_have_plans_of_their_own(asked: Callable[..., Deployment]) -> None:
+    kept(asked(options={"dims": {"seq": 8}}))
+    with pytest.raises(UsageError, match="no kept plan fits"):
+        run(asked(options={"dims": {"seq": 16}}), tune=None, on_drift=None)
+
+
+def test_where_a_target_does_not_start_the_others_are_tuned_for(asked: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aivmm.deployment._targets_here", lambda patterns: [OPENVINO, ONNXRUNTIME])
+    tuner = Tuner(Part(OPENVINO, settings=(("NO_SUCH_SETTING", 1),)), Part(ONNXRUNTIME))
+    with run(asked(), tune=tuner, on_drift=None) as engine:
+        assert engine.stages[0].target == ONNXRUNTIME
+    assert tuner.asked == [(), (ONNXRUNTIME,)]
+
+
+def test_when_no_target_is_left_the_reason_is_given(asked: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aivmm.deployment._targets_here", lambda patterns: [OPENVINO])
+    with pytest.raises(Unsupported, match="NO_SUCH_SETTING"):
+        run(asked(), tune=Tuner(Part(OPENVINO, settings=(("NO_SUCH_SETTING", 1),))), on_drift=None)
+
+
+def test_weights_in_other_files_are_a_part_of_the_model(asked: Callable[..., Deployment], tmp_path: Path) -> None:
+    path = tmp_path / "large.onnx"
+    own = onnx.ModelProto.FromString(MODEL.SerializeToString())  # saving it so changes it
+    onnx.save_model(own, path, save_as_external_data=True, location="large.bin", size_threshold=0)
+    deployment = asked(model=str(path))
+    kept(deployment, change=lambda plan: plan["model"].update(sha256=deployment._sha256_with_weights))
+    run(asked(model=str(path)), tune=None, on_drift=None).close()
+    weights = bytearray((tmp_path / "large.bin").read_bytes())
+    weights[0] ^= 1
+    (tmp_path / "large.bin").write_bytes(weights)
+    with pytest.raises(UsageError, match="made for another model"):
+        run(asked(model=str(path)), tune=None, on_drift=None)
+
+
+@pytest.mark.parametrize("name", ["missing.onnx", "."])
+def test_a_model_that_cannot_be_read_is_one_line(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"cannot be read .*; give the path of an \.onnx file"):
+        aivmm.deploy(tmp_path / name, store=tmp_path / "store", may_tune=False)
+
+
+def test_a_store_that_cannot_be_written_is_named(model: Path) -> None:
+    with pytest.raises(UsageError, match=r"plans cannot be kept in .*; name a folder with store="):
+        aivmm.deploy(model, store="/proc/plans", quiet=True)
+
+
+@pytest.mark.slow
+def test_deploy_tunes_once_and_then_reuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIVMM_CACHE", str(tmp_path / "cache"))
+    model = write_tiny(tmp_path / "tiny.onnx") or tmp_path / "tiny.onnx"
+    given: dict[str, Any] = {"constraints": "latency<10s", "dims": {"side": 16}, "targets": "onnxruntime", "store": tmp_path / "store"}
+    tuning = {"db": tmp_path / "p.db", "budget_s": 5, "trials": 1, "quiet": True}
+    with aivmm.deploy(model, **given, **tuning) as first:
+        made = first.plan.created_at
+    (bundle,) = (tmp_path / "store").glob("*/*.aivmm")
+    with aivmm.deploy(model, **given, may_tune=False) as second, Bundle.open(bundle) as opened:
+        assert second.plan.created_at == made == opened.plan.created_at
