@@ -2,9 +2,9 @@
 
     python -m benchmarks.drift [--minutes 10] [--trials 10] [--json FILE]
 
-Idle: a small model runs on one pinned core for so many minutes, and events are counted. Shared: in each trial a process at lower priority
-is let loose on that core after a baseline (by SIGCONT), and the calls until the event are counted. Its priority is the one of a few at which
-the mean of calls grows most nearly by 30 %. Cost: what feeding the monitor takes a call. Run it where nothing else runs.
+Idle: a small model runs on one pinned core for so many minutes, and events are counted. Shared: in each trial a process at lower
+priority is let loose on that core after a baseline (by SIGCONT), and the calls until the event are counted. Its priority is the one of a
+few at which the mean of calls grows most nearly by 30 %. Cost: what feeding the monitor takes a call. Run it where nothing else runs.
 """
 
 from __future__ import annotations
