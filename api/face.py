@@ -172,6 +172,7 @@ def tune(
     dataset: str | Path | None = None,
     metric: str | None = None,
     service_level: str | None = None,
+    prefer: str | Sequence[str] = (),
     budget_s: float | None = None,
     trials: int | None = None,
     min_segments: int = 1,
@@ -195,19 +196,22 @@ def tune(
     from aivmm.result import TuneResult
     from aivmm.tuner import entry
     from aivmm.tuner.many import ManyOutcome
-    from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions
+    from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions, parse_list
     from aivmm.tuner.progress import make_progress
 
     models = [str(model)] if isinstance(model, str | Path) else [str(each) for each in model]
     if not models:
         raise UsageError("no model is given", advice="give the path of one")
     each_shape = entry.listed(shapes or {}, dims or {})
+    assumed_objective = objective is None and service_level is None
     objective, limits = goal(service_level, objective, (constraints,) if isinstance(constraints, str) else tuple(constraints))
     options = TuneOptions(
         model=models[0],
         output=None if output is None else Path(output),
         db=None if db is None else str(db),
         objective=objective,
+        assumed_objective=assumed_objective,
+        prefer=parse_list((prefer,) if isinstance(prefer, str) else prefer),
         constraints=limits,
         targets=(targets,) if isinstance(targets, str) else tuple(targets),
         precisions=(precisions,) if isinstance(precisions, str) else tuple(precisions),

@@ -69,8 +69,9 @@ def _model(kind: str, rows: int, width: int) -> bytes:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a point comes to: seconds for a batch, and how long each device is busy with it."""
+    """What a point comes to: its segments by target, seconds for a batch, and how long each device is busy with it."""
 
+    segments: tuple[tuple[int, int, int], ...]
     total_s: float
     busy_s: tuple[float, ...]  # by target
 
@@ -183,11 +184,22 @@ class Instance:
         busy = [0.0] * len(self.targets)
         for first, last, on in segments:
             busy[rows[on]] += float(costs[first : last + 1, on].sum())
-        return Plan(total_s=thought_s + sum(self._hidden_s[first] for first, _, _ in segments[1:]), busy_s=tuple(busy))
+        placed = tuple((first, last, rows[on]) for first, last, on in segments)
+        return Plan(segments=placed, total_s=thought_s + sum(self._hidden_s[first] for first, _, _ in segments[1:]), busy_s=tuple(busy))
+
+    def used(self, candidate: Candidate) -> Taking:
+        """Return the targets that have a segment, each with its config: those that might have taken part cost nothing."""
+        on = {self.targets[each[2]] for each in self._plan(candidate).segments}
+        return [each for each in taking_part(candidate) if each[0] in on]
+
+    def runs_as(self, candidate: Candidate) -> str:
+        """Return what is equal for points that come to the same: the placement is known before anything is measured."""
+        used = [(str(target), config.key()) for target, config in self.used(candidate)]
+        return repr((self._plan(candidate).segments, used, candidate.batch, candidate.replicas))
 
     def metrics(self, candidate: Candidate) -> dict[str, float]:
         """Return the truth of a point."""
-        return self._truth(self._plan(candidate), taking_part(candidate), candidate.batch, candidate.replicas)
+        return self._truth(self._plan(candidate), self.used(candidate), candidate.batch, candidate.replicas)
 
     def _truth(self, plan: Plan, taking: Taking, batch: int, copies: int) -> dict[str, float]:
         """Return metrics by the asymptotic bounds of `copies` on shared devices (Lazowska et al. 1984, ch. 5)."""
@@ -200,11 +212,12 @@ class Instance:
         return {"latency": period_s * copies, "throughput": batch / period_s, "memory": copies * (weights * len(taking) + buffers)}
 
     def defaults(self) -> list[Candidate]:
-        """Return what a search begins with: the whole model on each target as it comes, and cut between all of them."""
+        """Return what every way begins with: what a user would run for latency and throughput, and the model cut between all targets."""
         plain = tuple((target, Config(precision="fp32")) for target in self.targets)
         every = Policy(targets=plain, most_pieces=PIECES, contiguous=False)
         cut = Candidate(target=plain[0][0], config=plain[0][1], policy=every)
-        return [*(Candidate(target=target, config=config) for target, config in plain), cut]
+        serving = Candidate(target=plain[0][0], config=Config.of({"threads": 1}, precision="fp32"), replicas=REPLICAS)
+        return [*(Candidate(target=target, config=config) for target, config in plain), serving, cut]
 
     def keeps(self, candidate: Candidate) -> bool:
         """Say whether a point keeps the limits."""
@@ -223,8 +236,10 @@ class Instance:
                 for policy in policies(taking):
                     at = every.least(inside, between, policy)
                     plan = self._priced(every.segments[at], float(inside[at] + between[at]), costs, rows)
+                    on = {each[2] for each in plan.segments}
+                    used = [each for each, row in zip(taking, rows, strict=True) if row in on]
                     for copies in range(1, REPLICAS + 1):
-                        found = self._truth(plan, taking, batch, copies)
+                        found = self._truth(plan, used, batch, copies)
                         count += 1
                         if not all(limit.allows(found[limit.metric]) for limit in self.limits):
                             continue
@@ -335,7 +350,7 @@ class Bench:
         """Return one noisy time per sample."""
         self.count += 1
         seconds = math.exp(self._noise.normal(0.0, NOISE)) / self.instance.metrics(candidate)["throughput"]
-        self.seen.setdefault(candidate.key, (candidate, []))[1].append(seconds)
+        self.seen.setdefault(self.instance.runs_as(candidate), (candidate, []))[1].append(seconds)
         return seconds
 
     def chosen(self) -> Candidate:
@@ -351,7 +366,8 @@ class Bench:
 
 def by_search(bench: Bench, trials: int) -> None:
     """Ask Optuna."""
-    search = Search(space=bench.instance.space, seed=bench.seed, limits=bench.instance.limits)
+    instance = bench.instance
+    search = Search(space=instance.space, seed=bench.seed, limits=instance.limits, runs_as=instance.runs_as)
     search.enqueue(bench.instance.defaults())
     while bench.count < trials and not search.exhausted:
         for candidate in search.ask(min(3, trials - bench.count)):
@@ -364,29 +380,33 @@ def by_search(bench: Bench, trials: int) -> None:
 def by_chance(bench: Bench, trials: int) -> None:
     """Try points by chance, each once."""
     chance = np.random.default_rng((bench.instance.number, bench.seed, 1))
+    for candidate in bench.instance.defaults():
+        bench.measure(candidate)
     while bench.count < trials:
         candidate = bench.instance.space.point(_Chance(chance))
-        if candidate.key not in bench.seen:
+        if bench.instance.runs_as(candidate) not in bench.seen:
             bench.measure(candidate)
 
 
 def knob_by_knob(bench: Bench, trials: int) -> None:
-    """From a start by chance take the best value of one knob after the other, in random order, as long as that helps; then start again."""
+    """Take the best value of one knob after the other, in random order, as long as that helps: from the best default, then from chance."""
     chance = np.random.default_rng((bench.instance.number, bench.seed, 2))
     instance = bench.instance
 
     def cost(values: dict[str, Any]) -> float:
         candidate = instance.space.point(_Filled(values, chance))
-        known = bench.seen.get(candidate.key)
+        known = bench.seen.get(instance.runs_as(candidate))
         if known is None and bench.count >= trials:
             return math.inf
         seconds = bench.measure(candidate) if known is None else known[1][0]
         return seconds if instance.keeps(candidate) else math.inf
 
+    known = {each.key: instance.space.params(each) or {} for each in instance.defaults()}
+    first = min(known.values(), key=cost)
     while bench.count < trials:
-        start = _Filled({}, chance)
+        start = _Filled(first, chance)
         instance.space.point(start)
-        values, best, before = dict(start.values), cost(dict(start.values)), -1
+        values, best, before, first = dict(start.values), cost(dict(start.values)), -1, {}
         while bench.count < trials and bench.count > before:
             before = bench.count
             filled = _Filled(values, chance)

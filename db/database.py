@@ -16,14 +16,14 @@ from aivmm.db.lowerings import LoweringStore
 from aivmm.db.machines import MachineStore
 from aivmm.db.models import ModelStore
 from aivmm.db.probes import Entry
-from aivmm.db.runs import RunStore
+from aivmm.db.similar import SimilarStore
 from aivmm.db.transfers import TransferStore
 from aivmm.errors import DatabaseError
 
 __all__ = ["Database", "Entry"]
 
 
-class Database(MachineStore, ModelStore, LoweringStore, TransferStore, RunStore):
+class Database(MachineStore, ModelStore, LoweringStore, TransferStore, SimilarStore):
     """All that was ever measured, in one file or on one server. Whatever a method stores is on disk when it returns.
 
     Every method raises DatabaseError when the file or the server does not do as asked (locked, full, gone, damaged).

@@ -23,7 +23,8 @@ _SHARED = frozenset({"target", "pieces", "batch index", "callers", "replicas", "
 
 def importances(search: Search) -> list[Importance]:
     """Return the importance of each knob for each objective, greatest first; of targets with fewer than 8 finished trials nothing."""
-    done = [each for each in search.studied() if each.state == TrialState.COMPLETE]
+    # A point that was asked for again was told what it had been told before: it counts once.
+    done = list({search.space.canonical(each.params).key: each for each in search.studied() if each.state == TrialState.COMPLETE}.values())
     names = [str(target) for target in search.space.targets]
     found: list[Importance] = []
     for at, objective in enumerate(search.objectives):

@@ -50,5 +50,11 @@ def goal(level: str | None, objective: str | None, constraints: Sequence[str]) -
         return objective or DEFAULT_OBJECTIVE, tuple(constraints)
     known = SERVICE_LEVELS.get(level)
     if known is None:
-        raise UsageError(f"unknown service level {level!r}", advice=f"choose from {', '.join(SERVICE_LEVELS)}")
+        raise unknown_level(level)
     return objective or known.objective, (*known.constraints, *constraints)
+
+
+def unknown_level(level: str) -> UsageError:
+    """Return the error for a level that there is none of; it lists what each stands for."""
+    known = "; ".join(f"{name} ({each})" for name, each in SERVICE_LEVELS.items())
+    return UsageError(f"unknown service level {level!r}", advice=f"choose from {known}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,12 +24,16 @@ from aivmm.planner.constraints import Constraint, beyond
 from aivmm.planner.objectives import OBJECTIVES, Objective
 from aivmm.planner.pareto import front
 from aivmm.planner.records import TrialRecord
-from aivmm.planner.space import Space
+from aivmm.planner.space import Params, Space
+from aivmm.runtime.target import Target
 
 _STARTUP_TRIALS = 6
-_BESIDE_EVERY = 3  # asks: the others are the sampler's
-_BEST_FEW = 3
+_BESIDE_EVERY = 2  # asks: the others are the sampler's
+_LEADER = 0.5  # the share of those that the leading set of targets gets; the next one has half of the rest, and so on
 _NEIGHBOUR = 0.7
+_TWO_AT_ONCE = 0.35  # of them: what only pays together is never found one at a time
+_CHANGES = 8  # tries to find one that is new
+_DRAWS = 200  # without a new point: there is hardly one left
 _RANDOM_FROM = 4  # repeats of known points in a row: the sampler is sure of itself, so chance looks where it would not
 _DUPLICATES_IN_A_ROW = 25  # so many mean that the space is as good as exhausted
 
@@ -41,6 +45,7 @@ class Search:
     space: Space
     seed: int = 0
     objectives: Sequence[Objective] = ()  # by default that of the space
+    runs_as: Callable[[Candidate], str] = lambda candidate: candidate.key  # equal for points that come to the same, once placed exactly
     limits: Sequence[Constraint] = ()  # judged by a score's metrics, as far as it has them
     records: list[TrialRecord] = field(default_factory=list)
     exhausted: bool = False
@@ -49,9 +54,11 @@ class Search:
     _open: dict[str, list[optuna.trial.Trial]] = field(default_factory=dict)
     _inside: set[str] = field(default_factory=set)  # keys of the points of the space that were asked for or told
     _asks: int = 0
+    _every: dict[str, BaseDistribution] = field(init=False)
 
     def __post_init__(self) -> None:
         self.objectives = tuple(self.objectives) or (OBJECTIVES[self.space.objective],)
+        self._every = self.space.every()
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         # In memory: a trial costs 0.3 ms there and 59 ms in SQLite; the database keeps our own record of each.
         self._study = optuna.create_study(directions=["minimize"] * len(self.objectives), sampler=self._sampler())
@@ -60,7 +67,7 @@ class Search:
         """Have these asked for first: defaults, and the best that is known of similar models. What lies outside the space is left out."""
         for candidate in candidates:
             params = self.space.params(candidate)
-            if params is not None and self.space.canonical(candidate, params).key not in self._known:
+            if params is not None and self._is_new(self.space.canonical(params)):
                 self._study.enqueue_trial(params, skip_if_exists=True)
 
     def ask(self, count: int) -> list[Candidate]:
@@ -69,47 +76,72 @@ class Search:
         repeats = 0
         while len(found) < count and not self.exhausted:
             trial = self._next(by_chance=repeats >= _RANDOM_FROM)
-            candidate = self.space.point(_Asking(trial))
-            known = self._known.get(candidate.key)
-            if known is not None or candidate.key in self._open:
+            asking = _Asking(trial)
+            candidate = self.space.point(asking)
+            asking.fill(self._every)
+            key = self.runs_as(candidate)
+            known = self._known.get(key)
+            if known is not None or key in self._open:
                 repeats += 1
                 self.exhausted = repeats >= _DUPLICATES_IN_A_ROW
                 if known is None:
-                    self._open[candidate.key].append(trial)
+                    self._open[key].append(trial)
                 else:
                     self._tell_one(trial, *known)
                 continue
             repeats = 0
-            self._inside.add(candidate.key)
+            self._inside.add(key)
             found.append(candidate)
-            self._open[candidate.key] = [trial]
+            self._open[key] = [trial]
             self.exhausted = len(self._inside) >= self.space.size()
         return found
 
     def _next(self, *, by_chance: bool) -> optuna.trial.Trial:
         self._asks += 1
-        self._study.sampler = self._sampler(by_chance=by_chance)
-        if self._asks % _BESIDE_EVERY == 0:
-            beside = self._beside_the_best()
-            if beside is not None:
-                self._study.enqueue_trial(beside)
+        params = self._by_chance() if by_chance else self._beside_the_best() if self._asks % _BESIDE_EVERY == 0 else None
+        if params is not None:
+            self._study.enqueue_trial(params)
+        # What stands in line is asked for as it is: the sampler has nothing to think about.
+        self._study.sampler = self._sampler(by_chance=params is not None)
         return self._study.ask()
 
-    def _beside_the_best(self) -> dict[str, Any] | None:
-        """Return the parameters of one of the best points with one changed: the sampler looks at each group of them for itself."""
+    def _is_new(self, candidate: Candidate) -> bool:
+        key = self.runs_as(candidate)
+        return key not in self._known and key not in self._open
+
+    def _by_chance(self) -> Params | None:
+        """Return the parameters of a point that nobody knows yet, drawn by chance; None when many draws gave none."""
+        chance = np.random.default_rng((self.seed, self._asks, 2))
+        for _ in range(_DRAWS):
+            drawn = _Drawing(chance)
+            if self._is_new(self.space.point(drawn)):
+                return drawn.params
+        return None
+
+    def _beside_the_best(self) -> Params | None:
+        """Return the parameters of one of the best points with one or two changed: what the sampler leaves unseen near them."""
         known = [each for each in self.keeping() if self.space.params(each[0]) is not None]
         if len(known) < _STARTUP_TRIALS:
             return None
         chance = np.random.default_rng((self.seed, self._asks, 1))
         objective = self.objectives[int(chance.integers(len(self.objectives)))]
-        best = sorted(known, key=lambda each: objective.loss(*each))[:_BEST_FEW]
-        params = self.space.params(best[int(chance.integers(len(best)))][0])
-        assert params is not None
-        distributions = self.space.distributions(params)
-        if not distributions:
-            return None
-        name = sorted(params)[int(chance.integers(len(params)))]
-        return params | {name: another(distributions[name], params[name], chance)}
+        # The best of each set of targets: the one that leads now may have the least left to gain.
+        arms: dict[frozenset[Target], Candidate] = {}
+        for candidate, _ in sorted(known, key=lambda each: objective.loss(*each)):
+            taking = candidate.policy.targets if candidate.policy else ((candidate.target, candidate.config),)
+            arms.setdefault(frozenset(target for target, _ in taking), candidate)
+        best = list(arms.values())
+        for _ in range(_CHANGES):
+            params = self.space.params(best[min(int(chance.geometric(_LEADER)) - 1, len(best) - 1)])
+            distributions = self.space.distributions(params) if params else None
+            if not params or not distributions:
+                continue
+            count = min(len(params), 1 + int(chance.random() < _TWO_AT_ONCE))
+            names = [sorted(params)[at] for at in chance.choice(len(params), size=count, replace=False)]
+            drawn = _Drawing(chance, params | {name: another(distributions[name], params[name], chance) for name in names})
+            if self._is_new(self.space.point(drawn)):
+                return drawn.params
+        return None
 
     def _sampler(self, *, by_chance: bool = False) -> optuna.samplers.BaseSampler:
         """Return a sampler for one ask. One that went on drawing from its own stream could not be resumed."""
@@ -117,20 +149,20 @@ class Search:
         if by_chance:
             return optuna.samplers.RandomSampler(seed=seed)
         with warnings.catch_warnings():
-            # `group` is marked experimental, and is the way to search knobs that exist under one target only.
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP_TRIALS, multivariate=True, group=True)
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `multivariate` is, and `group` would part what belongs
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP_TRIALS, multivariate=True)
 
     def tell(self, candidate: Candidate, outcome: Score | Rejection) -> None:
         """Report how a candidate came out. One that was never asked for is added as known (a baseline, a row of the database)."""
         params = self.space.params(candidate)
-        for key in {candidate.key, *([self.space.canonical(candidate, params).key] if params is not None else [])}:
+        mine = self.runs_as(candidate)
+        for key in {mine, *([self.runs_as(self.space.canonical(params))] if params is not None else [])}:
             # A default and the same thing spelled out are one point: neither is measured again.
             self._known.setdefault(key, (candidate, outcome))
             if params is not None and key not in self._open:
                 self._inside.add(key)
-        self._known[candidate.key] = (candidate, outcome)
-        trials = self._open.pop(candidate.key, None)
+        self._known[mine] = (candidate, outcome)
+        trials = self._open.pop(mine, None)
         self._record(candidate, outcome, asked=trials is not None)
         if trials is not None:
             for trial in trials:
@@ -140,16 +172,18 @@ class Search:
 
     def _add(self, params: dict[str, Any], candidate: Candidate, outcome: Score | Rejection) -> None:
         """Add a point that was never asked for to the study."""
-        known = self.space.distributions(params)
-        if known is None:
+        if self.space.distributions(params) is None:
             return  # a knob whose default is the library's secret: worth a record, but there is no point to learn from
+        filling = _Drawing(np.random.default_rng((self.seed, len(self.records), 3)), params)
+        for name, known in self._every.items():
+            filling.suggest(name, known)
         losses = self._losses(candidate, outcome)
         self._study.add_trial(
             optuna.trial.create_trial(
                 state=TrialState.PRUNED if losses is None else TrialState.COMPLETE,
                 values=losses,
-                params=params,
-                distributions=known,
+                params=filling.params,
+                distributions=self._every,
                 constraints=self._beyond(outcome) if losses is not None else None,
             )
         )
@@ -219,15 +253,38 @@ class Search:
 
 def another(known: BaseDistribution, value: Any, chance: np.random.Generator) -> Any:
     """Return another value of a distribution (the same where there is one only): of ordered ones more often a neighbour than not."""
+    if isinstance(known, IntDistribution):
+        near = [each for each in (value - 1, value + 1) if known.low <= each <= known.high]
+        if near and chance.random() < _NEIGHBOUR:
+            return near[int(chance.integers(len(near)))]
+    for _ in range(_DRAWS):
+        found = any_of(known, chance)
+        if found != value:
+            return found
+    return value
+
+
+def any_of(known: BaseDistribution, chance: np.random.Generator) -> Any:
+    """Return a value of a distribution by chance."""
     if isinstance(known, CategoricalDistribution):
-        others = [each for each in known.choices if each != value] or [value]
-        return others[int(chance.integers(len(others)))]
+        return known.choices[int(chance.integers(len(known.choices)))]
     assert isinstance(known, IntDistribution | FloatDistribution)
-    if isinstance(known, FloatDistribution):
-        return float(np.exp(chance.uniform(np.log(known.low), np.log(known.high))) if known.log else chance.uniform(known.low, known.high))
-    near = [each for each in (value - 1, value + 1) if known.low <= each <= known.high]
-    others = near if near and chance.random() < _NEIGHBOUR else [each for each in range(known.low, known.high + 1) if each != value]
-    return others[int(chance.integers(len(others)))] if others else value
+    if known.log:
+        found = math.exp(chance.uniform(math.log(known.low), math.log(known.high + isinstance(known, IntDistribution))))
+        return min(int(found), known.high) if isinstance(known, IntDistribution) else found
+    return int(chance.integers(known.low, known.high + 1)) if isinstance(known, IntDistribution) else chance.uniform(known.low, known.high)
+
+
+class _Drawing:
+    """Answers from parameters, and by chance for what they lack; keeps what was asked for."""
+
+    def __init__(self, chance: np.random.Generator, params: Params | None = None) -> None:
+        self._chance, self._given = chance, params or {}
+        self.params: Params = {}
+
+    def suggest(self, name: str, known: BaseDistribution) -> Any:
+        self.params[name] = self._given[name] if name in self._given else any_of(known, self._chance)
+        return self.params[name]
 
 
 class _Asking:
@@ -235,8 +292,15 @@ class _Asking:
 
     def __init__(self, trial: optuna.trial.Trial) -> None:
         self._trial = trial
+        self._asked: set[str] = set()
+
+    def fill(self, every: Mapping[str, BaseDistribution]) -> None:
+        """Ask for what the point has no use for, so that all trials have the same parameters: only then are they looked at together."""
+        for name in sorted(every.keys() - self._asked):
+            self.suggest(name, every[name])
 
     def suggest(self, name: str, known: BaseDistribution) -> Any:
+        self._asked.add(name)
         if isinstance(known, IntDistribution):
             return self._trial.suggest_int(name, known.low, known.high, log=known.log)
         if isinstance(known, FloatDistribution):

@@ -1,7 +1,7 @@
 """The space of a search: which points there are, and how Optuna's parameters spell them.
 
 What cannot be is not representable (one batch, one precision: no parameter). Ordered knobs are integer or float distributions. A target's
-knobs are parameters of its own, asked for only where the target takes part; whole and cut models share them, and what is learnt of them.
+knobs are parameters of its own, which whole and cut models share; they count only where the target takes part.
 """
 
 from __future__ import annotations
@@ -186,8 +186,31 @@ class Space:
             params["depth"] = candidate.depth
         return True
 
-    def canonical(self, candidate: Candidate, params: Params) -> Candidate:
-        """Return the candidate as `point` would spell it; what only the library knows stays unsaid."""
+    def every(self) -> dict[str, BaseDistribution]:
+        """Return the distributions of all parameters that any point has."""
+        names = [str(target) for target in self.targets]
+        found: dict[str, BaseDistribution] = {}
+        if len(names) > 1:
+            found["target"] = CategoricalDistribution(names)
+        for target in self.targets:
+            found |= {f"{target} {knob.name}": distribution(knob) for knob in self.knobs_of(target)}
+            if len(self.precisions[str(target)]) > 1:
+                found[f"{target} precision"] = CategoricalDistribution(list(self.precisions[str(target)]))
+        counts = {"callers": self.most_callers, "replicas": self.most_replicas}
+        if self.cuts:
+            counts |= {"pieces": self.most_pieces, "depth": self.most_depth}
+            found |= {f"with {name}": IntDistribution(0, 1) for name in names if len(names) > 2}
+            if len(self.contiguous) > 1:
+                found["contiguous"] = CategoricalDistribution(list(self.contiguous))
+            if len(self.cut_prices) > 1:
+                found["cut price index"] = IntDistribution(0, len(self.cut_prices) - 1)
+        found |= {name: IntDistribution(1, most) for name, most in counts.items() if most > 1}
+        if len(self.batches) > 1:
+            found["batch index"] = IntDistribution(0, len(self.batches) - 1)
+        return found
+
+    def canonical(self, params: Params) -> Candidate:
+        """Return the candidate of parameters as `point` spells it; what only the library knows stays unsaid."""
         return self.point(_Spelled(params))
 
     def distributions(self, params: Params) -> dict[str, BaseDistribution] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -145,9 +146,15 @@ class Conditions(_Part):
 
 
 class Alternative(_Part):
-    """Another way to run the model: kept as a fallback, or for another goal."""
+    """Another way to run the model: kept as a fallback, or for another goal.
+
+    `objective` names the goal in which it beats the plan. Its batch and callers are the plan's where they are null.
+    """
 
     name: str
+    objective: str = ""
+    batch: Count | None = None
+    callers: Annotated[int, Field(ge=1, le=1024)] | None = None
     stages: list[Stage] = Field(min_length=1)
     execution: Execution = Execution()
     expected: dict[str, Number] = {}
@@ -179,8 +186,9 @@ class Plan(_Part):
 
     @model_validator(mode="after")
     def _stages_connect(self) -> Plan:
-        for stages in self.stage_lists():
-            known = {each.name: each.spec for each in self.model.inputs}
+        batches = (self.batch, *(each.batch or self.batch for each in (*self.alternatives, *self.fallbacks)))
+        for stages, batch in zip(self.stage_lists(), batches, strict=True):
+            known = {each.name: _at_batch(each.spec, self.batch, batch) for each in self.model.inputs}
             if len(known) != len(self.model.inputs):
                 raise ValueError("two inputs of the model have one name")
             made: dict[str, TensorSpec] = {}
@@ -199,7 +207,7 @@ class Plan(_Part):
             for each in self.model.outputs:
                 if each.name not in known:
                     raise ValueError(f"no stage makes the output {each.name!r}")
-                _require_agreement(each.spec, known[each.name])
+                _require_agreement(_at_batch(each.spec, self.batch, batch), known[each.name])
         return self
 
     def stage_lists(self) -> tuple[Sequence[Stage], ...]:
@@ -226,6 +234,11 @@ def agree(a: TensorSpec, b: TensorSpec) -> bool:
     if len(a.shape) != len(b.shape):
         return not a.shape or not b.shape
     return all(one is None or other is None or one == other for one, other in zip(a.shape, b.shape, strict=True))
+
+
+def _at_batch(spec: TensorSpec, batch: int, other: int) -> TensorSpec:
+    """Return what is known of a tensor at another batch than the plan's: its first extent may be any."""
+    return spec if other == batch or not spec.shape else replace(spec, shape=(None, *spec.shape[1:]))
 
 
 def _require_agreement(a: TensorSpec, b: TensorSpec) -> None:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aivmm.errors import AivmmError, Infeasible
-from aivmm.planner.levels import goal
+from aivmm.planner.levels import SERVICE_LEVELS, goal
 from aivmm.probes.client import WorkerDied
 from aivmm.runtime.target import Target
 from aivmm.tuner import config_file
@@ -80,10 +80,27 @@ def tune(
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where the plan goes; default `<name>.aivmm`.")
     ] = None,
     db: Db = None,
-    objective: Annotated[str | None, typer.Option(help="`latency` (the default) or `throughput`.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="`latency` (the default), `throughput`, `p99`, `memory`, `energy`, `accuracy`, `compile` or `size`. Several are joined by "
+            "commas: the first decides what the plan is, and what it can be traded for goes into the plan as alternatives.",
+        ),
+    ] = None,
     service_level: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="A named goal: `interactive`, `batch`, `low-power`, `production`; it says what it stands for."),
+        typer.Option(
+            metavar="NAME", help="A named goal: " + "; ".join(f"`{name}` ({level})" for name, level in SERVICE_LEVELS.items()) + "."
+        ),
+    ] = None,
+    prefer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERNS",
+            help="Hardware in the order in which it is wanted, such as `openvino:NPU,openvino:GPU,*:CPU`: the plan is the best one on the "
+            "first of them that keeps the limits, however fast the others are.",
+        ),
     ] = None,
     constraint: Annotated[
         list[str] | None, typer.Option(metavar="EXPR", help="A limit such as `latency<10ms, memory<2GB`. Repeatable.")
@@ -156,6 +173,7 @@ def tune(
     if models == ["demo:"]:
         _list_demos(as_json)
         return
+    assumed_objective = objective is None and service_level is None
     objective, constraints = goal(service_level, objective, tuple(constraint or ()))
     each_shape = wanted(parse_shape_lists(shape or ()), parse_dim_lists(dim or ()))
     options = TuneOptions(
@@ -163,6 +181,8 @@ def tune(
         output=output,
         db=db,
         objective=objective,
+        assumed_objective=assumed_objective,
+        prefer=parse_list(prefer or ()),
         constraints=constraints,
         targets=parse_list(targets or ()),
         precisions=parse_list(precisions or ()),

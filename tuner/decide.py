@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from aivmm.planner.candidates import Candidate, Draft, Rejection, Score
 from aivmm.planner.certificate import Certificate, certify
+from aivmm.planner.choice import distance, rank, relaxed
 from aivmm.planner.constraints import ACCURACY, check
 from aivmm.planner.evidence import Estimate, shares, total
 from aivmm.probes.transfers import TransferFit
@@ -19,16 +20,15 @@ from aivmm.runtime.plan import Certificate as Planned
 from aivmm.runtime.target import Target
 from aivmm.tuner.anatomy import Anatomist
 from aivmm.tuner.cutting import CutPlan, Cutter
-from aivmm.tuner.emit import folder_bytes
-from aivmm.tuner.explore import Explorer
+from aivmm.tuner.emit import Other, folder_bytes
+from aivmm.tuner.explore import JUDGED_IN_SEARCH, Explorer
+from aivmm.tuner.finalists import Selection
 from aivmm.tuner.options import DEFAULT_COSINE
 from aivmm.tuner.pipelining import Pipeliner
-from aivmm.tuner.prove import Entrant, Proof, call_s, interval_s
+from aivmm.tuner.prove import Entrant, Proof, call_s, constraint_metrics, interval_s
 from aivmm.tuner.subject import Prepared
 from aivmm.tuner.verdict import accuracy_text, describe, sentence
 from aivmm.tuner.work import Work
-
-_WORTH_PROVING = 1.02  # a finalist this far behind the best baseline would only cost time
 
 
 class Decider:
@@ -49,45 +49,36 @@ class Decider:
         baselines, search = self.explorer.baselines, self.explorer.search
         blocks = len(self.work.subject.structure.blocks)
         drafts = [(Draft.whole(each.name, candidate, blocks), "baseline") for each, candidate in baselines]
-        known = {candidate.key for _, candidate in baselines}
         scored = [(candidate, score) for _, candidate in baselines if isinstance(score := self.explorer.outcome(candidate), Score)]
-        yardstick = min((score.ratio for candidate, score in scored if self._keeps(candidate, score)), default=None)
+        selection = Selection(
+            search=search,
+            baselines=scored,
+            known={candidate.key for _, candidate in baselines},
+            keeps=self._keeps,
+            constraints=self.work.constraints,
+            objectives=self.work.options.objectives,
+            prefer=self.work.options.prefer,
+            top=self.work.options.top,
+        )
         finalists: list[Draft] = []
-        for candidate, score in search.best(1000):
-            worth = yardstick is None or score.ratio <= _WORTH_PROVING * yardstick
-            if candidate.key in known or not worth or not self._keeps(candidate, score):
-                continue
-            if len(finalists) >= self.work.options.top or self.work.min_segments > 1:
-                break
-            draft = Draft.whole(f"candidate {len(finalists) + 1}", candidate, blocks)
-            self._predicted[draft.name] = self._expected(candidate, score)
+        ends: dict[str, tuple[str, ...]] = {}
+        for each in selection.finalists() if self.work.min_segments == 1 else ():
+            draft = Draft.whole(f"candidate {len(finalists) + 1}", each.candidate, blocks)
+            self._predicted[draft.name], ends[draft.name] = self._expected(each.candidate, each.score), each.ends
             finalists.append(draft)
-        finalists += self._others(finalists, yardstick, known)
         finalists += self._cuts()
         finalists += self._pipelines()
         # Batching alone is no merit of ours: whoever may batch gets the defaults at the best finalist's batch as a yardstick.
         for batch in sorted({draft.batch for draft in finalists} - {self.work.subject.base_batch}):
-            for each, candidate in baselines:
-                if not each.config.settings and each.target.name != "AUTO":
-                    drafts.append((Draft.whole(f"{each.name}, batch {batch}", replace(candidate, batch=batch), blocks), "baseline"))
+            for baseline, candidate in baselines:
+                if not baseline.config.settings and baseline.target.name != "AUTO":
+                    drafts.append((Draft.whole(f"{baseline.name}, batch {batch}", replace(candidate, batch=batch), blocks), "baseline"))
         drafts += [(draft, "candidate") for draft in finalists]
-        return [self._entrant(number, draft, role) for number, (draft, role) in enumerate(drafts)]
-
-    def _others(self, finalists: Sequence[Draft], yardstick: float | None, known: Collection[str]) -> list[Draft]:
-        """Return the best candidate in the model's own precision, if lowered ones left it no room: those may yet fail on accuracy."""
-        if not finalists or not all(draft.pieces[0].config.lowered for draft in finalists):
-            return []
-        for candidate, score in self.explorer.search.best(1000):
-            worth = yardstick is None or score.ratio <= _WORTH_PROVING * yardstick
-            if candidate.config.lowered is None and candidate.key not in known and worth and self._keeps(candidate, score):
-                draft = Draft.whole(f"candidate {len(finalists) + 1}", candidate, len(self.work.subject.structure.blocks))
-                self._predicted[draft.name] = self._expected(candidate, score)
-                return [draft]
-        return []
+        return [self._entrant(number, draft, role, ends.get(draft.name, ())) for number, (draft, role) in enumerate(drafts)]
 
     def _keeps(self, candidate: Candidate, score: Score) -> bool:
         """True unless what the search saw of a candidate already breaks a constraint."""
-        metrics = {"latency": score.median_s * candidate.callers, "throughput": candidate.batch / score.median_s}
+        metrics = {name: value for name, value in score.metrics.items() if name in JUDGED_IN_SEARCH}
         return not check(self.work.constraints, metrics, targets=[str(candidate.target)])
 
     def _cuts(self) -> list[Draft]:
@@ -124,7 +115,7 @@ class Decider:
     def _pipelines(self) -> list[Draft]:
         """Return the pipelined plan worth proving, for throughput: what it promises is what its slowest stage takes beside the others."""
         evidence = self._cutter.evidence if self._cutter is not None else None
-        if evidence is None or self.work.options.objective != "throughput" or self.work.min_segments > 1 or self.work.asked():
+        if evidence is None or self.work.options.drive != "throughput" or self.work.min_segments > 1 or self.work.asked():
             return []
         base = self.work.subject.base_batch
         per_sample = [score.median_s / candidate.batch for candidate, score in self.explorer.search.best(1)]
@@ -165,7 +156,7 @@ class Decider:
         allowed = [each for each in self.work.precisions(target) if each in target.precisions]
         return replace(config, precision=allowed[0]) if allowed and self._not_among_precisions(target, config) else config
 
-    def _entrant(self, number: int, draft: Draft, role: str) -> Entrant:
+    def _entrant(self, number: int, draft: Draft, role: str, ends: tuple[str, ...] = ()) -> Entrant:
         prepared: Prepared = self.work.subject.at(draft.batch)
         bundle = self.work.folder / f"entrant-{number}.aivmm"
         if len(draft.pieces) == 1:  # blocks of another batch may be numbered differently; the whole is the whole
@@ -175,6 +166,7 @@ class Decider:
         return Entrant(
             draft=draft,
             role=role,
+            ends=ends,
             problem=self._not_allowed(draft),
             bundle=bundle,
             size_bytes=folder_bytes(bundle),
@@ -308,14 +300,48 @@ class Decider:
             note += self._silent_precision(proof.plan.draft)
             if not self.work.taken_whole:
                 note = f"No target takes the model whole, so there is no baseline to compare with. {note}"
-            return sentence(proof, objective=self.work.options.objective, accuracy_text=note), []
-        nearest = _nearest(proof)
+            return sentence(proof, objectives=self.work.options.objectives, accuracy_text=note, prefer=self.work.options.prefer), []
+        nearest = self.nearest(proof)
         asked = ", ".join(self.work.options.constraints) or f"cosine>={DEFAULT_COSINE:g}"
         if nearest is None:
             reasons = [f"{each.draft.name}: {each.problem}" for each in proof.entrants if each.problem][:3]
             return f"No plan meets the constraints ({asked}). {'; '.join(reasons)}", reasons
-        reasons = [each.sentence for each in proof.violations[nearest.draft.name]]
-        return f"No plan meets the constraints ({asked}). The nearest is {describe(nearest.draft)}: {'; '.join(reasons)}.", reasons
+        found = proof.violations[nearest.draft.name]
+        reasons = [each.sentence for each in found]
+        text = f"No plan meets the constraints ({asked})"
+        text += f": {proof.misfit}. " if proof.misfit else ". "
+        text += f"The nearest is {describe(nearest.draft)}: {'; '.join(reasons)}."
+        would = relaxed(found)
+        return text + (f' It would do with --constraint "{would}".' if would else ""), reasons
+
+    def nearest(self, proof: Proof) -> Entrant | None:
+        """Return the entrant that breaks its worst limit by the least; None where a plan was found, or nothing could be judged."""
+        judged = [each for each in proof.entrants if each.draft.name in proof.violations and each.eligible]
+        return None if proof.plan else min(judged, key=lambda each: distance(proof.violations[each.draft.name]), default=None)
+
+    def alternatives(self, proof: Proof) -> list[Other]:
+        """Return what the plan is traded for where another objective counts, each with the objective in which it is the best of them."""
+        found = []
+        for each in proof.alternatives:
+            found.append(
+                Other(
+                    draft=replace(each.draft, name=f"{each.draft.name}: {describe(each.draft)}"),
+                    objective=self.best_in(each, proof),
+                    expected=expected(each),
+                    emitter=self.work.emitter(each.draft.batch),
+                )
+            )
+        return found
+
+    def best_in(self, entrant: Entrant, proof: Proof) -> str:
+        """Return the objectives in which nothing of the front is better, joined; "" for what is a compromise."""
+        shown = [constraint_metrics(each) for each in (*filter(None, [proof.plan]), *proof.alternatives)]
+        mine, best = constraint_metrics(entrant), []
+        for each in self.work.options.objectives:
+            losses = [each.loss_of(metrics[each.metric]) for metrics in shown if each.metric in metrics]
+            if each.metric in mine and losses and each.loss_of(mine[each.metric]) <= min(losses):
+                best.append(each.name)
+        return ",".join(best)
 
     def _silent_precision(self, draft: Draft) -> str:
         """Say what a plan that names no precision computes in, where that is not fp32: the runtime decided it without a word."""
@@ -356,7 +382,10 @@ class Decider:
             held = others.get(name)
             if held is None or (held.confirmed and each.confirmed.median_s < held.confirmed.median_s):
                 others[name] = each
-        ranked = sorted(others.values(), key=lambda each: each.confirmed.median_s if each.confirmed else 0.0)
+        prefer = self.work.options.prefer
+        ranked = sorted(
+            others.values(), key=lambda each: (rank([each.draft.targets], prefer), each.confirmed.median_s if each.confirmed else 0.0)
+        )
         return [replace(each.draft, name=f"{each.draft.targets} instead") for each in ranked]
 
 
@@ -373,12 +402,6 @@ def _same(candidate: Candidate, draft: Draft) -> bool:
         draft.batch,
         draft.callers,
     )
-
-
-def _nearest(proof: Proof) -> Entrant | None:
-    """Return the entrant whose worst violation is the smallest."""
-    judged = [each for each in proof.entrants if each.draft.name in proof.violations]
-    return min(judged, key=lambda each: max(violation.percent for violation in proof.violations[each.draft.name]), default=None)
 
 
 def as_planned(certificate: Certificate | None) -> Planned | None:

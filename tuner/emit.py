@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from aivmm.models.slice import Segment
 
 _UNKNOWN_DIGEST = "0" * 64  # replaced by the real one when the bundle is written
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Other:
+    """A draft that a plan keeps for another goal, with the numbers of its proof; `emitter` writes at its batch."""
+
+    draft: Draft
+    objective: str
+    expected: Mapping[str, Number]
+    emitter: Emitter
 
 
 class Emitter:
@@ -60,13 +70,16 @@ class Emitter:
         accuracy: Accuracy | None = None,
         certificate: Certificate | None = None,
         fallbacks: Sequence[Draft] = (),
+        alternatives: Sequence[Other] = (),
         verdict: str = "",
     ) -> Plan:
         """Write `draft` as a bundle and return its plan."""
         files: dict[str, Path] = {}
         stages = [self._stage(piece, files) for piece in draft.pieces]
         others = [Alternative(name=each.name, stages=[self._stage(piece, files) for piece in each.pieces]) for each in fallbacks]
-        used: dict[str, Target] = {str(piece.target): piece.target for each in (draft, *fallbacks) for piece in each.pieces}
+        kept = [each.emitter.alternative(each, files) for each in alternatives]
+        everyone = (draft, *fallbacks, *(each.draft for each in alternatives))
+        used: dict[str, Target] = {str(piece.target): piece.target for each in everyone for piece in each.pieces}
         plan = Plan(
             created_by=f"aivmm {self._version}",
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -88,12 +101,24 @@ class Emitter:
             accuracy=accuracy,
             certificate=certificate,
             environments=[_conditions(target) for target in used.values()],
+            alternatives=kept,
             fallbacks=others,
             verdict=verdict,
             files=dict.fromkeys(files, _UNKNOWN_DIGEST),
         )
         write_bundle(destination, plan, files)
         return plan
+
+    def alternative(self, other: Other, files: dict[str, Path]) -> Alternative:
+        """Return a draft for another goal as a plan keeps it, and add its files."""
+        return Alternative(
+            name=other.draft.name,
+            objective=other.objective,
+            batch=other.draft.batch,
+            callers=other.draft.callers,
+            stages=[self._stage(piece, files) for piece in other.draft.pieces],
+            expected=dict(other.expected),
+        )
 
     def segment(self, first: int, last: int) -> Segment:
         """Return the segment of the blocks [first, last], written on first use; all share one file of weights."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from aivmm.errors import ModelError
 from aivmm.planner.candidates import Candidate, Rejection, Score
+from aivmm.planner.choice import rank
+from aivmm.planner.objectives import searched
+from aivmm.planner.records import RunRecord, StudyRecord
 from aivmm.planner.search import Search
 from aivmm.planner.space import Space
 from aivmm.runtime.backend import Baseline
@@ -27,6 +31,8 @@ _PATIENCE = 12  # trials without an improvement of 1 % after which a search with
 _LEAST_TRIALS = 10
 _HOPELESS = {"latency": 2.0, "throughput": 3.0}  # a target this far behind with its defaults is not searched
 _LOWERED_GAIN = 4.0  # so many times faster than fp32 int8 has been seen: a target within this is tried with it
+# Limits that the search can judge; the others need a fresh process, or hundreds of calls, and are for the proof.
+JUDGED_IN_SEARCH = frozenset({"latency", "throughput", "cosine", "energy", "power", "size"})
 _HINTED = {"float32": "fp32", "f32": "fp32", "dynamic": "fp32", "bfloat16": "bf16", "float16": "fp16", "f16": "fp16"}
 
 
@@ -41,9 +47,13 @@ class Explorer:
     measurer: Measurer
     scout: Scout
 
-    def __init__(self, work: Work, *, searched_before: bool) -> None:
+    def __init__(self, work: Work, *, searched_before: bool, earlier: RunRecord | None = None) -> None:
+        """Explore for a run; `earlier` is one of the same request that was killed or interrupted before its search ended."""
         self.work = work
         self.searched_before = searched_before
+        self.earlier = earlier
+        self.study = StudyRecord()
+        self._again: dict[str, Score | Rejection] = {}  # what the earlier run asked for, by candidate key
         self._default_precisions: dict[str, str] = {}  # target -> what its default was seen to compute in
         self._inaccurate: dict[tuple[Target, str | None], Rejection] = {}  # lowered precisions that are over the limit, or refused
 
@@ -60,7 +70,7 @@ class Explorer:
     def _baselines(self) -> list[tuple[Baseline, Candidate]]:
         """Measure the baselines; they are the first candidates and the yardstick. Those that no target takes are noted and left out."""
         self.work.progress.phase("measuring what you would run without us")
-        known = self.work.lab.baselines(self.work.targets, self.work.options.objective)
+        known = self._known_baselines()
         pairs = [(each, self._candidate(each)) for each in known]
         if not pairs:
             raise ModelError(f"there is nothing to compare with: {'; '.join(self.work.lab.trouble) or 'no runtime has a baseline'}")
@@ -78,6 +88,7 @@ class Explorer:
             fresh=self.work.options.fresh,
             retry_failed=self.work.options.retry_failed,
             seed=self.work.options.seed,
+            counts_energy=any(each.name == "energy" for each in self.work.options.objectives),
             stop=self.work.asked,
         )
         first = self.measurer.reference
@@ -102,6 +113,12 @@ class Explorer:
                 self.work.note(f"{baseline.name} cannot run this model: {outcome.reason}")
         ran = [(each, candidate) for each, candidate in usable if _ran(self.known.get(candidate.key))]
         return ran + [pair for pair in self.aliases if any(pair[1].target.runtime == candidate.target.runtime for _, candidate in ran)]
+
+    def _known_baselines(self) -> list[Baseline]:
+        """Return what a user would run without us for each of the objectives, each once."""
+        drives = dict.fromkeys(each.drive for each in self.work.options.objectives)
+        found = [each for drive in drives for each in self.work.lab.baselines(self.work.targets, drive)]
+        return list({self._candidate(each).key: each for each in reversed(found)}.values())[::-1]
 
     def _candidate(self, baseline: Baseline) -> Candidate:
         return Candidate(target=baseline.target, config=baseline.config, batch=self.work.subject.base_batch, callers=baseline.callers)
@@ -198,7 +215,7 @@ class Explorer:
     def _nothing_to_search(self) -> Search:
         """Say that no target takes the model whole, and return a search that has found nothing: there is only the placing of its parts."""
         self.work.note("no target takes the model whole, so there is no baseline to compare with: its parts are shared out")
-        return Search(space=Space(targets=(), knobs={}, objective=self.work.options.objective, precisions={}), seed=self.work.options.seed)
+        return Search(space=Space(targets=(), knobs={}, objective=self.work.options.drive, precisions={}), seed=self.work.options.seed)
 
     def _search(self, baselines: Sequence[tuple[Baseline, Candidate]]) -> Search:
         """Search the knobs of the targets that are worth it, until the budget's share is spent or nothing improves."""
@@ -206,30 +223,81 @@ class Explorer:
         precisions = self._worth_searching(baselines)
         targets = list(precisions)
         batches, callers = self.work.batches(), 1
-        if self.work.options.objective == "throughput":
+        if self.work.options.drive == "throughput":
             callers = max(2, *(2 * (target.device.cores or 2) for target in targets))
         space = Space(
             targets=targets,
             knobs={str(target): self.work.lab.knobs(target) for target in targets},
-            objective=self.work.options.objective,
+            objective=self.work.options.drive,
             precisions={str(target): found for target, found in precisions.items()},
             batches=batches,
             most_callers=min(callers, 32),
         )
-        search = Search(space=space, seed=self.work.options.seed)
-        for candidate, outcome in self.known.values():
-            if _within(candidate, space):
-                search.tell(candidate, outcome)
-                self._record(search)
+        search = Search(
+            space=space,
+            seed=self.work.options.seed,
+            objectives=searched(self.work.options.objectives),
+            limits=[each for each in self.work.constraints if each.metric in JUDGED_IN_SEARCH],
+        )
+        for candidate, outcome in self._told_before(space):
+            search.tell(candidate, outcome)
+            self._record(search)
         search.enqueue(
             Candidate(target=target, config=Config(precision=precision), batch=batches[0])
             for target in targets
             for precision in dict.fromkeys((precisions[target][0], *self.work.variants.get(str(target), ())))
         )
+        search.enqueue(self._of_similar_models(targets, batches[0]))
         if targets and not self.searched_before and self.work.min_segments == 1:
             self._search_on(search)
+        self._end_study(search)
         self.measurer.release()
         return search
+
+    def _told_before(self, space: Space) -> list[tuple[Candidate, Score | Rejection]]:
+        """Return what the search is told before it asks, in order.
+
+        A search that was killed goes on where it was: what it had been told first is told first again, and what it asked for and measured
+        then is answered from memory when it asks for it again (`_again`), so that it comes to the same points as if nothing had happened.
+        """
+        within = {candidate.key: (candidate, outcome) for candidate, outcome in self.known.values() if _within(candidate, space)}
+        if self.earlier is None:
+            return list(within.values())
+        trials = self.work.database.trials(self.earlier.id, study_name="search")
+        by_point = {_point(str(each.target), each.config, each.batch, each.callers): key for key, (each, _) in within.items()}
+        keys = [(by_point.get(_point(each.target, each.config, each.batch, each.callers)), each.asked) for each in trials]
+        asked = {key for key, was_asked in keys if key is not None and was_asked}
+        self._again = {key: within[key][1] for key in asked}
+        if asked:
+            count = f"{len(asked)} {'trial' if len(asked) == 1 else 'trials'}"
+            self.work.note(f"the search goes on where run {self.earlier.id[:8]} stopped: {count} of it are known")
+        first = [key for key, was_asked in keys if key is not None and not was_asked]
+        rest = [key for key in within if key not in asked]
+        return [within[key] for key in dict.fromkeys((*first, *rest))]
+
+    def _of_similar_models(self, targets: Sequence[Target], batch: int) -> list[Candidate]:
+        """Return the best that was found for models like this one on these targets, as they are now."""
+        known = {environment_of(target).fingerprint: target for target in targets}
+        found = self.work.database.best_of_similar(self.work.subject.structure, list(known), objective=self.work.options.objective)
+        if found:
+            names = ", ".join(dict.fromkeys(each.model for each in found))
+            self.work.note(f"the search tries first what was best for {names}")
+        return [Candidate(target=known[each.environment], config=each.config, batch=batch, callers=min(each.callers, 32)) for each in found]
+
+    def _end_study(self, search: Search) -> None:
+        """Store what the search came to."""
+        from aivmm.planner.importance import importances  # here: Optuna's importances load more of it, and this may be the last use
+
+        points = {
+            _point(str(candidate.target), candidate.config, candidate.batch, candidate.callers)
+            for candidate, _ in (search.front() if search.records else ())
+        }
+        self.study = StudyRecord(
+            objectives=tuple(each.name for each in search.objectives),
+            front=tuple(each.number for each in search.records if _point(each.target, each.config, each.batch, each.callers) in points),
+            importance=tuple(importances(search)),
+        )
+        self.work.database.end_study(self.work.run_id, self.study)
 
     def _worth_searching(self, baselines: Sequence[tuple[Baseline, Candidate]]) -> dict[Target, list[str | None]]:
         """Return the targets that may yet win, each with the precisions in which it may."""
@@ -243,12 +311,14 @@ class Explorer:
         if not best:
             reasons = "; ".join(f"{each.name}: {_reason(self.outcome(candidate))}" for each, candidate in baselines)
             raise ModelError(f"no baseline of {self.work.subject.facts.name} could be measured ({reasons})", advice="try --retry-failed")
-        least = min(best.values())
-        hopeless = _HOPELESS[self.work.options.objective]
-        self._scout([target for target in best if best[target] <= least * hopeless * _LOWERED_GAIN])
+        ranks = {target: rank([str(target)], self.work.options.prefer) for target in best}
+        # On hardware that is wanted more than another, being slower than that is no reason to give up.
+        least = {place: min(ratio for target, ratio in best.items() if ranks[target] == place) for place in ranks.values()}
+        hopeless = _HOPELESS[self.work.options.drive]
+        self._scout([target for target in best if best[target] <= least[ranks[target]] * hopeless * _LOWERED_GAIN])
         worth: dict[Target, list[str | None]] = {}
         for target in best:
-            behind = best[target] / least
+            behind = best[target] / least[ranks[target]]
             lowered: list[str | None] = list(self.work.variants.get(str(target), ()))
             if behind <= hopeless:
                 worth[target] = self.work.precisions(target)
@@ -274,7 +344,7 @@ class Explorer:
         # The time that reading the model and looking for devices took is no part of a short budget.
         deadline = max(SEARCH_UNTIL * self.work.options.budget_s, self.work.elapsed() + _LEAST_SEARCH * self.work.options.budget_s)
         trials = stale = 0
-        best = min((score.ratio for _, score in search.best(1)), default=float("inf"))
+        best = _best_loss(search)
         while not search.exhausted and not self.work.asked() and self.work.elapsed() < deadline:
             if self.work.options.trials is not None and trials >= self.work.options.trials:
                 break
@@ -290,6 +360,7 @@ class Explorer:
             found: dict[str, Score | Rejection] = {
                 each.key: self._inaccurate[each.target, each.config.precision] for each in asked if self._is_out(each)
             }
+            found |= {each.key: self._again[each.key] for each in asked if each.key in self._again}
             wanted = [each for each in asked if each.key not in found]
             if wanted:
                 found |= self.measurer.measure(wanted, budget_s=left, tell=self.work.tell_race, beside=incumbent)
@@ -300,9 +371,9 @@ class Explorer:
                 if candidate.config.lowered and isinstance(outcome, Rejection) and outcome.state in ("pruned", "refused"):
                     self._leave_out(candidate, outcome)
             trials += len(asked)
-            now = min((score.ratio for _, score in search.best(1)), default=best)
-            stale = 0 if now < 0.99 * best else stale + len(asked)
-            best = min(best, now)
+            now = _best_loss(search)
+            stale = 0 if any(after < before - 0.01 for after, before in zip(now, best, strict=True)) else stale + len(asked)
+            best = [min(pair) for pair in zip(now, best, strict=True)]
 
     def _is_out(self, candidate: Candidate) -> bool:
         return (candidate.target, candidate.config.precision) in self._inaccurate
@@ -318,6 +389,16 @@ class Explorer:
 
     def _record(self, search: Search) -> None:
         self.work.database.add_trial(self.work.run_id, search.records[-1])
+
+
+def _best_loss(search: Search) -> list[float]:
+    """Return the least loss so far of each objective."""
+    best = [search.best(1, objective) for objective in search.objectives]
+    return [math.inf if not found else objective.loss(*found[0]) for objective, found in zip(search.objectives, best, strict=True)]
+
+
+def _point(target: str, config: Config, batch: int, callers: int) -> tuple[str, str, int, int]:
+    return target, config.digest(), batch, callers
 
 
 def _ran(known: tuple[Candidate, Score | Rejection] | None) -> bool:

@@ -21,6 +21,7 @@ from aivmm.probes.records import Caution, Failed, Measured, Outcome, ProbeKey, R
 from aivmm.runtime.config import Setting
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.target import Target
+from aivmm.tuner.joules import energy_metrics
 from aivmm.tuner.subject import Subject
 
 Tell = Callable[[RaceState], None]
@@ -60,6 +61,7 @@ class Measurer:
     fresh: bool = False
     retry_failed: bool = False
     seed: int = 0
+    counts_energy: bool = False  # of each candidate, for seconds each: only where that is an objective
     stop: Callable[[], bool] | None = None  # True: races end as soon as they may
     counts: Counts = field(default_factory=Counts)
     _loaded: dict[str, Loaded] = field(default_factory=dict)
@@ -129,7 +131,8 @@ class Measurer:
     def _known(self, candidate: Candidate) -> Score | Rejection | None:
         for outcomes in reversed(self._races.values()):
             mine, reference = outcomes.get(candidate.key), outcomes.get(self.reference.key)
-            if mine is not None and reference is not None:
+            counted = mine is not None and (not self.counts_energy or "energy_j" in mine.metrics)
+            if mine is not None and counted and reference is not None:
                 return self._score(candidate, mine, reference, reused=True)
         old = self._old.get(candidate.key)
         if isinstance(old, Refused):
@@ -286,7 +289,7 @@ class Measurer:
             outcomes[key] = Measured(
                 key=self.key(candidate),
                 samples=samples,
-                metrics=self._metrics(candidate, loaded),
+                metrics={**self._metrics(candidate, loaded), **self._energy(candidate, contestant)},
                 cautions=(*cautions(samples), *contestant.cautions, *extra),
                 effective_config=loaded.effective_config,
                 placement=loaded.nodes,
@@ -309,6 +312,15 @@ class Measurer:
             judged[f"unusable@{holds_for}"] = 1.0
         return {"compile_s": loaded.compile_s, "first_inference_s": loaded.first_inference_s, **self._around, **judged}
 
+    def _energy(self, candidate: Candidate, contestant: Contestant) -> dict[str, float]:
+        """Return what a sample costs in energy, where that is asked for and counted."""
+        if not self.counts_energy:
+            return {}
+        try:
+            return energy_metrics(contestant, {candidate.target})
+        except WorkerDied:  # its times are known all the same
+            return {}
+
     def _score(
         self, candidate: Candidate, mine: Measured, reference: Measured, *, reused: bool, seconds: float = 0.0, loaded: Loaded | None = None
     ) -> Score | Rejection:
@@ -321,9 +333,31 @@ class Measurer:
             problem = loaded.problem if loaded and loaded.problem else "its outputs are unusable"
         elif self.cosine_limit is not None and self.subject.deterministic and cosine is not None:
             problem = over_limit(cosine, mine.metrics.get(f"relative_l2@{judged}", 0.0), self.cosine_limit)
+        if not problem and self.counts_energy and "energy_j" not in mine.metrics:
+            problem = "its energy could not be counted"
         if problem:
             return Rejection(state="pruned", reason=problem, ratio=found.ratio, **shared)  # type: ignore[arg-type]
-        return Score(ratio=found.ratio, low=found.low, high=found.high, cosine=cosine, **shared)  # type: ignore[arg-type]
+        metrics = self._limited(candidate, mine, cosine)
+        return Score(ratio=found.ratio, low=found.low, high=found.high, cosine=cosine, metrics=metrics, **shared)  # type: ignore[arg-type]
+
+    def _limited(self, candidate: Candidate, mine: Measured, cosine: float | None) -> dict[str, float]:
+        """Return what is known of a candidate before its proof, under the names that constraints use.
+
+        Without memory, and without how long a fresh process takes to its first answer: those only the proof sees.
+        """
+        median_s = mine.samples.median_s
+        known = {
+            "latency": median_s * candidate.callers,
+            "throughput": candidate.batch / median_s,
+            "compile": mine.metrics.get("compile_s"),
+            "cosine": cosine,
+            "energy": mine.metrics.get("energy_j"),
+            "power": mine.metrics.get("power_w"),
+            "size": self.subject.size_bytes(candidate.config.lowered),
+            # Of what one race gives: a hint for the search, while the proof takes 500 calls.
+            "p99": mine.samples.quantile_s(0.99) if candidate.callers == 1 else None,
+        }
+        return {name: float(value) for name, value in known.items() if value is not None}
 
     def effective_config(self, candidate: Candidate) -> Mapping[str, Setting] | None:
         """Return the settings that the runtime read back for a candidate, now or when it was last measured; None when it never ran."""

@@ -10,9 +10,9 @@ from typing import Any
 
 from aivmm.errors import UsageError
 from aivmm.planner.constraints import Constraint, parse
-from aivmm.planner.levels import SERVICE_LEVELS
+from aivmm.planner.levels import SERVICE_LEVELS, unknown_level
+from aivmm.planner.objectives import Objective, drive_of, parse_objectives
 
-OBJECTIVES = ("latency", "throughput", "energy")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32)
 DEFAULT_BUDGET_S = 60.0
@@ -36,6 +36,8 @@ class TuneOptions:
     inputs: Path | None = None
     dataset: str | None = None  # a path, or "module:function"
     metric: str | None = None  # "module:function"
+    assumed_objective: bool = False  # nobody asked for it
+    prefer: tuple[str, ...] = ()  # patterns of targets, the most wanted first
     service_level: str | None = None  # already resolved into objective and constraints; kept for the record
     budget_s: float = DEFAULT_BUDGET_S
     trials: int | None = None
@@ -49,10 +51,7 @@ class TuneOptions:
     backends: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise UsageError(f"unknown objective {self.objective!r}", advice=f"choose from {', '.join(OBJECTIVES)}")
-        if self.objective == "energy":
-            raise UsageError("energy is no objective yet", advice="choose latency or throughput, and limit energy with --constraint")
+        object.__setattr__(self, "objective", ",".join(each.name for each in self.objectives))
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed {self.seed} is not between 0 and 4294967295")
         if not 0 < self.budget_s < 1e6:
@@ -67,7 +66,7 @@ class TuneOptions:
             if each not in PRECISIONS:
                 raise UsageError(f"unknown precision {each!r}", advice=f"known: {', '.join(PRECISIONS)}")
         if self.service_level is not None and self.service_level not in SERVICE_LEVELS:
-            raise UsageError(f"unknown service level {self.service_level!r}", advice=f"choose from {', '.join(SERVICE_LEVELS)}")
+            raise unknown_level(self.service_level)
         self._check_data()
         self.parsed_constraints()
 
@@ -76,6 +75,16 @@ class TuneOptions:
             raise UsageError("--inputs and --dataset both give samples", advice="keep one of them: a dataset also calibrates int8")
         if self.metric is None and any(each.metric == "metric" for each in self.parsed_constraints()):
             raise UsageError("a constraint limits metric, and there is none", advice="name your function with --metric MODULE:FUNCTION")
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """The objectives, the one that decides what the plan is first."""
+        return parse_objectives(self.objective)
+
+    @property
+    def drive(self) -> str:
+        """How the model is called for all objectives to be seen: "latency" or "throughput"."""
+        return drive_of(self.objectives)
 
     @property
     def lowered_precisions(self) -> tuple[str, ...]:

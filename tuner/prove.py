@@ -13,7 +13,9 @@ from typing import Any
 
 from aivmm.errors import AivmmError
 from aivmm.planner.candidates import Draft
+from aivmm.planner.choice import Misfit, Option, alternatives, as_good, misfit, preferred
 from aivmm.planner.constraints import ACCURACY, Constraint, Violation, check, unjudged
+from aivmm.planner.objectives import OBJECTIVES, Objective
 from aivmm.planner.records import ProofRecord
 from aivmm.probes import conditions
 from aivmm.probes.accuracy import combined, over_limit
@@ -59,6 +61,7 @@ class Entrant:
     choosing: Samples | None = None  # of the first race
     confirmed: Samples | None = None  # of the second, which chose nothing
     absent: dict[str, str] = field(default_factory=dict)  # what could not be measured of it, and why
+    ends: tuple[str, ...] = ()  # objectives in which nothing that was searched is better: proven whatever its speed
 
     @property
     def running(self) -> bool:
@@ -83,6 +86,8 @@ class Proof:
     violations: dict[str, tuple[Violation, ...]] = field(default_factory=dict)  # by draft name
     cautions: tuple[Caution, ...] = ()
     absent: dict[str, str] = field(default_factory=dict)  # what could not be measured of the plan, and why
+    alternatives: list[Entrant] = field(default_factory=list)  # what the plan is traded for where another objective counts
+    misfit: Misfit | None = None  # why there is no plan, where limits are the reason
 
     def records(self) -> list[ProofRecord]:
         """Return what the database keeps."""
@@ -137,6 +142,8 @@ class Prover:
         tell: Callable[[str, RaceState | None], None],
         forced: bool = False,
         metric: Metric | None = None,
+        objectives: Sequence[Objective] = (OBJECTIVES["latency"],),
+        prefer: Sequence[str] = (),
     ) -> None:
         self._proof = Proof(entrants=list(entrants))
         self._constraints = constraints
@@ -146,17 +153,18 @@ class Prover:
         self._forced = forced
         self._metric = metric
         self._asking = threading.Lock()
-        self._asks_tail = any(constraint.metric == "p99" for constraint in constraints)
-        self._asks_energy = any(constraint.metric in ENERGY for constraint in constraints)
+        self._objectives, self._prefer = objectives, prefer
+        wanted = {constraint.metric for constraint in constraints} | {each.metric for each in objectives}
+        self._asks_tail, self._asks_energy = "p99" in wanted, not wanted.isdisjoint(ENERGY)
+        self._asks_compile = not wanted.isdisjoint({"compile", "first_inference"})
 
     def run(self) -> Proof:
         """Prove. The workers are ended in any case."""
         entrants = self._proof.entrants
         try:
             self._tell("loading the finalists and the baselines", None)
-            # Two at a time to save time, but one at a time where what loading takes is a constraint.
-            alone = any(constraint.metric in ("compile", "first_inference") for constraint in self._constraints)
-            with ThreadPoolExecutor(max_workers=1 if alone else 2) as pool:
+            # Two at a time to save time, but one at a time where it counts what loading takes.
+            with ThreadPoolExecutor(max_workers=1 if self._asks_compile else 2) as pool:
                 list(pool.map(self._load, entrants))
             contestants = [each.contestant for each in entrants if each.contestant is not None]
             if contestants:
@@ -276,12 +284,29 @@ class Prover:
         )
         for each in finalists:
             self._measure(each, each.contestant.samples() if each.contestant else None)
-        keeping = [each.contestant for each in finalists if each.running and each.contestant and not self._violations(each)]
-        chosen = leader_of(keeping) or leader_of(contestants)
+        running = [each for each in finalists if each.running]
+        serving = self._serving([each for each in running if not self._violations(each)])
+        chosen = leader_of([each.contestant for each in serving if each.contestant]) or leader_of(contestants)
+        ends = [each.contestant for each in running if each.ends]
         for contestant in contestants:
-            if contestant is not chosen:
+            if contestant is not chosen and contestant not in ends:
                 contestant.dropped = contestant.dropped or "another candidate was faster, or kept the constraints"
         return next_round
+
+    def _option(self, entrant: Entrant) -> Option:
+        return Option(metrics=constraint_metrics(entrant), targets=tuple(str(piece.target) for piece in entrant.draft.pieces))
+
+    def _serving(self, entrants: Sequence[Entrant]) -> list[Entrant]:
+        """Return those on the hardware wanted most that no other one beats in what the first objective counts; of speed the races judge."""
+        first = self._objectives[0]
+        if first.name == "latency" and len(self._objectives) > 1:  # where callers and batches are tried too, a call of one is what counts
+            least = min((each.draft.batch for each in entrants), default=1)
+            entrants = [each for each in entrants if each.draft.callers == 1 and each.draft.batch == least] or list(entrants)
+        options = {number: self._option(each) for number, each in enumerate(entrants)}
+        wanted = preferred(options, self._prefer)
+        if first.name not in ("latency", "throughput"):
+            wanted = as_good({number: options[number] for number in wanted}, first)
+        return [entrants[number] for number in wanted]
 
     def _violations(self, entrant: Entrant) -> tuple[Violation, ...]:
         targets = [str(piece.target) for piece in entrant.draft.pieces]
@@ -311,7 +336,10 @@ class Prover:
             self._proof.plan = plan
             if plan is None or (self._tail(plan) and self._count_energy(plan)):
                 break
+        if plan is None:
+            self._proof.misfit = misfit([self._option(each) for each in measured if each.eligible], self._constraints)
         if plan is not None:
+            self._keep_alternatives(plan)
             beside = self._proof.best_baseline
             if beside is not None and beside is not plan:
                 self._count_energy(beside)
@@ -335,6 +363,16 @@ class Prover:
         else:
             targets = ", ".join(sorted(map(str, _targets_of(plan))))
             plan.absent["load from cache"] = "; ".join(answer["problems"]) or f"nothing compiled for {targets} can be kept"
+
+    def _keep_alternatives(self, plan: Entrant) -> None:
+        """Keep what no other one beats in all objectives at once, where there are several."""
+        entrants = self._proof.entrants
+        if len(self._objectives) > 1:
+            allowed = {at: self._option(each) for at, each in enumerate(entrants) if self._may_be_plan(each)}
+            self._proof.alternatives = [entrants[at] for at in alternatives(allowed, entrants.index(plan), self._objectives)]
+
+    def _may_be_plan(self, entrant: Entrant) -> bool:
+        return entrant.eligible and entrant.confirmed is not None and entrant.draft.name not in self._proof.violations
 
     def _count_energy(self, entrant: Entrant) -> bool:
         """Count the energy of one sample, where a counter tells. False when it died of it."""
@@ -363,7 +401,7 @@ class Prover:
 
     def _pick(self) -> Entrant | None:
         proof = self._proof
-        allowed = [each for each in proof.entrants if each.eligible and each.confirmed and each.draft.name not in proof.violations]
+        allowed = self._serving([each for each in proof.entrants if self._may_be_plan(each)])
         baselines = [each for each in allowed if each.role == "baseline"]
         candidates = [each for each in allowed if each.role == "candidate"]
         best = min(candidates, key=_time, default=None)

@@ -34,7 +34,7 @@ from aivmm.runtime.bundle import check_destination
 from aivmm.runtime.config import LOWERED
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.registry import default_backends
-from aivmm.runtime.target import Target, Unavailable, select
+from aivmm.runtime.target import Target, Unavailable, matches, select
 from aivmm.tuner.anatomy import Anatomist
 from aivmm.tuner.decide import Decider, as_planned, expected
 from aivmm.tuner.explore import Explorer
@@ -49,6 +49,7 @@ from aivmm.tuner.prove import Proof, Prover
 from aivmm.tuner.refusals import as_laid_out_before
 from aivmm.tuner.reporting import write_report
 from aivmm.tuner.subject import Subject
+from aivmm.tuner.tradeoffs import importance_text
 from aivmm.tuner.verdict import summary
 from aivmm.tuner.work import Work, remove_orphans
 
@@ -131,6 +132,7 @@ class Session:
                     return _dry_run(work)
                 if self.options.service_level is not None:
                     work.note(f"service level {self.options.service_level}: {SERVICE_LEVELS[self.options.service_level]}")
+                self._say_what_is_assumed(work)
                 record = self._begin(work)
                 try:
                     return self._tune(work, record)
@@ -199,10 +201,39 @@ class Session:
                 raise UsageError(f"no target here runs {each} natively", advice=f"--precisions can be: {', '.join((*known, *LOWERED))}")
         return targets
 
+    def _assumed(self, work: Work) -> list[str]:
+        """Return what was not asked for and holds all the same, as a user would have written it."""
+        options, found = self.options, []
+        if options.assumed_objective:
+            found.append(f"--objective {options.objective}")
+        if not any(each.metric in ACCURACY for each in self.constraints):
+            found.append(f'--constraint "cosine>={DEFAULT_COSINE:g}"')
+        if not options.precisions:
+            known = list(dict.fromkeys(str(each) for target in work.targets for each in work.precisions(target)))
+            found.append(f"--precisions {','.join(known)}" + ("" if "int8" in known else " (int8 joins when named, or with --dataset)"))
+        if not options.batches:
+            found.append(f"--batch {','.join(map(str, work.batches()))}")
+        if not options.targets:
+            found.append(f"--targets {','.join(map(str, work.targets))}")
+        return found
+
+    def _say_what_is_assumed(self, work: Work) -> None:
+        assumed = self._assumed(work)
+        if assumed:
+            work.note(f"not asked for, and so assumed: {', '.join(assumed)}")
+        for pattern in self.options.prefer:
+            if not any(matches(pattern, str(target)) for target in work.targets):
+                absent = next((each for each in work.unavailable if matches(pattern, each.target)), None)
+                why = absent.reason if absent else "there is no such target"
+                work.note(f"{pattern} is preferred, and not to be had here ({why}): the next in order is taken")
+
     def _require_counters(self, targets: Sequence[Target]) -> None:
-        """Raise UsageError when energy or power is limited and none of the targets' can be counted here."""
+        """Raise UsageError when energy is an objective, or limited as power may be, and none of the targets' can be counted here."""
         asked = next((each for each in self.constraints if each.metric in ENERGY), None)
         reasons = [why_no_energy({target}) for target in targets]
+        if all(reasons) and any(each.name in ENERGY for each in self.options.objectives):
+            advice = "choose another objective, or tune where energy can be counted"
+            raise UsageError(f"energy is no objective here: {reasons[0]}", advice=advice)
         if asked is not None and all(reasons):
             raise UsageError(f"{asked.metric} cannot be limited: {reasons[0]}", advice=f"drop {asked}, or tune where energy can be counted")
 
@@ -231,6 +262,8 @@ class Session:
         anew = self.options.fresh or self.options.retry_failed
         earlier = None if anew else database.last_run(record.request, ("searched", "complete", "infeasible"))
         self._searched_before = earlier is not None
+        cut_short = None if anew or earlier else database.last_run(record.request, ("running", "interrupted", "failed"))
+        self._earlier = cut_short
         database.start_run(record, unavailable=work.unavailable, model_id=model_id)
         database.link_environments(record.id, [environment_of(target).fingerprint for target in work.targets])
         return record
@@ -262,7 +295,7 @@ class Session:
     def _tune(self, work: Work, record: RunRecord) -> TuneOutcome:
         if work.subject.refusals:
             refer_in_pieces(work, laid_out=self._searched_before)
-        explorer = Explorer(work, searched_before=self._searched_before)
+        explorer = Explorer(work, searched_before=self._searched_before, earlier=self._earlier)
         explorer.run()
         if self._look is not None:
             self._look(work, explorer)
@@ -285,6 +318,8 @@ class Session:
             tell=self._tell_proof,
             metric=None if self.options.metric is None else partial(work.lab.metric, self.options.metric),
             forced=work.min_segments > 1,
+            objectives=self.options.objectives,
+            prefer=self.options.prefer,
         ).run()
         decider.note_predictions(proof)
         for each in proof.records():
@@ -361,6 +396,9 @@ class Session:
 
     def _finish(self, work: Work, record: RunRecord, decider: Decider, proof: Proof, *, cut_short: bool) -> TuneOutcome:
         """Write the plan, if there is one, and the report in any case."""
+        mattered = importance_text(decider.explorer.study)
+        if mattered:
+            work.note(mattered)
         verdict, trouble = decider.verdict(proof)
         accuracy = decider.accuracy(proof.plan) if proof.plan else None
         certificate = decider.certificate(proof)
@@ -380,6 +418,7 @@ class Session:
                 accuracy=accuracy,
                 certificate=as_planned(certificate),
                 fallbacks=decider.fallbacks(proof),
+                alternatives=decider.alternatives(proof),
                 verdict=verdict,
             )
             shown_plan = self.output if self._shown is None else self._shown[0]
@@ -403,6 +442,11 @@ class Session:
             wall_s=work.elapsed(),
             verdict=verdict,
             trouble=trouble,
+            objectives=self.options.objectives,
+            nearest=decider.nearest(proof),
+            study=decider.explorer.study,
+            best={each.draft.name: decider.best_in(each, proof) for each in proof.alternatives},
+            assumed=self._assumed(work),
         )
         # The same request again continues a search that was cut short, and only proves one that was not.
         status = "interrupted" if cut_short else "complete" if proof.plan else "infeasible"
@@ -430,7 +474,7 @@ def _end(work: Work, record: RunRecord, status: str, *, result: Mapping[str, Any
 
 def _dry_run(work: Work) -> dict[str, Any]:
     """Return what would be measured."""
-    baselines = work.lab.baselines(work.targets, work.options.objective)
+    baselines = work.lab.baselines(work.targets, work.options.drive)
     structure = work.subject.structure
     return {
         "schema": 1,
@@ -442,8 +486,7 @@ def _dry_run(work: Work) -> dict[str, Any]:
         "unavailable": [str(each) for each in work.unavailable],
         "baselines": [each.name for each in baselines],
         "knobs": {
-            str(target): [knob.name for knob in work.lab.knobs(target) if work.options.objective in knob.objectives]
-            for target in work.targets
+            str(target): [knob.name for knob in work.lab.knobs(target) if work.options.drive in knob.objectives] for target in work.targets
         },
         "batches": list(work.batches()),
         "blocks": len(structure.blocks),

@@ -148,6 +148,13 @@ class Subject:
             )
         return self._lowerer
 
+    def size_bytes(self, lowered: str | None) -> int | None:
+        """Return the bytes of the model's weights, as they are or lowered; None where that is not known."""
+        if lowered is None:
+            return self.structure.weight_bytes
+        record = self.lowerer.record(lowered, accuracy={})
+        return None if record is None else record.weight_bytes
+
     def variant(self, batch: int, lowered: str | None) -> Path:
         """Return the model file at `batch`, lowered to a precision or (None) as it is.
 

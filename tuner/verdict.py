@@ -8,10 +8,13 @@ from typing import Any
 from aivmm.models.records import ModelFacts
 from aivmm.planner.candidates import Draft, Piece
 from aivmm.planner.constraints import human
+from aivmm.planner.objectives import OBJECTIVES, Objective
+from aivmm.planner.records import StudyRecord
 from aivmm.probes.compare import Comparison
 from aivmm.runtime.plan import Accuracy
 from aivmm.tuner.measure import Counts
-from aivmm.tuner.prove import Entrant, Proof, call_s, interval_s
+from aivmm.tuner.prove import Entrant, Proof, call_s, constraint_metrics, interval_s
+from aivmm.tuner.tradeoffs import alternatives_text, figure, nearest_json, tradeoffs_json
 
 _THREADS = {"INFERENCE_NUM_THREADS": "thread", "intra_op_num_threads": "thread", "NUM_STREAMS": "stream"}
 
@@ -55,15 +58,17 @@ def factor_text(found: Comparison) -> str:
     return f"the same within noise (±{max(1.0, width):.0f} %) as"
 
 
-def sentence(proof: Proof, *, objective: str, accuracy_text: str) -> str:
+def sentence(
+    proof: Proof, *, objectives: Sequence[Objective] = (OBJECTIVES["latency"],), accuracy_text: str, prefer: Sequence[str] = ()
+) -> str:
     """Say in plain English what to run, and how it compares with what a user would have run otherwise."""
     plan = proof.plan
     assert plan and plan.confirmed
-    if objective == "throughput":
-        figure = f"{human(plan.metrics['throughput_per_s'], 'throughput')} samples"
-    else:
-        figure = time_text(call_s(plan))
-    text = f"{describe(plan.draft)}: {figure}"
+    first = objectives[0]
+    objective = first.name
+    text = f"{describe(plan.draft)}: {figure(plan, first) if objective != 'latency' else time_text(call_s(plan))}"
+    if objective not in ("latency", "throughput"):
+        text += f" {first.what}, {time_text(call_s(plan))}"
     clauses = []
     others = [each for each in proof.entrants if each.role == "baseline" and each is not plan and each.confirmed and each.eligible]
     for each in _worth_telling(plan, others, proof):
@@ -74,8 +79,14 @@ def sentence(proof: Proof, *, objective: str, accuracy_text: str) -> str:
     if clauses:
         text += ", " + " and ".join([", ".join(clauses[:-1]), clauses[-1]] if len(clauses) > 2 else clauses)
     text += "."
-    if plan.role == "baseline":
+    if prefer:
+        text += f" It is the best on the hardware that is preferred ({', '.join(prefer)})."
+    elif objective not in ("latency", "throughput"):
+        text += f" {_by_objective(plan, proof, first)}"
+    elif plan.role == "baseline":
         text += f" {_why_baseline(plan, proof)}"
+    if len(objectives) > 1:
+        text += f" {alternatives_text(proof, objectives, {each.draft.name: describe(each.draft) for each in proof.entrants})}"
     return text + (f" {accuracy_text}" if accuracy_text else "")
 
 
@@ -104,6 +115,18 @@ def _why_baseline(plan: Entrant, proof: Proof) -> str:
         reason = first.problem or proof.violations[first.draft.name][0].sentence
         return f"The baseline won: of what was tried, {describe(first.draft)} is out ({reason})."
     return "The baseline won: the search found nothing that promised to be faster."
+
+
+def _by_objective(plan: Entrant, proof: Proof, objective: Objective) -> str:
+    """Say how the plan's objective compares with that of the best baseline that may be one."""
+    rivals = [each for each in proof.entrants if each.role == "baseline" and each is not plan and each.eligible and each.confirmed]
+    known = [each for each in rivals if objective.metric in constraint_metrics(each) and each.draft.name not in proof.violations]
+    if objective.metric not in constraint_metrics(plan):
+        return f"Its {objective.what} could not be measured, so speed decided."
+    if not known:
+        return f"No baseline's {objective.what} is known."
+    best = min(known, key=lambda each: objective.loss_of(constraint_metrics(each)[objective.metric]))
+    return f"Its {objective.what} is {figure(plan, objective)}; that of {best.draft.name} is {figure(best, objective)}."
 
 
 def _worth_telling(plan: Entrant, baselines: Sequence[Entrant], proof: Proof) -> list[Entrant]:
@@ -148,6 +171,11 @@ def summary(
     wall_s: float,
     verdict: str,
     trouble: Sequence[str] = (),
+    objectives: Sequence[Objective] = (),
+    nearest: Entrant | None = None,
+    study: StudyRecord | None = None,
+    best: Mapping[str, str] | None = None,
+    assumed: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the object of `tune --json` (DESIGN 7)."""
     plan = proof.plan
@@ -165,9 +193,14 @@ def summary(
         "probes": {"measured": counts.measured, "reused": counts.reused, "refused": counts.refused, "failed": counts.failed},
         "wall_s": wall_s,
         "verdict": verdict,
+        "assumed": list(assumed),
     }
+    stages = {each.draft.name: stages_json(each.draft) for each in proof.entrants}
+    result |= tradeoffs_json(proof, objectives, study or StudyRecord(), stages, best or {})
     if trouble:
         result["binding"] = list(trouble)
+        shown = describe(nearest.draft) if nearest else ""
+        result |= nearest_json(nearest, proof, shown, stages[nearest.draft.name] if nearest else ())
     if plan is not None and plan.confirmed is not None:
         low, high = interval_s(plan)
         result["plan"] = {"path": plan_path, "batch": plan.draft.batch, "callers": plan.draft.callers, "stages": stages_json(plan.draft)}

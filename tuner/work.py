@@ -77,9 +77,10 @@ class Work:
 
     def batches(self) -> tuple[int, ...]:
         """Return the batches that may be searched."""
-        if self.options.objective != "throughput":
+        if self.options.drive != "throughput":
             if len(self.options.batches) > 1:
-                self.note(f"latency is tuned for batch {self.subject.base_batch}; use --objective throughput to search several")
+                goal, base = self.options.objective, self.subject.base_batch
+                self.note(f"{goal} is tuned for batch {base}; use --objective throughput (or {goal},throughput) to search several")
             return (self.subject.base_batch,)
         if not self.subject.facts.batchable or not self.taken_whole:
             return (self.subject.base_batch,)
