@@ -26,6 +26,8 @@ INDIFFERENCE = 0.01  # differences below ±1 % are of no use to anyone
 _RESAMPLES = 2000
 _INTERVAL_RESAMPLES = 500  # each sorts all samples
 _ONE_PAIR = math.log(2)  # a single pair says nothing of its noise: within a factor of two, let us say
+_COLD_LEAST = 3  # samples to a quarter, below which nothing is said of them
+_COLD = 1.15
 _MOST_HALF = 20.0  # e^20 is no ratio of durations
 Word = Literal["faster", "slower", "same", "ambiguous"]
 By = Literal["median", "least"]  # what a round stands for a contestant by
@@ -294,6 +296,18 @@ def cautions(samples: Samples) -> tuple[Caution, ...]:
                 advice="close other programs, or raise --budget",
             )
         )
+    quarter = len(samples.timed_s) // 4
+    if quarter >= _COLD_LEAST:
+        first, rest = np.median(samples.timed_s[:quarter]), np.asarray(samples.timed_s[quarter:])
+        times = float(first / np.median(rest))
+        if times > _COLD and first > np.quantile(rest, 0.9):
+            found.append(
+                Caution(
+                    code="cold-cache",
+                    message=f"the first quarter of the samples took {times:.1f} times as long as the rest: caches were cold",
+                    advice="raise --budget, so that warm samples outweigh them",
+                )
+            )
     if len(samples.timed_s) < 20:
         found.append(Caution(code="few-samples", message=f"only {len(samples.timed_s)} samples", advice="raise --budget"))
     return tuple(found)

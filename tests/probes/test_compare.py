@@ -109,6 +109,10 @@ def test_shaky_samples_carry_their_cautions() -> None:
     assert cautions(samples(*[1.0] * 20)) == ()
     assert [each.code for each in cautions(samples(1.0, 2.0, 1.0, 2.0))] == ["spread", "few-samples"]
     assert all(each.advice for each in cautions(samples(1.0, 2.0)))
+    cold = cautions(samples(*[1.5] * 5, *[1.0] * 15))
+    assert [each.code for each in cold] == ["cold-cache"] and "1.5 times as long" in cold[0].message
+    assert not cautions(samples(*[1.0] * 15, *[1.5] * 5))  # slower at the end is no matter of caches
+    assert "cold-cache" not in {each.code for each in cautions(samples(*[1.5, 1.0, 1.0, 1.0] * 5))}
 
 
 # --- racing ---
