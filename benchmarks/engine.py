@@ -394,9 +394,7 @@ def cold(report: Report, rounds: int) -> None:
     """Fresh processes."""
     report.say("\n## From imported to answered, in a fresh process, with the compiled form cached (ms, median)\n")
     report.say("The engine has a fixed part (the plan, the conditions, buffers) beside what grows with the model; `more` is its median.\n")
-    report.say(
-        "| model | target | bare | engine | waited for hashes | more | ratio (95 % of rounds) | allowed | | imports: bare | engine |"
-    )
+    report.say("| model | target | bare | engine | waited for hashes | more | ratio (95 % of rounds) | limit | | imports: bare | engine |")
     report.say("|---|---|---|---|---|---|---|---|---|---|---|")
     for name, (width, rows, layers) in {"8 MB": (512, 1, 8), "80 MB": (1024, 1, 20)}.items():
         for target, module, ready in ((OPENVINO, "openvino", "_import_openvino"), (ONNXRUNTIME, "onnxruntime", "_ort")):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -296,15 +297,16 @@ def test_a_writer_that_is_killed_while_writing_leaves_no_half_a_file(tmp_path: P
 @posix
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root becomes another user")
 @pytest.mark.parametrize("home", ["", "/nonexistent", "read-only"])
-def test_a_user_without_a_home_runs_the_plan_all_the_same(bundle: Path, cache: Path, home: str) -> None:
+def test_a_user_without_a_home_runs_the_plan_all_the_same(home: str) -> None:
     """A user that the password file does not know, as containers have them, and one whose folder cannot be written."""
-    for folder in (bundle, *bundle.parents):
-        if folder.stat().st_uid == os.geteuid() and not folder.stat().st_mode & 0o005:
-            folder.chmod(folder.stat().st_mode | 0o055)
-    place = str(bundle.parent) if home == "read-only" else home
-    found = finish(start(bundle, "54321", HOME=place, XDG_CACHE_HOME="", AIVMM_CACHE=""))
-    assert found["hits"] == found["stored"] == 0 and found["problems"]
-    assert not (bundle.parent / "~").exists()
+    with tempfile.TemporaryDirectory() as text:  # pytest closes its own folders to other users, whenever another pytest starts
+        folder = Path(text)
+        folder.chmod(0o755)
+        bundle = make_bundle(folder / "m.aivmm", chain_model(), PARTS)
+        place = str(folder) if home == "read-only" else home
+        found = finish(start(bundle, "54321", HOME=place, XDG_CACHE_HOME="", AIVMM_CACHE=""))
+        assert found["hits"] == found["stored"] == 0 and found["problems"]
+        assert not (folder / "~").exists() and not (folder / ".cache").exists()
 
 
 def test_a_cache_that_cannot_be_made_is_no_reason_not_to_run(bundle: Path, cache: Path) -> None:
