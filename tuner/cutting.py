@@ -197,7 +197,8 @@ class Cutter:
         keys = [self._keys(index, draft, structures) for index in range(len(draft.pieces))]
         known = self._work.database.find_many([key for pair in keys for key in pair])
         outcomes = {key: each for key, each in known.items() if isinstance(each, Measured)}
-        if any(key not in outcomes for pair in keys for key in pair):
+        # What an earlier version measured lacks what the engine's call takes, and is measured anew.
+        if any(alone not in outcomes or placed not in outcomes or "engine_s" not in outcomes[placed].metrics for alone, placed in keys):
             return []
         self._work.database.link(self._work.run_id, list(outcomes))
         self._measurer.counts.reused += len(outcomes)
