@@ -25,6 +25,7 @@ from time import perf_counter
 from types import TracebackType
 
 from aivmm.errors import BundleError, UsageError
+from aivmm.runtime.onnx_arity import short_of_inputs
 from aivmm.runtime.plan import Plan, parse_plan
 from aivmm.runtime.signing import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, Key, require_signature
 
@@ -257,12 +258,15 @@ def _may_be_unlisted(name: str, root: str) -> bool:
 
 
 def refuse_compiled(model: Path, shown: Path) -> None:
-    """Raise BundleError when a model holds, or names, a compiled form: what a device executes as it stands is not taken from a stranger."""
+    """Raise BundleError for a model with a compiled form in it, which a device would execute as it stands, or with malformed nodes."""
     with model.open("rb") as file:
         if os.fstat(file.fileno()).st_size:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 if mapped.find(_COMPILED) >= 0:
                     raise BundleError(f"{shown} holds compiled code ({_COMPILED.decode()})", advice="tune from the original model")
+    short = short_of_inputs(model)
+    if short:
+        raise BundleError(f"{shown} holds {short}", advice="tune from the original model")
 
 
 def _read_beside(folder: Path, name: str, most: int, shown: Path) -> bytes | None:
