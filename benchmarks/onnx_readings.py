@@ -17,6 +17,7 @@ class Reading:
     cases: str
     text: str
     found: str = ""
+    varies: bool = False  # right on some machines, with the same versions
 
     def matches(self, runtime: str, case: str, detail: str) -> bool:
         """Say whether it speaks of this result."""
@@ -30,6 +31,7 @@ _RANDOM = "random numbers: the runtime's generator is not the suite's, no result
 _PAST_MASK = r"test_attention_4d_with_past_and_present_qk_matmul_bias_[34]d_mask_causal"
 READINGS = (
     Reading(_OV, r"test_attention_.*_expanded", "rows that a mask hides wholly give NaN where the specification wants 0", "nan"),
+    Reading(_OV, r"test_attention_4d_causal_padded_kv_bf16", "rows that a mask hides wholly give the mean of the values", varies=True),
     Reading(_OV, r"test_attention.*(window).*", "the attributes of Attention-26/27 for local windows are ignored in silence"),
     Reading(_OV, _PAST_MASK, "the causal mask ignores the past's length"),
     Reading(_OV, r"test_bernoulli.*", _RANDOM),

@@ -54,9 +54,10 @@ def test_every_case_of_the_suite_has_a_result_that_somebody_has_read(tmp_path: P
     check(cases, results)
     wrong = [each for each in results if each.status == "wrong"]
     used = {reading_of(each.runtime, each.case, each.detail) for each in wrong}
-    assert [each for each in READINGS if each not in used] == [], "readings of what is not wrong any more"
+    assert [each for each in READINGS if each not in used and not each.varies] == [], "readings of what is not wrong any more"
     text = PAGE.read_text(encoding="utf-8")
-    if all(f"{name} {version(name)}" in text for name in ("openvino", suite._ORT, "onnx")):
+    varying = any(each is not None and each.varies for each in used)
+    if not varying and all(f"{name} {version(name)}" in text for name in ("openvino", suite._ORT, "onnx")):
         assert [line for line in suite._table(results) if line not in text] == []  # the page tells of these very versions
 
 
