@@ -224,7 +224,7 @@ class Lab:
             samples=list(map(str, samples)),
             references=list(map(str, references)),
             most=most,
-            limit_s=limit_s,
+            within_s=limit_s,
         )
         parts = tuple((each["first"], each["last"], tuple(each["nodes"]), float(each["noise"])) for each in answer["parts"])
         return Sensitivity(parts=parts, whole=float(answer["whole"]), complete=bool(answer["complete"]))

@@ -84,11 +84,11 @@ def sensitivity(
     samples: list[str],
     references: list[str],
     most: int,
-    limit_s: float,
+    within_s: float,
 ) -> dict[str, Any]:
     """Say how much noise each part of a lowered model adds, lowered alone, and the whole; what was said before is read from beside it.
 
-    Returns `parts` (see `lowering_parts.Part`; fewer than there are when `limit_s` was over), `whole`, and `complete`.
+    Returns `parts` (see `lowering_parts.Part`; fewer than there are when `within_s` was over), `whole`, and `complete`.
 
     Raises:
         Unsupported: the way of lowering cannot be applied to parts of a model.
@@ -107,7 +107,7 @@ def sensitivity(
         known = _read(told)
         if known is not None:  # another process made it while we waited
             return known
-        parts = list(taken.parts([(first, last) for first, last in blocks], inputs, expected, most=most, limit_s=limit_s))
+        parts = list(taken.parts([(first, last) for first, last in blocks], inputs, expected, most=most, limit_s=within_s))
         answer = {
             "parts": [asdict(each) for each in parts],
             "whole": taken.noise((), inputs, expected),

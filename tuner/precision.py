@@ -8,8 +8,9 @@ each alone, and models that leave the costly ones as they were take part.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aivmm.errors import AivmmError, Unsupported
@@ -28,10 +29,15 @@ if TYPE_CHECKING:
     from aivmm.models.lowering_recipes import Recipe
 
 _SHARE, _MOST_S = 0.35, 55.0  # of the budget; what a search may take longer for the sake of lower precisions
+_FOR_MIXING = 0.4  # of that, kept for mixtures
 _SURVIVORS = 2  # variants of a target that its search goes on with
 _GROUP, _GROUP_S = 3, 2.0
 _WORTH = 1.15  # a variant this far behind the best of its target does not go on
 _MOST_PARTS = 12
+_NOISE_SAMPLES = 4
+_USELESS = 1.0  # noise as strong as the outputs themselves
+_RACING_S = 5.0  # it takes to race parts alone
+_LEAST_MIXING_S = 20.0  # to measure the parts' noise in
 _LEVELS = (0.9, 0.5, 0.2)  # shares of the noise that the limit allows: the points of the front that are proven
 _ENOUGH = 0.9  # lowered models that take less than this share of fp32's time need no mixing
 
@@ -64,13 +70,11 @@ class Scout:
         others = [recipe for rank in range(1, 20) for recipes in ways.values() for recipe in recipes[rank : rank + 1]]
         self._try(first, targets)
         for recipe in others:
-            if self._left() <= 0 or self.work.asked():
+            if self._left() <= _FOR_MIXING * self._allowed_s or self.work.asked():
                 break
             if not self._settled(recipe, targets):
                 self._try([recipe], targets)
-        for target in targets:
-            if self._left() > 0 and not self.work.asked() and self._needs_mixing(target):
-                self._mix(target)
+        self._mix_where_needed(targets)
         self._tell(targets)
         return {target: self.survivors(target) for target in targets}
 
@@ -221,7 +225,15 @@ class Scout:
         best = min((ratio for _, ratio in self._scored(target)), default=None)
         return best is None or (plain is not None and best > _ENOUGH * plain)
 
-    def _mix(self, target: Target) -> None:
+    def _mix_where_needed(self, targets: Sequence[Target]) -> None:
+        """Mix for the fastest target that needs it, whatever is left of the time, and for others as long as there is some."""
+        needing = sorted(filter(self._needs_mixing, targets), key=lambda target: self._plain_ratio(target) or float("inf"))
+        for number, target in enumerate(needing):
+            if self.work.asked() or (number > 0 and (self._left() <= 0 or not self._needs_mixing(target))):
+                continue
+            self._mix(target, needing)
+
+    def _mix(self, target: Target, targets: Sequence[Target]) -> None:
         """Leave as they were the blocks of a lowered model that cost the most accuracy for their gain, and try what comes out."""
         from aivmm.models.lowering_recipes import part_of
 
@@ -239,9 +251,9 @@ class Scout:
             recipe = part_of(lowerer.recipe(whole), sorted(everything - kept))
             if recipe.plain and recipe.variant not in lowerer.recipes:
                 recipes.append(recipe)
-        for recipe in recipes:
-            if self._left() > 0 or recipe is recipes[0]:
-                self._try([recipe], [target])
+        for number, recipe in enumerate(recipes):
+            if number == 0 or self._left() > 0:
+                self._try([recipe], targets)
 
     def _to_mix(self, target: Target) -> str | None:
         """Return the whole lowered model to take apart: of those whose operators can be given back, the one with the least noise."""
@@ -264,10 +276,10 @@ class Scout:
                     subject.lowerer.path(variant),
                     subject.lowerer.recipe(variant),
                     blocks=[(block.first, block.last) for block in subject.structure.blocks],
-                    samples=samples[:4],
-                    references=references[:4],
+                    samples=samples[:_NOISE_SAMPLES],
+                    references=references[:_NOISE_SAMPLES],
                     most=_MOST_PARTS,
-                    limit_s=max(5.0, self._left()),
+                    limit_s=max(_LEAST_MIXING_S, self._left()),
                 )
             except (Unsupported, WorkerDied) as error:
                 self.work.note(f"{variant} cannot be mixed: {error.reason if isinstance(error, WorkerDied) else error.message}")
@@ -275,28 +287,39 @@ class Scout:
         return self.parts[variant]
 
     def _choices(self, target: Target, whole: str, found: Sensitivity) -> list[Choice]:
-        """Return the parts to lower: the points of the front of noise and gain that the limit allows, the largest gain first."""
-        noises = [noise for _, _, _, noise in found.parts]
-        gains = self._gains(target, whole, found)
+        """Return the parts to lower: the points of the front of noise and gain that the limit allows, the largest gain first.
+
+        Parts that alone are over the limit are in none of them.
+        """
         limits = {each.metric: each.limit for each in self.work.constraints if each.metric in ACCURACY}
         most = most_noise(limits, self.work.cosine_limit)
-        allowed = most if most is not None and most > 0 else found.whole
-        if adds_up(noises, found.whole):
-            return list(front(noises, gains, [share * allowed for share in _LEVELS]))
-        self.work.note(f"the noise of {whole}'s blocks does not add up ({sum(noises):.2g} for {found.whole:.2g}): mixtures were searched")
-        lowerer, subject = self.work.subject.lowerer, self.work.subject
-        samples, references = subject.choosing()
+        allowed = most if most is not None and most > 0 else min(found.whole, _USELESS)
+        usable = [index for index, part in enumerate(found.parts) if part[3] <= allowed]
+        if not usable:
+            return []
+        noises, gains = [found.parts[index][3] for index in usable], self._gains(target, whole, found)
+        gains = [gains[index] for index in usable]
+        evaluate = partial(self._noise_of, whole, found, usable)
+        together = found.whole if len(usable) == len(found.parts) else evaluate(tuple(range(len(usable))))
+        if adds_up(noises, together):
+            tried: Sequence[Choice] = front(noises, gains, [share * allowed for share in _LEVELS])
+        else:
+            self.work.note(f"the noise of {whole}'s blocks does not add up ({sum(noises):.2g} for {together:.2g}): mixtures are searched")
+            stop = self._is_over(time.perf_counter() + max(_LEAST_MIXING_S, self._left()))
+            tried = searched_front(gains, noises, evaluate, trials=12, seed=self.work.options.seed, stop=stop)
+        fitting = [each for each in tried if each.noise <= allowed][: len(_LEVELS)]
+        return [replace(each, parts=tuple(usable[index] for index in each.parts)) for each in fitting]
 
-        def evaluate(parts: tuple[int, ...]) -> float:
-            plain = [node for index, part in enumerate(found.parts) if index not in parts for node in part[2]]
-            return self.work.lab.noise(
-                subject.path, lowerer.path(whole), lowerer.recipe(whole), plain, samples=samples[:4], references=references[:4]
-            )
+    def _noise_of(self, whole: str, found: Sensitivity, usable: Sequence[int], parts: tuple[int, ...]) -> float:
+        """Return the noise of the model with some parts lowered, numbered among the usable ones."""
+        subject, lowered = self.work.subject, {usable[index] for index in parts}
+        samples, references = (each[:_NOISE_SAMPLES] for each in subject.choosing())
+        plain = [node for index, part in enumerate(found.parts) if index not in lowered for node in part[2]]
+        lowerer = subject.lowerer
+        return self.work.lab.noise(subject.path, lowerer.path(whole), lowerer.recipe(whole), plain, samples=samples, references=references)
 
-        tried = searched_front(
-            gains, noises, evaluate, trials=8, seed=self.work.options.seed, stop=lambda: self._left() <= 0 or self.work.asked()
-        )
-        return [each for each in tried if each.noise <= allowed][: len(_LEVELS)]
+    def _is_over(self, deadline: float) -> Callable[[], bool]:
+        return lambda: time.perf_counter() > deadline or self.work.asked()
 
     def _gains(self, target: Target, whole: str, found: Sensitivity) -> list[float]:
         """Return what lowering each part is worth.
@@ -307,7 +330,7 @@ class Scout:
         outcome = self._outcome(str(target), whole)
         plain = self._plain_ratio(target)
         ratio = outcome.ratio if outcome is not None else self._ratio_regardless(target, whole)
-        if ratio is not None and plain is not None and ratio > _ENOUGH * plain:
+        if ratio is not None and plain is not None and ratio > _ENOUGH * plain and self._left() > _RACING_S:
             return self._raced_gains(target, whole, found, plain)
         blocks = self.work.subject.structure.blocks
         flops = [sum(block.flops or 0.0 for block in blocks[first : last + 1]) for first, last, _, _ in found.parts]
