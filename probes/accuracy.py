@@ -17,7 +17,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 _MEANS = ("top1_agreement", "top5_agreement")  # over several samples the mean counts; of all else the worst
 _MORE_IS_BETTER = ("cosine", "sqnr")
-_BEST_SQNR = 200.0  # dB; equal outputs would give infinity, which neither JSON nor a database has
+BEST_SQNR = 200.0  # dB; equal outputs would give infinity, which neither JSON nor a database has
 _DOUBLE_ROUNDING = 1e-9  # relative L2 of float64 outputs: runtimes that compute in float64 differ by 1e-15 to 1e-12, in float32 by 1e-8
 _BEYOND = 2.0**31  # magnitudes that no 32-bit integer holds
 _ROUNDING = 1e-4  # fp32 runtimes differ by this much in deep models; a limit of cosine>=1 does not ask for less
@@ -40,7 +40,7 @@ class Accuracy:
             "cosine": self.cosine,
             "relative_l2": self.relative_l2,
             "max_abs": self.max_abs,
-            "sqnr": min(sqnr, _BEST_SQNR),
+            "sqnr": min(sqnr, BEST_SQNR),
             **self.agreement,
         }
         return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -15,7 +15,7 @@ from jinja2 import FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from aivmm.planner.records import TrialRecord
-from aivmm.reports import anatomy, costs, figures, palette, race, recipes, summary, trouble
+from aivmm.reports import anatomy, costs, figures, palette, precision, race, recipes, summary, trouble
 from aivmm.reports import format as fmt
 from aivmm.reports.data import ReportData, dig
 
@@ -61,6 +61,7 @@ def _context(data: ReportData) -> dict[str, Any]:
         "costs": costs.account(data, plan.cells, colours),
         "distribution": figures.distribution(data, colours),
         "search": figures.search(data, colours),
+        "precision": precision.account(data, colours),
         "knobs": figures.knobs(data, colours),
         "best_trials": _best(data.trials),
         "states": _states(data.trials),

@@ -35,6 +35,7 @@ class Lowerer:
     saturates: bool  # a CPU takes part whose int8 products overflow 16 bits
     notes: list[str]
     recipes: dict[str, Recipe] = field(default_factory=dict)  # by variant: what was asked for, or is known from earlier runs
+    judged: set[tuple[str, str]] = field(default_factory=set)  # (target, variant): those whose accuracy was judged on several samples
     _made: dict[str, Made | Unsupported] = field(default_factory=dict)
     _carried: dict[tuple[str, int], Path | Unsupported] = field(default_factory=dict)
 

@@ -251,7 +251,8 @@ class Measurer:
         """Keep which variant of the model a candidate ran, and how near it came to fp32 on its target, or why there is none."""
         lowered = candidate.config.lowered
         if lowered is not None:
-            accuracy = {str(candidate.target): loaded.accuracy} if loaded and loaded.accuracy and not loaded.problem else {}
+            known = (str(candidate.target), lowered) in self.subject.lowerer.judged  # on more samples than the race has
+            accuracy = {str(candidate.target): loaded.accuracy} if loaded and loaded.accuracy and not loaded.problem and not known else {}
             record = self.subject.lowerer.record(lowered, accuracy=accuracy)
             if record is not None:
                 self.database.remember_lowering(record)

@@ -17,7 +17,7 @@ from aivmm.errors import AivmmError, Unsupported
 from aivmm.planner.candidates import Candidate, Rejection, Score
 from aivmm.planner.constraints import ACCURACY, check
 from aivmm.planner.precision import Choice, Way, adds_up, front, most_noise, searched_front, unfit
-from aivmm.probes.accuracy import over_limit
+from aivmm.probes.accuracy import BEST_SQNR, over_limit
 from aivmm.probes.client import WorkerDied
 from aivmm.probes.lab import Sensitivity
 from aivmm.runtime.config import Config
@@ -32,6 +32,7 @@ _SHARE, _MOST_S = 0.35, 55.0  # of the budget; what a search may take longer for
 _FOR_MIXING = 0.4  # of that, kept for mixtures
 _SURVIVORS = 2  # variants of a target that its search goes on with
 _GROUP, _GROUP_S = 3, 2.0
+_EXACT = 0.999999  # the cosine of outputs that differ by rounding alone
 _WORTH = 1.15  # a variant this far behind the best of its target does not go on
 _MOST_PARTS = 12
 _NOISE_SAMPLES = 4
@@ -54,6 +55,7 @@ class Scout:
     judged: dict[tuple[str, str], Mapping[str, float]] = field(default_factory=dict)  # (target, variant) -> accuracy
     problems: dict[tuple[str, str], str] = field(default_factory=dict)  # (target, variant) -> why it is out
     parts: dict[str, Sensitivity] = field(default_factory=dict)  # by variant of the whole
+    seconds: float = 0.0  # that scouting took
     _started: float = 0.0
     _allowed_s: float = 0.0
 
@@ -75,6 +77,9 @@ class Scout:
             if not self._settled(recipe, targets):
                 self._try([recipe], targets)
         self._mix_where_needed(targets)
+        for target in targets:
+            self._race_the_nearest(target)
+        self.seconds = time.perf_counter() - self._started
         self._tell(targets)
         return {target: self.survivors(target) for target in targets}
 
@@ -86,7 +91,7 @@ class Scout:
     def as_json(self) -> dict[str, Any]:
         """Return what was found, for the record of the run and its report."""
         tried = []
-        for (target, variant), metrics in self.judged.items():
+        for (target, variant), metrics in self._accuracies().items():
             made = self.work.subject.lowerer.made(variant)
             outcome = self._outcome(target, variant)
             tried.append(
@@ -95,17 +100,38 @@ class Scout:
                     "precision": variant,
                     "accuracy": dict(metrics),
                     "problem": self.problems.get((target, variant), ""),
-                    "ratio": outcome.ratio if isinstance(outcome, Score) else None,
+                    "ratio": outcome.ratio if outcome else None,
                     "median_s": outcome.median_s if outcome else None,
+                    "lowering_s": made.duration_s if made else None,
                     "weight_bytes": made.weight_bytes if made else None,
                     "file_bytes": made.file_bytes if made else None,
                 }
             )
+        for candidate, outcome in self.known.values():
+            if not candidate.config.lowered and not candidate.config.settings and outcome.median_s is not None:
+                default = candidate.config.precision or "default"
+                exact = {"sqnr": BEST_SQNR, "cosine": 1.0} if isinstance(outcome, Score) and (outcome.cosine or 0.0) > _EXACT else {}
+                tried.append({"target": str(candidate.target), "precision": default, "accuracy": exact, "median_s": outcome.median_s})
         sensitivity = {
             variant: [{"first": first, "last": last, "operators": len(nodes), "noise": noise} for first, last, nodes, noise in found.parts]
             for variant, found in self.parts.items()
         }
-        return {"tried": tried, "sensitivity": sensitivity}
+        return {"tried": tried, "sensitivity": sensitivity, "seconds": self.seconds}
+
+    def _accuracies(self) -> dict[tuple[str, str], Mapping[str, float]]:
+        """Return what was judged, and what earlier runs judged of the variants that this one knows a time of."""
+        if not self.work.subject.lowered_precisions:
+            return {}
+        lowerer, content = self.work.subject.lowerer, self.work.subject.structure.content
+        digests = {recipe.digest(): variant for variant, recipe in lowerer.recipes.items()}
+        stored = {
+            (target, digests[each.recipe_digest]): metrics
+            for each in self.work.database.lowerings(content)
+            if each.recipe_digest in digests and each.calibration in ("", lowerer.calibration_digest)
+            for target, metrics in each.accuracy.items()
+        }
+        timed = {(str(candidate.target), candidate.config.lowered) for candidate, _ in self.known.values() if candidate.config.lowered}
+        return {place: metrics for place, metrics in stored.items() if place in timed} | self.judged
 
     # --- which ways there are
 
@@ -170,6 +196,7 @@ class Scout:
             record = subject.lowerer.record(variant)
         else:
             self.judged[place] = metrics
+            subject.lowerer.judged.add(place)
             if problem := problem or self._over(metrics):
                 self.problems[place] = problem
             record = subject.lowerer.record(variant, accuracy={str(target): metrics})
@@ -254,6 +281,17 @@ class Scout:
         for number, recipe in enumerate(recipes):
             if number == 0 or self._left() > 0:
                 self._try([recipe], targets)
+
+    def _race_the_nearest(self, target: Target) -> None:
+        """Where nothing may be the plan on a target, time what comes nearest all the same: the front tells what a limit could be."""
+        if self._scored(target) or self.work.precisions(target) or self.work.asked():
+            return
+        out = [(metrics.get("cosine", -1.0), variant) for (where, variant), metrics in self.judged.items() if where == str(target)]
+        racing = [self._candidate(target, variant) for _, variant in sorted(out, reverse=True)[:_GROUP]]
+        racing = [each for each in racing if each.key not in self.known]
+        if racing:
+            found = self.measurer.measure(racing, budget_s=_GROUP_S, tell=self.work.tell_race)
+            self.known.update({each.key: (each, found[each.key]) for each in racing})
 
     def _to_mix(self, target: Target) -> str | None:
         """Return the whole lowered model to take apart: of those whose operators can be given back, the one with the least noise."""
@@ -369,6 +407,16 @@ class Scout:
             if tried:
                 within = f"within the limit: {', '.join(fine)}" if fine else "none is within the limit"
                 self.work.note(f"{where}: {len(tried)} ways of lowering the model were tried; {within}{''.join(out)}")
+
+
+def kept_plain(recipe: Recipe, parts: Sensitivity | None) -> str:
+    """Say what a recipe leaves as it was: "3 blocks", "5 operators", or "" when it lowers all that can be."""
+    plain = set(recipe.plain)
+    if not plain:
+        return ""
+    blocks = sum(bool(plain.intersection(nodes)) for _, _, nodes, _ in parts.parts) if parts else 0
+    count, noun = (blocks, "block") if blocks else (len(plain), "operator")
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def way_of(recipe: Recipe) -> Way:

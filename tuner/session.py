@@ -264,6 +264,7 @@ class Session:
         self._searched_before = earlier is not None
         cut_short = None if anew or earlier else database.last_run(record.request, ("running", "interrupted", "failed"))
         self._earlier = cut_short
+        self._earlier_summary = earlier.summary if earlier is not None else {}
         database.start_run(record, unavailable=work.unavailable, model_id=model_id)
         database.link_environments(record.id, [environment_of(target).fingerprint for target in work.targets])
         return record
@@ -448,12 +449,20 @@ class Session:
             best={each.draft.name: decider.best_in(each, proof) for each in proof.alternatives},
             assumed=self._assumed(work),
         )
+        result["precision"] = self._precision(decider, proof)
         # The same request again continues a search that was cut short, and only proves one that was not.
         status = "interrupted" if cut_short else "complete" if proof.plan else "infeasible"
         record = _end(work, record, status, result=result)
         self.progress.phase("writing the report")
         write_report(work.database, record.id, report)
         return TuneOutcome(run=record, plan_path=plan_path, report_path=report, database=work.database.location, summary=result)
+
+    def _precision(self, decider: Decider, proof: Proof) -> dict[str, Any] | None:
+        """Return what lower precision gave, for `--json` and the report: of this run, or of the earlier one that searched."""
+        scout = decider.explorer.scout
+        found = scout.as_json() if not self._searched_before else (self._earlier_summary.get("precision") or {})
+        tried = any(":" in each["precision"] for each in found.get("tried", ()))
+        return {**found, "sentence": decider.precision_sentence(proof)} if tried else None
 
     def _tell_proof(self, what: str, state: RaceState | None) -> None:
         self.progress.detail(what + (f": round {state.round}" if state else ""))
