@@ -12,6 +12,7 @@ import pytest
 
 import aivmm
 from aivmm.db.database import Database
+from tests.models.hostile import HOSTILE, hostile
 from tests.tuner.conftest import Tuned
 from tests.tuner.harness import ONE_RUNTIME, TINY, Finished, Place, reference, relative_l2
 
@@ -131,3 +132,55 @@ def test_a_service_level_says_what_it_stands_for(shared: Place, tiny: Path) -> N
     assert "service level interactive: objective latency, p99<=100ms" in " ".join(done.out.split())
     plan = json.loads((shared.work / "level.aivmm" / "plan.json").read_text())
     assert (plan["objective"], plan["constraints"]) == ("latency", ["p99<=100ms"])
+
+
+@pytest.mark.slow
+def test_one_hostile_block_stays_as_it_was_and_the_mixed_plan_wins(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """int8 as a whole is far over the limit, fp32 reads four times as many weights: the plan is neither."""
+    place = Place.at(tmp_path_factory.mktemp("hostile"))
+    model = hostile(place.work / "hostile.onnx", width=2048)
+    asked = ("--precisions", "fp32,int8", "--constraint", "cosine>=0.99", "--budget", "60s", "--json", "-q", "-o", "mixed.aivmm")
+    done = place.aivmm("tune", model, *asked)
+    assert done.code == 0, done.err
+    (stage,) = done.json["plan"]["stages"]
+    assert stage["precision"].startswith("int8:") and "-but-" in stage["precision"]
+    assert done.json["accuracy"]["value"] >= 0.99
+    tried = done.json["precision"]["tried"]
+    whole = [each for each in tried if each["precision"].startswith("int8:") and "-but-" not in each["precision"]]
+    assert whole and all(each["problem"] for each in whole), "int8 as a whole is over the limit"
+    assert all(each["verdict"] == "faster" for each in done.json["baselines"] if each["eligible"]), "the plan beats fp32"
+    with aivmm.load_plan(place.work / "mixed.aivmm") as engine:
+        fresh = {"x": np.random.default_rng(12).standard_normal((1, 2048)).astype(np.float32)}
+        assert relative_l2(engine.run(fresh), reference(model, fresh)) < 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(HOSTILE))
+def test_no_plan_is_over_its_limit_whatever_int8_does_to_a_model(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    place = Place.at(tmp_path_factory.mktemp("broken"))
+    model = hostile(place.work / "broken.onnx", kind)
+    asked = (
+        "--precisions",
+        "int8",
+        "--constraint",
+        "cosine>=0.999",
+        "--budget",
+        "12s",
+        "--trials",
+        "2",
+        "--json",
+        "-q",
+        "-o",
+        "plan.aivmm",
+    )
+    done = place.aivmm("tune", model, *asked)
+    if done.code == 3:
+        assert done.json["plan"] is None and not (place.work / "plan.aivmm").exists()
+        assert done.json["precision"]["tried"], "the front is shown all the same"
+        return
+    assert done.code == 0, done.err
+    fresh = {"x": np.random.default_rng(21).standard_normal((1, 64)).astype(np.float32)}
+    with aivmm.load_plan(place.work / "plan.aivmm") as engine:
+        made, expected = engine.run(fresh), reference(model, fresh)
+    assert done.json["accuracy"]["value"] >= 0.999
+    assert relative_l2(made, expected) < 2 * (2 * (1 - 0.999)) ** 0.5  # on inputs that nobody saw
