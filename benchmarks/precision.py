@@ -22,7 +22,6 @@ from typing import Any
 
 from aivmm.probes.client import Worker
 from aivmm.probes.compare import compare
-from aivmm.probes.machine import measuring, wait_until_quiet
 from aivmm.probes.race import Contestant, race
 from aivmm.runtime.cpu import cpu_device
 
@@ -63,9 +62,7 @@ def raced(folder: Path, names: tuple[str, str], inputs: Path) -> dict[str, Any]:
                 "load_bundle", limit_s=300, run_limit_s=120, name="engine", bundle=str(folder / f"{name}.aivmm"), inputs=str(inputs)
             )
             contestants.append(Contestant("engine", worker, batch=1, callers=1, expected_s=answer["first_inference_s"], keep=True))
-        with measuring():
-            wait_until_quiet()
-            race(contestants, budget_s=_RACE_S, seed=_SEED)
+        race(contestants, budget_s=_RACE_S, seed=_SEED)
         first, second = (each.samples() for each in contestants)
         assert first is not None and second is not None
         found = compare(first, second)
