@@ -122,16 +122,8 @@ _CONVOLUTIONAL = ("nncf-mixed", "ort-minmax", "ort-percentile", "nncf-percentile
 _WEIGHTS = ("nncf-weights-int8", "ort-dynamic", "ort-weights-int8", "ort-dynamic-7bit")
 _TRANSFORMER = ("nncf-transformer", "ort-products", "ort-dynamic", "nncf-mixed", "nncf-weights-int8", "ort-weights-int8", "ort-percentile",
                 "ort-entropy", "nncf-symmetric", "nncf-transformer-7bit", "ort-products-7bit", "ort-dynamic-7bit")  # fmt: skip
-_DENSE = (
-    "nncf-mixed",
-    "ort-products",
-    *_WEIGHTS,
-    "nncf-percentile",
-    "ort-percentile",
-    "nncf-smooth",
-    "nncf-mixed-7bit",
-    "ort-products-7bit",
-)
+_DENSE = ("nncf-mixed", "ort-products", "nncf-mixed-7bit", "ort-products-7bit", *_WEIGHTS, "nncf-percentile", "ort-percentile",
+          "nncf-smooth")  # fmt: skip
 _RECURRENT = ("nncf-mixed", "ort-dynamic-recurrent", *_DENSE[1:])
 _INT8 = {
     "CNN": _CONVOLUTIONAL,
