@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from aivmm.reports.render import asset, content_security_policy, templates
-from aivmm.reports.summary import split_verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +24,7 @@ class Overview:
     """What the page shows."""
 
     title: str
-    verdict: str
+    lines: tuple[str, ...]  # the verdict: the news first, then a line for each plan
     columns: tuple[str, ...]  # the first is over the rows' names
     rows: tuple[Row, ...]
     facts: tuple[tuple[str, str], ...] = ()
@@ -39,7 +38,6 @@ def render_family(overview: Overview) -> str:
     script = asset("report.js")
     context = {
         "page": overview,
-        "verdict": split_verdict(overview.verdict),
         "policy": content_security_policy(script),
         "script": Markup(script),  # our own file
         "style": Markup(asset("report.css")),  # our own file

@@ -122,7 +122,7 @@ class BucketTuner:
             shutil.copyfile(found.report_path, output / f"report-{index}.html")
         summary = self._summary(outcomes, output, paddings, buckets, verdict, time.perf_counter() - started)
         report, use = output / "report.html", f"import aivmm; engine = aivmm.load_plan({str(output)!r})"
-        report.write_text(render_family(self._overview(plans, outcomes, paddings, verdict)), encoding="utf-8")
+        report.write_text(render_family(self._overview(plans, outcomes, paddings, lines)), encoding="utf-8")
         return ManyOutcome(plan_path=output, report_path=report, summary=summary, lines=lines, outcomes=tuple(outcomes), use=use)
 
     def _paddings(
@@ -254,7 +254,7 @@ class BucketTuner:
         }
         return ManyOutcome(plan_path=None, report_path=report, summary=summary, lines=(verdict,), outcomes=tuple(outcomes))
 
-    def _overview(self, plans: Sequence[Plan], outcomes: Sequence[TuneOutcome], paddings: Paddings, verdict: str) -> Overview:
+    def _overview(self, plans: Sequence[Plan], outcomes: Sequence[TuneOutcome], paddings: Paddings, lines: tuple[str, ...]) -> Overview:
         rows = []
         for index, (each, plan, found) in enumerate(zip(self.wanted, plans, outcomes, strict=True)):
             measured = found.summary["measured"]
@@ -269,7 +269,7 @@ class BucketTuner:
             rows.append(Row(name=each.name, link=f"report-{index}.html", cells=cells))
         return Overview(
             title=f"{plans[0].model.name} at {len(plans)} shapes",
-            verdict=verdict,
+            lines=lines,
             columns=("shape", "plan", "median of a call (95 %)", "throughput", "against the best baseline"),
             rows=tuple(rows),
             facts=tuple((each.name, each.why) for each in paddings.dimensions),

@@ -271,7 +271,7 @@ class WorkloadTuner:
     ) -> ManyOutcome:
         verdict = " ".join(lines)
         try:
-            report.write_text(render_family(self._words.overview(chosen, verdict, links, self.notes)), encoding="utf-8")
+            report.write_text(render_family(self._words.overview(chosen, lines, links, self.notes)), encoding="utf-8")
         except OSError as error:
             raise UsageError(
                 f"cannot write the report to {report}: {error.strerror or error}", advice="choose another with -o DIR"

@@ -114,12 +114,12 @@ class Words:
         seen = {name: each.as_json() for name, each in trial.seen.items()}
         return {"models": models, "seen": seen, "broken": list(trial.broken), "error": trial.error or None}
 
-    def overview(self, chosen: Trial | None, verdict: str, links: Mapping[str, str], notes: Sequence[str]) -> Overview:
+    def overview(self, chosen: Trial | None, lines: tuple[str, ...], links: Mapping[str, str], notes: Sequence[str]) -> Overview:
         """Return the page; `links` leads from a model to its own report."""
         columns = ("model", "priority", "plan", "asked", "median", "p99", "served", "call beside the others / alone", "verdict")
         return Overview(
             title=f"{len(self.demands)} models on {self.machine() or 'this machine'}",
-            verdict=verdict,
+            lines=lines,
             columns=columns,
             rows=tuple(self._row(each, chosen, links.get(each.name, "")) for each in self.demands) if chosen else (),
             notes=tuple(notes),
