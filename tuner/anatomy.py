@@ -62,7 +62,7 @@ class Anatomist:
     skipped: int = 0
     _waited: float = 0.0  # for the machine-wide lock: no part of the budget
     _used: list[ProbeKey] = field(default_factory=list)
-    _recalled: frozenset[ProbeKey] = frozenset()
+    _recalled: set[ProbeKey] = field(default_factory=set)  # what the database knew and nobody has used yet
     _edges: list[tuple[Path, Path]] | None = None  # per block the files of its inputs and of its reference outputs
     _problems: dict[tuple[int, str], str] = field(default_factory=dict)  # (block, target) -> what made its outputs unusable, in this run
     found: dict[tuple[int, str], Outcome] = field(default_factory=dict)  # (block, target) -> how it came out
@@ -262,11 +262,12 @@ class Anatomist:
         keys = list(keys)
         found = {} if self.fresh else self.database.find_many(keys)
         known = {key: outcome for key, outcome in found.items() if not (self.retry_failed and isinstance(outcome, Failed))}
-        self._recalled = frozenset(known) - set(self.seen)
+        self._recalled = set(known) - set(self.seen)
         return known | {key: self.seen[key] for key in keys if key in self.seen}
 
     def _reuse(self, outcome: Outcome) -> Outcome:
         self.counts.add(outcome, reused=True)
+        self._recalled.discard(outcome.key)  # blocks of one structure share it: it counts once, as it did when it was measured
         self._used.append(outcome.key)
         return outcome
 

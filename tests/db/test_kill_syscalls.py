@@ -52,6 +52,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)  # each process has a limit of its own
 def test_killed_at_any_write_or_flush_it_keeps_what_was_acknowledged(
     calls: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
