@@ -274,6 +274,8 @@ def _read_beside(folder: Path, name: str, most: int, shown: Path) -> bytes | Non
     path = folder / name
     if path.is_symlink() or not path.is_file():
         return None
+    if path.stat().st_nlink > 1:
+        raise BundleError(f"{shown} holds {name!r}, which is hard-linked from elsewhere", advice="copy the bundle instead of linking it")
     with path.open("rb") as file:
         text = file.read(most + 1)
     if len(text) > most:

@@ -57,7 +57,7 @@ class Watch:
                 writes = bool(arguments[2] & _WRITING) if isinstance(arguments[2], int) else "r" not in str(arguments[1])
                 if writes and self.temporary not in (path, *path.parents):
                     self.found.append(f"writes {path}")
-                if path.name == SECRET:
+                if path.name == SECRET and self.temporary not in path.parents:  # a zip may hold a file of that name
                     self.found.append(f"reads {path}")
             elif event in _CHANGING:
                 path = absolute(arguments[0], arguments[-1] if event in ("os.remove", "os.rmdir", "os.mkdir", "os.chmod") else -1)

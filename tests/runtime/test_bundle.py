@@ -172,6 +172,15 @@ def test_a_hard_link_to_a_report_is_refused_where_the_plan_lists_it(bundle: Path
 
 
 @links
+def test_a_plan_that_is_a_hard_link_is_not_read(bundle: Path) -> None:
+    os.link(bundle / "plan.json", bundle.parent / "elsewhere")
+    (bundle / "plan.json").unlink()
+    (bundle.parent / "elsewhere").write_text("secret")
+    os.link(bundle.parent / "elsewhere", bundle / "plan.json")
+    refused(bundle, "'plan.json', which is hard-linked from elsewhere")
+
+
+@links
 def test_special_files_are_refused_without_being_opened(bundle: Path) -> None:
     os.mkfifo(bundle / "pipe")
     with pytest.raises(BundleError, match="special file"):
