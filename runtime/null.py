@@ -33,7 +33,7 @@ import numpy as np
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.backend import Baseline, Buffer, Placement
 from aivmm.runtime.config import Config, Knob, Setting
-from aivmm.runtime.null_work import Work, evaluator_of, load, op_types, spec_of, work_of
+from aivmm.runtime.null_work import Work, evaluated, evaluator_of, load, op_types, spec_of, work_of
 from aivmm.runtime.target import Device, DeviceKind, Target, Unavailable
 from aivmm.tensors import TensorSpec
 
@@ -288,7 +288,7 @@ class NullExecutable:
         self._require_open()
         # One at a time: the operators of onnx.reference keep state while they run.
         with self._lock, np.errstate(all="ignore"):
-            results = self._evaluator.run(None, dict(feeds))
+            results = evaluated(self._evaluator, feeds)
             callers = len(self._requests)
             work = work_of(self._proto, {name: array.shape for name, array in feeds.items()}) if self._proto is not None else self.work
             seconds = interval_s(work, self._device, self._setup, callers)

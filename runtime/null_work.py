@@ -52,6 +52,14 @@ def evaluator_of(proto: Any) -> Any:
         raise Unsupported(f"the null backend cannot evaluate the model: {_one_line(error)}") from error
 
 
+def evaluated(evaluator: Any, feeds: Mapping[str, Any]) -> list[Any]:
+    """Return the outputs for `feeds`; raise Unsupported where an operator cannot be evaluated on them."""
+    try:
+        return list(evaluator.run(None, dict(feeds)))
+    except Exception as error:  # as above
+        raise Unsupported(f"the null backend cannot evaluate the model: {_one_line(error)}") from error
+
+
 def _one_line(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
