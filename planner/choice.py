@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from aivmm.planner.constraints import TARGETS, Constraint, Violation, check, human, unjudged
+from aivmm.planner.constraints import TARGETS, Constraint, Violation, check, human, parse, unjudged
 from aivmm.planner.objectives import Objective
 from aivmm.planner.pareto import front
 from aivmm.runtime.target import matches
@@ -99,18 +99,27 @@ def relaxed(violations: Sequence[Violation]) -> str:
     for each in violations:
         if each.value is None or math.isnan(each.value) or each.constraint.metric == TARGETS:
             return ""
-        upper = each.constraint.operator in ("<", "<=")
-        parts.append(f"{each.constraint.metric}{'<=' if upper else '>='}{_just_past(each.value, each.constraint.metric, up=upper)}")
+        parts.append(_that_passes(each.value, each.constraint.metric, up=each.constraint.operator in ("<", "<=")))
     return ", ".join(parts)
 
 
-def _just_past(value: float, metric: str, *, up: bool) -> str:
-    """Return a number of three digits or so, on the side of the value that lets it pass."""
+def _that_passes(value: float, metric: str, *, up: bool) -> str:
+    """Return a limit that `value` keeps, in as few digits as do: as text, it may round to the wrong side (200 s are 3.333 min)."""
+    text = ""
+    for digits in (4, 6, 9, 12, 17):
+        text = f"{metric}{'<=' if up else '>='}{_just_past(value, metric, up=up, digits=digits)}"
+        if not check(parse(text), {metric: value}):
+            break
+    return text
+
+
+def _just_past(value: float, metric: str, *, up: bool, digits: int) -> str:
+    """Return a number of three digits or so, on the side of the value that lets it pass, in `digits` digits."""
     step = 10.0 ** (math.floor(math.log10(abs(value))) - 2) if value else 0.0
     if metric in ("cosine", "top1_agreement", "top5_agreement"):
         step = 1e-6  # near 1, three digits say nothing
     rounded = (math.ceil(value / step) if up else math.floor(value / step)) * step if step else value
-    return human(rounded, metric, digits=4).replace(" ", "")
+    return human(rounded, metric, digits=digits).replace(" ", "")
 
 
 def alternatives(options: Mapping[K, Option], plan: K, objectives: Sequence[Objective]) -> list[K]:

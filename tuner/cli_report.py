@@ -55,26 +55,30 @@ def report(
     `aivmm report --format markdown -o -`
     """
     from aivmm.db.database import Database
+    from aivmm.tuner.reporting import find_run
 
     wanted: list[str | None] = [*(runs or [])] or [None]
     _check(wanted, output, compare=compare, everything=everything, kind=kind, tables=tables)
     to_stdout = output is not None and str(output) == "-"
     if to_stdout and (as_json or open_it):
         raise UsageError("-o - writes the report itself to standard output", advice="leave --json and --open away")
+    run_id: str | None = None  # of the one run that this is about
     with Database.open(db, make=False) as database:
+        if not everything and not compare:
+            run_id = find_run(database, wanted[0]).id
         if everything:
             written = _site(database, output or Path("aivmm-report"))
         elif tables:
-            written = _tables(database, wanted[0], output, tables)
+            written = _tables(database, str(run_id), output, tables)
         else:
-            name, text = _comparison(database, wanted, kind) if compare else _single(database, wanted[0], kind)
+            name, text = _comparison(database, wanted) if compare else _single(database, str(run_id), kind)
             if to_stdout:
                 sys.stdout.write(text)
                 return
             written = _write(output or Path(name), text)
     if open_it:
         typer.launch(str(written.absolute()))
-    print(json.dumps({"schema": 1, "report": str(written)})) if as_json else print(written)
+    print(json.dumps({"schema": 1, "run": run_id, "report": str(written)})) if as_json else print(written)
 
 
 def _check(wanted: list[Any], output: Path | None, *, compare: bool, everything: bool, kind: str, tables: str | None) -> None:
@@ -96,11 +100,11 @@ def _check(wanted: list[Any], output: Path | None, *, compare: bool, everything:
         raise UsageError("several files cannot go to standard output", advice="name a folder with -o DIR")
 
 
-def _single(database: Database, wanted: str | None, kind: str) -> tuple[str, str]:
+def _single(database: Database, run_id: str, kind: str) -> tuple[str, str]:
     """Return a file name and the text of one run's report."""
-    from aivmm.tuner.reporting import find_run, report_data
+    from aivmm.tuner.reporting import report_data
 
-    data = report_data(database, find_run(database, wanted).id)
+    data = report_data(database, run_id)
     stem = _stem(data.run.model.name)
     if kind == "markdown":
         from aivmm.reports.markdown import markdown_summary
@@ -113,7 +117,7 @@ def _single(database: Database, wanted: str | None, kind: str) -> tuple[str, str
     return f"{stem}.report.html", render(data)
 
 
-def _comparison(database: Database, wanted: list[str | None], kind: str) -> tuple[str, str]:
+def _comparison(database: Database, wanted: list[str | None]) -> tuple[str, str]:
     """Return a file name and the text of a comparison."""
     from aivmm.reports.compare import compare
     from aivmm.reports.pages import render_comparison
@@ -144,14 +148,13 @@ def _site(database: Database, folder: Path) -> Path:
     return folder / "index.html"
 
 
-def _tables(database: Database, wanted: str | None, output: Path | None, kind: str) -> Path:
+def _tables(database: Database, run_id: str, output: Path | None, kind: str) -> Path:
     """Write each table of a run to a file of its own. Return the folder."""
-    from aivmm.tuner.reporting import find_run, run_tables
+    from aivmm.tuner.reporting import run_tables
 
-    record = find_run(database, wanted)
-    folder = output or Path(f"{_stem(record.model.name)}.tables")
+    folder = output or Path(f"{_stem(database.run(run_id).model.name)}.tables")
     _make(folder)
-    for name, frame in run_tables(database, record.id).items():
+    for name, frame in run_tables(database, run_id).items():
         path = folder / f"{name}.{kind}"
         try:
             if kind == "csv":

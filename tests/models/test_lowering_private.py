@@ -28,7 +28,8 @@ for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex", "create_connect
 {before}
 import numpy as np
 from pathlib import Path
-from aivmm.models.lowering import lower, recipes
+from aivmm.models.lowering import lower
+from aivmm.models.lowering_recipes import recipes
 sample = {{"x": np.ones((1, 64), np.float32)}}
 for recipe in recipes("int8", "CNN")[:1] + recipes("int4", "CNN")[1:2]:
     lower(Path({model!r}), Path({out!r}), recipe, [sample])

@@ -60,7 +60,7 @@ def test_each_model_is_served_at_its_rate_or_as_fast_as_it_goes(worker: Worker, 
 
 
 def test_more_than_a_model_can_answer_is_counted_and_ends_in_time(worker: Worker, bundle: Path) -> None:
-    together = serve(worker, bundle, seconds=0.05, a=1_000_000.0)["a"]["together"]
+    together = serve(worker, bundle, seconds=0.05, a=10_000_000.0)["a"]["together"]
     assert together["served"] < together["offered"]
 
 

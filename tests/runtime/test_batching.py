@@ -254,7 +254,8 @@ def test_closing_sends_the_open_batch_on_its_way(load: Load) -> None:
     assert same(future.result(0)["y"], answer(x))
     with pytest.raises(UsageError, match="closed"):
         engine.submit({"x": x})
-    assert not [each for each in threading.enumerate() if each.name.startswith("aivmm-")]
+    # A laboratory's thread that starts workers (aivmm-spawner) outlives other tests of this process.
+    assert not [each for each in threading.enumerate() if each.name.startswith("aivmm-") and "spawner" not in each.name]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

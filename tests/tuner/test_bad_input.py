@@ -90,7 +90,7 @@ def tune(attempt: Attempt, place: Place) -> Attempt:
         (["--shape", "input=1x3x?"], ["--shape"]),
         (["--dim", "side=wide"], ["--dim"]),
         (["--bugdet", "4s"], ["--bugdet", "--help"]),
-        (["another.onnx"], ["another.onnx"]),
+        (["another.onnx"], ["2 models are given", "--workload"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("-") else None,
 )

@@ -99,7 +99,7 @@ def precisions_tried(place: Place) -> set[str | None]:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--service-level", "fast"), "unknown service level 'fast'; choose from interactive, batch, low-power, production"),
+        (("--service-level", "fast"), "unknown service level 'fast'; choose from interactive (objective latency"),
         (("--inputs", "eight.npz", "--dataset", "labelled.npz"), "--inputs and --dataset both give samples"),
         (("--constraint", "metric>=0.9"), "name your function with --metric"),
         (("--metric", "mine:missing"), "mine"),
