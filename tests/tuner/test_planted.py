@@ -15,7 +15,7 @@ from aivmm.db.database import Database
 from aivmm.planner.records import ProofRecord
 from aivmm.probes.records import Failed
 from tests.tuner.harness import MODELS, Array, Finished, Place, reference
-from tests.tuner.planted import PLANTED, REFUSED, write_planted
+from tests.tuner.planted import BRANCHES, PLANTED, REFUSED, write_planted
 
 BOTH = ("--targets", "openvino:CPU,onnxruntime:CPU", "--trials", "1", "--budget", "4s", "--json")
 CUT = ("--min-segments", "2")
@@ -30,7 +30,7 @@ def tune(place: Place, model: Path, *options: str) -> Finished:
 def samples(name: str) -> dict[str, Array]:
     """Return inputs that show what is wrong: numbers as a user's may be."""
     rng = np.random.default_rng(11)
-    shapes = {"antialiased_resize": (1, 3, 32, 32), "wrong_in_a_branch": (1, 3, 16, 16)}
+    shapes = {"antialiased_resize": (1, 3, 32, 32), **{each.__name__: (1, 3, 16, 16) for each in BRANCHES}}
     x = rng.standard_normal(shapes.get(name, (1, 64)))
     made: dict[str, Array] = {"x": x.astype(np.float64 if name == "double_precision" else np.float32)}
     if name == "large_integers":
