@@ -95,9 +95,10 @@ def _cpu_seconds(pid: int) -> float:
     """Return the CPU time of a process in seconds; from the scheduler's nanosecond account where Linux keeps it, else from clock ticks."""
     try:
         total = 0
-        for task in os.scandir(f"/proc/{pid}/task"):
-            with open(f"{task.path}/schedstat") as file:  # noqa: PTH123 - called thousands of times while others wait
-                total += int(file.read().split()[0])
+        with os.scandir(f"/proc/{pid}/task") as tasks:  # a thread may end while they are listed
+            for task in tasks:
+                with open(f"{task.path}/schedstat") as file:  # noqa: PTH123 - called thousands of times while others wait
+                    total += int(file.read().split()[0])
         return total / 1e9
     except (OSError, IndexError, ValueError):
         pass

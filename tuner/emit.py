@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from aivmm.models.records import ModelFacts, Structure
 from aivmm.planner.candidates import Draft, Piece
-from aivmm.runtime.bundle import write_bundle
+from aivmm.runtime.bundle import PLAN_FILE, write_bundle
 from aivmm.runtime.environment import environment_of
-from aivmm.runtime.plan import Accuracy, Alternative, Certificate, Conditions, Execution, Model, Number, Plan, Stage, tensors
+from aivmm.runtime.plan import Accuracy, Alternative, Certificate, Conditions, Execution, Model, Number, Plan, Stage, parse_plan, tensors
 from aivmm.runtime.target import Target
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Emitter:
             files=dict.fromkeys(files, _UNKNOWN_DIGEST),
         )
         write_bundle(destination, plan, files)
-        return plan
+        return parse_plan((destination / PLAN_FILE).read_bytes(), str(destination))  # with the digests of what was written
 
     def alternative(self, other: Other, files: dict[str, Path]) -> Alternative:
         """Return a draft for another goal as a plan keeps it, and add its files."""

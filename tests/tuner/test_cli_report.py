@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from aivmm.db.database import Database
 from tests.tuner.conftest import Tuned
 from tests.tuner.harness import Finished
 
@@ -16,6 +18,11 @@ def test_a_plan_finds_its_run_and_markdown_goes_to_standard_output(tuned: Tuned)
     done = tuned.place.aivmm("report", tuned.plan, "--format", "markdown", "-o", "-")
     assert done.code == 0, done.err
     assert done.out.startswith("**") and "| Median |" in done.out
+
+
+def test_the_database_holds_the_plan_as_it_was_written(tuned: Tuned) -> None:
+    with Database.open(tuned.place.db) as database:
+        assert database.plan(database.run("tiny").id) == json.loads((tuned.plan / "plan.json").read_text(encoding="utf-8"))
 
 
 def test_tables_hold_what_the_report_rests_on(tuned: Tuned, tmp_path: Path) -> None:
