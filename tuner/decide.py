@@ -353,7 +353,7 @@ class Decider:
             return ""
         lowerer, scout = self.work.subject.lowerer, self.explorer.scout
         recipe = lowerer.recipe(lowered)
-        kept = kept_plain(recipe, scout.parts.get(recipe.whole.variant) if recipe.whole else None)
+        kept = kept_plain(recipe, scout.parts.get(recipe.whole.variant) if recipe.whole and scout else None)
         text = f"{recipe.precision}{f' except {kept}' if kept else ''} ({(recipe.whole or recipe).name})"
         rival = proof.best_baseline
         found = proof.against(rival) if rival is not None and rival is not plan else None

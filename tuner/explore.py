@@ -45,7 +45,7 @@ class Explorer:
     stands_for: dict[str, Candidate]  # key of an alias -> the measured candidate that it resolves to
     search: Search
     measurer: Measurer
-    scout: Scout
+    scout: Scout | None = None  # of the search, where there is one
 
     def __init__(self, work: Work, *, searched_before: bool, earlier: RunRecord | None = None) -> None:
         """Explore for a run; `earlier` is one of the same request that was killed or interrupted before its search ended."""
@@ -333,11 +333,11 @@ class Explorer:
 
     def _scout(self, targets: Sequence[Target]) -> None:
         """Find the lowered models that are worth searching with; an earlier run's findings are taken from what was recalled."""
-        self.scout = Scout(self.work, self.measurer, self.known)
+        self.scout = scout = Scout(self.work, self.measurer, self.known)
         if self.searched_before:
-            found = {target: self.scout.survivors(target) for target in targets} if self.work.subject.lowered_precisions else {}
+            found = {target: scout.survivors(target) for target in targets} if self.work.subject.lowered_precisions else {}
         else:
-            found = self.scout.run(targets)
+            found = scout.run(targets)
         self.work.variants = {str(target): variants for target, variants in found.items()}
 
     def _search_on(self, search: Search) -> None:

@@ -460,6 +460,8 @@ class Session:
     def _precision(self, decider: Decider, proof: Proof) -> dict[str, Any] | None:
         """Return what lower precision gave, for `--json` and the report: of this run, or of the earlier one that searched."""
         scout = decider.explorer.scout
+        if scout is None:  # no target takes the model whole, or the search was cut short before it
+            return None
         found = scout.as_json() if not self._searched_before else (self._earlier_summary.get("precision") or {})
         tried = any(":" in each["precision"] for each in found.get("tried", ()))
         return {**found, "sentence": decider.precision_sentence(proof)} if tried else None
