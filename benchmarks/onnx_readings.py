@@ -54,7 +54,12 @@ READINGS = (
     Reading(_OV, r"test_resize_.*_not_(larger|smaller)", "keep_aspect_ratio_policy is ignored in silence"),
     Reading(_OV, r"test_roialign_mode_max", "mode=max pools interpolated values in another way"),
     Reading(_OV, r"test_spacetodepth_crd_mode_example", "mode=CRD, new in opset 27, is ignored in silence"),
-    Reading(_OV, r"test_squeezenet", "rounding only: a thousand equal logits of 9.5e9, whose last bits decide what Softmax makes of them"),
+    Reading(
+        _OV,
+        r"test_squeezenet",
+        "rounding only: a thousand equal logits of 9.5e9, whose last bits decide what Softmax makes of them",
+        varies=True,  # wrong with AVX-512, right with AVX2
+    ),
     Reading(_OV, r"test_tile", "Tile by repeats that are an input gives garbage; OpenVINO's plain API does so too"),
     Reading(_OV, r"test_top_k_same_values.*", "of equal values the lower index has to come first"),
     Reading(_OV, r"test_operator_add.*", "float64 is computed as float32", r"3\.40282"),
