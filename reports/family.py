@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from markupsafe import Markup
-
-from aivmm.reports.render import asset, content_security_policy, templates
+from aivmm.reports.render import render_page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +33,4 @@ class Overview:
 
 def render_family(overview: Overview) -> str:
     """Return the page. A pure function; every name is escaped, as in `render`."""
-    script = asset("report.js")
-    context = {
-        "page": overview,
-        "policy": content_security_policy(script),
-        "script": Markup(script),  # our own file
-        "style": Markup(asset("report.css")),  # our own file
-    }
-    return templates().get_template("family.html.j2").render(context) + "\n"
+    return render_page("family.html.j2", overview=overview)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Any
-
-from markupsafe import Markup
 
 from aivmm.reports import format as fmt
 from aivmm.reports import trend
 from aivmm.reports.compare import Comparison
 from aivmm.reports.data import ReportData
 from aivmm.reports.history import History, histories, machines
-from aivmm.reports.render import asset, content_security_policy, templates
+from aivmm.reports.render import render_page
 
 
 def render_comparison(comparison: Comparison, generated_at: datetime) -> str:
     """Return a comparison as one HTML file. A pure function, like `render`, and as careful with names."""
-    return _page("compare.html.j2", generated_at, comparison=comparison)
+    return render_page("compare.html.j2", generated_at=generated_at, comparison=comparison)
 
 
 def render_site(runs: Sequence[ReportData], generated_at: datetime) -> Iterator[tuple[str, str]]:
@@ -29,24 +26,17 @@ def render_site(runs: Sequence[ReportData], generated_at: datetime) -> Iterator[
     found = histories(runs)
     yield (
         "index.html",
-        _page("index.html.j2", generated_at, histories=found, machines=machines(runs), runs=len(runs), headline=_headline(found)),
+        render_page(
+            "index.html.j2", generated_at=generated_at, histories=found, machines=machines(runs), runs=len(runs), headline=_headline(found)
+        ),
     )
     for history in found:
         yield (
             history.page,
-            _page("model.html.j2", generated_at, history=history, charts=trend.charts(history), headline=_model_headline(history)),
+            render_page(
+                "model.html.j2", generated_at=generated_at, history=history, charts=trend.charts(history), headline=_model_headline(history)
+            ),
         )
-
-
-def _page(template: str, generated_at: datetime, **context: Any) -> str:
-    script = asset("report.js")
-    shared = {
-        "generated_at": generated_at,
-        "policy": content_security_policy(script),
-        "script": Markup(script),  # our own file
-        "style": Markup(asset("report.css")),  # our own file
-    }
-    return templates().get_template(template).render(**shared, **context) + "\n"
 
 
 def _headline(found: Sequence[History]) -> str:

@@ -31,6 +31,13 @@ def render(data: ReportData) -> str:
     return templates().get_template("report.html.j2").render(_context(data)) + "\n"
 
 
+def render_page(template: str, **context: Any) -> str:
+    """Return a page that stands beside reports: its template with our script, our style and the policy that lets only these in."""
+    script = asset("report.js")
+    ours = {"policy": content_security_policy(script), "script": Markup(script), "style": Markup(asset("report.css"))}
+    return templates().get_template(template).render(**ours, **context) + "\n"
+
+
 def content_security_policy(script: str) -> str:
     """Return a policy that lets `script` run and nothing load, not even from this file's own folder."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
