@@ -66,7 +66,9 @@ class Certificate:
     def sentence(self) -> str:
         """All of it for a reader, in two or three sentences."""
         parts = [f"{_percent(share)} {_WORDS[source]}" for source, share in self.rests_on.items() if share > 0]
-        expected = f"The plan was expected to take {_time(self.objective_s)} ({_time(self.low_s)} to {_time(self.high_s)})"
+        low, middle, high = map(_time, (self.low_s, self.objective_s, self.high_s))
+        # Where all three read the same, an interval would claim more than is known: a measured number is believed as it is.
+        expected = f"The plan was expected to take {middle}" + (f" ({low} to {high})" if low != high else "")
         rests = f"{expected}; that is {' and '.join(parts)}."
         if self.bound_s is None:
             return f"{rests} Nothing bounds what another plan could take: {self.why_no_bound}."
