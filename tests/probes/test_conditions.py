@@ -173,7 +173,7 @@ def test_a_card_without_a_driver_is_a_reason() -> None:
     assert found.cards == () and "driver" in found.absent["cards[GPU-1]"]
 
 
-@pytest.mark.device
+@pytest.mark.gpu
 def test_a_real_card_tells_its_clock_and_temperature() -> None:
     devices, reason = nvidia_devices()
     assert devices, reason

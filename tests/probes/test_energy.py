@@ -146,7 +146,7 @@ def test_this_machine_tells_joules_or_a_reason() -> None:
         assert 0 < meter.energy.total_j < 300
 
 
-@pytest.mark.device
+@pytest.mark.gpu
 def test_a_real_card_counts_upwards() -> None:
     devices, reason = nvidia_devices()
     assert devices, reason
