@@ -108,7 +108,7 @@ class Deployment:
 
     def _elsewhere(self, plan: Plan) -> str:
         try:
-            targets = {stage.target: find_named(stage.target) for stage in plan.stages}
+            targets = {each: find_named(each) for each in plan.targets()}
         except Unsupported as error:
             return str(error)
         validity = grade_stages(plan.stages, plan.environments, targets)
@@ -176,7 +176,7 @@ def _tuned(deployment: Deployment, tune: Callable[..., Any], on_drift: Callable[
         try:
             return _started(made.plan_path, on_drift)
         except Unsupported as error:
-            failed = set(made.plan.targets()) | {stage.target for each in made.plan.fallbacks for stage in each.stages}
+            failed = {*made.plan.targets(), *made.plan.fallback_targets()}
             left = tuple(each for each in _targets_here(targets) if each not in failed)
             if not left:
                 raise

@@ -68,13 +68,33 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """A piece's blocks again, on another target or with another config. `weight` is each replica's part of the requests."""
+
+    target: Target
+    config: Config
+    replicas: int = 1
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A run of blocks, both ends included, on one target: a stage before anything is written."""
+    """A run of blocks, both ends included, on one target: a stage before anything is written.
+
+    It may be there in several `replicas`, and elsewhere in `copies`: each request goes through one of them, as their weights say.
+    """
 
     target: Target
     config: Config
     first: int
     last: int
+    replicas: int = 1
+    weight: float = 1.0
+    copies: tuple[Copy, ...] = ()
+
+    def everywhere(self) -> tuple[Copy, ...]:
+        """Return all that runs these blocks, the piece's own target first."""
+        return (Copy(target=self.target, config=self.config, replicas=self.replicas, weight=self.weight), *self.copies)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,18 +106,27 @@ class Draft:
     batch: int = 1
     callers: int = 1
     mode: Literal["sequential", "pipelined"] = "sequential"  # pipelined: its stages run at once, each on another request
-    replicas: int = 1  # of each stage
 
     @classmethod
     def whole(cls, name: str, candidate: Candidate, blocks: int) -> Draft:
         """Return the uncut draft of a candidate."""
-        piece = Piece(target=candidate.target, config=candidate.config, first=0, last=blocks - 1)
+        piece = Piece(target=candidate.target, config=candidate.config, first=0, last=blocks - 1, replicas=candidate.replicas)
         return cls(name=name, pieces=(piece,), batch=candidate.batch, callers=candidate.callers)
 
     @property
     def targets(self) -> str:
         """The targets by name, each once, joined for people."""
-        return " + ".join(dict.fromkeys(str(piece.target) for piece in self.pieces))
+        return " + ".join(map(str, self.all_targets))
+
+    @property
+    def all_targets(self) -> tuple[Target, ...]:
+        """The targets, each once, in order."""
+        return tuple(dict.fromkeys(each.target for piece in self.pieces for each in piece.everywhere()))
+
+    @property
+    def all_configs(self) -> tuple[Config, ...]:
+        """What everything is compiled with, in order."""
+        return tuple(each.config for piece in self.pieces for each in piece.everywhere())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -223,6 +223,10 @@ class Engine:
         """Return one caller's way through the plan, for probes of its stages. Nobody else may run the engine meanwhile."""
         return self._program.lanes[0]
 
+    def lanes(self) -> Sequence[Lane]:
+        """Return all ways through the plan, each bound to one copy of each stage (`Lane.places`), for probes as `one_lane` is."""
+        return self._program.lanes
+
     def stats(self) -> dict[str, Any]:
         """Return what has run so far: per stage the count, latency and queue-wait quantiles in seconds and bytes made, and the events."""
         figures = self._program.stats()
@@ -260,7 +264,8 @@ class Engine:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<aivmm.Engine {self.plan.model.name} on {' + '.join(dict.fromkeys(each.target for each in self.stages))}>"
+        targets = dict.fromkeys(one.target for each in self.stages for one in each.everywhere())
+        return f"<aivmm.Engine {self.plan.model.name} on {' + '.join(targets)}>"
 
     def _instead(self, program: Program, inputs: Mapping[str, Any], error: BaseException) -> dict[str, Buffer]:
         """Answer a request that failed in `program`: by what runs in its place, or by its error when it was the request's own.
@@ -345,9 +350,9 @@ class Engine:
 
     def _grade(self, stages: Sequence[Stage]) -> Validity:
         """Find the targets of `stages`, and grade the conditions that the plan records of them."""
-        for stage in stages:
-            if stage.target not in self._targets:
-                self._targets[stage.target] = find_named(stage.target)
+        for target in (each.target for stage in stages for each in stage.everywhere()):
+            if target not in self._targets:
+                self._targets[target] = find_named(target)
         return grade_stages(stages, self.plan.environments, self._targets)
 
     def _compile_stages(self, stages: Sequence[Stage], execution: Execution) -> Program:
@@ -355,8 +360,9 @@ class Engine:
         try:
             for stage in stages:
                 executables.append([])
-                for _ in range(stage.replicas):
-                    executables[-1].append(self._compile_stage(stage))
+                for each in stage.everywhere():
+                    for _ in range(each.replicas):
+                        executables[-1].append(self._compile_stage(each))
             plan = self.plan
             return Program(stages, executables, self.inputs, self.outputs, execution=execution, callers=plan.callers, batch=plan.batch)
         except BaseException:  # not handled, only cleaned up: what compiled is of no use without the rest

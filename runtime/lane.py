@@ -40,6 +40,7 @@ class Lane:
         outputs: Sequence[TensorSpec],
         *,
         index: int = 0,
+        places: Sequence[int] | None = None,
     ) -> None:
         """Bind a new request of each of `executables`, one a stage.
 
@@ -47,6 +48,8 @@ class Lane:
             Unsupported: an input is of a type that NumPy lacks.
         """
         self.index = index  # its number in its program
+        self.places = tuple(places or (0,) * len(stages))  # which of each stage's executables it is bound to
+        self.seats: Sequence[int] = (index,)  # which queue of each step of the way is its own
         self.error: BaseException | None = None  # of the flight it is on: a stage that failed, and the later ones are left out
         self.done: Callable[[Lane], None] | None = None  # who takes what it brings
         self.queued_ns = 0  # when it was put in the queue it stands in

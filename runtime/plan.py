@@ -20,6 +20,8 @@ Count = Annotated[int, Field(ge=1, le=1 << 20)]
 Extent = Annotated[int, Field(ge=0, lt=1 << 48)]
 ModelFile = Annotated[str, Field(pattern=r"\.onnx$")]  # by its suffix a runtime would take it for some other format, and read more files
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Replicas = Annotated[int, Field(ge=1, le=64)]
+Weight = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 Value = Annotated[bool | int | Finite | str, Field(union_mode="smart")]
 
 
@@ -58,14 +60,27 @@ class Model(_Part):
     outputs: list[Tensor]
 
 
+class Copy(_Part):
+    """A stage's blocks again, on another target or with another config: it runs beside the stage and takes its part of the requests."""
+
+    model: ModelFile
+    target: str
+    precision: str
+    config: dict[str, Value] = {}
+    replicas: Replicas = 1
+    weight: Weight = 1.0
+
+
 class Stage(_Part):
-    """A segment on a target."""
+    """A segment on a target. With `copies` it is also elsewhere, and each request goes through one of them."""
 
     model: ModelFile  # a file of the bundle: "segments/<hash>.onnx"
     target: str
     precision: str  # "fp32"; "default" leaves it to the runtime; "int8" is in the model itself
     config: dict[str, Value] = {}
-    replicas: Annotated[int, Field(ge=1, le=64)] = 1  # copies of the stage, compiled each for itself, that take requests in turn
+    replicas: Replicas = 1  # copies of the stage, compiled each for itself, that take requests in turn
+    weight: Weight = 1.0  # each replica's part of the requests, beside those of `copies`: as the rates that were measured
+    copies: Annotated[list[Copy], Field(max_length=64)] = []
     blocks: tuple[int, int]  # first and last block of the model, both included
     inputs: list[Tensor]
     outputs: list[Tensor]
@@ -74,6 +89,15 @@ class Stage(_Part):
     def compiled_with(self) -> Config:
         """The config, as it was searched; see `Config.compiled_for` for what a target is asked for."""
         return Config.of(dict(self.config), precision=None if self.precision == "default" else self.precision)
+
+    def everywhere(self) -> tuple[Stage, ...]:
+        """Return the stage and its copies, each as a stage of its own."""
+        alone = self.model_copy(update={"copies": []})
+        return (alone, *(alone.model_copy(update={name: getattr(each, name) for name in Copy.model_fields}) for each in self.copies))
+
+    def weights(self) -> list[float]:
+        """Return the weight of each executable: the replicas of the stage, then those of its copies."""
+        return [each.weight for each in self.everywhere() for _ in range(each.replicas)]
 
 
 class Batching(_Part):
@@ -193,8 +217,9 @@ class Plan(_Part):
                 raise ValueError("two inputs of the model have one name")
             made: dict[str, TensorSpec] = {}
             for stage in stages:
-                if stage.model not in self.files:
-                    raise ValueError(f"stage file {stage.model!r} is not listed in files")
+                for model in (each.model for each in stage.everywhere()):
+                    if model not in self.files:
+                        raise ValueError(f"stage file {model!r} is not listed in files")
                 for each in stage.inputs:
                     if each.name not in known:
                         raise ValueError(f"stage on {stage.target} needs {each.name!r}, which nothing before it makes")
@@ -214,13 +239,17 @@ class Plan(_Part):
         """Return each way to run the model that the plan holds: its own, the alternatives', the fallbacks'."""
         return (self.stages, *(each.stages for each in (*self.alternatives, *self.fallbacks)))
 
+    def fallback_targets(self) -> tuple[str, ...]:
+        """Return the targets of the fallbacks' stages, each once."""
+        return tuple(dict.fromkeys(each.target for other in self.fallbacks for stage in other.stages for each in stage.everywhere()))
+
     def model_files(self) -> tuple[str, ...]:
         """Return the files that stages compile, each once."""
-        return tuple(dict.fromkeys(stage.model for stages in self.stage_lists() for stage in stages))
+        return tuple(dict.fromkeys(each.model for stages in self.stage_lists() for stage in stages for each in stage.everywhere()))
 
     def targets(self) -> tuple[str, ...]:
         """Return the stages' targets, each once, in order."""
-        return tuple(dict.fromkeys(stage.target for stage in self.stages))
+        return tuple(dict.fromkeys(each.target for stage in self.stages for each in stage.everywhere()))
 
     def to_json(self) -> str:
         """Return the text of `plan.json`."""

@@ -23,6 +23,7 @@ from aivmm.runtime.batching import Batcher, Outputs, Rescue
 from aivmm.runtime.clocks import StageClock, quantiles_s, summed
 from aivmm.runtime.lane import Lane
 from aivmm.runtime.plan import Execution, Stage
+from aivmm.runtime.sharing import shared_out
 from aivmm.tensors import TensorSpec
 
 log = logging.getLogger("aivmm.engine")
@@ -65,7 +66,8 @@ class Program:
         lanes = max(callers, copies * (self.execution.depth * len(self.stages) if self.pipelined else 1))
         # A lane's requests are bound for good, so it belongs to one replica of each stage; lanes come back in the order in which they
         # get done, which gives a slower replica less.
-        self.lanes = [self._new_lane(index) for index in range(lanes)]
+        ways = [shared_out(stage.weights(), lanes) for stage in self.stages]
+        self.lanes = [self._new_lane(index, [way[index] for way in ways]) for index in range(lanes)]
         self.free: SimpleQueue[Lane] = SimpleQueue()  # in C: a queue in Python costs as much as the rest of a call
         for lane in self.lanes:
             self.free.put(lane)
@@ -121,7 +123,7 @@ class Program:
                 return self._suspicions < _SUSPICIONS
         for index in range(max(map(len, self._executables))):
             try:
-                lane = self._new_lane(index)
+                lane = self._new_lane(index, [index % len(each) for each in self._executables])
                 lane.run(self._good)
                 lane.close()
             except Unsupported:
@@ -229,7 +231,10 @@ class Program:
             figures = summed(clocks)
             made = sum(tensor.spec.nbytes or 0 for tensor in stage.outputs if tensor.spec.dtype not in ("string", "unknown"))
             figures["out_bytes"] = figures["count"] * made + sum(each.late_bytes for each in clocks)
-            stages.append({"target": stage.target, "precision": stage.precision, "replicas": copies, **figures})
+            entry: dict[str, Any] = {"target": stage.target, "precision": stage.precision, "replicas": copies, **figures}
+            if stage.copies:
+                entry["copies"] = self._shares(index)
+            stages.append(entry)
         with self._lock:
             waits = {"count": self._turn.wait_count, "total_s": self._turn.wait_ns / 1e9, **quantiles_s([self._turn.waits])}
         batches = self._batcher.stats() if self._batcher else None
@@ -253,8 +258,21 @@ class Program:
             self.free.put(lane)
         _running.discard(self)
 
-    def _new_lane(self, index: int) -> Lane:
-        return Lane(self.stages, [each[index % len(each)] for each in self._executables], self.inputs, self.outputs, index=index)
+    def _new_lane(self, index: int, places: Sequence[int]) -> Lane:
+        chosen = [each[place] for each, place in zip(self._executables, places, strict=True)]
+        lane = Lane(self.stages, chosen, self.inputs, self.outputs, index=index, places=places)
+        lane.seats = lane.places if self.pipelined else (index,)
+        return lane
+
+    def _shares(self, index: int) -> list[dict[str, Any]]:
+        """Return how many requests each copy of a stage has run, the stage itself first."""
+        found, first = [], 0
+        for each in self.stages[index].everywhere():
+            mine = range(first, first + each.replicas)
+            counts = [lane.clocks[index].count for lane in self.lanes if lane.places[index] in mine]
+            found.append({"target": each.target, "replicas": each.replicas, "lanes": len(counts), "count": sum(counts)})
+            first += each.replicas
+        return found
 
     def _counts(self) -> list[int]:
         return [len(each) for each in self._executables]
@@ -304,7 +322,7 @@ class StageThreads:
         """Put a lane in front of the first stage."""
         if not self._queues:
             self._start()
-        _put(lane, self._queues[0])
+        _put(lane, self._queues, 0)
 
     def carry(self, thread: threading.Thread) -> bool:
         """Say whether `thread` is one of them."""
@@ -333,7 +351,7 @@ class StageThreads:
             for place, (stages, copies) in enumerate(steps):
                 for copy in range(copies):
                     name = f"aivmm-stage-{place}.{copy}"
-                    ahead = queues[place + 1] if place + 1 < len(steps) else []
+                    ahead = (queues, place + 1) if place + 1 < len(steps) else None
                     thread = threading.Thread(target=_carry, args=(queues[place][copy], stages, ahead), name=name, daemon=True)
                     thread.start()
                     self._threads.append(thread)
@@ -347,12 +365,15 @@ def _end(queues: Sequence[SimpleQueue[Lane | None]]) -> None:
         each.put(None)
 
 
-def _put(lane: Lane, row: Sequence[SimpleQueue[Lane | None]]) -> None:
+def _put(lane: Lane, queues: Sequence[Sequence[SimpleQueue[Lane | None]]], step: int) -> None:
+    """Put a lane in front of a step of the way, where its seat is."""
     lane.queued_ns = perf_counter_ns()
-    row[lane.index % len(row)].put(lane)
+    queues[step][lane.seats[step]].put(lane)
 
 
-def _carry(queue: SimpleQueue[Lane | None], stages: Sequence[int], ahead: Sequence[SimpleQueue[Lane | None]]) -> None:
+def _carry(
+    queue: SimpleQueue[Lane | None], stages: Sequence[int], ahead: tuple[Sequence[Sequence[SimpleQueue[Lane | None]]], int] | None
+) -> None:
     """Run `stages` of each lane that comes along and hand it on. The thread of one step of the way, until it is sent None."""
     while (lane := queue.get()) is not None:
         lane.clocks[stages[0]].waited(perf_counter_ns() - lane.queued_ns)
@@ -362,8 +383,8 @@ def _carry(queue: SimpleQueue[Lane | None], stages: Sequence[int], ahead: Sequen
                     lane.step(index)
             except BaseException as error:  # noqa: BLE001 - it belongs to this lane's request, and the thread serves others
                 lane.error = error
-        if ahead:
-            _put(lane, ahead)
+        if ahead is not None:
+            _put(lane, *ahead)
         else:
             _land(lane)
         del lane  # a thread that waits holds on to nothing

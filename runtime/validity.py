@@ -64,7 +64,7 @@ def grade_stages(stages: Sequence[Stage], recorded: Iterable[Conditions], target
     conditions = {each.target: each for each in recorded}
     differences: dict[str, tuple[object, object]] = {}
     retune = False
-    for name in dict.fromkeys(stage.target for stage in stages):
+    for name in dict.fromkeys(each.target for stage in stages for each in stage.everywhere()):
         here = asdict(environment_of(targets[name]))
         there = conditions[name].model_dump() if name in conditions else {}
         for key, value in here.items():

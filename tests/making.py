@@ -17,7 +17,7 @@ from aivmm.runtime.bundle import write_bundle
 from aivmm.runtime.engine import find_target
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.family import Bucket, Family, Served
-from aivmm.runtime.plan import Alternative, Conditions, Model, Plan, Stage, tensors
+from aivmm.runtime.plan import Alternative, Conditions, Copy, Model, Plan, Stage, tensors
 from aivmm.runtime.registry import load_backend
 from aivmm.tensors import TensorSpec
 from aivmm.tuner.families import combine
@@ -36,6 +36,8 @@ class Part:
     last: int = -1  # counted from the end when negative
     settings: tuple[tuple[str, Any], ...] = ()
     replicas: int = 1
+    weight: float = 1.0
+    copies: tuple[Copy, ...] = ()  # their files are the part's own
     precision: str = "fp32"  # not "default", which is bf16 on some machines: what tests run they compare exactly
 
 
@@ -115,7 +117,9 @@ def make_bundle(
         ),
         stages=stages,
         fallbacks=others,
-        environments=[conditions_of(each) for each in dict.fromkeys(part.target for part in parts)] if conditions else [],
+        environments=[conditions_of(each) for each in dict.fromkeys(each for part in parts for each in _targets_of(part))]
+        if conditions
+        else [],
         files=dict.fromkeys(files, "0" * 64),
         **{"objective": "latency", "batch": 1, **fields},
     )
@@ -188,6 +192,10 @@ def conditions_of(name: str) -> Conditions:
     return Conditions(**{**fields, "instruction_sets": list(fields["instruction_sets"])})
 
 
+def _targets_of(part: Part) -> list[str]:
+    return [each.target for each in (part, *part.copies)]
+
+
 def _stage(part: Part, segment: Segment) -> Stage:
     return Stage(
         model=f"segments/{segment.path.name}",
@@ -195,6 +203,8 @@ def _stage(part: Part, segment: Segment) -> Stage:
         precision=part.precision,
         config=dict(part.settings),
         replicas=part.replicas,
+        weight=part.weight,
+        copies=[each.model_copy(update={"model": f"segments/{segment.path.name}"}) for each in part.copies],
         blocks=(segment.first, segment.last),
         inputs=tensors(segment.inputs),
         outputs=tensors(segment.outputs),

@@ -78,7 +78,7 @@ def run_scenarios(plan: Path, request: Request, *, tell: Callable[[str], None]) 
         facts = {
             "plan": str(plan),
             "model": engine.plan.model.name,
-            "targets": list(dict.fromkeys(stage.target for stage in engine.stages)),
+            "targets": list(dict.fromkeys(each.target for stage in engine.stages for each in stage.everywhere())),
             "batch": engine.plan.batch,
             "validity": engine.validity.grade,
             "load_s": engine.load_s,

@@ -64,7 +64,13 @@ def stage_line(stage: Stage) -> str:
     """Return a stage in one line."""
     config = ", ".join(f"{name}={value}" for name, value in stage.config.items()) or "default settings"
     copies = f", {stage.replicas} replicas" if stage.replicas > 1 else ""
-    return f"{stage.target} in {stage.precision}, {config}{copies} (blocks {stage.blocks[0]} to {stage.blocks[1]}, {stage.model})"
+    text = f"{stage.target} in {stage.precision}, {config}{copies} (blocks {stage.blocks[0]} to {stage.blocks[1]}, {stage.model})"
+    whole = sum(stage.weights())
+    for each in stage.everywhere()[1:]:
+        part = each.weight * each.replicas / whole
+        copies = f" in {each.replicas} replicas" if each.replicas > 1 else ""
+        text += f", and {part:.0%} of the requests on {each.target} in {each.precision}{copies}"
+    return text
 
 
 def number_line(name: str, number: Number) -> str:
@@ -101,7 +107,7 @@ def _on_this_machine(plan: Plan) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     for name, stages in (("the plan", plan.stages), *((each.name, each.stages) for each in plan.fallbacks)):
         try:
-            targets = {stage.target: find_named(stage.target) for stage in stages}
+            targets = {each.target: find_named(each.target) for stage in stages for each in stage.everywhere()}
         except AivmmError as error:
             found.append({"name": name, "grade": None, "differences": {}, "reason": str(error)})
             continue

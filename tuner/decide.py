@@ -185,7 +185,8 @@ class Decider:
             each.runtime == target.runtime and each not in self.work.targets for each in self.work.all_targets
         ):
             return "AUTO may use devices outside --targets"
-        return next(filter(None, (self._not_among_precisions(piece.target, piece.config) for piece in draft.pieces)), "")
+        everything = (each for piece in draft.pieces for each in piece.everywhere())
+        return next(filter(None, (self._not_among_precisions(each.target, each.config) for each in everything)), "")
 
     def _not_among_precisions(self, target: Target, config: Config) -> str:
         """Say how a config breaks --precisions; "" when it does not. A config that names none computes in its target's default."""
@@ -295,7 +296,7 @@ class Decider:
             note = "Accuracy could not be judged: the model's outputs differ each time it runs."
             if accuracy is not None:
                 note = accuracy_text(accuracy, samples=len(proof.plan.samples) + 1)
-                lowered = next((piece.config.lowered for piece in proof.plan.draft.pieces if piece.config.lowered), None)
+                lowered = next((each.lowered for each in proof.plan.draft.all_configs if each.lowered), None)
                 if lowered and not self.work.subject.real_data:
                     note += f" {lowered.partition(':')[0]} was also calibrated on synthetic inputs: bring --dataset before you rely on it."
             note = " ".join(filter(None, (self.precision_sentence(proof), note)))
@@ -367,10 +368,10 @@ class Decider:
 
     def _silent_precision(self, draft: Draft) -> str:
         """Say what a plan that names no precision computes in, where that is not fp32: the runtime decided it without a word."""
-        for piece in draft.pieces:
-            default = self.explorer.default_precision(piece.target)
-            if piece.config.precision is None and default not in (None, "fp32"):
-                return f" {piece.target} computes in {default} by default here."
+        for each in (each for piece in draft.pieces for each in piece.everywhere()):
+            default = self.explorer.default_precision(each.target)
+            if each.config.precision is None and default not in (None, "fp32"):
+                return f" {each.target} computes in {default} by default here."
         return ""
 
     def accuracy(self, plan: Entrant) -> Accuracy | None:
@@ -392,12 +393,13 @@ class Decider:
     def fallbacks(self, proof: Proof) -> list[Draft]:
         """Return uncut plans for the other runtimes and devices, best first: what to run where the plan's own target is missing."""
         assert proof.plan
-        have = {str(piece.target) for piece in proof.plan.draft.pieces}
+        have = set(map(str, proof.plan.draft.all_targets))
         others: dict[str, Entrant] = {}
         for each in proof.entrants:
             piece = each.draft.pieces[0]
             name = str(piece.target)
-            usable = each.eligible and each.confirmed and len(each.draft.pieces) == 1 and each.draft.batch == proof.plan.draft.batch
+            one = len(each.draft.pieces) == 1 and not piece.copies and each.draft.batch == proof.plan.draft.batch
+            usable = each.eligible and each.confirmed and one
             if not usable or piece.target.name == "AUTO" or (name in have and len(have) == 1) or each.draft.name in proof.violations:
                 continue
             assert each.confirmed
@@ -418,6 +420,8 @@ def _as_checked(config: Config) -> Config:
 
 def _same(candidate: Candidate, draft: Draft) -> bool:
     piece = draft.pieces[0]
+    if len(draft.pieces) > 1 or piece.copies or piece.replicas != candidate.replicas:
+        return False
     return (candidate.target, candidate.config, candidate.batch, candidate.callers) == (
         piece.target,
         piece.config,

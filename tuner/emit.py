@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from aivmm.models.records import ModelFacts, Structure
 from aivmm.planner.candidates import Draft, Piece
 from aivmm.runtime.bundle import PLAN_FILE, write_bundle
+from aivmm.runtime.config import Config
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.plan import Accuracy, Alternative, Certificate, Conditions, Execution, Model, Number, Plan, Stage, parse_plan, tensors
+from aivmm.runtime.plan import Copy as PlannedCopy
 from aivmm.runtime.target import Target
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ class Emitter:
         others = [Alternative(name=each.name, stages=[self._stage(piece, files) for piece in each.pieces]) for each in fallbacks]
         kept = [each.emitter.alternative(each, files) for each in alternatives]
         everyone = (draft, *fallbacks, *(each.draft for each in alternatives))
-        used: dict[str, Target] = {str(piece.target): piece.target for each in everyone for piece in each.pieces}
+        used: dict[str, Target] = {str(target): target for each in everyone for target in each.all_targets}
         plan = Plan(
             created_by=f"aivmm {self._version}",
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -96,7 +98,7 @@ class Emitter:
             batch=draft.batch,
             callers=draft.callers,
             execution=Execution(mode=draft.mode),
-            stages=[each.model_copy(update={"replicas": draft.replicas}) for each in stages],
+            stages=stages,
             expected=dict(expected or {}),
             accuracy=accuracy,
             certificate=certificate,
@@ -116,6 +118,7 @@ class Emitter:
             objective=other.objective,
             batch=other.draft.batch,
             callers=other.draft.callers,
+            execution=Execution(mode=other.draft.mode),
             stages=[self._stage(piece, files) for piece in other.draft.pieces],
             expected=dict(other.expected),
         )
@@ -155,23 +158,41 @@ class Emitter:
             self._lowered_segments[precision] = replace(made, path=final)
         return self._lowered_segments[precision]
 
-    def _segment_of(self, piece: Piece) -> Segment:
-        lowered = piece.config.lowered
+    def _segment_of(self, piece: Piece, config: Config) -> Segment:
+        lowered = config.lowered
         if lowered is None:
             return self.segment(piece.first, piece.last)
         if (piece.first, piece.last) != (0, len(self._structure.blocks) - 1):
             raise ValueError(f"blocks {piece.first} to {piece.last} in {lowered}: only whole models are lowered")
         return self._lowered_whole(lowered)
 
-    def _stage(self, piece: Piece, files: dict[str, Path]) -> Stage:
-        segment = self._segment_of(piece)
+    def _file_of(self, segment: Segment, files: dict[str, Path]) -> str:
+        """Add a segment's files; return the name of its model."""
         for path in (segment.path, *segment.weights):
             files[f"segments/{path.name}"] = path
+        return f"segments/{segment.path.name}"
+
+    def _stage(self, piece: Piece, files: dict[str, Path]) -> Stage:
+        segment = self._segment_of(piece, piece.config)
+        copies = [
+            PlannedCopy(
+                model=self._file_of(self._segment_of(piece, each.config), files),
+                target=str(each.target),
+                precision=each.config.precision or "default",
+                config=dict(each.config.settings),
+                replicas=each.replicas,
+                weight=each.weight,
+            )
+            for each in piece.copies
+        ]
         return Stage(
-            model=f"segments/{segment.path.name}",
+            model=self._file_of(segment, files),
             target=str(piece.target),
             precision=piece.config.precision or "default",
             config=dict(piece.config.settings),
+            replicas=piece.replicas,
+            weight=piece.weight,
+            copies=copies,
             blocks=(piece.first, piece.last),
             inputs=tensors(segment.inputs),
             outputs=tensors(segment.outputs),

@@ -45,12 +45,20 @@ def _as_it_is(plan: Plan) -> Plan:
 
 def _models(plan: Plan) -> list[str]:
     lists = (plan.stages, *(each.stages for each in (*plan.alternatives, *plan.fallbacks)))
-    return list(dict.fromkeys(stage.model for stages in lists for stage in stages))
+    return list(dict.fromkeys(each.model for stages in lists for stage in stages for each in stage.everywhere()))
 
 
 def _renamed(plan: Plan, renamed: Mapping[str, str], files: Mapping[str, Path]) -> Plan:
     def stages(given: list[Stage]) -> list[Stage]:
-        return [each.model_copy(update={"model": renamed[each.model]}) for each in given]
+        return [
+            each.model_copy(
+                update={
+                    "model": renamed[each.model],
+                    "copies": [copy.model_copy(update={"model": renamed[copy.model]}) for copy in each.copies],
+                }
+            )
+            for each in given
+        ]
 
     def others(given: list[Alternative]) -> list[Alternative]:
         return [each.model_copy(update={"stages": stages(each.stages)}) for each in given]

@@ -225,7 +225,7 @@ class Prover:
             callers=entrant.draft.callers,
             expected_s=expected,
             keep=entrant.role == "baseline",
-            single=runs_single(_targets_of(entrant), [piece.config for piece in entrant.draft.pieces]),
+            single=runs_single(_targets_of(entrant), entrant.draft.all_configs),
         )
 
     def _ask_metric(self, entrant: Entrant, metric: Metric) -> float:
@@ -294,7 +294,7 @@ class Prover:
         return next_round
 
     def _option(self, entrant: Entrant) -> Option:
-        return Option(metrics=constraint_metrics(entrant), targets=tuple(str(piece.target) for piece in entrant.draft.pieces))
+        return Option(metrics=constraint_metrics(entrant), targets=tuple(map(str, entrant.draft.all_targets)))
 
     def _serving(self, entrants: Sequence[Entrant]) -> list[Entrant]:
         """Return those on the hardware wanted most that no other one beats in what the first objective counts; of speed the races judge."""
@@ -309,7 +309,7 @@ class Prover:
         return [entrants[number] for number in wanted]
 
     def _violations(self, entrant: Entrant) -> tuple[Violation, ...]:
-        targets = [str(piece.target) for piece in entrant.draft.pieces]
+        targets = list(map(str, entrant.draft.all_targets))
         return check(self._constraints, constraint_metrics(entrant), targets=targets)
 
     def _measure(self, entrant: Entrant, samples: Samples | None) -> None:
@@ -387,7 +387,7 @@ class Prover:
 
     def _judge(self, entrant: Entrant) -> None:
         """Note which constraints an entrant breaks, or cannot be shown to keep."""
-        metrics, targets = constraint_metrics(entrant), [str(piece.target) for piece in entrant.draft.pieces]
+        metrics, targets = constraint_metrics(entrant), list(map(str, entrant.draft.all_targets))
         found = self._violations(entrant)
         for missing in unjudged(self._constraints, metrics, targets=targets):
             why = "there is no output that is a classifier's" if "agreement" in missing.metric else "there was no time to measure it"
@@ -468,7 +468,7 @@ def constraint_metrics(entrant: Entrant) -> dict[str, float]:
 
 
 def _targets_of(entrant: Entrant) -> set[Target]:
-    return {piece.target for piece in entrant.draft.pieces}
+    return set(entrant.draft.all_targets)
 
 
 def _racing_s(contestants: Sequence[Contestant]) -> float:

@@ -40,7 +40,7 @@ def run_bundle(
         result = {
             "schema": 1,
             "model": one.plan.model.name,
-            "targets": list(dict.fromkeys(stage.target for stage in one.stages)),
+            "targets": list(dict.fromkeys(each.target for stage in one.stages for each in stage.everywhere())),
             "validity": stats["validity"],
             "runs": repeat,
             "median_s": median(durations),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aivmm.models.records import ModelFacts
-from aivmm.planner.candidates import Draft, Piece
+from aivmm.planner.candidates import Copy, Draft, Piece
 from aivmm.planner.constraints import human
 from aivmm.planner.objectives import OBJECTIVES, Objective
 from aivmm.planner.records import StudyRecord
@@ -28,19 +28,25 @@ def describe(draft: Draft) -> str:
     """Say what a draft runs: `openvino:CPU, 2 threads`, `openvino:CPU -> onnxruntime:CPU (2 segments)`."""
     parts = []
     for piece in draft.pieces:
-        parts.append(", ".join([str(piece.target), *_settings(piece)]))
+        parts.append(" beside ".join(_copy_text(each) for each in piece.everywhere()))
     text = parts[0] if len(parts) == 1 else " -> ".join(parts) + f" ({len(parts)} segments)"
+    if draft.mode == "pipelined":
+        text += ", all stages at once"
     extra = [f"batch {draft.batch}"] * (draft.batch > 1) + [f"{draft.callers} callers"] * (draft.callers > 1)
     return ", ".join([text, *extra])
 
 
-def _settings(piece: Piece) -> list[str]:
-    shown, config = [], piece.config
+def _copy_text(copy: Copy) -> str:
+    return ", ".join([str(copy.target), *_settings(copy), *[f"{copy.replicas} replicas"] * (copy.replicas > 1)])
+
+
+def _settings(copy: Copy) -> list[str]:
+    shown, config = [], copy.config
     for name, value in config.settings:
         noun = _THREADS.get(name)
         shown.append(f"{value} {noun}{'' if value == 1 else 's'}" if noun else f"{name}={value}")
     # Where a target runs several precisions its default may be another one than fp32, so that is said too.
-    if config.precision is not None and (config.precision != "fp32" or len(piece.target.precisions) > 1):
+    if config.precision is not None and (config.precision != "fp32" or len(copy.target.precisions) > 1):
         shown.append(str(config.precision))
     return shown or ["default settings"]
 
@@ -143,6 +149,12 @@ def _worth_telling(plan: Entrant, baselines: Sequence[Entrant], proof: Proof) ->
     return sorted(best.values(), key=lambda each: -(each.confirmed.median_s if each.confirmed else 0.0))
 
 
+def shares(piece: Piece) -> list[float]:
+    """Return the parts of the requests that a piece and its copies take, as their weights say."""
+    weights = [each.weight * each.replicas for each in piece.everywhere()]
+    return [round(each / sum(weights), 4) for each in weights]
+
+
 def stages_json(draft: Draft) -> list[dict[str, Any]]:
     """Return a draft's stages as `tune --json` gives them."""
     return [
@@ -151,6 +163,17 @@ def stages_json(draft: Draft) -> list[dict[str, Any]]:
             "precision": piece.config.precision or "default",
             "config": piece.config.as_dict(),
             "blocks": [piece.first, piece.last],
+            "replicas": piece.replicas,
+            "copies": [
+                {
+                    "target": str(each.target),
+                    "precision": each.config.precision or "default",
+                    "config": each.config.as_dict(),
+                    "replicas": each.replicas,
+                }
+                for each in piece.copies
+            ],
+            "shares": shares(piece),
         }
         for piece in draft.pieces
     ]
@@ -203,7 +226,8 @@ def summary(
         result |= nearest_json(nearest, proof, shown, stages[nearest.draft.name] if nearest else ())
     if plan is not None and plan.confirmed is not None:
         low, high = interval_s(plan)
-        result["plan"] = {"path": plan_path, "batch": plan.draft.batch, "callers": plan.draft.callers, "stages": stages_json(plan.draft)}
+        known = {"path": plan_path, "batch": plan.draft.batch, "callers": plan.draft.callers, "mode": plan.draft.mode}
+        result["plan"] = {**known, "stages": stages_json(plan.draft)}
         result["measured"] = {
             "median_s": call_s(plan),
             "ci95_s": [low, high],
