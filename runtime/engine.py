@@ -360,9 +360,9 @@ class Engine:
         try:
             for stage in stages:
                 executables.append([])
-                for each in stage.everywhere():
-                    for _ in range(each.replicas):
-                        executables[-1].append(self._compile_stage(each))
+                for place in stage.everywhere():
+                    for _ in range(place.replicas):
+                        executables[-1].append(self._compile_stage(place))
             plan = self.plan
             return Program(stages, executables, self.inputs, self.outputs, execution=execution, callers=plan.callers, batch=plan.batch)
         except BaseException:  # not handled, only cleaned up: what compiled is of no use without the rest
