@@ -32,11 +32,15 @@ class CardState:
 
 @cache
 def nvidia_devices() -> tuple[tuple[Device, ...], str]:
-    """Return the NVIDIA cards in NVML's order, and, when there are none, the reason."""
+    """Return the NVIDIA cards in NVML's order, and, when there are none, the reason.
+
+    A card that is divided (MIG) is listed as its instances: nothing runs on the whole of it.
+    """
     try:
         with _nvml() as nvml:
             driver = nvml.nvmlSystemGetDriverVersion()
-            return tuple(_device(nvml, index, driver) for index in range(nvml.nvmlDeviceGetCount())), ""
+            found = tuple(each for index in range(nvml.nvmlDeviceGetCount()) for each in _devices(nvml, index, driver))
+            return found, "" if found else "the NVIDIA driver sees no card"
     except Unsupported as error:
         return (), error.message
 
@@ -127,9 +131,21 @@ def _asked(nvml: Any, ask: Callable[..., Any], *arguments: Any) -> Any:
         return None
 
 
-def _device(nvml: Any, index: int, driver: str) -> Device:
-    handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    limit = _asked(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, handle)  # virtual cards do not tell
+def _devices(nvml: Any, index: int, driver: str) -> Iterator[Device]:
+    """Yield a card, or where it is divided, its instances."""
+    card = nvml.nvmlDeviceGetHandleByIndex(index)
+    if not (_asked(nvml, nvml.nvmlDeviceGetMigMode, card) or (0,))[0]:
+        yield _device(nvml, card, card, driver)
+        return
+    for place in range(_asked(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, card) or 0):
+        instance = _asked(nvml, nvml.nvmlDeviceGetMigDeviceHandleByIndex, card, place)
+        if instance is not None:
+            yield _device(nvml, instance, card, driver)
+
+
+def _device(nvml: Any, handle: Any, card: Any, driver: str) -> Device:
+    """Describe a card or an instance of one; what only whole cards have is the `card`'s."""
+    limit = _asked(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, card)  # virtual cards do not tell
     return Device(
         kind="gpu",
         model=nvml.nvmlDeviceGetName(handle),
@@ -137,4 +153,25 @@ def _device(nvml: Any, index: int, driver: str) -> Device:
         driver=driver,
         memory_bytes=nvml.nvmlDeviceGetMemoryInfo(handle).total,
         power_limit_w=None if limit is None else limit / 1000,
+        properties=_properties(nvml, card, divided=handle is not card),
     )
+
+
+def _properties(nvml: Any, card: Any, *, divided: bool) -> dict[str, str | int | float | bool]:
+    capability = _asked(nvml, nvml.nvmlDeviceGetCudaComputeCapability, card)
+    bus = _asked(nvml, nvml.nvmlDeviceGetPciInfo, card)
+    cuda = _asked(nvml, nvml.nvmlSystemGetCudaDriverVersion_v2)
+    corrects = _asked(nvml, nvml.nvmlDeviceGetEccMode, card)
+    found: dict[str, str | int | float | bool | None] = {
+        "compute_capability": None if capability is None else f"{capability[0]}.{capability[1]}",
+        "mig": divided,
+        "pci_address": None if bus is None else _text(bus.busId),
+        "cuda_driver": None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}",
+        "ecc": None if corrects is None else bool(corrects[0]),
+        "most_sm_mhz": _asked(nvml, nvml.nvmlDeviceGetMaxClockInfo, card, nvml.NVML_CLOCK_SM),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,6 +23,8 @@ class Device:
     instruction_sets: tuple[str, ...] = ()
     cores: int | None = None  # usable ones, by affinity and quota, for a CPU
     power_limit_w: float | None = None
+    # What else its driver says of it, in the driver's own words, for people: nothing that tells one device from another.
+    properties: Mapping[str, str | int | float | bool] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
