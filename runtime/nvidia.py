@@ -49,8 +49,8 @@ def cuda_devices() -> tuple[tuple[Device, ...], str]:
 
 def _why_none(problem: str) -> str:
     """Say which half is missing: NVML may see the cards that CUDA cannot use."""
-    seen, reason = nvidia_devices()
-    return f"{problem}, though NVML sees {seen[0].model}" if seen else f"{problem}; {reason}"
+    seen, _ = nvidia_devices()
+    return f"{problem}, though NVML sees {seen[0].model}" if seen else problem
 
 
 @cache

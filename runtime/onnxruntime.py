@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,12 +15,13 @@ from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Baseline, Buffer, Placement, Request, foreign_dtype, holds_foreign, is_foreign, raw_view
 from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.cpu import cpu_device
-from aivmm.runtime.nvml import nvidia_devices
+from aivmm.runtime.nvidia import DRIVER_ADVICE, cuda_devices, libraries_loaded, missing_library
 from aivmm.runtime.onnx_interface import ELEMENT_TYPES
 from aivmm.runtime.ort_options import (
     COUNTS,
     EXECUTION_MODES,
     MOST_THREADS,
+    NVIDIA,
     OPTIMIZATION_LEVELS,
     PROVIDER_PREFIX,
     PROVIDERS,
@@ -29,6 +30,7 @@ from aivmm.runtime.ort_options import (
     SWITCHES,
     cpu_knobs,
     cuda_knobs,
+    provider_knobs,
 )
 from aivmm.runtime.target import Device, Target, Unavailable
 from aivmm.tensors import TensorSpec
@@ -45,6 +47,7 @@ _TYPES = {
     "float8e4m3fnuz": "float8_e4m3fnuz", "float8e5m2": "float8_e5m2", "float8e5m2fnuz": "float8_e5m2fnuz",
     "float8e8m0": "float8_e8m0fnu", "float4e2m1": "float4_e2m1fn", "int4": "int4", "uint4": "uint4", "int2": "int2", "uint2": "uint2",
 }  # fmt: skip
+_MOST_DEVICES = 16  # of one provider: where to stop asking for another one
 _ELEMENTS = {name: number for number, name in ELEMENT_TYPES.items()}
 
 
@@ -74,22 +77,34 @@ class OnnxRuntime:
             offered = _ort().get_available_providers()
         except (ImportError, OSError) as error:
             return (Unavailable(target="onnxruntime", reason=_words(error), advice="pip install onnxruntime"),)
-        found: list[Target | Unavailable] = []
-        for kind, provider in PROVIDERS.items():
-            if provider.name not in offered:
-                continue
-            if kind in ("CUDA", "TensorRT"):
-                devices, reason = nvidia_devices()
-                if not devices:
-                    found.append(Unavailable(target=f"onnxruntime:{kind}", reason=reason, advice=provider.advice))
-                found.extend(self._try(kind, f"{kind}:{index}", device, index) for index, device in enumerate(devices))
-            elif kind == "CPU":
-                found.append(self._try(kind, kind, cpu_device(), None))
-            else:
-                # Other accelerators have no discovery of their own here yet: the provider's first device, proved by the trial.
-                device = Device(kind="other", model=provider.name.removesuffix("ExecutionProvider"))
-                found.append(self._try(kind, f"{kind}:0" if provider.indexed else kind, device, 0 if provider.indexed else None))
-        return tuple(found)
+        offers = [kind for kind, provider in PROVIDERS.items() if provider.name in offered]
+        return tuple(each for kind in offers for each in self._targets_of(kind))
+
+    def _targets_of(self, kind: str) -> Iterator[Target | Unavailable]:
+        provider = PROVIDERS[kind]
+        if kind in NVIDIA:
+            devices, reason = cuda_devices()
+            if not devices:
+                yield Unavailable(target=f"onnxruntime:{kind}", reason=reason, advice=DRIVER_ADVICE)
+            for index, device in enumerate(devices):
+                yield self._try(kind, f"{kind}:{index}", device, index)
+        elif kind == "CPU":
+            yield self._try(kind, kind, cpu_device(), None)
+        elif provider.indexed:
+            yield from self._until_refused(kind)
+        else:
+            yield self._try(kind, kind, Device(kind=provider.kind, model=provider.device or provider.name), None)
+
+    def _until_refused(self, kind: str) -> Iterator[Target | Unavailable]:
+        """Yield the devices of a provider that nothing else lists: numbers are tried until one is refused."""
+        provider = PROVIDERS[kind]
+        for index in range(_MOST_DEVICES):
+            device = Device(kind=provider.kind, model=provider.device or provider.name, uid=str(index) if index else "")
+            found = self._try(kind, f"{kind}:{index}", device, index)
+            if isinstance(found, Target) or index == 0:
+                yield found
+            if not isinstance(found, Target):
+                return
 
     def find(self, name: str) -> Target | Unavailable:
         """Return one target by its device's name. Each build runs on the CPU, so that needs no trial; those of others can take seconds."""
@@ -99,14 +114,18 @@ class OnnxRuntime:
             return Unavailable(target=f"onnxruntime:{name}", reason=_words(error), advice="pip install onnxruntime")
         if name == "CPU":
             return self._found(name, "CPU", cpu_device())
-        for each in self.targets():
-            if (str(each) if isinstance(each, Target) else each.target) in (f"onnxruntime:{name}", f"onnxruntime:{name.split(':')[0]}"):
+        kind = name.split(":")[0]
+        known = kind in PROVIDERS and PROVIDERS[kind].name in _ort().get_available_providers()
+        for each in self._targets_of(kind) if known else ():
+            if (str(each) if isinstance(each, Target) else each.target) in (f"onnxruntime:{name}", f"onnxruntime:{kind}"):
                 return each
         return Unavailable(target=f"onnxruntime:{name}", reason="this build of ONNX Runtime does not offer it")
 
     def knobs(self, target: Target) -> Sequence[Knob]:
         """List what can be tuned on `target`."""
-        return {"CPU": cpu_knobs, "CUDA": cuda_knobs}.get(_kind(target), tuple)()
+        kind = _kind(target)
+        own = {"CPU": cpu_knobs, "CUDA": cuda_knobs}.get(kind)
+        return own() if own else provider_knobs(kind)
 
     def baselines(self, targets: Sequence[Target], objective: str) -> Sequence[Baseline]:
         """List the default session of each target; for throughput also with several callers on it, as a server runs it."""
@@ -157,6 +176,7 @@ class OnnxRuntime:
         if weights is not None:  # without a path of its own, a model's weights are looked for in the current folder
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
         provider = PROVIDERS[_kind(target)].name
+        _load_libraries(_kind(target))
         try:
             session = _ort().InferenceSession(source, options, providers=[(provider, provider_options)], enable_fallback=0)
         except Exception as error:
@@ -188,6 +208,7 @@ class OnnxRuntime:
     def _try(self, kind: str, name: str, device: Device, index: int | None) -> Target | Unavailable:
         """Compile and run the trial model with falling back forbidden: lists of provider names lie."""
         ort, provider = _ort(), PROVIDERS[kind]
+        _load_libraries(kind)
         options = ort.SessionOptions()
         options.log_severity_level = 4
         if kind != "CPU":
@@ -197,12 +218,39 @@ class OnnxRuntime:
             session = ort.InferenceSession(_TRIAL, options, providers=[chosen], enable_fallback=0)
             session.run(None, {"x": np.zeros(4, dtype=np.float32)})
         except Exception as error:  # noqa: BLE001 - see compile
-            return Unavailable(target=f"onnxruntime:{name}", reason=_words(error), advice=provider.advice)
+            return Unavailable(target=f"onnxruntime:{name}", reason=_why_not(kind) or _words(error), advice=provider.advice)
         return self._found(name, kind, device)
 
     def _found(self, name: str, kind: str, device: Device) -> Target:
         version = str(_ort().__version__)
         return Target(runtime=self.name, name=name, device=device, runtime_version=version, precisions=PROVIDERS[kind].precisions)
+
+
+def _load_libraries(kind: str) -> None:
+    """Have the libraries that a provider links against in the process before the provider itself is loaded."""
+    if kind in NVIDIA:
+        libraries_loaded(tensorrt=kind != "CUDA")
+
+
+def _why_not(kind: str) -> str:
+    """Say which library is missing, where that is why a provider of NVIDIA's did not start: its own words speak of the CPU."""
+    if kind not in NVIDIA:
+        return ""
+    stem = PROVIDERS[kind].name.removesuffix("ExecutionProvider").lower()
+    names = (f"libonnxruntime_providers_{stem}.so", f"onnxruntime_providers_{stem}.dll")
+    folder = Path(_ort().__file__).parent / "capi"
+    missing = next((missing_library(folder / name) for name in names if (folder / name).exists()), "")
+    if not missing:
+        return ""
+    what = "TensorRT 10" if "nvinfer" in missing or "nvonnx" in missing else f"CUDA {_cuda_major()}"
+    return f"{what} libraries not found ({missing} is missing)"
+
+
+def _cuda_major() -> str:
+    """Return the version of CUDA that this build of ONNX Runtime needs."""
+    from onnxruntime.capi import build_and_package_info
+
+    return str(getattr(build_and_package_info, "cuda_version", "")).partition(".")[0] or "13"
 
 
 def _kind(target: Target) -> str:

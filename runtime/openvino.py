@@ -14,7 +14,10 @@ from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Baseline, Buffer, Placement, Request, foreign_dtype, holds_foreign, is_foreign, raw_view
 from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.cpu import cpu_device, usable_cores
+from aivmm.runtime.nvidia import same_card
+from aivmm.runtime.nvml import nvidia_devices
 from aivmm.runtime.onnx_interface import read_interface
+from aivmm.runtime.remedies import remedy
 from aivmm.runtime.target import Device, DeviceKind, Target, Unavailable
 from aivmm.tensors import TensorSpec
 
@@ -23,10 +26,6 @@ from aivmm.tensors import TensorSpec
 _CAPABILITIES = {"FP32": "fp32", "BF16": "bf16", "FP16": "fp16"}
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
-_ADVICE = {
-    "GPU": "install the OpenCL loader and the Intel compute runtime (Debian: ocl-icd-libopencl1 intel-opencl-icd)",
-    "NPU": "install the Intel NPU driver (intel-driver-compiler-npu, intel-fw-npu, intel-level-zero-npu) if this machine has an NPU",
-}
 _READ_BACK = (
     "PERFORMANCE_HINT", "NUM_STREAMS", "INFERENCE_NUM_THREADS", "INFERENCE_PRECISION_HINT", "EXECUTION_MODE_HINT", "ENABLE_CPU_PINNING",
     "ENABLE_HYPER_THREADING", "SCHEDULING_CORE_TYPE", "TBB_PARTITIONER", "CPU_DENORMALS_OPTIMIZATION", "DYNAMIC_QUANTIZATION_GROUP_SIZE",
@@ -94,7 +93,7 @@ class OpenVino:
         found: list[Target | Unavailable] = [self._target(name) for name in core.available_devices]
         for kind in ("GPU", "NPU"):
             if not any(isinstance(each, Target) and each.name.split(".")[0] == kind for each in found):
-                found.append(Unavailable(target=f"openvino:{kind}", reason=self._why_absent(kind), advice=_ADVICE[kind]))
+                found.append(self._absent(kind, f"openvino:{kind}"))
         return tuple(found)
 
     def find(self, name: str) -> Target | Unavailable:
@@ -112,13 +111,14 @@ class OpenVino:
                 return Unavailable(target=f"openvino:{name}", reason=_words(error))
         device = name.removesuffix(".0") if name.startswith("GPU") and name not in _core().available_devices else name
         if device not in _core().available_devices:
-            return Unavailable(target=f"openvino:{name}", reason=self._why_absent(name), advice=_ADVICE.get(name.split(".")[0], ""))
+            return self._absent(name, f"openvino:{name}")
         return self._target(device)
 
     def knobs(self, target: Target) -> Sequence[Knob]:
         """List what can be tuned on `target`: those of its knobs that the device itself says may be written."""
         writable = {name for name, mode in _core().get_property(_device(target), "SUPPORTED_PROPERTIES").items() if mode != "RO"}
-        knobs = _cpu_knobs() if target.device.kind == "cpu" else _gpu_knobs() if target.device.kind == "gpu" else _npu_knobs()
+        kind = target.device.kind
+        knobs = _cpu_knobs() if kind == "cpu" else _gpu_knobs(_most_streams(target)) if kind == "gpu" else _npu_knobs()
         return tuple(knob for knob in knobs if knob.name in writable)
 
     def baselines(self, targets: Sequence[Target], objective: str) -> Sequence[Baseline]:
@@ -176,33 +176,60 @@ class OpenVino:
         return Target(runtime=self.name, name=shown, device=device, runtime_version=_version(), precisions=precisions or ("fp32",))
 
     def _accelerator(self, name: str, kind: str) -> Device:
-        def read(*properties: str) -> Any:
-            for each in properties:
-                try:
-                    return _core().get_property(name, each)
-                except (RuntimeError, TypeError):
-                    continue  # single properties do raise; the next name may be known
-            return None
+        properties = _properties_of(name)
+
+        def read(*names: str) -> Any:
+            return next((properties[each] for each in names if properties.get(each) not in (None, "")), None)
 
         memory = read("GPU_DEVICE_TOTAL_MEM_SIZE", "NPU_DEVICE_TOTAL_MEM_SIZE")
         kinds: dict[str, DeviceKind] = {"GPU": "gpu", "NPU": "npu"}
         integrated = str(read("DEVICE_TYPE")).upper().endswith("INTEGRATED")
+        uuid = str(read("DEVICE_UUID") or "")
+        # OpenCL gives NVIDIA's cards the id that NVML does, which counts their energy and memory, and knows their driver.
+        card = next((each for each in nvidia_devices()[0] if same_card(each.uid, uuid)), None)
         return Device(
             kind=kinds.get(kind, "other"),
             model=str(read("FULL_DEVICE_NAME") or name),
-            uid=str(read("DEVICE_UUID") or ""),
-            driver=str(read("GPU_DRIVER_VERSION", "NPU_DRIVER_VERSION") or ""),
+            uid=card.uid if card else uuid,
+            driver=str(read("GPU_DRIVER_VERSION", "NPU_DRIVER_VERSION") or (card.driver if card else "")),
             memory_bytes=None if integrated or not isinstance(memory, int) else memory,
+            power_limit_w=card.power_limit_w if card else None,
+            properties=properties,
         )
 
-    def _why_absent(self, name: str) -> str:
+    def _absent(self, name: str, target: str) -> Unavailable:
+        kind = name.split(".")[0]
         try:
-            devices = _core().get_property(name.split(".")[0], "AVAILABLE_DEVICES")
+            devices = _core().get_property(kind, "AVAILABLE_DEVICES")
         except RuntimeError as error:
             text = _words(error)
             # The path of the plug-in that could not be loaded says nothing to a user; what is missing behind it does.
-            return text.rpartition('": ')[2] if text.startswith("Cannot load library") else text
-        return f"no such device (found: {', '.join(filter(None, devices)) or 'none'})"
+            reason = text.rpartition('": ')[2] if text.startswith("Cannot load library") else text
+        else:
+            reason = f"no such device (found: {', '.join(filter(None, devices)) or 'none'})"
+        short, advice = remedy(kind, reason)
+        return Unavailable(target=target, reason=short, advice=advice)
+
+
+def _properties_of(name: str) -> dict[str, Setting]:
+    """Return what a device says of itself and cannot be set; single properties raise, and are left out."""
+    found: dict[str, Setting] = {}
+    for each, mode in _core().get_property(name, "SUPPORTED_PROPERTIES").items():
+        if mode == "RO" and each != "SUPPORTED_PROPERTIES":
+            try:
+                found[each] = _told(_core().get_property(name, each))
+            except (RuntimeError, TypeError):
+                continue
+    return found
+
+
+def _told(value: object) -> Setting:
+    """Return a property as JSON takes it: lists and tables in one line."""
+    if isinstance(value, list | tuple | set | frozenset):
+        return ", ".join(str(_plain(each)) for each in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{_plain(name)}: {_plain(each)}" for name, each in value.items())
+    return _plain(value)
 
 
 def _many(target: Target) -> int:
@@ -279,10 +306,18 @@ def _cpu_knobs() -> tuple[Knob, ...]:
     )
 
 
-def _gpu_knobs() -> tuple[Knob, ...]:
+def _most_streams(target: Target) -> int:
+    """Return how many streams the device takes: it refuses more (an NVIDIA card's plug-in takes 2)."""
+    try:
+        return int(_core().get_property(_device(target), "RANGE_FOR_STREAMS")[1])
+    except (RuntimeError, TypeError, IndexError):
+        return 1
+
+
+def _gpu_knobs(streams: int) -> tuple[Knob, ...]:
     serving = frozenset({"throughput", "energy"})
     return (
-        Knob("NUM_STREAMS", "int", "streams overlap copies with compute", low=1, high=4, default=1, objectives=serving),
+        Knob("NUM_STREAMS", "int", "streams overlap copies with compute", low=1, high=streams, default=1, objectives=serving),
         Knob("GPU_QUEUE_THROTTLE", "choice", "how eagerly the host polls the queue", choices=("LOW", "MEDIUM", "HIGH"), default="MEDIUM"),
         Knob(
             "GPU_HOST_TASK_PRIORITY",

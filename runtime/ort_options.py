@@ -7,12 +7,15 @@ refused.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import psutil
 
 from aivmm.runtime.config import Knob
 from aivmm.runtime.cpu import usable_cores
+from aivmm.runtime.nvidia import EXTRA_ADVICE, TENSORRT_ADVICE
+from aivmm.runtime.target import DeviceKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,40 +26,97 @@ class Provider:
     options: frozenset[str] = frozenset()  # none that names a file: a plan comes from a stranger, and some load libraries
     precisions: tuple[str, ...] = ("fp32",)
     indexed: bool = False  # one target per card, with device_id
+    kind: DeviceKind = "other"
+    device: str = ""  # what it runs on, where nothing but the provider itself finds that out
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # options worth a search, each with its values, the default first
     advice: str = ""
 
 
+# By the short name that targets are written with. Options and values are those of onnxruntime.ai's page of each provider, and of
+# onnxruntime_c_api.h 1.31. Run by us: CPU and CUDA; TensorRT was only seen to be missing; the rest is written by the documentation.
 PROVIDERS = {
-    "CPU": Provider(name="CPUExecutionProvider"),
+    "CPU": Provider(name="CPUExecutionProvider", kind="cpu"),
     "CUDA": Provider(
         name="CUDAExecutionProvider",
         indexed=True,
+        kind="gpu",
         options=frozenset({
             "arena_extend_strategy", "cudnn_conv1d_pad_to_nc1d", "cudnn_conv_algo_search", "cudnn_conv_use_max_workspace",
             "do_copy_in_default_stream", "enable_cuda_graph", "fuse_conv_bias", "gpu_mem_limit", "prefer_nhwc", "sdpa_kernel",
             "tunable_op_enable", "tunable_op_tuning_enable", "use_ep_level_unified_stream", "use_tf32",
         }),
-        advice="install an NVIDIA driver and the CUDA 13 and cuDNN 9 libraries (pip install nvidia-cudnn-cu13 nvidia-cublas)",
+        advice=EXTRA_ADVICE,
     ),
     "TensorRT": Provider(
         name="TensorrtExecutionProvider",
         indexed=True,
+        kind="gpu",
         # No caches: without a path of ours they read and write engines in the current folder, on the word of a stranger's plan.
         options=frozenset({
             "trt_fp16_enable", "trt_bf16_enable", "trt_int8_enable", "trt_builder_optimization_level", "trt_cuda_graph_enable",
             "trt_max_workspace_size", "trt_min_subgraph_size", "trt_auxiliary_streams", "trt_sparsity_enable",
             "trt_context_memory_sharing_enable",
         }),
-        advice="install TensorRT 10 (pip install tensorrt)",
+        advice=TENSORRT_ADVICE,
     ),
-    "DirectML": Provider(name="DmlExecutionProvider", indexed=True, options=frozenset({"performance_preference", "device_filter"})),
+    "NvTensorRtRtx": Provider(
+        name="NvTensorRTRTXExecutionProvider",
+        indexed=True,
+        kind="gpu",
+        options=frozenset({"enable_cuda_graph", "nv_max_workspace_size", "nv_max_shared_mem_size", "nv_multi_profile_enable"}),
+        choices={"enable_cuda_graph": ("0", "1")},
+        advice="pip install onnxruntime-ep-nv-tensorrt-rtx beside a build of ONNX Runtime without CUDA",
+    ),
     "MIGraphX": Provider(
-        name="MIGraphXExecutionProvider", indexed=True, options=frozenset({"migraphx_fp16_enable", "migraphx_int8_enable"})
+        name="MIGraphXExecutionProvider",
+        indexed=True,
+        kind="gpu",
+        device="AMD GPU",
+        options=frozenset({
+            "migraphx_fp16_enable", "migraphx_bf16_enable", "migraphx_fp8_enable", "migraphx_int8_enable", "migraphx_exhaustive_tune",
+            "migraphx_mem_limit", "migraphx_arena_extend_strategy",
+        }),
+        choices={"migraphx_exhaustive_tune": ("0", "1")},
+        advice="install ROCm, whose libraries MIGraphX needs",
     ),
-    "QNN": Provider(name="QNNExecutionProvider", options=frozenset({"backend_type", "htp_performance_mode"})),
-    "CoreML": Provider(name="CoreMLExecutionProvider", options=frozenset({"ModelFormat", "MLComputeUnits"})),
+    "DirectML": Provider(
+        name="DmlExecutionProvider",
+        indexed=True,
+        kind="gpu",
+        device="DirectX 12 adapter",
+        options=frozenset({"performance_preference", "device_filter", "disable_metacommands", "enable_dynamic_graph_fusion"}),
+        choices={"performance_preference": ("default", "high_performance", "minimum_power"), "disable_metacommands": ("False", "True")},
+        advice="update the graphics driver: DirectML needs DirectX 12",
+    ),
+    "QNN": Provider(
+        name="QNNExecutionProvider",
+        kind="npu",
+        device="Qualcomm accelerator",
+        options=frozenset({
+            "backend_type", "htp_performance_mode", "htp_graph_finalization_optimization_mode", "enable_htp_fp16_precision", "vtcm_mb",
+            "qnn_context_priority",
+        }),
+        choices={
+            "htp_performance_mode": ("default", "burst", "balanced", "high_performance", "power_saver"),
+            "htp_graph_finalization_optimization_mode": ("0", "1", "2", "3"),
+        },
+        advice="install the driver of the Qualcomm NPU",
+    ),
+    "CoreML": Provider(
+        name="CoreMLExecutionProvider",
+        device="Apple GPU and Neural Engine",
+        options=frozenset({
+            "ModelFormat", "MLComputeUnits", "RequireStaticInputShapes", "AllowLowPrecisionAccumulationOnGPU", "SpecializationStrategy",
+        }),
+        choices={
+            "ModelFormat": ("NeuralNetwork", "MLProgram"),
+            "MLComputeUnits": ("ALL", "CPUAndGPU", "CPUAndNeuralEngine"),
+            "SpecializationStrategy": ("Default", "FastPrediction"),
+        },
+    ),
 }  # fmt: skip
 
+NVIDIA = ("CUDA", "TensorRT", "NvTensorRtRtx")  # those that run on the cards that CUDA shows
 MOST_THREADS = 1024
 
 # Settings of SessionOptions (attributes), and configuration entries by key.
@@ -163,4 +223,12 @@ def cuda_knobs() -> tuple[Knob, ...]:
             choices=("all", "extended", "basic"),
             default="all",
         ),
+    )
+
+
+def provider_knobs(kind: str) -> tuple[Knob, ...]:
+    """Return the knobs of a provider that we know by its documentation only: those of its table, and how far the graph is rewritten."""
+    return tuple(
+        Knob(PROVIDER_PREFIX + option, "choice", f"{option} of {PROVIDERS[kind].name}", choices=values, default=values[0])
+        for option, values in PROVIDERS[kind].choices.items()
     )

@@ -367,6 +367,9 @@ def _target_json(target: Target) -> dict[str, Any]:
         "precisions": list(target.precisions),
         "cores": device.cores,
         "memory_bytes": device.memory_bytes,
+        "uid": device.uid,
+        "power_limit_w": device.power_limit_w,
+        "properties": dict(device.properties),
     }
 
 

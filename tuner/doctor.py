@@ -56,7 +56,7 @@ CLASSES = (
     DeviceClass("CPU", ("openvino:CPU", "onnxruntime:CPU")),
     DeviceClass("Intel GPU (iGPU, ARC)", ("openvino:GPU",), "gpu", "Intel"),
     DeviceClass("Intel NPU", ("openvino:NPU",), "npu", "Intel"),
-    DeviceClass("NVIDIA GPU", ("onnxruntime:CUDA", "onnxruntime:TensorRT"), "gpu", "NVIDIA"),
+    DeviceClass("NVIDIA GPU", ("onnxruntime:CUDA", "onnxruntime:TensorRT", "onnxruntime:NvTensorRtRtx"), "gpu", "NVIDIA"),
     DeviceClass("AMD GPU", ("onnxruntime:MIGraphX", "onnxruntime:ROCM"), "gpu", "AMD"),
 )
 
@@ -169,6 +169,10 @@ def _working(name: str, target: Target) -> Finding:
     device = target.device
     parts = [device.model, *([f"{device.cores} cores"] if device.cores else []), *([f"driver {device.driver}"] if device.driver else [])]
     memory = f"{device.memory_bytes / GIB:.0f} GiB" if device.memory_bytes and device.kind != "cpu" else ""
+    told = {"compute_capability": "compute capability {}", "DEVICE_ARCHITECTURE": "{}", "NPU_COMPILER_VERSION": "compiler {}"}
+    parts += [text.format(device.properties[each]) for each, text in told.items() if each in device.properties]
+    parts += ["an instance of a divided card (MIG)"] if device.properties.get("mig") else []
+    parts += [f"limited to {device.power_limit_w:.0f} W"] if device.power_limit_w else []
     return Finding(name, "ok", f"{target}: {', '.join([*parts, *([memory] if memory else [])])}; {', '.join(target.precisions)}")
 
 
