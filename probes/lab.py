@@ -41,7 +41,8 @@ class Loaded:
     first_inference_s: float
     effective_config: Mapping[str, Any]
     nodes: Mapping[str, int]
-    stray: tuple[str, ...]
+    stray: tuple[str, ...]  # the first of the nodes that are on another device than the target's
+    strays: int  # how many there are
     accuracy: Mapping[str, float]
     problem: str  # what makes the outputs unusable, or ""
 
@@ -340,6 +341,7 @@ class Lab:
             effective_config=answer["effective_config"],
             nodes=answer["nodes"],
             stray=tuple(answer["stray"]),
+            strays=answer["strays"],
             accuracy=answer.get("accuracy", {}),
             problem=answer.get("problem", ""),
         )

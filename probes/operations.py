@@ -21,7 +21,7 @@ from aivmm.probes.machine import peak_memory_bytes
 from aivmm.probes.timer import BATCH_BELOW_S as BATCH_BELOW_S
 from aivmm.probes.timer import SETTLE_S, held, spinning, time_steps
 from aivmm.probes.user_code import check_metric, dataset, metric
-from aivmm.runtime.backend import Buffer, Executable, Request, aligned_empty
+from aivmm.runtime.backend import Buffer, Executable, ExplainsStrays, Request, aligned_empty
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.lane import new_buffer
 from aivmm.runtime.registry import load_backend
@@ -227,11 +227,33 @@ def compile_model(
         "devices": list(executable.placement.devices),
         "nodes": dict(executable.placement.nodes),
         "stray": list(executable.placement.stray)[:50],
+        "strays": len(executable.placement.stray),
     }
     if reference:
         answer |= _judged(runner.outputs(arrays), reference)
     state.runners[name] = runner
     return answer
+
+
+def strays(
+    state: State, *, model: str, target: dict[str, Any], config: dict[str, Any], inputs: str = "", folder: str = ""
+) -> dict[str, Any]:
+    """Say what the nodes cost that a target leaves to the CPU. Without `inputs` suitable ones are made in `folder`.
+
+    Returns `nodes` and `copies`, each with name, operator and seconds, and `call_s`; empty where the backend has no way to tell.
+    """
+    where = wire.target_in(target)
+    assert isinstance(where, Target)
+    backend = load_backend(where.runtime)
+    if not isinstance(backend, ExplainsStrays):
+        return {}
+    arrays = load_arrays(inputs or _made_inputs(Path(model), Path(folder)))
+    found = backend.strays(Path(model), where, wire.config_in(config), arrays)
+    return {
+        "nodes": [[each.node, each.op_type, each.seconds] for each in found.nodes],
+        "copies": [[each.node, each.op_type, each.seconds] for each in found.copies],
+        "call_s": found.call_s,
+    }
 
 
 def accepts(state: State, *, model: str, target: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -395,13 +417,13 @@ def probe(
     return answer
 
 
-def _made_inputs(model: Path) -> str:
+def _made_inputs(model: Path, folder: Path | None = None) -> str:
     import onnx
 
     from aivmm.models.inputs import make_inputs
     from aivmm.runtime.onnx_interface import read_interface
 
-    path = model.with_suffix(".inputs.npz")
+    path = (folder or model.parent) / f"{model.stem}.inputs.npz"
     save_arrays(path, make_inputs(onnx.load(str(model), load_external_data=False), read_interface(model).inputs, seed=0)[0])
     return str(path)
 
@@ -443,6 +465,7 @@ OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "rebatch": rebatch,
     "samples": samples,
     "stages": stages,
+    "strays": strays,
     "timed": timed,
     **conformance.OPERATIONS,
     **operator_probes.OPERATIONS,

@@ -14,6 +14,7 @@ from aivmm.reports.data import ReportData, dig, number
 from aivmm.reports.intervals import P99_NEEDS
 from aivmm.reports.race import best_baseline, figure_of, ratio_interval, throughput_wanted
 
+_ON_DEVICES_ONLY = ("device_memory_bytes", "stray_nodes", "stray_s")  # not missed where there is nothing to tell
 _WITHOUT_VERDICT = {
     "running": "This run is still going on: nothing is proven yet.",
     "searched": "The search is done, but no plan has been proven yet.",
@@ -73,13 +74,15 @@ def key_figures(data: ReportData) -> tuple[Answer, ...]:
     ]
     for label, metric, show in (
         ("Peak memory", "peak_memory_bytes", fmt.size),
-        ("Device memory", "peak_device_memory_bytes", fmt.size),
+        ("Device memory", "device_memory_bytes", fmt.size),
         ("Compile time", "compile_s", fmt.seconds),
         ("Load from cache", "load_cached_s", fmt.seconds),
         ("First inference", "first_inference_s", fmt.seconds),
+        ("Nodes left on the CPU", "stray_nodes", lambda count: f"{count:.0f}"),
+        ("Time on those and their copies", "stray_s", fmt.seconds),
     ):
         value = metrics.get(metric)
-        if value is not None or metric != "peak_device_memory_bytes":
+        if value is not None or metric not in _ON_DEVICES_ONLY:
             figures.append(Answer(label=label, value=show(value), support=() if value is not None else ("not measured",)))
     return (*figures, _accuracy(data, plan), *_predicted(data, plan), *_left(data))
 

@@ -109,6 +109,41 @@ class Backend(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stray:
+    """A node that ran on another device than the one asked for, or a copy that this made needed; seconds of one call."""
+
+    node: str
+    op_type: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strays:
+    """All of a compiled model's strays and the copies between them and the device, beside what the call took in which they were seen."""
+
+    nodes: tuple[Stray, ...]
+    copies: tuple[Stray, ...]
+    call_s: float  # with the profiler on, which slows it down: a share of it is worth more than it alone
+
+    @property
+    def seconds(self) -> float:
+        """What nodes and copies took of one call."""
+        return sum(each.seconds for each in (*self.nodes, *self.copies))
+
+
+@runtime_checkable
+class ExplainsStrays(Protocol):
+    """A backend that tells what the nodes cost which it leaves on another device."""
+
+    def strays(self, model: Path, target: Target, config: Config, inputs: Mapping[str, Buffer]) -> Strays:
+        """Compile, run some calls on `inputs`, and return what strays cost; nothing is in it where every node is on the device.
+
+        Raises:
+            Unsupported: as `Backend.compile`.
+        """
+
+
 @runtime_checkable
 class ExportsBlob(Protocol):
     """An executable that can be stored compiled. Separate from `Executable`: half of the runtimes cannot."""

@@ -7,7 +7,7 @@ The time of one run with `callers` requests in flight (asymptotic bounds of clos
 
     node     = max(flops / (flops_per_s * efficiency * speed), bytes / bytes_per_s)
     compute  = (sum of node * product of choice factors) * amdahl(threads) * (1 + stream_overhead * (streams - 1)) + nodes * launch_s
-    copies   = copied bytes / copy_bytes_per_s + copied tensors * copy_s
+    copies   = copied bytes / copy_bytes_per_s + copied tensors * copy_s, those for nodes that are left to the host among them
     interval = max((compute + copies) / min(callers, streams), compute * threads / cores)
     last_s   = interval * callers
     amdahl(t) = serial + (1 - serial) / t + thread_overhead * (t - 1)
@@ -31,7 +31,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 
 from aivmm.errors import Unsupported, UsageError
-from aivmm.runtime.backend import Baseline, Buffer, Placement
+from aivmm.runtime.backend import Baseline, Buffer, Placement, Stray, Strays
 from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.null_work import Work, evaluated, evaluator_of, load, op_types, spec_of, work_of
 from aivmm.runtime.target import Device, DeviceKind, Target, Unavailable
@@ -79,6 +79,7 @@ class NullDevice:
     copy_s: float = 0.0  # for each tensor that crosses
     efficiency: Mapping[str, float] = field(default_factory=dict)  # op type -> share of flops_per_s that it reaches; 1 unless named
     op_types: frozenset[str] | None = None  # those it can run; None is all
+    left: frozenset[str] = frozenset()  # op types that it leaves to the host: all that such a node reads and writes is copied
     speed: Mapping[str, float] = field(default_factory=lambda: {"fp32": 1.0})  # precision -> how many times flops_per_s
     cores: int = 4
     serial: float = 0.1  # the part of the work that threads do not speed up
@@ -112,6 +113,7 @@ DEFAULT_DEVICES = (
         copy_bytes_per_s=8e9,
         copy_s=10e-6,
         efficiency={"LSTM": 0.01, "GRU": 0.01, "RNN": 0.01, "Gather": 0.1},
+        left=frozenset({"Det", "NonZero"}),
         speed={"fp32": 1.0, "f16": 2.0},
         cores=1,
         choices={"layout": {"nchw": 1.0, "nhwc": 0.9}},
@@ -142,7 +144,13 @@ def interval_s(work: Work, device: NullDevice, setup: _Setup, callers: int) -> f
     amdahl = device.serial + (1 - device.serial) / setup.threads + device.thread_overhead * (setup.threads - 1)
     compute_s = nodes_s * amdahl * (1 + device.stream_overhead * (setup.streams - 1)) + len(work.nodes) * device.launch_s
     copies_s = work.copied_bytes / device.copy_bytes_per_s + work.copied_tensors * device.copy_s
+    copies_s += sum(_stray_s(moved, device) for op, _, moved in work.nodes if op in device.left)
     return max((compute_s + copies_s) / min(callers, setup.streams), compute_s * setup.threads / device.cores)
+
+
+def _stray_s(moved: float, device: NullDevice) -> float:
+    """Return what a node left to the host costs: a copy there and one back, of all that it reads and writes."""
+    return moved / device.copy_bytes_per_s + 2 * device.copy_s
 
 
 class NullBackend:
@@ -208,6 +216,21 @@ class NullBackend:
         executable.on_close(weakref.finalize(executable, self._memory.free, device, needed))
         return executable
 
+    def strays(self, model: Path | bytes, target: Target, config: Config, inputs: Mapping[str, Buffer]) -> Strays:
+        """Return the nodes that the device leaves to the host, and the copies for them; see `ExplainsStrays`."""
+        device, proto = self._device(target), load(model)[0]
+        found = [(node, moved) for node, (op, _, moved) in zip(proto.graph.node, work_of(proto).nodes, strict=True) if op in device.left]
+        names = [(node.name or node.output[0], node.op_type) for node, _ in found]
+        return Strays(
+            nodes=tuple(Stray(node=name, op_type=op, seconds=device.launch_s) for name, op in names),
+            copies=tuple(
+                Stray(node=f"{way} {name}", op_type="Copy", seconds=_stray_s(moved, device) / 2)
+                for (name, _), (_, moved) in zip(names, found, strict=True)
+                for way in ("to", "from")
+            ),
+            call_s=self.expect_s(model, target, config),
+        )
+
     def expect_s(self, model: Path | bytes, target: Target, config: Config, *, callers: int = 1) -> float:
         """Return the time between two completed runs, without noise, without running and without asking whether it fits."""
         return interval_s(work_of(load(model)[0]), self._device(target), self._setup(target, config), callers)
@@ -255,7 +278,9 @@ class NullExecutable:
         self.inputs: Sequence[TensorSpec] = tuple(spec_of(each) for each in proto.graph.input if each.name not in initialized)
         self.outputs: Sequence[TensorSpec] = tuple(spec_of(each) for each in proto.graph.output)
         self.effective_config: Mapping[str, Setting] = setup.as_settings()
-        self.placement = Placement(devices=(device.name,), nodes={device.name: len(proto.graph.node)})
+        stray = tuple(each.name or each.output[0] for each in proto.graph.node if each.op_type in device.left)
+        nodes = {device.name: len(proto.graph.node) - len(stray)} | ({"host": len(stray)} if stray else {})
+        self.placement = Placement(devices=(device.name,), nodes=nodes, stray=stray)
         self.work = work_of(proto)
         self._device, self._setup, self._clock = device, setup, clock
         self._evaluator = evaluator_of(proto)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from aivmm.errors import Unsupported
-from aivmm.runtime.backend import Baseline, Buffer, Placement, Request, foreign_dtype, holds_foreign, is_foreign, raw_view
+from aivmm.runtime.backend import Baseline, Buffer, Placement, Request, Strays, foreign_dtype, holds_foreign, is_foreign, raw_view
 from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.cpu import cpu_device
 from aivmm.runtime.nvidia import DRIVER_ADVICE, cuda_devices, libraries_loaded, missing_library
@@ -32,6 +32,7 @@ from aivmm.runtime.ort_options import (
     cuda_knobs,
     provider_knobs,
 )
+from aivmm.runtime.ort_strays import read_strays
 from aivmm.runtime.target import Device, Target, Unavailable
 from aivmm.tensors import TensorSpec
 
@@ -47,6 +48,7 @@ _TYPES = {
     "float8e4m3fnuz": "float8_e4m3fnuz", "float8e5m2": "float8_e5m2", "float8e5m2fnuz": "float8_e5m2fnuz",
     "float8e8m0": "float8_e8m0fnu", "float4e2m1": "float4_e2m1fn", "int4": "int4", "uint4": "uint4", "int2": "int2", "uint2": "uint2",
 }  # fmt: skip
+_PROFILED_CALLS = 10
 _MOST_DEVICES = 16  # of one provider: where to stop asking for another one
 _ELEMENTS = {name: number for number, name in ELEMENT_TYPES.items()}
 
@@ -140,6 +142,21 @@ class OnnxRuntime:
     def compile(self, model: Path | bytes, target: Target, config: Config) -> _Executable:
         """Compile `model`; see `Backend.compile`. Nodes left on the CPU beside an accelerator are in its placement."""
         return self._session(model if isinstance(model, bytes) else str(model), target, config, {})
+
+    def strays(self, model: Path, target: Target, config: Config, inputs: Mapping[str, Buffer]) -> Strays:
+        """Profile some calls; see `ExplainsStrays.strays`."""
+        with tempfile.TemporaryDirectory(prefix="aivmm-") as folder:
+            besides = {"enable_profiling": True, "profile_file_prefix": str(Path(folder) / "calls")}
+            executable = self._session(str(model), target, config, besides)
+            try:
+                request = executable.new_request()
+                for name, array in inputs.items():
+                    request.bind(name, array)
+                for _ in range(_PROFILED_CALLS):
+                    request.run()
+                return read_strays(executable.end_profiling(), PROVIDERS[_kind(target)].name, warmup=_PROFILED_CALLS // 2)
+            finally:
+                executable.close()
 
     def keeps_blobs(self, target: Target) -> bool:
         """Say whether an optimized graph can be written: the CPU's can; what a GPU's is worth was never measured."""
@@ -338,6 +355,10 @@ class _Executable:
         """Drop the session."""
         self._session = None
         self._drop_written()
+
+    def end_profiling(self) -> Path:
+        """Return the file of the profile that the session was asked for."""
+        return Path(self._session.end_profiling())
 
     def export_blob(self) -> bytes:
         """Return the optimized graph, once.

@@ -31,6 +31,12 @@ from aivmm.tuner.subject import Prepared
 from aivmm.tuner.verdict import accuracy_text, describe, factor_text, sentence
 from aivmm.tuner.work import Work
 
+# What a plan says of itself besides the duration of a call, as far as it was measured.
+_EXPECTED = (
+    "p99_s", "throughput_per_s", "peak_memory_bytes", "device_memory_bytes", "compile_s", "load_cached_s", "first_inference_s", "energy_j",
+    "card_energy_j", "stray_nodes", "stray_copies", "stray_s",
+)  # fmt: skip
+
 
 class Decider:
     """Turns what was explored into entrants of the proof, and a proof into a plan."""
@@ -441,7 +447,7 @@ def expected(plan: Entrant) -> dict[str, Number]:
     low, high = interval_s(plan)
     count = len(plan.confirmed.timed_s)
     found = {"median_s": Number(value=call_s(plan), low=low, high=high, source="measured", samples=count)}
-    for name in ("p99_s", "throughput_per_s", "peak_memory_bytes", "compile_s", "load_cached_s", "first_inference_s"):
+    for name in _EXPECTED:
         if name in plan.metrics:
             found[name] = Number(value=plan.metrics[name], source="measured", samples=count if name == "throughput_per_s" else 0)
     return found

@@ -21,6 +21,7 @@ from aivmm.probes.records import Caution, Failed, Measured, Outcome, ProbeKey, R
 from aivmm.runtime.config import Setting
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.target import Target
+from aivmm.tuner import strays
 from aivmm.tuner.joules import energy_metrics
 from aivmm.tuner.subject import Subject
 
@@ -291,7 +292,12 @@ class Measurer:
                 key=self.key(candidate),
                 samples=samples,
                 metrics={**self._metrics(candidate, loaded), **self._energy(candidate, contestant)},
-                cautions=(*cautions(samples), *contestant.cautions, *extra),
+                cautions=(
+                    *cautions(samples),
+                    *contestant.cautions,
+                    *strays.cautions(candidate.target, loaded.nodes, loaded.stray, loaded.strays),
+                    *extra,
+                ),
                 effective_config=loaded.effective_config,
                 placement=loaded.nodes,
                 race=name,
@@ -311,6 +317,8 @@ class Measurer:
         judged = {f"{name}@{holds_for}": value for name, value in loaded.accuracy.items()}
         if loaded.problem:
             judged[f"unusable@{holds_for}"] = 1.0
+        if loaded.strays and candidate.target.device.kind != "cpu":
+            judged["stray_nodes"] = float(loaded.strays)
         return {"compile_s": loaded.compile_s, "first_inference_s": loaded.first_inference_s, **self._around, **judged}
 
     def _energy(self, candidate: Candidate, contestant: Contestant) -> dict[str, float]:

@@ -27,6 +27,7 @@ from aivmm.probes.race import Contestant, RaceState, block_s, by_of, leader_of, 
 from aivmm.probes.records import Caution, Samples
 from aivmm.runtime.target import Target
 from aivmm.tuner.joules import ENERGY, absent, device_memory, energy_metrics, why_no_energy
+from aivmm.tuner.strays import explained, read_stages
 
 # Seconds of racing: as many as the entrants' own speed asks for, within these. Loading, the tail and the report come on top.
 _LEAST_S, _MOST_S = 4.0, 6.5
@@ -61,6 +62,7 @@ class Entrant:
     choosing: Samples | None = None  # of the first race
     confirmed: Samples | None = None  # of the second, which chose nothing
     absent: dict[str, str] = field(default_factory=dict)  # what could not be measured of it, and why
+    strays: str = ""  # which nodes its accelerators leave to the CPU, and what they cost; "" where there are none
     ends: tuple[str, ...] = ()  # objectives in which nothing that was searched is better: proven whatever its speed
 
     @property
@@ -344,6 +346,7 @@ class Prover:
             if beside is not None and beside is not plan:
                 self._count_energy(beside)
             self._load_again(plan)
+            self._explain_strays(plan)
             self._proof.absent |= plan.absent | absent(_targets_of(plan), plan.metrics)
 
     def _load_again(self, plan: Entrant) -> None:
@@ -363,6 +366,20 @@ class Prover:
         else:
             targets = ", ".join(sorted(map(str, _targets_of(plan))))
             plan.absent["load from cache"] = "; ".join(answer["problems"]) or f"nothing compiled for {targets} can be kept"
+
+    def _explain_strays(self, plan: Entrant) -> None:
+        """Find out what the nodes cost that the plan's accelerators leave to the CPU. What goes wrong costs this figure."""
+        if all(target.device.kind == "cpu" for target in _targets_of(plan)):
+            return
+        assert plan.worker is not None
+        try:
+            stages = read_stages(plan.bundle)
+            found = explained(plan.worker, stages, plan.draft.pieces, plan.bundle, plan.sample, plan.bundle.parent)
+        except (WorkerDied, AivmmError) as error:
+            plan.absent["nodes on the CPU"] = str(error)
+            return
+        plan.metrics |= found.get("metrics", {})
+        plan.strays = found.get("sentence", "")
 
     def _keep_alternatives(self, plan: Entrant) -> None:
         """Keep what no other one beats in all objectives at once, where there are several."""

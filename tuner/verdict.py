@@ -93,7 +93,7 @@ def sentence(
         text += f" {_why_baseline(plan, proof)}"
     if len(objectives) > 1:
         text += f" {alternatives_text(proof, objectives, {each.draft.name: describe(each.draft) for each in proof.entrants})}"
-    return text + (f" {accuracy_text}" if accuracy_text else "")
+    return " ".join(filter(None, (text, plan.strays, accuracy_text)))
 
 
 def accuracy_text(accuracy: Accuracy, *, samples: int) -> str:
@@ -236,6 +236,9 @@ def summary(
             "samples": len(plan.confirmed.timed_s),
             "peak_memory_bytes": plan.metrics.get("peak_memory_bytes"),
             "device_memory_bytes": plan.metrics.get("device_memory_bytes"),
+            "stray_nodes": plan.metrics.get("stray_nodes"),
+            "stray_copies": plan.metrics.get("stray_copies"),
+            "stray_s": plan.metrics.get("stray_s"),
             "compile_s": plan.metrics.get("compile_s"),
             "load_cached_s": plan.metrics.get("load_cached_s"),
             "first_inference_s": plan.metrics.get("first_inference_s"),
