@@ -70,15 +70,23 @@ class Watch:
 
 
 class Notices:
-    """inotify on one file: also the opens of native code, through whichever link."""
+    """inotify on files: also the opens of native code, through whichever link. One queue for all: to close one takes the kernel 10 ms."""
 
-    def __init__(self, path: Path) -> None:
-        library = ctypes.CDLL(None, use_errno=True)
-        self._queue = library.inotify_init1(os.O_NONBLOCK)
-        if self._queue < 0 or library.inotify_add_watch(self._queue, os.fsencode(path), _ACCESS | _MODIFY | _OPEN) < 0:
+    def __init__(self, *paths: Path) -> None:
+        self._library = ctypes.CDLL(None, use_errno=True)
+        self._queue = self._library.inotify_init1(os.O_NONBLOCK)
+        if self._queue < 0:
+            raise OSError(ctypes.get_errno(), "inotify")
+        for each in paths:
+            self.add(each)
+
+    def add(self, path: Path) -> None:
+        """Watch one more file, until it is deleted."""
+        if self._library.inotify_add_watch(self._queue, os.fsencode(path), _ACCESS | _MODIFY | _OPEN) < 0:
             raise OSError(ctypes.get_errno(), "inotify")
 
     def events(self) -> list[str]:
+        """Return what was done to the files since this was asked last."""
         try:
             data = os.read(self._queue, 1 << 16)
         except BlockingIOError:
@@ -90,9 +98,6 @@ class Notices:
             found += [name for bit, name in names.items() if mask & bit]
             at += 16 + length
         return found
-
-    def close(self) -> None:
-        os.close(self._queue)
 
 
 def names(folder: Path) -> list[str]:
@@ -113,12 +118,13 @@ def attempt(path: Path) -> str:
 
 
 def main(sound: Path, room: Path, first: int, count: int) -> None:
-    watch = Watch()
+    watch, secrets = Watch(), Notices(room / SECRET)
     attempt(sound)  # imports and first-use files of the runtimes
     for seed in range(first, first + count):
         name, path = mutate(sound, room / str(seed), seed)
         print(json.dumps({"seed": seed, "mutation": name}), flush=True)
-        secrets = [Notices(room / str(seed) / SECRET), Notices(room / SECRET)]
+        secrets.add(room / str(seed) / SECRET)
+        secrets.events()  # what the mutation itself did, and the end of the last one
         watch.bundle, watch.temporary, watch.found = path, Path(tempfile.gettempdir()), []
         before = names(room / str(seed))
         watch.on = True
@@ -128,12 +134,10 @@ def main(sound: Path, room: Path, first: int, count: int) -> None:
             said = "raised: " + traceback.format_exc()
         finally:
             watch.on = False
-        found = [*watch.found, *(f"secret {event}" for each in secrets for event in each.events())]
+        found = [*watch.found, *(f"secret {event}" for event in secrets.events())]
         if names(room / str(seed)) != before:
             found.append("files beside the bundle")
         left = [each for each in names(Path(tempfile.gettempdir())) if each != "cache"]
-        for each in secrets:
-            each.close()
         print(json.dumps({"seed": seed, "said": said, "found": found, "left": left}), flush=True)
         shutil.rmtree(room / str(seed))
 
