@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from queue import SimpleQueue
 from time import monotonic
 from typing import Any, Protocol
 
@@ -23,6 +22,7 @@ from aivmm.runtime.backend import Buffer
 from aivmm.runtime.inputs import checked, refuse_unknown
 from aivmm.runtime.lane import Lane
 from aivmm.runtime.plan import Batching
+from aivmm.runtime.pool import Pool
 from aivmm.tensors import TensorSpec
 
 Outputs = dict[str, Buffer]
@@ -32,7 +32,7 @@ Rescue = Callable[[Mapping[str, Buffer], BaseException], Outputs]  # what else c
 class Lanes(Protocol):
     """What a batcher needs of a program."""
 
-    free: SimpleQueue[Lane]
+    free: Pool
 
     def acquire(self) -> Lane:
         """Return a free lane, waiting for it."""

@@ -21,7 +21,8 @@ from aivmm.runtime.bundle import Bundle
 from aivmm.runtime.drift import Drift, DriftMonitor
 from aivmm.runtime.lane import Lane
 from aivmm.runtime.plan import Execution, Plan, Stage, agree
-from aivmm.runtime.program import Program, closed
+from aivmm.runtime.pool import closed
+from aivmm.runtime.program import Program
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.signing import Key
 from aivmm.runtime.target import Target, Unavailable

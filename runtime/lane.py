@@ -10,6 +10,7 @@ from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Buffer, Executable, Request, aligned_empty
@@ -22,11 +23,83 @@ from aivmm.tensors import TensorSpec
 # Up to this size an input is copied into a buffer bound once; beyond it the caller's own array is bound for the call, since a copy of a
 # megabyte takes longer than a rebinding (1.4 µs in ONNX Runtime, 3 to 8 µs in OpenVINO).
 COPY_LIMIT_BYTES = 32 << 10
+# A caller who fills one array again and again is not asked for a copy each time: after so many calls his array is bound itself.
+_STEADY = 8
+_FOLD_NS = 50_000_000  # what was timed is counted this often: for calls below half a millisecond in less than one of a hundred
 
 
 def new_buffer(spec: TensorSpec) -> Buffer | None:
     """Return a buffer for `spec`, or None when only the runtime can allocate it."""
     return aligned_empty(spec) if spec.static and is_numpy(spec.dtype) else None
+
+
+class Feed:
+    """Where one input comes in. `bound` is what the stages read now: the lane's own buffer, or an array of a caller's."""
+
+    __slots__ = ("_binders", "_buffer", "_copies", "_dtype", "_known", "_own", "_seen", "_shape", "_spec", "_times", "bound", "name")
+
+    def __init__(self, spec: TensorSpec, known: Mapping[str, TensorSpec], binders: Sequence[Callable[[str, Buffer], None]]) -> None:
+        """Bind a buffer where one is copied into: for a small input of a size that is known."""
+        self.name = spec.name
+        self.bound: Any = self  # at first nothing that a caller could bring
+        self._spec, self._known, self._binders = spec, known, binders
+        self._dtype, self._shape = dtype_of(spec), spec.shape  # without a type only `checked` can compare
+        size = spec.nbytes
+        self._copies = size is not None and size <= COPY_LIMIT_BYTES
+        self._own: Buffer | None = None
+        self._seen: Any = None  # the array that was copied last, and how often in a row
+        self._times = 0
+        if self._copies:
+            own = self.own()
+            assert own is not None
+            self._bind(own)
+
+    def own(self) -> Buffer | None:
+        """Return the lane's own buffer for the input; None when its size is not known before the call."""
+        if self._own is None:
+            self._own = new_buffer(self._spec)
+        return self._own
+
+    def take(self, array: Any) -> None:
+        """Copy a small array, bind a large one where it is.
+
+        Raises:
+            UsageError: it is missing, or of another type or shape.
+        """
+        if not (type(array) is ndarray and array.dtype is self._dtype and array.shape == self._shape):
+            array = checked(array, self._spec, self._known)
+        own = self._own
+        if self._copies and array is not own:
+            self._times = self._times + 1 if array is self._seen else 0
+            self._seen = array
+            if self._times < _STEADY or not array.flags.carray:
+                if self.bound is not own:
+                    self._bind(own)
+                own[...] = array  # type: ignore[index]
+                return
+        # `carray`: C-contiguous, aligned and writeable, which is what the runtimes share.
+        self._bind(array if array.flags.carray else checked(array, self._spec, self._known))
+
+    def copy(self, array: Any) -> None:
+        """Take a copy, of a large array too: its owner may change it as soon as this returns.
+
+        Raises:
+            UsageError: as `take`.
+        """
+        array = checked(array, self._spec, self._known)
+        own = self.own()
+        if own is None:
+            self._bind(array.copy())
+            return
+        own[...] = array
+        if self.bound is not own:
+            self._bind(own)
+
+    def _bind(self, array: Any) -> None:
+        self.bound = self  # nothing, should one of several stages refuse it
+        for bind in self._binders:
+            bind(self.name, array)
+        self.bound = array
 
 
 class Lane:
@@ -56,62 +129,54 @@ class Lane:
         self._specs = {each.name: each for each in inputs}
         self._requests: list[Request] = [executable.new_request() for executable in executables]
         self.clocks = [StageClock() for _ in stages]
-        self.watch: Callable[[Sequence[int]], None] | None = None  # takes the durations of so many runs, in nanoseconds
-        self._took: list[int] = []
+        self.watch: Callable[[Sequence[int]], None] | None = None  # takes the durations of runs, in nanoseconds, by whole blocks
+        self._whole: list[int] = []  # durations of runs of several stages
+        self._rest: list[int] = []  # of the block that is not whole yet
+        self._due_ns = 0  # when what was timed is counted next
         self._so_far_ns = 0  # of a run that is taken by steps
         self._buffers: dict[str, Buffer] = {}
-        self._rebind: dict[str, list[Callable[[str, Buffer], None]]] = {}
-        self._late: list[list[tuple[str, Request, list[Request]]]] = [[] for _ in stages]
-        self._bind_inputs(inputs, executables)
+        self._late: list[list[tuple[str, StageClock, Request, list[Request]]]] = [[] for _ in stages]
+        self._feeds: Sequence[Feed] = tuple(self._feed(each, executables) for each in inputs)
         self._bind_boundaries(stages, executables)
-        self._steps = [(request.run, clock, late) for request, clock, late in zip(self._requests, self.clocks, self._late, strict=True)]
-        self._copied = [
-            (name, buffer, buffer.dtype, buffer.shape)
-            for name, buffer in self._buffers.items()
-            if name in self._specs and name not in self._rebind
+        self._steps = [
+            (request.run, clock.fresh.append, late) for request, clock, late in zip(self._requests, self.clocks, self._late, strict=True)
         ]
-        # [name, type, shape, binders, the array bound last (at first something that is none)]; without a type only `checked` can compare.
-        self._direct: list[list[Any]] = [
-            [name, dtype_of(self._specs[name]), self._specs[name].shape, binders, self] for name, binders in self._rebind.items()
-        ]
+        self._cut = len(self._steps) > 1
         self._count = len(self._specs)
-        self._own: dict[str, Buffer] = {}  # private copies of large inputs, for requests that outlive the call that brought them
-        self._fixed = [(each.name, self._buffers[each.name]) for each in outputs if each.name in self._buffers]
-        self._readers = [self._reader(each.name, stages) for each in outputs if each.name not in self._buffers]
+        made = {each.name for stage in stages for each in stage.outputs}
+        self._fixed = [(each.name, self._buffers[each.name]) for each in outputs if each.name in self._buffers and each.name in made]
+        fixed = dict(self._fixed)
+        self._readers = [self._reader(each.name, stages) for each in outputs if each.name not in fixed]
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
-        """Run once and return copies of the outputs."""
+        """Run once and return copies of the outputs.
+
+        Few lines and few calls on purpose, here and in `load` and `execute`: a model leaves the caches cold, and then each line of memory
+        that is touched costs a part of the ten microseconds that the whole engine may take.
+
+        Raises:
+            UsageError, Unsupported: as `load` and `execute`.
+        """
         self.load(inputs)
         self.execute()
-        return self.copies()
+        outputs = {}
+        for name, buffer in self._fixed:
+            outputs[name] = buffer.copy()
+        if self._readers:
+            for name, read in self._readers:
+                outputs[name] = read(name).copy()
+        return outputs
 
     def load(self, inputs: Mapping[str, Any]) -> None:
-        """Take the inputs: copy the small ones, bind the large ones where they are.
-
-        Few lines on purpose, here and in `execute` and `copies`: a model leaves the caches cold, and then what takes nanoseconds takes
-        microseconds, of the ten that the whole engine may cost.
+        """Take the inputs: copy the small ones, bind the large ones, and those that come again and again, where they are.
 
         Raises:
             UsageError: an input is missing, unknown, or of another type or shape.
         """
-        for name, buffer, dtype, shape in self._copied:
-            array = inputs.get(name)
-            if type(array) is np.ndarray and array.dtype is dtype and array.shape == shape:
-                buffer[...] = array
-            else:
-                buffer[...] = checked(array, self._specs[name], self._specs)
-        for direct in self._direct:
-            name, dtype, shape, binders, last = direct
-            array = inputs.get(name)
-            if array is last:
-                continue  # bound as it is
-            # `carray`: C-contiguous, aligned and writeable, which is what the runtimes share.
-            if not (type(array) is np.ndarray and array.dtype is dtype and array.shape == shape and array.flags.carray):
-                array = checked(array, self._specs[name], self._specs)
-            direct[4] = self  # nothing, should one of several stages refuse it
-            for bind in binders:
-                bind(name, array)
-            direct[4] = array
+        for feed in self._feeds:
+            array = inputs.get(feed.name)
+            if array is not feed.bound:
+                feed.take(array)
         if len(inputs) != self._count:
             refuse_unknown(inputs, self._specs)
 
@@ -121,27 +186,14 @@ class Lane:
         Raises:
             UsageError: as `load`.
         """
-        taken = dict(inputs)
-        for name, *_ in self._direct:
-            array = checked(inputs.get(name), self._specs[name], self._specs)
-            own = self.own(name)
-            if own is None:
-                taken[name] = array.copy()
-            else:
-                own[...] = array
-                taken[name] = own
-        self.load(taken)
+        for feed in self._feeds:
+            feed.copy(inputs.get(feed.name))
+        if len(inputs) != self._count:
+            refuse_unknown(inputs, self._specs)
 
     def own(self, name: str) -> Buffer | None:
         """Return the lane's own buffer for an input; None when its size is not known before the call."""
-        if name not in self._rebind:
-            return self._buffers[name]
-        if name not in self._own:
-            buffer = new_buffer(self._specs[name])
-            if buffer is None:
-                return None
-            self._own[name] = buffer
-        return self._own[name]
+        return next(each for each in self._feeds if each.name == name).own()
 
     def execute(self) -> None:
         """Run all stages on what was loaded.
@@ -149,40 +201,49 @@ class Lane:
         Raises:
             Unsupported: a stage's runtime refuses, in its own words.
         """
-        started_ns = last_ns = perf_counter_ns()
-        for run, clock, late in self._steps:
+        started_ns = now = perf_counter_ns()
+        for run, took, late in self._steps:
+            last_ns = now
             run()
             if late:
-                self._hand_on(late, clock)
+                self._hand_on(late)
             now = perf_counter_ns()
-            clock.add(now - last_ns)
-            last_ns = now
-        if self.watch is not None:
-            self._took.append(last_ns - started_ns)
-            if len(self._took) >= BLOCK:
-                self._tell()
+            took(now - last_ns)
+        if self._cut:
+            self._whole.append(now - started_ns)
+        if now >= self._due_ns:
+            self._fold(now)
 
     def step(self, index: int) -> None:
         """Run one stage, after those before it."""
-        run, clock, late = self._steps[index]
-        started = perf_counter_ns()
+        run, took, late = self._steps[index]
+        started_ns = perf_counter_ns()
         run()
         if late:
-            self._hand_on(late, clock)
-        took = perf_counter_ns() - started
-        clock.add(took)
-        if self.watch is not None:
-            self._so_far_ns += took
-            if index == len(self._steps) - 1:
-                self._took.append(self._so_far_ns)
-                self._so_far_ns = 0
-                if len(self._took) >= BLOCK:
-                    self._tell()
+            self._hand_on(late)
+        now = perf_counter_ns()
+        took(now - started_ns)
+        self._so_far_ns = now - started_ns + (self._so_far_ns if index else 0)
+        if index == len(self._steps) - 1:
+            if self._cut:
+                self._whole.append(self._so_far_ns)
+            if now >= self._due_ns:
+                self._fold(now)
 
-    def _tell(self) -> None:
-        assert self.watch is not None
-        took, self._took = self._took, []
-        self.watch(took)
+    def _fold(self, now: int) -> None:
+        """Count what was timed, and pass it on to who watches."""
+        self._due_ns = now + _FOLD_NS
+        for clock in self.clocks:
+            whole = clock.fold()
+        if self._cut:
+            whole = self._whole[:]
+            del self._whole[:]
+        if self.watch is not None:
+            whole = self._rest + whole
+            end = len(whole) // BLOCK * BLOCK
+            self._rest = whole[end:]
+            if end:
+                self.watch(whole[:end])
 
     def copies(self) -> dict[str, Buffer]:
         """Return the outputs of the last run; the arrays are the caller's own."""
@@ -199,12 +260,11 @@ class Lane:
 
     def loaded(self) -> dict[str, Buffer]:
         """Return copies of the inputs that were loaded last."""
-        bound = {name: array for name, *_, array in self._direct if array is not self}
-        return {name: np.array(array) for name, array in ({each[0]: each[1] for each in self._copied} | bound).items()}
+        return {each.name: np.array(each.bound) for each in self._feeds if each.bound is not each}
 
-    def _hand_on(self, late: list[tuple[str, Request, list[Request]]], clock: StageClock) -> None:
+    def _hand_on(self, late: list[tuple[str, StageClock, Request, list[Request]]]) -> None:
         """Bind what a runtime allocated itself to the stages that read it."""
-        for name, producer, consumers in late:
+        for name, clock, producer, consumers in late:
             value = producer.output(name)
             clock.late_bytes += getattr(value, "nbytes", 0)
             for consumer in consumers:
@@ -212,29 +272,22 @@ class Lane:
 
     def close(self) -> None:
         """Let go of requests and buffers: as long as a request lives, so does what the runtime holds for it. The clocks stay."""
-        self._requests, self._steps, self._readers, self._copied, self._direct, self._fixed = [], [], [], [], [], []
-        self._rebind.clear()
-        self._own.clear()
+        self._requests, self._steps, self._readers, self._feeds, self._fixed = [], [], [], (), []
         self._late.clear()
         self._buffers.clear()
 
-    def _bind_inputs(self, inputs: Sequence[TensorSpec], executables: Sequence[Executable]) -> None:
-        for spec in inputs:
-            if spec.dtype != "string" and not is_numpy(spec.dtype):
-                raise Unsupported(f"the input {spec} is of a type that NumPy does not have", advice="cast it inside the model")
-            users = [
-                request
-                for request, executable in zip(self._requests, executables, strict=True)
-                if any(each.name == spec.name for each in executable.inputs)
-            ]
-            size = spec.nbytes
-            if size is None or size > COPY_LIMIT_BYTES:
-                self._rebind[spec.name] = [request.bind for request in users]
-                continue
-            buffer = aligned_empty(spec)
-            self._buffers[spec.name] = buffer
-            for request in users:
-                request.bind(spec.name, buffer)
+    def _feed(self, spec: TensorSpec, executables: Sequence[Executable]) -> Feed:
+        if spec.dtype != "string" and not is_numpy(spec.dtype):
+            raise Unsupported(f"the input {spec} is of a type that NumPy does not have", advice="cast it inside the model")
+        users = [
+            request.bind
+            for request, executable in zip(self._requests, executables, strict=True)
+            if any(each.name == spec.name for each in executable.inputs)
+        ]
+        feed = Feed(spec, self._specs, users)
+        if feed.bound is not feed:
+            self._buffers[spec.name] = feed.bound
+        return feed
 
     def _bind_boundaries(self, stages: Sequence[Stage], executables: Sequence[Executable]) -> None:
         """Bind each stage's outputs to buffers which the stages that read them share: nothing is copied between stages."""
@@ -249,7 +302,7 @@ class Lane:
                 ]
                 buffer = new_buffer(spec)
                 if buffer is None:
-                    self._late[index].append((spec.name, self._requests[index], consumers))
+                    self._late[index].append((spec.name, self.clocks[index], self._requests[index], consumers))
                     continue
                 self._buffers[spec.name] = buffer
                 self._requests[index].bind(spec.name, buffer)
@@ -261,8 +314,8 @@ class Lane:
         for stage, request in zip(stages, self._requests, strict=True):
             if any(each.name == name for each in stage.outputs):
                 return name, request.output
-        handed = next(direct for direct in self._direct if direct[0] == name)  # the plan was checked: what no stage makes is an input
-        return name, lambda _: handed[4]
+        handed = next(each for each in self._feeds if each.name == name)  # the plan was checked: what no stage makes is an input
+        return name, lambda _: handed.bound
 
     @property
     def runs(self) -> Sequence[Callable[[], None]]:

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from time import perf_counter_ns
 from typing import Any
 
@@ -24,16 +24,12 @@ from aivmm.runtime.clocks import StageClock, quantiles_s, summed
 from aivmm.runtime.lane import Lane
 from aivmm.runtime.plan import Execution, Stage
 from aivmm.runtime.sharing import shared_out
+from aivmm.runtime.pool import Pool, closed
 from aivmm.tensors import TensorSpec
 
 log = logging.getLogger("aivmm.engine")
 
 _SUSPICIONS = 3  # failed requests after which a program that never answered one is taken for dead
-
-
-def closed() -> UsageError:
-    """Return what a request is told that comes too late."""
-    return UsageError("this engine is closed", advice="load the plan again")
 
 
 class Program:
@@ -68,9 +64,8 @@ class Program:
         # get done, which gives a slower replica less.
         ways = [shared_out(stage.weights(), lanes) for stage in self.stages]
         self.lanes = [self._new_lane(index, [way[index] for way in ways]) for index in range(lanes)]
-        self.free: SimpleQueue[Lane] = SimpleQueue()  # in C: a queue in Python costs as much as the rest of a call
-        for lane in self.lanes:
-            self.free.put(lane)
+        self.free = Pool(self.lanes)
+        self._take, self._give = self.free.lanes.popleft, self.free.lanes.append
         self._threads = StageThreads(self)
         self._lock = threading.Lock()
         self._turn = StageClock()  # waits for a free lane
@@ -78,7 +73,7 @@ class Program:
         self._suspicions = 0
         self._closed = False
         batching = self.execution.batching
-        self._by_threads = self.pipelined or batching is not None
+        self._at_once = not self.pipelined and batching is None  # on the caller's thread; and it is open
         self._batcher = Batcher(self, self.inputs, self.outputs, batch, batching) if batching else None
         _running.add(self)  # last: what is not whole cannot be closed
 
@@ -89,21 +84,21 @@ class Program:
             UsageError: an input is missing, unknown, or of another type or shape, or the program is closed.
             Unsupported: a stage's runtime refuses, in its own words.
         """
-        if self._by_threads:
+        if not self._at_once:
             return self.submit(inputs).result()
-        try:  # `acquire` without a call: this is the hot path
-            lane = self.free.get_nowait()
-        except Empty:
+        try:  # `Pool.get` and `put` without their calls: this is the hot path
+            lane = self._take()
+        except IndexError:
             lane = self.acquire()
         try:
-            if self._closed:
-                raise closed()
             outputs = lane.run(inputs)
             if self._good is None:
                 self.answered(lane)
             return outputs
         finally:
-            self.free.put(lane)
+            self._give(lane)
+            if self.free.waiting:
+                self.free.wake()
 
     def answered(self, lane: Lane) -> None:
         """Remember what was answered first, to ask it again when a request fails."""
@@ -192,8 +187,8 @@ class Program:
         if self._closed:
             raise closed()
         try:
-            return self.free.get_nowait()
-        except Empty:
+            return self._take()
+        except IndexError:
             started = perf_counter_ns()
         if self._threads.carry(threading.current_thread()):
             raise UsageError("a callback of a request waits for the requests behind it", advice="ask the engine from another thread")
@@ -204,19 +199,6 @@ class Program:
         with self._lock:
             self._turn.waited(perf_counter_ns() - started)
         return lane
-
-    def try_acquire(self) -> Lane | None:
-        """Return a free lane, or None when there is none now.
-
-        Raises:
-            UsageError: the program is closed.
-        """
-        if self._closed:
-            raise closed()
-        try:
-            return self.free.get_nowait()
-        except Empty:
-            return None
 
     def launch(self, lane: Lane, done: Callable[[Lane], None]) -> None:
         """Send a loaded lane through the stages; `done` gets it behind the last one, with its error, and puts it back into `free`."""
@@ -245,7 +227,7 @@ class Program:
         with self._lock:
             if self._closed:
                 return
-            self._closed = True
+            self._closed, self._at_once = True, False
         if self._batcher is not None:
             self._batcher.flush()
         taken = [self.free.get() for _ in self.lanes]
@@ -254,8 +236,7 @@ class Program:
             lane.close()
         for executable in (each for copies in self._executables for each in copies):
             executable.close()
-        for lane in taken:  # whoever still waits for one wakes up and is told
-            self.free.put(lane)
+        self.free.close()  # whoever still waits wakes up and is told
         _running.discard(self)
 
     def _new_lane(self, index: int, places: Sequence[int]) -> Lane:

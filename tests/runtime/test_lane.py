@@ -20,7 +20,9 @@ def test_a_clock_counts_all_and_remembers_the_last() -> None:
     clock = StageClock()
     assert clock.recent_ns().size == 0
     for number in range(5000):
-        clock.add(number)
+        clock.fresh.append(number)
+        if number % 7 == 0:
+            clock.fold()
     assert clock.count == 5000
     recent = clock.recent_ns()
     assert sorted(recent) == list(range(5000 - 4096, 5000))
