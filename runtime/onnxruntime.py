@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -408,6 +408,7 @@ class _BoundRequest:
         self._bound: dict[str, Buffer] = {}
         self._free = list(self._order)
         self._places: dict[str, int] = {}  # output -> its place among those of the binding, which go by who was bound first
+        self._call, self._argument = _direct(session, self._binding)
 
     def bind(self, name: str, buffer: Buffer) -> None:
         """Share `buffer` with the session; kept alive here, since the binding holds its address only.
@@ -439,7 +440,7 @@ class _BoundRequest:
             self._places.setdefault(name, len(self._places))
             self._binding.bind_output(name, "cpu")
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._call(self._argument, None)
         except Exception as error:
             raise Unsupported(f"ONNX Runtime while running: {_words(error)}") from error
 
@@ -460,6 +461,17 @@ class _BoundRequest:
         except RuntimeError as error:
             raise Unsupported(f"ONNX Runtime cannot hand out {name!r}: {_words(error)}", advice="cast it inside the model") from error
         return array
+
+
+def _direct(session: Any, binding: Any) -> tuple[Callable[[Any, None], None], Any]:
+    """Return what `session.run_with_iobinding(binding)` comes to, and its argument.
+
+    The method in Python asks at each call whether WebGPU captures graphs: a microsecond, and several when a model has left the caches cold.
+    """
+    inner, bound = getattr(session, "_sess", None), getattr(binding, "_iobinding", None)
+    if inner is None or bound is None or getattr(inner, "is_webgpu_graph_capture_enabled", lambda: False)():
+        return session.run_with_iobinding, binding  # another release, or it does capture
+    return inner.run_with_iobinding, bound
 
 
 def _foreign_copy(value: Any, dtype: np.dtype[Any]) -> Buffer:

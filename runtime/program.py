@@ -23,8 +23,8 @@ from aivmm.runtime.batching import Batcher, Outputs, Rescue
 from aivmm.runtime.clocks import StageClock, quantiles_s, summed
 from aivmm.runtime.lane import Lane
 from aivmm.runtime.plan import Execution, Stage
-from aivmm.runtime.sharing import shared_out
 from aivmm.runtime.pool import Pool, closed
+from aivmm.runtime.sharing import shared_out
 from aivmm.tensors import TensorSpec
 
 log = logging.getLogger("aivmm.engine")
