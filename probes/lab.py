@@ -43,6 +43,7 @@ class Loaded:
     nodes: Mapping[str, int]
     stray: tuple[str, ...]  # the first of the nodes that are on another device than the target's
     strays: int  # how many there are
+    device_memory_bytes: int | None  # that it holds of the target's own memory; None where nothing tells
     accuracy: Mapping[str, float]
     problem: str  # what makes the outputs unusable, or ""
 
@@ -342,6 +343,7 @@ class Lab:
             nodes=answer["nodes"],
             stray=tuple(answer["stray"]),
             strays=answer["strays"],
+            device_memory_bytes=answer.get("device_memory_bytes"),
             accuracy=answer.get("accuracy", {}),
             problem=answer.get("problem", ""),
         )

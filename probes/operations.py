@@ -16,6 +16,7 @@ import numpy as np
 from aivmm.errors import UsageError
 from aivmm.probes import conformance, contention, fusion, operator_probes, phases, serving, transfers, wire
 from aivmm.probes.accuracy import judge, narrowed
+from aivmm.probes.device_memory import MemoryOf, memory_of
 from aivmm.probes.lowering import lower, noise, rebatch, sensitivity
 from aivmm.probes.machine import peak_memory_bytes
 from aivmm.probes.timer import BATCH_BELOW_S as BATCH_BELOW_S
@@ -46,6 +47,8 @@ class State:
 
     def __init__(self) -> None:
         self.runners: dict[str, Runner] = {}
+        self.contexts: dict[Target, int] = {}  # what the first model took of a device's memory before it took any for itself
+        self.memories: dict[str, MemoryOf] = {}  # by runner
 
 
 class ExecutableRunner:
@@ -210,6 +213,7 @@ def compile_model(
     assert isinstance(where, Target)
     backend = load_backend(where.runtime)
     arrays = load_arrays(inputs)
+    memory = memory_of(backend, where, state.contexts)
     started = time.perf_counter()
     executable = backend.compile(Path(model), where, wire.config_in(config))
     compiled = time.perf_counter()
@@ -229,6 +233,9 @@ def compile_model(
         "stray": list(executable.placement.stray)[:50],
         "strays": len(executable.placement.stray),
     }
+    if memory is not None:
+        answer["device_memory_bytes"] = memory.look()
+        state.memories[name] = memory
     if reference:
         answer |= _judged(runner.outputs(arrays), reference)
     state.runners[name] = runner
@@ -388,6 +395,7 @@ def timed(
         "warmup": timing.warmup,
         "inner": timing.inner,
         "memory_bytes": peak_memory_bytes(),
+        "device_memory_bytes": state.memories[name].look() if name in state.memories else None,
         "core": kept_on,
     }
 
@@ -430,6 +438,7 @@ def _made_inputs(model: Path, folder: Path | None = None) -> str:
 
 def close(state: State, *, name: str) -> dict[str, Any]:
     """Free what `name` holds."""
+    state.memories.pop(name, None)
     runner = state.runners.pop(name, None)
     if runner is not None:
         runner.close()

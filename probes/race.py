@@ -52,8 +52,10 @@ class Contestant:
     rounds: list[int] = field(default_factory=list)
     warmup: list[float] = field(default_factory=list)
     memory_bytes: int = 0
+    device_memory_bytes: int = 0  # the most it was seen to hold of its device's own memory; 0 where nothing tells
     dropped: str = ""  # why it left the race early
     failed: WorkerDied | None = None
+    refused: bool = False  # failed, and its runtime said why: out of memory, say
     lost: bool = False  # failed through no fault of its own: another contestant took its worker down
     generation: int = 0
     others: tuple[Worker, ...] = ()
@@ -123,10 +125,11 @@ class Contestant:
         except WorkerDied as died:
             self.failed, self.lost = died, isinstance(died, WorkerLost)
             return
-        except AivmmError as error:  # out of memory at run time, say: it costs this contestant and not the race
-            self.failed = WorkerDied(str(error))
+        except AivmmError as error:  # out of memory at run time, say: it costs this contestant, and neither the race nor the worker
+            self.failed, self.refused = WorkerDied(str(error)), True
             return
         self.memory_bytes = max(self.memory_bytes, answer["memory_bytes"])
+        self.device_memory_bytes = max(self.device_memory_bytes, answer.get("device_memory_bytes") or 0)
         if "core" in more:
             self.core = answer["core"]
         self.expected_s = min(answer["durations"])

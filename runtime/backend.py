@@ -133,6 +133,18 @@ class Strays:
 
 
 @runtime_checkable
+class CountsMemory(Protocol):
+    """A backend that tells what this process holds of a target's own memory. NVIDIA's cards are asked themselves, whatever the backend."""
+
+    def memory_in_use(self, target: Target) -> int:
+        """Return the bytes that open executables hold.
+
+        Raises:
+            Unsupported: the device does not tell.
+        """
+
+
+@runtime_checkable
 class ExplainsStrays(Protocol):
     """A backend that tells what the nodes cost which it leaves on another device."""
 

@@ -94,12 +94,39 @@ def process_memory_bytes(uid: str, pid: int) -> int:
         return max(mine, default=0)  # one that computes and draws is listed twice
 
 
-@contextmanager
-def _nvml() -> Iterator[Any]:
-    """Give the library, initialised. It counts its users, so this may be nested.
+def card_memory_bytes(uid: str) -> int:
+    """Return the bytes of the card's memory that are in use, whoever holds them.
 
     Raises:
-        Unsupported: it is missing or fails, in whatever is done inside too.
+        Unsupported: no driver, or no such card; with the reason.
+    """
+    with _card(uid) as (nvml, card):
+        return int(nvml.nvmlDeviceGetMemoryInfo(card).used)
+
+
+def card_users(uid: str) -> dict[int, int | None]:
+    """Return the processes that compute on the card, by their ids, and the bytes that each holds there, None where that is not told.
+
+    In a container the ids are the host's.
+
+    Raises:
+        Unsupported: no driver, no such card, or it does not tell; with the reason.
+    """
+    with _card(uid) as (nvml, card):
+        return {each.pid: each.usedGpuMemory for each in nvml.nvmlDeviceGetComputeRunningProcesses(card)}
+
+
+def is_nvidia(device: Device) -> bool:
+    """Say whether a device is one of NVIDIA's cards, or an instance of one, as NVML knows them."""
+    return device.uid.startswith(("GPU-", "MIG-"))
+
+
+@cache
+def _started() -> Any:
+    """Return the library, initialised for as long as the process lives: that takes 0.1 s, and readings are taken between measurements.
+
+    Raises:
+        Unsupported: it is missing, or there is no driver.
     """
     try:
         import pynvml
@@ -109,12 +136,21 @@ def _nvml() -> Iterator[Any]:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         raise Unsupported(f"no NVIDIA driver ({error})") from error
+    return pynvml
+
+
+@contextmanager
+def _nvml() -> Iterator[Any]:
+    """Give the library.
+
+    Raises:
+        Unsupported: it is missing or fails, in whatever is done inside too.
+    """
+    pynvml = _started()
     try:
         yield pynvml
     except pynvml.NVMLError as error:
         raise Unsupported(f"NVML failed ({error})") from error
-    finally:
-        pynvml.nvmlShutdown()
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from aivmm.runtime.target import Device, Target, Unavailable
 from aivmm.tensors import TensorSpec
 
 # A model of one Relu on float32[4] (onnx.helper, opset 17, IR 8): what a trial compile compiles.
-_TRIAL = (
+TRIAL = (
     b'\x08\x08\x12\x00:3\n\x0c\n\x01x\x12\x01y"\x04Relu\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x04'
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x04B\x04\n\x00\x10\x11"
 )
@@ -232,7 +232,7 @@ class OnnxRuntime:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         chosen: Any = provider.name if index is None else (provider.name, {"device_id": str(index)})
         try:
-            session = ort.InferenceSession(_TRIAL, options, providers=[chosen], enable_fallback=0)
+            session = ort.InferenceSession(TRIAL, options, providers=[chosen], enable_fallback=0)
             session.run(None, {"x": np.zeros(4, dtype=np.float32)})
         except Exception as error:  # noqa: BLE001 - see compile
             return Unavailable(target=f"onnxruntime:{name}", reason=_why_not(kind) or _words(error), advice=provider.advice)

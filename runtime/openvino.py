@@ -145,6 +145,14 @@ class OpenVino:
             raise Unsupported(f"OpenVINO on {target.name}: {_words(error)}") from error
         return _checked(_Executable(compiled, read_interface(model)), target)
 
+    def memory_in_use(self, target: Target) -> int:
+        """Return the bytes that this process holds on an Intel GPU, as the plug-in counts them; host memory that it maps is left out."""
+        try:
+            held = _core().get_property(_device(target), "GPU_MEMORY_STATISTICS")
+        except (RuntimeError, TypeError) as error:
+            raise Unsupported(f"{target} does not tell how much of its memory a process holds ({_words(error)})") from error
+        return sum(int(size) for kind, size in held.items() if kind != "usm_host")
+
     def keeps_blobs(self, target: Target) -> bool:
         """Say whether the device's plug-in exports what it compiled."""
         return target.name != "AUTO" and "EXPORT_IMPORT" in _core().get_property(_device(target), "OPTIMIZATION_CAPABILITIES")

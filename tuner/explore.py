@@ -12,6 +12,7 @@ from aivmm.planner.candidates import Candidate, Rejection, Score
 from aivmm.planner.choice import rank
 from aivmm.planner.objectives import searched
 from aivmm.planner.records import RunRecord, StudyRecord
+from aivmm.planner.room import Room, possible
 from aivmm.planner.search import Search
 from aivmm.planner.space import Space
 from aivmm.runtime.backend import Baseline
@@ -32,7 +33,7 @@ _LEAST_TRIALS = 10
 _HOPELESS = {"latency": 2.0, "throughput": 3.0}  # a target this far behind with its defaults is not searched
 _LOWERED_GAIN = 4.0  # so many times faster than fp32 int8 has been seen: a target within this is tried with it
 # Limits that the search can judge; the others need a fresh process, or hundreds of calls, and are for the proof.
-JUDGED_IN_SEARCH = frozenset({"latency", "throughput", "cosine", "energy", "power", "size"})
+JUDGED_IN_SEARCH = frozenset({"latency", "throughput", "cosine", "energy", "power", "size", "device_memory"})
 _HINTED = {"float32": "fp32", "f32": "fp32", "dynamic": "fp32", "bfloat16": "bf16", "float16": "fp16", "f16": "fp16"}
 
 
@@ -53,6 +54,7 @@ class Explorer:
         self.searched_before = searched_before
         self.earlier = earlier
         self.study = StudyRecord()
+        self.room = Room()
         self._again: dict[str, Score | Rejection] = {}  # what the earlier run asked for, by candidate key
         self._default_precisions: dict[str, str] = {}  # target -> what its default was seen to compute in
         self._inaccurate: dict[tuple[Target, str | None], Rejection] = {}  # lowered precisions that are over the limit, or refused
@@ -222,7 +224,7 @@ class Explorer:
         self.work.progress.phase("searching settings")
         precisions = self._worth_searching(baselines)
         targets = list(precisions)
-        batches, callers = self.work.batches(), 1
+        batches, callers = self._batches(targets), 1
         if self.work.options.drive == "throughput":
             callers = max(2, *(2 * (target.device.cores or 2) for target in targets))
         space = Space(
@@ -242,6 +244,7 @@ class Explorer:
         for candidate, outcome in self._told_before(space):
             search.tell(candidate, outcome)
             self._record(search)
+            self.room.learn(candidate, outcome)
         search.enqueue(
             Candidate(target=target, config=Config(precision=precision), batch=batches[0])
             for target in targets
@@ -253,6 +256,17 @@ class Explorer:
         self._end_study(search)
         self.measurer.release()
         return search
+
+    def _batches(self, targets: Sequence[Target]) -> tuple[int, ...]:
+        """Return the batches to search: those that can fit the memory of some target at all."""
+        batches, facts = self.work.batches(), self.work.subject.facts
+        base = self.work.subject.base_batch
+        sample_bytes = sum(each.nbytes or 0 for each in (*facts.inputs, *facts.outputs)) // max(1, base)
+        kept = possible(batches, targets, weight_bytes=self.work.subject.structure.weight_bytes // 8, sample_bytes=sample_bytes // 4)
+        if len(kept) < len(batches):
+            left = ", ".join(str(each) for each in batches if each not in kept)
+            self.work.note(f"batch {left} was not searched: weights, inputs and outputs alone do not fit the memory of any target")
+        return kept
 
     def _told_before(self, space: Space) -> list[tuple[Candidate, Score | Rejection]]:
         """Return what the search is told before it asks, in order.
@@ -360,6 +374,7 @@ class Explorer:
             found: dict[str, Score | Rejection] = {
                 each.key: self._inaccurate[each.target, each.config.precision] for each in asked if self._is_out(each)
             }
+            found |= {each.key: why for each in asked if (why := self.room.why_not(each)) is not None}
             found |= {each.key: self._again[each.key] for each in asked if each.key in self._again}
             wanted = [each for each in asked if each.key not in found]
             if wanted:
@@ -368,6 +383,7 @@ class Explorer:
                 outcome = found[candidate.key]
                 search.tell(candidate, outcome)
                 self._record(search)
+                self.room.learn(candidate, outcome)
                 if candidate.config.lowered and isinstance(outcome, Rejection) and outcome.state in ("pruned", "refused"):
                     self._leave_out(candidate, outcome)
             trials += len(asked)

@@ -286,12 +286,15 @@ class Measurer:
                 continue
             if contestant.failed is not None or samples is None:
                 died = contestant.failed or WorkerDied("no call ended within the budget")
-                results[key] = self._reject(candidate, Failed(key=self.key(candidate), reason=died.reason, output=died.output))
+                if contestant.refused:
+                    results[key] = self._reject(candidate, Refused(key=self.key(candidate), reason=died.reason))
+                else:
+                    results[key] = self._reject(candidate, Failed(key=self.key(candidate), reason=died.reason, output=died.output))
                 continue
             outcomes[key] = Measured(
                 key=self.key(candidate),
                 samples=samples,
-                metrics={**self._metrics(candidate, loaded), **self._energy(candidate, contestant)},
+                metrics={**self._metrics(candidate, loaded), **_device_memory(loaded, contestant), **self._energy(candidate, contestant)},
                 cautions=(
                     *cautions(samples),
                     *contestant.cautions,
@@ -362,6 +365,7 @@ class Measurer:
             "cosine": cosine,
             "energy": mine.metrics.get("energy_j"),
             "power": mine.metrics.get("power_w"),
+            "device_memory": mine.metrics.get("device_memory_bytes"),
             "size": self.subject.size_bytes(candidate.config.lowered),
             # Of what one race gives: a hint for the search, while the proof takes 500 calls.
             "p99": mine.samples.quantile_s(0.99) if candidate.callers == 1 else None,
@@ -387,6 +391,13 @@ class Measurer:
     def release(self) -> None:
         """Unload everything."""
         self._unload_except(())
+
+
+def _device_memory(loaded: Loaded, contestant: Contestant) -> dict[str, float]:
+    """Return what a candidate held of its device's own memory at most: when it was loaded, or after it grew while it was raced."""
+    if loaded.device_memory_bytes is None:
+        return {}
+    return {"device_memory_bytes": float(max(loaded.device_memory_bytes, contestant.device_memory_bytes))}
 
 
 def _complete(results: dict[str, Score | Rejection], candidates: Iterable[Candidate]) -> dict[str, Score | Rejection]:

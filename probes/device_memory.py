@@ -1,0 +1,69 @@
+"""What a process holds of a device's own memory (docs/decisions/0040)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aivmm.errors import Unsupported
+from aivmm.runtime.backend import Backend, CountsMemory
+from aivmm.runtime.config import Config
+from aivmm.runtime.nvml import card_memory_bytes, is_nvidia, process_memory_bytes
+from aivmm.runtime.onnxruntime import TRIAL
+from aivmm.runtime.target import Target
+
+
+@dataclass(slots=True)
+class MemoryOf:
+    """What one loaded model holds of its device's memory, as a process of its own would: with what the device keeps for any process.
+
+    `read` gives what this process holds at all. What was held before is taken off, and `context` is put back: the memory that the first
+    model in a process makes the driver take, whatever its size.
+    """
+
+    read: Callable[[], int]
+    before: int
+    context: int
+    most: int = 0
+
+    def look(self) -> int:
+        """Return the most bytes seen so far. Call it while nothing else of the process runs on the device."""
+        self.most = max(self.most, self.context + max(0, self.read() - self.before))
+        return self.most
+
+
+def memory_of(backend: Backend, target: Target, contexts: dict[Target, int]) -> MemoryOf | None:
+    """Return what will tell the device memory of the model that is loaded next; None where nothing tells, or the target is a CPU.
+
+    A small model is loaded first where none was in this process: what the driver keeps for any process, noted in `contexts`, is not the
+    first model's.
+    """
+    try:
+        read = reader(backend, target)
+    except Unsupported:
+        return None
+    if target not in contexts:
+        before = read()
+        backend.compile(TRIAL, target, Config()).close()
+        contexts[target] = read() - before
+    return MemoryOf(read=read, before=read(), context=contexts[target])
+
+
+def reader(backend: Backend, target: Target) -> Callable[[], int]:
+    """Return what reads the bytes of the target's own memory that this process holds.
+
+    Raises:
+        Unsupported: nothing tells.
+    """
+    if is_nvidia(target.device):
+        uid = target.device.uid
+        try:
+            process_memory_bytes(uid, os.getpid())
+        except Unsupported:
+            card_memory_bytes(uid)
+            return lambda: card_memory_bytes(uid)  # in a container NVML knows no process by our ids: what grows on the card is ours
+        return lambda: process_memory_bytes(uid, os.getpid())
+    if target.device.kind != "cpu" and isinstance(backend, CountsMemory):
+        return lambda: backend.memory_in_use(target)
+    raise Unsupported(f"{target} does not tell how much of its memory a process holds")
