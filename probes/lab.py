@@ -72,11 +72,12 @@ class Sensitivity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    """A user's samples as files of arrays: those to calibrate with, those to judge with, and what else the data set says of the latter."""
+    """A user's samples as files of arrays: those to calibrate with, those to judge with, and what else the data set says of each."""
 
     calibration: tuple[Path, ...]
     validation: tuple[Path, ...]
     extras: tuple[Path | None, ...]  # beside `validation`
+    calibration_extras: tuple[Path | None, ...]  # beside `calibration`
     notes: tuple[str, ...]
 
 
@@ -278,11 +279,12 @@ class Lab:
             UsageError: it cannot be read, does not fit the model, raised, crashed, or never ended.
         """
         answer = self._user_code("dataset", given=given, specs=wire.specs_out(specs), folder=str(folder), most=most, seed=seed)
-        extras = answer["extras"]
+        extras = {path: Path(beside) for path, beside in answer["extras"].items()}
         return Data(
             calibration=tuple(map(Path, answer["calibration"])),
             validation=tuple(map(Path, answer["validation"])),
-            extras=tuple(Path(extras[each]) if extras.get(each) else None for each in answer["validation"]),
+            extras=tuple(map(extras.get, answer["validation"])),
+            calibration_extras=tuple(map(extras.get, answer["calibration"])),
             notes=tuple(answer["notes"]),
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,8 @@ from aivmm.tuner.options import TuneOptions
 
 PROOF_SAMPLES = 4  # inputs that the search never saw, on which the proof judges accuracy
 
-MOST_SAMPLES = 64  # of those that a user gives, to judge accuracy on
+MOST_SAMPLES = 64  # of those that a user gives, to judge the accuracy of each finalist on
+MOST_HELD_OUT = 500  # on which the plan is judged in the end: enough to tell 99.6 % from 99 %
 MOST_READ = 1000  # of a data set
 REAL_ENOUGH = 8  # so many real samples are worth calibrating with
 _SYNTHETIC_CALIBRATION = 24
@@ -43,6 +45,15 @@ class Prepared:
     samples: tuple[Path, ...]
     references: tuple[Path, ...]
     extras: tuple[Path | None, ...] = ()  # beside the samples, at the base batch: what else the user's data set says of each
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Further:
+    """Held-out samples beyond those that every finalist is judged on, with their fp32 outputs and what else the data set says of each."""
+
+    samples: tuple[Path, ...]
+    references: tuple[Path, ...]
+    extras: tuple[Path | None, ...]
 
 
 class Subject:
@@ -70,6 +81,8 @@ class Subject:
         self._sample_digest = ""
         self._calibration: tuple[Path, ...] = ()
         self._extras: tuple[Path | None, ...] = ()
+        self._calibration_extras: tuple[Path | None, ...] = ()
+        self._held_out: tuple[tuple[Path, Path | None], ...] = ()  # beyond MOST_SAMPLES: a sample, and what else is said of it
         self._lowerer: Lowerer | None = None
         self._choosing: tuple[tuple[Path, ...], tuple[Path, ...]] | None = None
 
@@ -123,11 +136,36 @@ class Subject:
             else:
                 samples = tuple(self._folder / f"choosing-{index}.npz" for index in range(_SYNTHETIC_CHOOSING))
                 self._lab.make_samples(self.path, self.facts.inputs, samples, seed=(self._options.seed + 2) % 2**32)
-            target, _, _ = self.reference_name.partition(" ")
-            found = self.target_named(target)
-            config = Config(precision="fp32" if "fp32" in found.precisions else None)
-            self._choosing = (samples, self._refer(self._lab.load(self.path, found, config, inputs=samples[0]), samples))
+            self._choosing = (samples, self._refer(self._load_reference(samples[0]), samples))
         return self._choosing
+
+    def choosing_extras(self) -> tuple[Path | None, ...]:
+        """Return what the user's data set says beside the inputs of each sample of `choosing`: for a metric of the user's own."""
+        return self._calibration_extras[:_MOST_CHOOSING] or (None,) * len(self.choosing()[0])
+
+    def held_out(self, *, limit_s: float) -> Further:
+        """Return the held-out samples beyond those of every finalist, with as many fp32 outputs as could be made within `limit_s` seconds."""
+        if not self._held_out:
+            return Further(samples=(), references=(), extras=())
+        loaded = self._load_reference(self._held_out[0][0])
+        deadline = time.perf_counter() + limit_s
+        references: list[Path] = []
+        try:
+            for sample, _ in self._held_out:
+                if time.perf_counter() > deadline:
+                    break
+                references.append(sample.with_name(f"{sample.stem}-reference.npz"))
+                self._lab.outputs(loaded.contestant, sample, references[-1])
+        finally:
+            self._lab.unload(loaded.contestant)
+        used = self._held_out[: len(references)]
+        return Further(samples=tuple(each for each, _ in used), references=tuple(references), extras=tuple(each for _, each in used))
+
+    def _load_reference(self, inputs: Path) -> Loaded:
+        """Load the model where the reference outputs come from."""
+        target = self.target_named(self.reference_name.partition(" ")[0])
+        config = Config(precision="fp32" if "fp32" in target.precisions else None)
+        return self._lab.load(self.path, target, config, inputs=inputs)
 
     @property
     def lowerer(self) -> Lowerer:
@@ -315,8 +353,12 @@ class Subject:
             for path, arrays in zip(self._calibration, calibrating, strict=True):
                 save_arrays(path, arrays)
             given = given[::2]
-        if len(given) > MOST_SAMPLES:
-            self.notes.append(f"{len(given)} samples are there to judge accuracy with; the first {MOST_SAMPLES} are used")
+        if len(given) > MOST_HELD_OUT:
+            self.notes.append(f"{len(given)} samples are there to judge accuracy with; the first {MOST_HELD_OUT} are used")
+        further = given[MOST_SAMPLES:MOST_HELD_OUT]
+        self._held_out = tuple((self._folder / f"held-out-{index}.npz", None) for index in range(len(further)))
+        for (path, _), arrays in zip(self._held_out, further, strict=True):
+            save_arrays(path, arrays)
         used = tuple(self._folder / f"sample-{self.base_batch}-{index}.npz" for index in range(max(2, min(len(given), MOST_SAMPLES))))
         for index, path in enumerate(used):
             save_arrays(path, given[index % len(given)])
@@ -330,11 +372,12 @@ class Subject:
         data = self._lab.read_dataset(self._options.dataset, facts.inputs, folder, most=MOST_READ, seed=self._options.seed)
         self.notes.extend(data.notes)
         samples, extras = data.validation[:MOST_SAMPLES], data.extras[:MOST_SAMPLES]
-        if len(data.validation) > MOST_SAMPLES:
-            self.notes.append(f"{len(data.validation)} held-out samples are there to judge accuracy with; {MOST_SAMPLES} of them are used")
+        self._held_out = tuple(zip(data.validation, data.extras, strict=True))[MOST_SAMPLES:MOST_HELD_OUT]
+        if len(data.validation) > MOST_HELD_OUT:
+            self.notes.append(f"{len(data.validation)} held-out samples are there to judge accuracy with; {MOST_HELD_OUT} of them are used")
         if len(samples) == 1:  # the first serves the search, the others the proof
             samples, extras = samples * 2, extras * 2
-        self._calibration = data.calibration
+        self._calibration, self._calibration_extras = data.calibration, data.calibration_extras
         self._extras = extras
         return samples
 
