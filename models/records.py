@@ -112,4 +112,5 @@ class Lowering:
     reason: str = ""  # why not
     weight_bytes: int | None = None  # of all weights, as stored
     duration_s: float = 0.0  # of lowering it
-    accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # target -> metric -> value against fp32
+    # target -> metric -> value: against fp32, and what it costs there (peak_memory_bytes of a fresh process, energy_j where counted)
+    accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

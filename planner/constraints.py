@@ -89,7 +89,8 @@ _TARGETS_EXAMPLE = "targets in (openvino:NPU, openvino:GPU)"
 
 KNOWN = frozenset({*_METRICS, TARGETS})
 _LEAST_BEYOND = 1e-9  # the limit itself, where it has to be passed
-ACCURACY = ("metric", "top1_agreement", "top5_agreement", "sqnr", "cosine")  # the user's own first: the one named in a verdict
+AGREEMENT = ("top1_agreement", "top5_agreement")  # with the reference, of classifiers
+ACCURACY = ("metric", *AGREEMENT, "sqnr", "cosine")  # the user's own first: the one named in a verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

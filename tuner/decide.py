@@ -11,7 +11,7 @@ from typing import Any
 from aivmm.planner.candidates import Candidate, Draft, Rejection, Score
 from aivmm.planner.certificate import Certificate, certify
 from aivmm.planner.choice import distance, rank, relaxed
-from aivmm.planner.constraints import ACCURACY, check
+from aivmm.planner.constraints import ACCURACY, AGREEMENT, check
 from aivmm.planner.evidence import Estimate, shares, total
 from aivmm.probes.transfers import TransferFit
 from aivmm.runtime.config import Config
@@ -23,9 +23,10 @@ from aivmm.tuner.cutting import CutPlan, Cutter
 from aivmm.tuner.emit import Other, folder_bytes
 from aivmm.tuner.explore import JUDGED_IN_SEARCH, Explorer
 from aivmm.tuner.finalists import Selection
+from aivmm.tuner.judging import judged_on
 from aivmm.tuner.options import DEFAULT_COSINE
 from aivmm.tuner.pipelining import Pipeliner
-from aivmm.tuner.precision import kept_plain
+from aivmm.tuner.precision_record import kept_plain
 from aivmm.tuner.prove import Entrant, Proof, call_s, constraint_metrics, interval_s
 from aivmm.tuner.subject import Prepared
 from aivmm.tuner.verdict import accuracy_text, describe, factor_text, sentence
@@ -181,7 +182,7 @@ class Decider:
             reference=prepared.references[-1],
             samples=prepared.samples[:-1],
             references=prepared.references[:-1],
-            extras=prepared.extras[:-1],
+            extras=prepared.extras,
         )
 
     def _not_allowed(self, draft: Draft) -> str:
@@ -297,16 +298,18 @@ class Decider:
 
     def verdict(self, proof: Proof) -> tuple[str, list[str]]:
         """Return the verdict in words, and what stands in the way of a plan (nothing, when there is one)."""
-        if proof.plan is not None:
-            accuracy = self.accuracy(proof.plan)
+        plan = proof.plan
+        if plan is not None:
+            accuracy = self.accuracy(plan)
             note = "Accuracy could not be judged: the model's outputs differ each time it runs."
             if accuracy is not None:
-                note = accuracy_text(accuracy, samples=len(proof.plan.samples) + 1)
-                lowered = next((each.lowered for each in proof.plan.draft.all_configs if each.lowered), None)
+                shown = {name: plan.metrics[name] for name in ("top1_agreement",) if self._classifies and name in plan.metrics}
+                note = accuracy_text(accuracy, samples=judged_on(plan), kind=self.work.subject.kind_of_samples, beside=shown)
+                lowered = next((each.lowered for each in plan.draft.all_configs if each.lowered), None)
                 if lowered and not self.work.subject.real_data:
                     note += f" {lowered.partition(':')[0]} was also calibrated on synthetic inputs: bring --dataset before you rely on it."
-            note = " ".join(filter(None, (self.precision_sentence(proof), note)))
-            note += self._silent_precision(proof.plan.draft)
+            note = " ".join(filter(None, (self._mixture(plan.draft), note)))
+            note += self._silent_precision(plan.draft)
             if not self.work.taken_whole:
                 note = f"No target takes the model whole, so there is no baseline to compare with. {note}"
             return sentence(proof, objectives=self.work.options.objectives, accuracy_text=note, prefer=self.work.options.prefer), []
@@ -358,19 +361,36 @@ class Decider:
         lowered = plan.draft.pieces[0].config.lowered if plan else None
         if plan is None or lowered is None:
             return ""
-        lowerer, scout = self.work.subject.lowerer, self.explorer.scout
-        recipe = lowerer.recipe(lowered)
-        kept = kept_plain(recipe, scout.parts.get(recipe.whole.variant) if recipe.whole and scout else None)
-        text = f"{recipe.precision}{f' except {kept}' if kept else ''} ({(recipe.whole or recipe).name})"
         rival = proof.best_baseline
         found = proof.against(rival) if rival is not None and rival is not plan else None
         gain = f": {factor_text(found)} {rival.draft.name}" if found is not None and rival is not None else ""
-        samples = f"{len(plan.samples) + 1} {'held-out' if self.work.subject.real_data else 'synthetic'} samples"
-        if "top1_agreement" in plan.metrics:
-            return f"{text}{gain}, top-1 agreement {plan.metrics['top1_agreement']:.1%} on {samples}."
+        where = f"on {judged_on(plan)} {self.work.subject.kind_of_samples}"
+        text = f"{self._lowered_name(lowered)}{gain}"
+        if "metric" in plan.metrics:
+            return f"{text}, your metric {plan.metrics['metric']:.4g} {where}."
+        if self._classifies and "top1_agreement" in plan.metrics:
+            return f"{text}, top-1 agreement {plan.metrics['top1_agreement']:.1%} {where}."
         if "cosine" in plan.metrics:
-            return f"{text}{gain}, cosine {plan.metrics['cosine']:.4f} on {samples}."
-        return f"{text}{gain}."
+            return f"{text}, cosine {plan.metrics['cosine']:.4f} {where}."
+        return f"{text}."
+
+    @property
+    def _classifies(self) -> bool:
+        """True when an output is a classifier's, or the user says so by a limit on its agreement."""
+        return self.work.subject.classifies or any(each.metric in AGREEMENT for each in self.work.constraints)
+
+    def _lowered_name(self, lowered: str) -> str:
+        """Name a lowered form in words: `int8 (nncf-mixed)`, `int8 except 3 blocks (nncf-mixed)`."""
+        recipe, scout = self.work.subject.lowerer.recipe(lowered), self.explorer.scout
+        kept = kept_plain(recipe, scout.parts.get(recipe.whole.variant) if recipe.whole and scout else None)
+        return f"{recipe.precision}{f' except {kept}' if kept else ''} ({(recipe.whole or recipe).name})"
+
+    def _mixture(self, draft: Draft) -> str:
+        """Say which mixture a draft runs; "" where it lowers all that can be, or nothing, which its name says already."""
+        lowered = next((each.lowered for each in draft.all_configs if each.lowered), None)
+        if lowered is None or not self.work.subject.lowerer.recipe(lowered).plain:
+            return ""
+        return f"It is {self._lowered_name(lowered)}."
 
     def _silent_precision(self, draft: Draft) -> str:
         """Say what a plan that names no precision computes in, where that is not fp32: the runtime decided it without a word."""

@@ -372,6 +372,12 @@ class Measurer:
         }
         return {name: float(value) for name, value in known.items() if value is not None}
 
+    def accuracy(self, candidate: Candidate) -> dict[str, float]:
+        """Return how close a candidate's outputs were seen to come on the samples at hand; empty when that is not known."""
+        suffix = f"@{self.subject.judged_of(candidate.config.lowered)}"
+        known = (each[candidate.key].metrics for each in reversed(self._races.values()) if candidate.key in each)
+        return next(({name.removesuffix(suffix): value for name, value in each.items() if name.endswith(suffix)} for each in known), {})
+
     def effective_config(self, candidate: Candidate) -> Mapping[str, Setting] | None:
         """Return the settings that the runtime read back for a candidate, now or when it was last measured; None when it never ran."""
         loaded = self._loaded.get(candidate.key)

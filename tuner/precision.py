@@ -11,15 +11,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aivmm.errors import AivmmError, Unsupported
 from aivmm.planner.candidates import Candidate, Rejection, Score
 from aivmm.planner.constraints import ACCURACY, check
 from aivmm.planner.precision import Choice, Way, adds_up, front, most_noise, searched_front, unfit
-from aivmm.probes.accuracy import BEST_SQNR, over_limit
+from aivmm.probes.accuracy import over_limit
 from aivmm.probes.client import WorkerDied
 from aivmm.probes.lab import Sensitivity
+from aivmm.probes.race import Contestant
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Target
 from aivmm.tuner.measure import Measurer
@@ -32,7 +34,6 @@ _SHARE, _MOST_S = 0.35, 55.0  # of the budget; what a search may take longer for
 _FOR_MIXING = 0.4  # of that, kept for mixtures
 _SURVIVORS = 2  # variants of a target that its search goes on with
 _GROUP, _GROUP_S = 3, 2.0
-_EXACT = 0.999999  # the cosine of outputs that differ by rounding alone
 _WORTH = 1.15  # a variant this far behind the best of its target does not go on
 _MOST_PARTS = 12
 _NOISE_SAMPLES = 4
@@ -87,51 +88,6 @@ class Scout:
         """Return the variants that are within the limit and nearly as fast on a target as its best one, the best first."""
         scored = sorted(self._scored(target), key=lambda each: each[1])
         return [variant for variant, ratio in scored if ratio <= _WORTH * scored[0][1]][:_SURVIVORS]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return what was found, for the record of the run and its report."""
-        tried = []
-        for (target, variant), metrics in self._accuracies().items():
-            made = self.work.subject.lowerer.made(variant)
-            outcome = self._outcome(target, variant)
-            tried.append(
-                {
-                    "target": target,
-                    "precision": variant,
-                    "accuracy": dict(metrics),
-                    "problem": self.problems.get((target, variant), ""),
-                    "ratio": outcome.ratio if outcome else None,
-                    "median_s": outcome.median_s if outcome else None,
-                    "lowering_s": made.duration_s if made else None,
-                    "weight_bytes": made.weight_bytes if made else None,
-                    "file_bytes": made.file_bytes if made else None,
-                }
-            )
-        for candidate, outcome in self.known.values():
-            if not candidate.config.lowered and not candidate.config.settings and outcome.median_s is not None:
-                default = candidate.config.precision or "default"
-                exact = {"sqnr": BEST_SQNR, "cosine": 1.0} if isinstance(outcome, Score) and (outcome.cosine or 0.0) > _EXACT else {}
-                tried.append({"target": str(candidate.target), "precision": default, "accuracy": exact, "median_s": outcome.median_s})
-        sensitivity = {
-            variant: [{"first": first, "last": last, "operators": len(nodes), "noise": noise} for first, last, nodes, noise in found.parts]
-            for variant, found in self.parts.items()
-        }
-        return {"tried": tried, "sensitivity": sensitivity, "seconds": self.seconds}
-
-    def _accuracies(self) -> dict[tuple[str, str], Mapping[str, float]]:
-        """Return what was judged, and what earlier runs judged of the variants that this one knows a time of."""
-        if not self.work.subject.lowered_precisions:
-            return {}
-        lowerer, content = self.work.subject.lowerer, self.work.subject.structure.content
-        digests = {recipe.digest(): variant for variant, recipe in lowerer.recipes.items()}
-        stored = {
-            (target, digests[each.recipe_digest]): metrics
-            for each in self.work.database.lowerings(content)
-            if each.recipe_digest in digests and each.calibration in ("", lowerer.calibration_digest)
-            for target, metrics in each.accuracy.items()
-        }
-        timed = {(str(candidate.target), candidate.config.lowered) for candidate, _ in self.known.values() if candidate.config.lowered}
-        return {place: metrics for place, metrics in stored.items() if place in timed} | self.judged
 
     # --- which ways there are
 
@@ -189,6 +145,8 @@ class Scout:
             loaded = self.work.lab.load(path, target, config, inputs=samples[0], reference=references[0])
             try:
                 metrics, problem = self.work.lab.judge(loaded.contestant, samples, references)
+                if self.work.options.metric is not None and not problem:
+                    metrics["metric"] = self._metric(loaded.contestant, samples)
             finally:
                 self.work.lab.unload(loaded.contestant)
         except (Unsupported, WorkerDied, AivmmError) as error:
@@ -199,10 +157,19 @@ class Scout:
             subject.lowerer.judged.add(place)
             if problem := problem or self._over(metrics):
                 self.problems[place] = problem
-            record = subject.lowerer.record(variant, accuracy={str(target): metrics})
+            lasting = {name: value for name, value in metrics.items() if name != "metric"}  # which is of a function that may change
+            record = subject.lowerer.record(variant, accuracy={str(target): lasting})
         if record is not None:
             self.work.database.remember_lowering(record)
         return place not in self.problems
+
+    def _metric(self, contestant: Contestant, samples: Sequence[Path]) -> float:
+        """Return what the user's metric says of a loaded variant: it decides here as it does in the proof."""
+        assert self.work.options.metric is not None
+        outputs = [sample.with_name(f"{sample.stem}-outputs.npz") for sample in samples]
+        for sample, path in zip(samples, outputs, strict=True):
+            self.work.lab.outputs(contestant, sample, path)
+        return self.work.lab.metric(self.work.options.metric, samples, self.work.subject.choosing_extras(), outputs)
 
     def _over(self, metrics: Mapping[str, float]) -> str:
         """Say which limit on accuracy is broken, or return ""."""
@@ -218,7 +185,8 @@ class Scout:
     def _candidate(self, target: Target, variant: str) -> Candidate:
         return Candidate(target=target, config=Config(precision=variant), batch=self.work.subject.base_batch)
 
-    def _outcome(self, target: str, variant: str) -> Score | Rejection | None:
+    def outcome(self, target: str, variant: str) -> Score | Rejection | None:
+        """Return how a variant came out on a target with default settings; None when it was not raced there."""
         for candidate, outcome in self.known.values():
             if (str(candidate.target), candidate.config) == (target, Config(precision=variant)):
                 return outcome
@@ -365,7 +333,7 @@ class Scout:
         Where the lowered model is faster, that is its share of the arithmetic. Where it is not, each part is lowered alone and raced, since
         some parts lose what others gain.
         """
-        outcome = self._outcome(str(target), whole)
+        outcome = self.outcome(str(target), whole)
         plain = self._plain_ratio(target)
         ratio = outcome.ratio if outcome is not None else self._ratio_regardless(target, whole)
         if ratio is not None and plain is not None and ratio > _ENOUGH * plain and self._left() > _RACING_S:
@@ -407,16 +375,6 @@ class Scout:
             if tried:
                 within = f"within the limit: {', '.join(fine)}" if fine else "none is within the limit"
                 self.work.note(f"{where}: {len(tried)} ways of lowering the model were tried; {within}{''.join(out)}")
-
-
-def kept_plain(recipe: Recipe, parts: Sensitivity | None) -> str:
-    """Say what a recipe leaves as it was: "3 blocks", "5 operators", or "" when it lowers all that can be."""
-    plain = set(recipe.plain)
-    if not plain:
-        return ""
-    blocks = sum(bool(plain.intersection(nodes)) for _, _, nodes, _ in parts.parts) if parts else 0
-    count, noun = (blocks, "block") if blocks else (len(plain), "operator")
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def way_of(recipe: Recipe) -> Way:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ from aivmm.planner.constraints import ACCURACY, Constraint, Violation, check, un
 from aivmm.planner.objectives import OBJECTIVES, Objective
 from aivmm.planner.records import ProofRecord
 from aivmm.probes import conditions
-from aivmm.probes.accuracy import combined, over_limit
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.compare import Comparison, cautions, compare, median_interval, round_medians
 from aivmm.probes.machine import BackgroundLoad, measuring, wait_until_quiet
@@ -27,14 +25,15 @@ from aivmm.probes.race import Contestant, RaceState, block_s, by_of, leader_of, 
 from aivmm.probes.records import Caution, Samples
 from aivmm.runtime.target import Target
 from aivmm.tuner.joules import ENERGY, absent, device_memory, energy_metrics, why_no_energy
+from aivmm.tuner.judging import Judge, Metric
 from aivmm.tuner.strays import explained, read_stages
+from aivmm.tuner.subject import Further
 
 # Seconds of racing: as many as the entrants' own speed asks for, within these. Loading, the tail and the report come on top.
 _LEAST_S, _MOST_S = 4.0, 6.5
 _ROUNDS = 15
 _WORTH_CHANGING = 0.97  # two processes that run the very same differ by as much: a smaller gain may be gone in the next one
 _SWITCH_S = 0.03  # between two workers: until the one before has stopped spinning
-Metric = Callable[[Sequence[Path], Sequence[Path | None], Sequence[Path]], float]  # samples, extras, outputs
 TAIL_SAMPLES = 500  # below this a 99th percentile is not given
 TAIL_S = 3.0
 _LOAD_AGAIN_S = 5.0  # the proof may take 30 s: what loads slower is not loaded again to see what a cache saves
@@ -53,7 +52,8 @@ class Entrant:
     reference: Path
     samples: Sequence[Path] = ()
     references: Sequence[Path] = ()
-    extras: Sequence[Path | None] = ()  # what the user's data set says of `samples`
+    extras: Sequence[Path | None] = ()  # what the user's data set says of `samples`, and then of `sample`
+    judged: list[dict[str, float]] = field(default_factory=list)  # accuracy, sample by sample
     worker: Worker | None = None
     contestant: Contestant | None = None
     metrics: dict[str, float] = field(default_factory=dict)
@@ -144,17 +144,16 @@ class Prover:
         tell: Callable[[str, RaceState | None], None],
         forced: bool = False,
         metric: Metric | None = None,
+        further: Callable[[], Further] | None = None,
         objectives: Sequence[Objective] = (OBJECTIVES["latency"],),
         prefer: Sequence[str] = (),
     ) -> None:
         self._proof = Proof(entrants=list(entrants))
         self._constraints = constraints
-        self._cosine_limit = cosine_limit
         self._seed = seed
         self._tell = tell
         self._forced = forced
-        self._metric = metric
-        self._asking = threading.Lock()
+        self._judge_outputs = Judge(cosine_limit=cosine_limit, metric=metric, further=further)
         self._objectives, self._prefer = objectives, prefer
         wanted = {constraint.metric for constraint in constraints} | {each.metric for each in objectives}
         self._asks_tail, self._asks_energy = "p99" in wanted, not wanted.isdisjoint(ENERGY)
@@ -190,14 +189,7 @@ class Prover:
                 inputs=str(entrant.sample),
                 reference=str(entrant.reference),
             )
-            problem, judged = answer["problem"], [answer["accuracy"]]
-            for sample, reference in zip(entrant.samples, entrant.references, strict=True):
-                again = entrant.worker.call("judge", limit_s=run_limit_s(), name="engine", inputs=str(sample), reference=str(reference))
-                problem = problem or again["problem"]
-                judged.append(again["accuracy"])
-            accuracy = combined(judged)
-            if self._metric is not None and not problem:
-                accuracy["metric"] = self._ask_metric(entrant, self._metric)
+            accuracy, problem = self._judge_outputs.proof(entrant, answer)
         except (WorkerDied, AivmmError) as error:
             entrant.problem = f"{error.reason}" if isinstance(error, WorkerDied) else error.message
             entrant.fatal = True
@@ -215,8 +207,6 @@ class Prover:
         else:
             entrant.absent["device_memory"] = why
         entrant.problem = entrant.problem or problem
-        if self._cosine_limit is not None and not entrant.problem:
-            entrant.problem = over_limit(accuracy.get("cosine", -1.0), accuracy.get("relative_l2", math.inf), self._cosine_limit)
         if any("fallback" in event for event in answer["events"]):
             entrant.problem = "; ".join(answer["events"])
         expected = answer["first_inference_s"]
@@ -229,15 +219,6 @@ class Prover:
             keep=entrant.role == "baseline",
             single=runs_single(_targets_of(entrant), entrant.draft.all_configs),
         )
-
-    def _ask_metric(self, entrant: Entrant, metric: Metric) -> float:
-        """Return what the user's metric says of an entrant's outputs."""
-        assert entrant.worker is not None
-        outputs = [entrant.bundle.with_name(f"{entrant.bundle.name}.outputs-{index}.npz") for index in range(len(entrant.samples))]
-        for sample, path in zip(entrant.samples, outputs, strict=True):
-            entrant.worker.call("outputs", limit_s=run_limit_s(), name="engine", inputs=str(sample), destination=str(path))
-        with self._asking:  # two entrants are loaded at a time, and one process holds the user's code
-            return metric(entrant.samples, entrant.extras or [None] * len(outputs), outputs)
 
     def _race(self, contestants: list[Contestant]) -> None:
         pids = [each.worker.pid for each in contestants]
@@ -336,7 +317,7 @@ class Prover:
         while True:
             plan = self._pick()
             self._proof.plan = plan
-            if plan is None or (self._tail(plan) and self._count_energy(plan)):
+            if plan is None or (self._tail(plan) and self._count_energy(plan) and self._holds_on_all(plan)):
                 break
         if plan is None:
             self._proof.misfit = misfit([self._option(each) for each in measured if each.eligible], self._constraints)
@@ -348,6 +329,13 @@ class Prover:
             self._load_again(plan)
             self._explain_strays(plan)
             self._proof.absent |= plan.absent | absent(_targets_of(plan), plan.metrics)
+
+    def _holds_on_all(self, plan: Entrant) -> bool:
+        """Judge the plan on all that was held out; False where it is over a limit there, or died of it."""
+        if not self._judge_outputs.on_all(plan, lambda what: self._tell(what, None)):
+            return plan.eligible
+        self._judge(plan)
+        return self._may_be_plan(plan)
 
     def _load_again(self, plan: Entrant) -> None:
         """Measure how long the plan takes to load once its compiled stages are in the engine's cache. What goes wrong costs this figure."""

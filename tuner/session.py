@@ -44,6 +44,7 @@ from aivmm.tuner.joules import ENERGY, why_no_energy
 from aivmm.tuner.layout import cut_around_refused, cut_around_wrong, cut_as_asked
 from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
 from aivmm.tuner.piecewise import refer_in_pieces
+from aivmm.tuner.precision_record import precision_record
 from aivmm.tuner.progress import Progress
 from aivmm.tuner.prove import Proof, Prover
 from aivmm.tuner.refusals import as_laid_out_before
@@ -57,6 +58,7 @@ from aivmm.tuner.work import Work, remove_orphans
 _AHEAD = ("aivmm.models.graph", "aivmm.models.slice", "aivmm.probes.wilcoxon", "aivmm.reports.render")
 # Shares of the budget by which blocks, hand-overs and operators have to end, counted from the start.
 _BLOCKS_UNTIL, _HANDOVERS_UNTIL, _OPERATORS_UNTIL = 0.80, 0.85, 1.0
+_HELD_OUT_S, _HELD_OUT_SHARE = 10.0, 0.5  # to make references for all held-out samples; at least so long, or this share of the budget
 _FORCED_S = 20.0  # a forced cut needs its evidence, whatever is left
 
 Look = Callable[[Work, Explorer], None]
@@ -318,6 +320,7 @@ class Session:
             seed=self.options.seed,
             tell=self._tell_proof,
             metric=None if self.options.metric is None else partial(work.lab.metric, self.options.metric),
+            further=partial(work.subject.held_out, limit_s=max(_HELD_OUT_S, _HELD_OUT_SHARE * self.options.budget_s)),
             forced=work.min_segments > 1,
             objectives=self.options.objectives,
             prefer=self.options.prefer,
@@ -462,7 +465,10 @@ class Session:
         scout = decider.explorer.scout
         if scout is None:  # no target takes the model whole, or the search was cut short before it
             return None
-        found = scout.as_json() if not self._searched_before else (self._earlier_summary.get("precision") or {})
+        if self._searched_before:
+            found: Mapping[str, Any] = self._earlier_summary.get("precision") or {}
+        else:
+            found = precision_record(decider.work, decider.explorer, scout, proof)
         tried = any(":" in each["precision"] for each in found.get("tried", ()))
         return {**found, "sentence": decider.precision_sentence(proof)} if tried else None
 

@@ -34,6 +34,7 @@ MOST_READ = 1000  # of a data set
 REAL_ENOUGH = 8  # so many real samples are worth calibrating with
 _SYNTHETIC_CALIBRATION = 24
 _SYNTHETIC_CHOOSING, _MOST_CHOOSING = 8, 16
+_MOST_CHOOSING_BY_METRIC = 64  # a share of right answers moves in steps of one sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +84,7 @@ class Subject:
         self._extras: tuple[Path | None, ...] = ()
         self._calibration_extras: tuple[Path | None, ...] = ()
         self._held_out: tuple[tuple[Path, Path | None], ...] = ()  # beyond MOST_SAMPLES: a sample, and what else is said of it
+        self._classes: tuple[str, ...] | None = None
         self._lowerer: Lowerer | None = None
         self._choosing: tuple[tuple[Path, ...], tuple[Path, ...]] | None = None
 
@@ -104,6 +106,20 @@ class Subject:
     def judged_of(self, lowered: str | None) -> str:
         """As `judged`, for the model lowered in our way with the samples at hand."""
         return f"{self.judged}.{self.lowerer.tag(lowered)}.{self.lowerer.calibration_digest}" if lowered else self.judged
+
+    @property
+    def kind_of_samples(self) -> str:
+        """What accuracy is judged on, in words: what was held out calibrated nothing."""
+        return "held-out samples" if self._calibration else "real inputs" if self.real_data else "synthetic inputs"
+
+    @property
+    def classifies(self) -> bool:
+        """True when an output of the model is a classifier's: its top-1 agreement is then worth telling."""
+        from aivmm.models.classifier import class_outputs
+
+        if self._classes is None:
+            self._classes = class_outputs(self.path)
+        return bool(self._classes)
 
     @property
     def data_digest(self) -> str:
@@ -132,7 +148,7 @@ class Subject:
         """
         if self._choosing is None:
             if self._calibration:
-                samples = self._calibration[:_MOST_CHOOSING]
+                samples = self._calibration[: _MOST_CHOOSING if self._options.metric is None else _MOST_CHOOSING_BY_METRIC]
             else:
                 samples = tuple(self._folder / f"choosing-{index}.npz" for index in range(_SYNTHETIC_CHOOSING))
                 self._lab.make_samples(self.path, self.facts.inputs, samples, seed=(self._options.seed + 2) % 2**32)
@@ -141,10 +157,11 @@ class Subject:
 
     def choosing_extras(self) -> tuple[Path | None, ...]:
         """Return what the user's data set says beside the inputs of each sample of `choosing`: for a metric of the user's own."""
-        return self._calibration_extras[:_MOST_CHOOSING] or (None,) * len(self.choosing()[0])
+        count = len(self.choosing()[0])
+        return self._calibration_extras[:count] or (None,) * count
 
     def held_out(self, *, limit_s: float) -> Further:
-        """Return the held-out samples beyond those of every finalist, with as many fp32 outputs as could be made within `limit_s` seconds."""
+        """Return the held-out samples beyond those of every finalist, as many as fp32 outputs could be made of in `limit_s` seconds."""
         if not self._held_out:
             return Further(samples=(), references=(), extras=())
         loaded = self._load_reference(self._held_out[0][0])

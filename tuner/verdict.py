@@ -96,9 +96,9 @@ def sentence(
     return " ".join(filter(None, (text, plan.strays, accuracy_text)))
 
 
-def accuracy_text(accuracy: Accuracy, *, samples: int) -> str:
-    """Say how close the plan's outputs are, and on what that was judged."""
-    where = f"{samples} {accuracy.data} inputs"
+def accuracy_text(accuracy: Accuracy, *, samples: int, kind: str, beside: Mapping[str, float] | None = None) -> str:
+    """Say how close the plan's outputs are, and on how many samples of what kind; `beside` are shares to tell in the same breath."""
+    where = f"{samples} {kind}"
     match accuracy.metric:
         case "metric":
             return f"Your metric is {accuracy.value:.4g} on {where}."
@@ -107,7 +107,8 @@ def accuracy_text(accuracy: Accuracy, *, samples: int) -> str:
         case "top1_agreement" | "top5_agreement":
             among = "the same best class as" if accuracy.metric == "top1_agreement" else "among its five best the best class of"
             return f"It has {among} {accuracy.reference} in {accuracy.value:.1%} of {where}."
-    return f"Outputs match {accuracy.reference}: {accuracy.metric} {accuracy.value:.6f} on {where}."
+    more = "".join(f", top-1 agreement {value:.1%}" for name, value in (beside or {}).items() if name == "top1_agreement")
+    return f"Outputs match {accuracy.reference}: {accuracy.metric} {accuracy.value:.6f}{more} on {where}."
 
 
 def _why_baseline(plan: Entrant, proof: Proof) -> str:
