@@ -60,6 +60,8 @@ def unfit(way: Way, target: Target, *, op_types: Collection[str]) -> str:
 def _nothing_to_lower(way: Way, op_types: Collection[str]) -> str:
     has = set(op_types)
     products = has & {"MatMul", "Gemm", "Attention", "Einsum"}
+    if way.name.startswith("ort-weights") and "MatMul" not in has:
+        return "it lowers weights of MatMul, and the model has none"
     if way.kind in ("weights", "dynamic") and not (products or has & {"LSTM", "GRU", "Gather"}):
         return "it lowers weights of matrix products, and the model has none"
     if "recurrent" in way.name and "LSTM" not in has:

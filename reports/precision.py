@@ -31,6 +31,11 @@ class Form:
     top1: float | None
     weight_bytes: float | None
     file_bytes: float | None
+    memory_bytes: float | None  # peak of a fresh process that runs it
+    energy_j: float | None  # of a sample, where it was counted
+    speedup: float | None  # over the fastest form that is fp32, on whichever target
+    name: str  # in words: "int8 except 3 blocks"
+    method: str  # how it was lowered, "" for what was not
     problem: str  # why it may not be the plan, "" when it may
     in_front: bool  # none is both faster and nearer to fp32
 
@@ -55,6 +60,21 @@ class Precision:
     parts: Mapping[str, tuple[Part, ...]]  # by the lowered form that was taken apart
     data: str  # "real" or "synthetic"
 
+    @property
+    def has_top1(self) -> bool:
+        """True when agreement is known of any form."""
+        return any(each.top1 is not None for each in self.forms)
+
+    @property
+    def has_memory(self) -> bool:
+        """True when the memory of any form is known."""
+        return any(each.memory_bytes is not None for each in self.forms)
+
+    @property
+    def has_energy(self) -> bool:
+        """True when the energy of any form was counted."""
+        return any(each.energy_j is not None for each in self.forms)
+
 
 def account(data: ReportData, colours: Mapping[str, int]) -> Precision | None:
     """Return the section from what the run recorded; None when no lower precision was tried."""
@@ -76,23 +96,42 @@ def account(data: ReportData, colours: Mapping[str, int]) -> Precision | None:
 
 def _forms(rows: Sequence[Mapping[str, Any]]) -> tuple[Form, ...]:
     places = [(number(each.get("median_s")), number(dig(each, "accuracy", "sqnr"))) for each in rows]
+    plain = [time for each, (time, _) in zip(rows, places, strict=True) if time and _is_fp32(str(each.get("precision") or ""))]
     found = []
     for each, (median, sqnr) in zip(rows, places, strict=True):
+        precision = str(each.get("precision") or "")
+        name, method = _in_words(precision, str(each.get("kept") or ""))
         found.append(
             Form(
                 target=str(each.get("target") or ""),
-                precision=str(each.get("precision") or ""),
+                precision=precision,
+                name=name,
+                method=method,
                 median_s=median,
+                speedup=min(plain) / median if plain and median else None,
                 sqnr_db=sqnr,
                 cosine=number(dig(each, "accuracy", "cosine")),
                 top1=number(dig(each, "accuracy", "top1_agreement")),
                 weight_bytes=number(each.get("weight_bytes")),
                 file_bytes=number(each.get("file_bytes")),
+                memory_bytes=number(each.get("peak_memory_bytes")),
+                energy_j=number(each.get("energy_j")),
                 problem=str(each.get("problem") or ""),
                 in_front=median is not None and sqnr is not None and not any(_beats(other, (median, sqnr)) for other in places),
             )
         )
     return tuple(sorted(found, key=lambda form: (form.median_s is None, form.median_s or 0.0, form.target, form.precision)))
+
+
+def _is_fp32(precision: str) -> bool:
+    return precision in ("fp32", "default (fp32)")
+
+
+def _in_words(precision: str, kept: str) -> tuple[str, str]:
+    """Return what a form is called, and how it was lowered: "int8:nncf-mixed-but-0a1b2c3d" is "int8 except 3 blocks", by nncf-mixed."""
+    family, _, method = precision.partition(":")
+    method, is_mixture, _ = method.partition("-but-")
+    return f"{family} except {kept or 'some blocks'}" if is_mixture else family, method
 
 
 def _beats(one: tuple[float | None, float | None], other: tuple[float, float]) -> bool:

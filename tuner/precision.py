@@ -221,10 +221,15 @@ class Scout:
         return best is None or (plain is not None and best > _ENOUGH * plain)
 
     def _mix_where_needed(self, targets: Sequence[Target]) -> None:
-        """Mix for the fastest target that needs it, whatever is left of the time, and for others as long as there is some."""
+        """Mix for the fastest target that needs it, and for others as long as there is time.
+
+        The first is mixed for whatever is left of the time, unless a lowered model gains enough on another target as it is.
+        """
+        served = any(self._scored(target) and not self._needs_mixing(target) for target in targets)
         needing = sorted(filter(self._needs_mixing, targets), key=lambda target: self._plain_ratio(target) or float("inf"))
         for number, target in enumerate(needing):
-            if self.work.asked() or (number > 0 and (self._left() <= 0 or not self._needs_mixing(target))):
+            optional = number > 0 or served
+            if self.work.asked() or (optional and (self._left() <= 0 or not self._needs_mixing(target))):
                 continue
             self._mix(target, needing)
 
