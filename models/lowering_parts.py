@@ -7,6 +7,7 @@ operator is left as it was by giving it back the operands that it had, and no to
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -211,6 +212,15 @@ class Taken:
             found = self.noise(set(self.names).difference(nodes), samples, references)
             yield Part(first=first, last=last, nodes=tuple(nodes), noise=found)
         self.complete = True
+
+    def keep(self, path: Path, text: str) -> None:
+        """Write `text` to `path`, whole or not at all; what a killed process leaves of it is swept with the folder."""
+        draft = self._folder / "kept"
+        with draft.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.replace(path)
 
     def noise(self, plain: Collection[str], samples: Sequence[Sample], references: Sequence[Sample]) -> float:
         """Return the noise of the lowered model with the nodes `plain` as they were, computed by ONNX Runtime on its CPU.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,10 +112,8 @@ def sensitivity(
             "whole": taken.noise((), inputs, expected),
             "complete": taken.complete,
         }
-    if taken.complete:
-        draft = told.with_name(f"{told.name}.{os.getpid()}.part")
-        draft.write_text(json.dumps(answer))
-        draft.replace(told)
+        if taken.complete:
+            taken.keep(told, json.dumps(answer))  # before the next process may begin
     return answer
 
 

@@ -165,6 +165,8 @@ class Session:
         self._require_counters(targets)
         subject.remember_targets(found)
         subject.make_reference(found)
+        if self.options.metric is not None:
+            subject.try_metric(self.options.metric)
         return Work(
             options=self.options,
             progress=self.progress,

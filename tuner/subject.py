@@ -261,6 +261,16 @@ class Subject:
         self.notes.append(f"no target here takes the model whole: {'; '.join(reasons)}")
         self._at[self.base_batch] = Prepared(path=self.path, facts=facts, samples=samples, references=(), extras=self._extras)
 
+    def try_metric(self, function: str) -> None:
+        """Ask the user's metric of the fp32 outputs: one that has no number for these is found before anything is measured.
+
+        Raises:
+            UsageError: it raised, or gave anything but one finite number.
+        """
+        base = self._at[self.base_batch]
+        if base.references:
+            self._lab.metric(function, base.samples, base.extras or [None] * len(base.samples), base.references)
+
     def keep_references(self, references: Sequence[Path], name: str) -> None:
         """Take the reference outputs, one file a sample, from elsewhere: of a model that no target takes whole."""
         self._at[self.base_batch] = replace(self._at[self.base_batch], references=tuple(references))
