@@ -81,7 +81,8 @@ class StudyRecord:
 class ProofRecord:
     """The end-to-end measurement of one bundle, interleaved with the others of the same run.
 
-    `samples` are durations of one call of the engine with a whole batch. `verdict` is of the plan against this one, `ratio` this one's time
+    `samples` are durations of one call of the engine with a whole batch; with several callers the times between two answers, and a call
+    takes `callers` times as long. `verdict` is of the plan against this one, `ratio` this one's time
     over the plan's: above 1 the plan is faster. Both are None on the plan itself.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,6 +12,7 @@ from aivmm.runtime.config import Config, Setting
 
 Source = Literal["measured", "interpolated", "modelled"]
 ProbeKind = Literal["model", "segment", "operator", "transfer"]
+_HANDOVER = re.compile(r"(?:(\d+) B|any size) from (.+)@[0-9a-f]+\.[0-9a-f]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,3 +161,9 @@ class Transfer:
     def keys(self) -> tuple[ProbeKey, ...]:
         """Return the keys of its probes: one for each point, or the one that says why there are none."""
         return tuple(self.key(point.size_bytes) for point in self.points) or (self.key(),)
+
+
+def handover_of(key: ProbeKey) -> tuple[int, str] | None:
+    """Return (bytes, source target) of a transfer's probe, as `Transfer.key` wrote them; bytes are 0 where the pair gave no numbers."""
+    found = _HANDOVER.fullmatch(key.subject) if key.kind == "transfer" else None
+    return (int(found[1] or 0), found[2]) if found else None

@@ -14,8 +14,8 @@ from typing import Any
 
 from aivmm.planner.records import ProofRecord, Verdict
 from aivmm.reports import format as fmt
-from aivmm.reports.data import ReportData, dig, number, stage_target
-from aivmm.reports.race import Figure, figure_of, throughput_wanted
+from aivmm.reports.data import ReportData, call_s, dig, number, stage_target, throughput_wanted
+from aivmm.reports.race import Figure, figure_of
 from aivmm.runtime.environment import Environment
 
 INDIFFERENCE = 0.01  # below this nobody cares
@@ -274,7 +274,7 @@ def _of_plan(data: ReportData, ask: Any) -> str:
 
 
 def _median(proof: ProofRecord | None) -> float | None:
-    return proof.samples.median_s if proof is not None and proof.samples is not None else None
+    return call_s(proof) if proof is not None else None
 
 
 def _settings(proof: ProofRecord) -> str:

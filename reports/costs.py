@@ -12,7 +12,7 @@ from aivmm.reports.anatomy import Cell, config_of, operators_of
 from aivmm.reports.data import ReportData, dig, number, stage_target
 from aivmm.reports.intervals import apart
 
-MOST_OPERATORS = 15
+MOST_OPERATORS = 10
 MOST_BLOCKS = 10
 
 

@@ -64,6 +64,22 @@ class ReportData:
         return ()
 
 
+def throughput_wanted(data: ReportData) -> bool:
+    """Say whether the objective counts samples a second, so that higher is better."""
+    return data.run.objective.partition(",")[0] == "throughput"
+
+
+def call_s(proof: ProofRecord) -> float | None:
+    """Return the median duration of one call, in seconds: with several callers the time between two answers holds one of each."""
+    return proof.samples.median_s * proof.callers if proof.samples is not None else None
+
+
+def rate_of(proof: ProofRecord) -> float | None:
+    """Return the samples a second that a proof measured."""
+    stated = proof.metrics.get("throughput_per_s")
+    return stated or (proof.batch / proof.samples.median_s if proof.samples is not None else None)
+
+
 def stage_target(stage: Mapping[str, Any]) -> str:
     """Return a stage's target as text; empty when the stage names none."""
     target = stage.get("target", "")

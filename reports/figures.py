@@ -6,7 +6,7 @@ Each chart is drawn twice, for a wide page and for a phone; the style sheet show
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from aivmm.planner.records import ProofRecord, TrialRecord
 from aivmm.reports import format as fmt
-from aivmm.reports.data import ReportData
+from aivmm.reports.data import ReportData, throughput_wanted
 from aivmm.reports.intervals import log_ticks, nice_ticks
 from aivmm.reports.svg import INK, LINE, MUTED, SURFACE, Canvas, drawing, target_colour
 
@@ -77,7 +77,8 @@ def distribution(data: ReportData, colours: Mapping[str, int]) -> Chart | None:
     )[:MOST_CURVES]
     if not ranked:
         return None
-    curves = [(proof, _quantiles(proof)) for proof in ranked]
+    curves = [(proof, [each * _factor(data, proof) for each in _quantiles(proof)]) for proof in ranked]
+    what = "time for each sample" if throughput_wanted(data) else "time of one call"
     low = min(values[0] for _, values in curves)
     high = max(values[int(0.98 * (len(values) - 1))] for _, values in curves)  # the last outlier does not set the scale
     log = high / low > 12
@@ -97,12 +98,12 @@ def distribution(data: ReportData, colours: Mapping[str, int]) -> Chart | None:
         axes.set_yticks([0, 0.25, 0.5, 0.75, 0.9, 1.0] if wide else [0, 0.5, 0.9, 1.0])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
         _time_ticks(axes, bounds, log, 7 if wide else 3)
-        axes.set_xlabel("time of one call")
+        axes.set_xlabel(what)
 
     wide, narrow = both(
         "distribution",
         "Share of calls finished within a time",
-        "; ".join(f"{fmt.shorten(proof.name, 60)}: half within {fmt.seconds(_median(proof))}" for proof, _ in curves),
+        "; ".join(f"{fmt.shorten(proof.name, 60)}: half within {fmt.seconds(values[len(values) // 2])}" for proof, values in curves),
         (300, 260),
         draw,
     )
@@ -124,8 +125,9 @@ def search(data: ReportData, colours: Mapping[str, int]) -> Chart | None:
     if not done:
         return None
     lost = [trial for trial in data.trials if trial.value is None]
-    low = min(trial.value or 1.0 for trial in done)
-    high = max(trial.value or 1.0 for trial in done)
+    low, high = min(trial.value or 1.0 for trial in done), max(trial.value or 1.0 for trial in done)
+    low = min([low, *(max(trial.low, low / 2) for trial in done if trial.low is not None)])  # bars are shown, and do not set the scale
+    high = max([high, *(min(trial.high, high * 1.6) for trial in done if trial.high is not None)])
     log = high / low > 4
     lows, highs = (low / 1.08, high * 1.2) if log else (low - 0.08 * (high - low + 0.02), high + 0.14 * (high - low + 0.02))
 
@@ -165,7 +167,7 @@ def search(data: ReportData, colours: Mapping[str, int]) -> Chart | None:
         (300, 260),
         draw,
     )
-    return Chart(wide=wide, narrow=narrow, legend=_target_keys(done, colours))
+    return Chart(wide=wide, narrow=narrow, legend=keys_of((trial.target for trial in done), colours))
 
 
 def knobs(data: ReportData, colours: Mapping[str, int]) -> Chart | None:
@@ -273,8 +275,9 @@ def _quantiles(proof: ProofRecord) -> list[float]:
     return [ordered[round(index * (len(ordered) - 1) / 200)] for index in range(201)]
 
 
-def _median(proof: ProofRecord) -> float | None:
-    return proof.samples.median_s if proof.samples else None
+def _factor(data: ReportData, proof: ProofRecord) -> float:
+    """Return what turns the times between answers into what is drawn: seconds for each sample, or of one call."""
+    return 1 / proof.batch if throughput_wanted(data) else proof.callers
 
 
 def _slot(proof: ProofRecord, colours: Mapping[str, int]) -> int:
@@ -297,8 +300,9 @@ def _best_so_far(done: Sequence[TrialRecord], last: int) -> list[tuple[int, floa
     return [*steps, (last, steps[-1][1])]
 
 
-def _target_keys(trials: Sequence[TrialRecord], colours: Mapping[str, int]) -> tuple[Key, ...]:
-    names = sorted({trial.target for trial in trials}, key=lambda name: colours.get(name, 0))
+def keys_of(targets: Iterable[str], colours: Mapping[str, int]) -> tuple[Key, ...]:
+    """Return a legend of targets, each once, in the order of their colours."""
+    names = sorted(set(targets), key=lambda name: (colours.get(name, 0), name))
     return tuple(Key(label=name, slot=colours.get(name, 0), width=0) for name in names)
 
 

@@ -58,6 +58,16 @@ def flops(value: float | None) -> str:
     return _scaled(value, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"))
 
 
+def joules(value: float | None) -> str:
+    """Return energy with three significant digits: `41.3 mJ`."""
+    if value is None:
+        return _NOTHING
+    for factor, unit in ((1.0, "J"), (1e-3, "mJ")):
+        if value >= factor * 0.9995:
+            return f"{_three(value / factor)} {unit}"
+    return f"{_three(value * 1e6)} µJ"
+
+
 def rate(value: float | None, unit: str) -> str:
     """Return a rate of `flop` or `byte` a second: `1.2 GFLOP/s`, `11 GB/s`."""
     if value is None:

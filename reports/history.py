@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from aivmm.reports import format as fmt
 from aivmm.reports.compare import Change, by_medians, through_baseline
-from aivmm.reports.data import ReportData
-from aivmm.reports.race import Figure, best_baseline, figure_of, throughput_wanted
+from aivmm.reports.data import ReportData, throughput_wanted
+from aivmm.reports.race import Figure, best_baseline, figure_of
 
 
 @dataclass(frozen=True, kw_only=True)

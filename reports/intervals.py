@@ -54,6 +54,12 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
+def thinned(ticks: list[float], most: int) -> list[float]:
+    """Return at most `most` of the ticks, as evenly as it goes."""
+    step = -(-len(ticks) // most)
+    return ticks[::step] if step > 1 else ticks
+
+
 def log_ticks(low: float, high: float) -> list[float]:
     """Return 1, 2 and 5 times powers of ten within [low, high]; powers alone when that would be too many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 from aivmm.reports import format as fmt
-from aivmm.reports.data import ReportData
+from aivmm.reports.data import ReportData, throughput_wanted
 from aivmm.reports.palette import slots
-from aivmm.reports.race import Runner, lay_out, ratio_interval, throughput_wanted
+from aivmm.reports.race import Runner, lay_out, ratio_interval
 from aivmm.reports.summary import key_figures, verdict
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|<>~$&@:-])")

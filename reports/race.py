@@ -9,7 +9,7 @@ from typing import Any
 
 from aivmm.planner.records import ProofRecord
 from aivmm.reports import format as fmt
-from aivmm.reports.data import ReportData, dig, number
+from aivmm.reports.data import ReportData, call_s, dig, number, rate_of, throughput_wanted
 from aivmm.reports.intervals import log_ticks, median_interval, nice_ticks
 
 
@@ -70,22 +70,19 @@ class _Scale:
         return round(100 * min(1.0, max(0.0, share)), 3)
 
 
-def throughput_wanted(data: ReportData) -> bool:
-    """Say whether the objective counts samples a second, so that higher is better."""
-    return data.run.objective == "throughput"
-
-
 def figure_of(data: ReportData, proof: ProofRecord) -> Figure | None:
     """Return what `proof` measured, with the run's own interval where its summary has one; None when it could not run."""
     if proof.samples is None:
         return None
     samples = proof.samples
-    low, high = _stated_interval(data, proof) or median_interval(samples)
-    inner = (samples.quantile_s(0.1), samples.quantile_s(0.9))
+    low, high = (each * proof.callers for each in median_interval(samples))
+    low, high = _stated_interval(data, proof) or (low, high)
+    inner = (samples.quantile_s(0.1) * proof.callers, samples.quantile_s(0.9) * proof.callers)
+    call = samples.median_s * proof.callers
     if not throughput_wanted(data):
-        return Figure(median=samples.median_s, low=low, high=high, inner=inner)
-    rate = proof.metrics.get("throughput_per_s") or proof.batch * proof.callers / samples.median_s
-    turned = [rate * samples.median_s / each for each in (high, low, inner[1], inner[0])]
+        return Figure(median=call, low=low, high=high, inner=inner)
+    rate = rate_of(proof) or proof.batch / samples.median_s
+    turned = [rate * call / each for each in (high, low, inner[1], inner[0])]
     return Figure(median=rate, low=turned[0], high=turned[1], inner=(turned[2], turned[3]))
 
 
@@ -144,7 +141,7 @@ def _stated_interval(data: ReportData, proof: ProofRecord) -> tuple[float, float
     if not isinstance(pair, Sequence) or len(pair) != 2:
         return None
     low, high = number(pair[0]), number(pair[1])
-    middle = proof.samples.median_s if proof.samples else 0.0  # an interval beside its own median is not of these samples
+    middle = call_s(proof) or 0.0  # an interval beside its own median is not of these samples
     return (low, high) if low and high and 0 < low <= middle * 1.02 and middle * 0.98 <= high else None
 
 

@@ -15,9 +15,25 @@ from jinja2 import FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from aivmm.planner.records import TrialRecord
-from aivmm.reports import anatomy, costs, figures, palette, precision, race, recipes, summary, trouble
+from aivmm.reports import (
+    anatomy,
+    belief,
+    costs,
+    figures,
+    handovers,
+    importance,
+    palette,
+    precision,
+    race,
+    recipes,
+    rooflines,
+    scaling,
+    summary,
+    tradeoffs,
+    trouble,
+)
 from aivmm.reports import format as fmt
-from aivmm.reports.data import ReportData, dig
+from aivmm.reports.data import ReportData, dig, throughput_wanted
 
 _FOLDER = Path(__file__).parent / "templates"
 _BEST_TRIALS = 15
@@ -60,13 +76,20 @@ def _context(data: ReportData) -> dict[str, Any]:
         "script": Markup(script),  # our own file
         "style": Markup(asset("report.css")),  # our own file
         "verdict": summary.split_verdict(summary.verdict(data)),
-        "answers": summary.answers(data, plan.stages, sum(each.on_plan for each in warned)),
+        "answers": summary.answers(data, plan.stages, [each.caution.code for each in warned if each.on_plan]),
         "figures": summary.key_figures(data),
-        "certificate": summary.certificate(data),
+        "throughput_wanted": throughput_wanted(data),
         "race": race.lay_out(data, colours),
         "anatomy": plan,
         "costs": costs.account(data, plan.cells, colours),
         "distribution": figures.distribution(data, colours),
+        "tradeoffs": tradeoffs.account(data, colours),
+        "roofs": rooflines.account(data, colours),
+        "scaling": scaling.account(data, colours),
+        "handovers": handovers.account(data, colours),
+        "predictions": belief.predictions(data, colours),
+        "accuracy": belief.accuracy(data, colours),
+        "importance": importance.account(data, colours),
         "search": figures.search(data, colours),
         "precision": precision.account(data, colours),
         "knobs": figures.knobs(data, colours),

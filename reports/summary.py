@@ -10,9 +10,9 @@ from aivmm.planner.evidence import SOURCES
 from aivmm.planner.records import ProofRecord
 from aivmm.reports import format as fmt
 from aivmm.reports.anatomy import Stage
-from aivmm.reports.data import ReportData, dig, number
+from aivmm.reports.data import ReportData, call_s, dig, number, rate_of, throughput_wanted
 from aivmm.reports.intervals import P99_NEEDS
-from aivmm.reports.race import best_baseline, figure_of, ratio_interval, throughput_wanted
+from aivmm.reports.race import best_baseline, figure_of, ratio_interval
 
 _ON_DEVICES_ONLY = ("device_memory_bytes", "stray_nodes", "stray_s")  # not missed where there is nothing to tell
 _WITHOUT_VERDICT = {
@@ -46,8 +46,8 @@ def split_verdict(sentence: str) -> tuple[str, str]:
     return first, " ".join(rest)
 
 
-def answers(data: ReportData, stages: Sequence[Stage], cautions: int) -> tuple[Answer, ...]:
-    """Answer the three questions that a reader comes with. Empty without a proven plan."""
+def answers(data: ReportData, stages: Sequence[Stage], cautions: Sequence[str]) -> tuple[Answer, ...]:
+    """Answer the three questions that a reader comes with. `cautions` are codes of those on the plan. Empty without a proven plan."""
     plan = data.planned
     if plan is None or plan.samples is None:
         return ()
@@ -63,13 +63,13 @@ def key_figures(data: ReportData) -> tuple[Answer, ...]:
     n = len(samples.timed_s)
     call = "one call" if plan.batch == 1 else f"one call of {plan.batch} samples"
     figures = [
-        Answer(label="Median latency", value=fmt.seconds(samples.median_s), support=(call, *_interval(data, plan))),
-        Answer(label="p90 latency", value=fmt.seconds(samples.quantile_s(0.9))),
+        Answer(label="Median latency", value=fmt.seconds(call_s(plan)), support=(call, *_interval(data, plan))),
+        *([Answer(label="p90 latency", value=fmt.seconds(samples.quantile_s(0.9)))] if plan.callers == 1 else []),
         Answer(label="p99 latency", value=fmt.seconds(metrics["p99_s"]))  # of single calls, where those of the race are means of several
         if "p99_s" in metrics
         else Answer(label="p99 latency", value=fmt.seconds(samples.quantile_s(0.99)))
-        if n >= P99_NEEDS
-        else Answer(label="p99 latency", value="–", support=(f"needs {P99_NEEDS} samples, this proof has {n}",)),
+        if n >= P99_NEEDS and plan.callers == 1
+        else Answer(label="p99 latency", value="–", support=(_no_p99(plan),)),
         Answer(label="Throughput", value=fmt.per_second(_throughput(data, plan)), support=(_load(plan),)),
     ]
     for label, metric, show in (
@@ -85,6 +85,12 @@ def key_figures(data: ReportData) -> tuple[Answer, ...]:
         if value is not None or metric not in _ON_DEVICES_ONLY:
             figures.append(Answer(label=label, value=show(value), support=() if value is not None else ("not measured",)))
     return (*figures, _accuracy(data, plan), *_predicted(data, plan), *_left(data))
+
+
+def _no_p99(plan: ProofRecord) -> str:
+    if plan.callers > 1:
+        return "with several callers, answers are timed, not calls"
+    return f"needs {P99_NEEDS} samples, this proof has {len(plan.samples.timed_s) if plan.samples else 0}"
 
 
 def _what(plan: ProofRecord, stages: Sequence[Stage]) -> Answer:
@@ -124,7 +130,7 @@ def _how_much(data: ReportData) -> Answer:
     return Answer(label=label, value=f"{word}, within noise" if rival.verdict == "same" else word, support=tuple(lines))
 
 
-def _believe(data: ReportData, plan: ProofRecord, cautions: int) -> Answer:
+def _believe(data: ReportData, plan: ProofRecord, cautions: Sequence[str]) -> Answer:
     assert plan.samples is not None
     rounds = len(set(plan.samples.rounds))
     timed = fmt.count(len(plan.samples.timed_s), "sample")
@@ -134,7 +140,7 @@ def _believe(data: ReportData, plan: ProofRecord, cautions: int) -> Answer:
         lines.append(
             f"{accuracy.label} {accuracy.value}, {accuracy.support[0]}" if accuracy.support else f"{accuracy.label} {accuracy.value}"
         )
-    lines.append(f"{fmt.count(cautions, 'caution')} on the plan" if cautions else "no cautions on the plan")
+    lines.append(f"{fmt.count(len(cautions), 'caution')} on the plan: {fmt.listing(cautions)}" if cautions else "no cautions on the plan")
     figure = figure_of(data, plan)
     value = f"{fmt.plus_minus((figure.high - figure.low) / 2 / figure.median)} on the median" if figure else "–"
     return Answer(label="Can I believe it", value=value, support=tuple(lines))
@@ -148,8 +154,8 @@ def _interval(data: ReportData, plan: ProofRecord) -> tuple[str, ...]:
 
 
 def _throughput(data: ReportData, plan: ProofRecord) -> float | None:
-    stated = number(dig(data.run.summary, "measured", "throughput_per_s")) or plan.metrics.get("throughput_per_s")
-    return stated or (plan.batch * plan.callers / plan.samples.median_s if plan.samples else None)
+    stated = number(dig(data.run.summary, "measured", "throughput_per_s"))
+    return stated or rate_of(plan)
 
 
 def _load(plan: ProofRecord) -> str:
@@ -171,12 +177,6 @@ def _accuracy(data: ReportData, plan: ProofRecord) -> Answer:
     return Answer(label=f"Accuracy ({metric})", value=fmt.similarity(value), support=tuple(lines))
 
 
-def certificate(data: ReportData) -> str:
-    """Return what the planner knew of how good the plan is, in its own words; empty where it said nothing."""
-    found = dig(data.run.summary, "certificate", "sentence")
-    return found if isinstance(found, str) else ""
-
-
 def _left(data: ReportData) -> tuple[Answer, ...]:
     gap, bound = number(dig(data.run.summary, "certificate", "gap")), number(dig(data.run.summary, "certificate", "bound_s"))
     if gap is None or bound is None:
@@ -190,5 +190,5 @@ def _predicted(data: ReportData, plan: ProofRecord) -> tuple[Answer, ...]:
     predicted = number(dig(data.run.summary, "predicted", "median_s"))
     if not predicted or plan.samples is None:
         return ()
-    off = plan.samples.median_s / predicted - 1
+    off = (call_s(plan) or 0.0) / predicted - 1
     return (Answer(label="Predicted median", value=fmt.seconds(predicted), support=(f"the proof measured {off * 100:+.1f} %",)),)

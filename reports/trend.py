@@ -23,7 +23,7 @@ def charts(history: History) -> tuple[tuple[str, Chart], ...]:
     by_goal: dict[str, list[Entry]] = {}
     for entry in reversed(history.entries):
         if entry.figure is not None:
-            by_goal.setdefault(entry.data.run.objective, []).append(entry)
+            by_goal.setdefault(entry.data.run.objective.partition(",")[0], []).append(entry)
     return tuple((_caption(goal), _chart(goal, entries)) for goal, entries in by_goal.items() if len(entries) > 1)
 
 

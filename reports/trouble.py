@@ -54,13 +54,12 @@ def cautions(data: ReportData) -> tuple[Warned, ...]:
     """Gather the cautions of proofs and probes: those on the plan first. Equal messages are said once."""
     names = _names(data)
     about: dict[Caution, list[str]] = {}
-    on_plan: set[Caution] = set()
+    on_plan = {caution for proof in data.proofs if proof.role == "plan" for caution in proof.cautions}
+    merged: dict[tuple[str, str], Caution] = {}  # by code and advice, since each message has its own numbers; the plan's own stand alone
     for proof in data.proofs:
         for caution in proof.cautions:
-            about.setdefault(caution, []).append("the plan" if proof.role == "plan" else proof.name)
-            if proof.role == "plan":
-                on_plan.add(caution)
-    merged: dict[tuple[str, str], Caution] = {}  # probes: by code and advice, since each message has its own numbers
+            kept = caution if caution in on_plan else merged.setdefault((caution.code, caution.advice), caution)
+            about.setdefault(kept, []).append("the plan" if proof.role == "plan" else proof.name)
     for outcome in data.outcomes:
         if isinstance(outcome, Measured):
             for caution in outcome.cautions:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def find_run(database: Database, wanted: str | None) -> RunRecord:
-    """Return the run that a user names: by id or the beginning of one, by a model's name, or by a plan bundle; None is the newest.
+    """Return the run that a user names: by id or the beginning of one, by a model (its name, its file, `demo:NAME`), or by a
+    plan bundle; None is the newest.
 
     Raises:
         UsageError: nothing fits, or several do.
@@ -33,7 +34,12 @@ def find_run(database: Database, wanted: str | None) -> RunRecord:
                 f"the run that wrote {wanted} is not stored in {database.location}", advice="give the --db that it was tuned with"
             )
         return found
-    return database.run(wanted)
+    return database.run(wanted and _name(wanted))
+
+
+def _name(wanted: str) -> str:
+    """Return the name that a run calls its model by, given what `tune` was given for it: a file or a demo."""
+    return Path(wanted).stem if wanted.endswith(".onnx") else wanted.removeprefix("demo:")
 
 
 def report_data(database: Database, run_id: str | None, *, parts: bool = True) -> ReportData:

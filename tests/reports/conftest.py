@@ -5,162 +5,38 @@ Times are drawn from a seeded generator once; nothing here measures.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
 import pytest
 
-from aivmm.models.records import Block, Category, CutPoint, ModelFacts, Operator, Structure
-from aivmm.planner.records import ProofRecord, RunRecord, TrialRecord, Verdict
-from aivmm.probes.records import Caution, Failed, Measured, Outcome, ProbeKey, ProbeKind, Refused, Samples
+from aivmm.models.records import Category, ModelFacts
+from aivmm.planner.records import RunRecord, TrialRecord
+from aivmm.probes.records import Caution, Failed, Outcome, ProbeKey, Refused
 from aivmm.reports.data import ReportData
 from aivmm.runtime.config import Config, Setting
-from aivmm.runtime.environment import Environment
 from aivmm.runtime.target import Unavailable
-from aivmm.tensors import TensorSpec
 from tests.reports.html_page import Page
-
-OV, ORT, GPU = "openvino:CPU", "onnxruntime:CPU", "openvino:GPU.0"
-SPEED = {OV: 1.0, ORT: 1.7, GPU: 0.62}
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "\"><img src=x onerror='alert(2)'>",
-    "$x^2$ and $\\frac{1}{0}$",
-    "\u202egnp.exe\u202c",
-    "שלום עולם",
-    "🙂 model 🚀",
-    "]]> --> {{ 7 * 7 }} {% raw %}",
-    "nul\x00 bell\x07 lone\udc80",
-    "x" * 10_000,
+from tests.reports.rows import (
+    EARLIER,
+    GPU,
+    HOSTILE,
+    ORT,
+    OV,
+    ceilings,
+    digest,
+    environment,
+    handovers,
+    measured,
+    probes,
+    proof,
+    structure,
+    tensor,
 )
-EARLIER = datetime(2026, 11, 3, 9, 12, tzinfo=UTC)
-
-
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
-
-
-def tensor(name: str, *shape: int) -> TensorSpec:
-    return TensorSpec(name=name, dtype="float32", shape=shape)
-
-
-def race_samples(median: float, *, spread: float = 0.02, rounds: int = 24, each: int = 22, seed: int = 0) -> Samples:
-    """Return samples with a tail to the right, as latencies have."""
-    chance = random.Random(f"{median}{seed}")
-    timed = [
-        median * (1 + spread * chance.gauss(0, 1) + (chance.expovariate(9) if chance.random() < 0.06 else 0)) for _ in range(rounds * each)
-    ]
-    return Samples(timed_s=tuple(max(value, median / 3) for value in timed), rounds=tuple(index // each for index in range(rounds * each)))
-
-
-def fire(index: int) -> tuple[dict[str, int], float]:
-    return {"Conv": 3, "Relu": 3, "Concat": 1}, 40e6 + 22e6 * (index % 5)
-
-
-def structure(blocks: int = 26, name: str = "squeezenet") -> Structure:
-    """Return a chain of blocks like SqueezeNet's, each with a cut before it."""
-    made, cuts, position = [], [], 0
-    for index in range(blocks):
-        types, flops = fire(index) if index % 3 else ({"MaxPool": 1, "Conv": 1, "Relu": 1}, 180e6 / (1 + index % 7))
-        nodes = sum(types.values())
-        side = max(7, 112 >> (index * 5 // max(1, blocks)))
-        edge = tensor(f"{name}/block{index}/out", 1, 64 + 16 * (index % 9), side, side)
-        if index:
-            cuts.append(CutPoint(position=position, tensors=(made[-1].outputs[0],), bytes=made[-1].outputs[0].nbytes))
-        made.append(
-            Block(
-                index=index,
-                first=position,
-                last=position + nodes - 1,
-                structure=digest(f"{name}-s{index}"),
-                content=digest(f"{name}-c{index}"),
-                inputs=(made[-1].outputs[0] if made else tensor("data", 1, 3, 224, 224),),
-                outputs=(edge,),
-                op_types=types,
-                flops=flops,
-                weight_bytes=48_000 * (1 + index % 6),
-            )
-        )
-        position += nodes
-    shapes = [(3, 64, 56), (3, 128, 28), (1, 64, 56), (1, 256, 14), (3, 256, 14), (1, 512, 14), (7, 3, 224)]
-    operators = [
-        Operator(
-            signature=digest(f"{name}-op{index}"),
-            op_type=kind,
-            domain="",
-            description=f"{kind} {k}x{k}: 1x{c}x{s}x{s} -> 1x{c}x{s}x{s}" if kind == "Conv" else f"{kind}: 1x{c}x{s}x{s}",
-            count=1 + index % 4,
-            nodes=tuple(f"{name}/{kind.lower()}_{index}_{n}" for n in range(1 + index % 4)),
-            flops=2.0 * k * k * c * c * s * s if kind == "Conv" else float(c * s * s),
-            bytes=8 * c * s * s + (4 * k * k * c * c if kind == "Conv" else 0),
-        )
-        for index, (kind, (k, c, s)) in enumerate((kind, shape) for shape in shapes for kind in ("Conv", "Relu", "Concat", "MaxPool"))
-    ]
-    return Structure(
-        structure=digest(f"{name}-structure"),
-        content=digest(f"{name}-content"),
-        node_count=position,
-        flops=sum(block.flops or 0 for block in made),
-        weight_bytes=sum(block.weight_bytes for block in made),
-        operators=tuple(operators),
-        cut_points=tuple(cuts),
-        blocks=tuple(made),
-    )
-
-
-def environment(target: str) -> Environment:
-    gpu = "GPU" in target
-    return Environment(
-        target=target,
-        device_model="Intel(R) Arc(TM) A380 Graphics (dGPU)" if gpu else "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz",
-        driver="24.35.30872" if gpu else "",
-        runtime_version="1.31.0" if target.startswith("onnxruntime") else "2026.4.1",
-        instruction_sets=() if gpu else ("avx2", "avx512f", "avx512_vnni"),
-        usable_cores=None if gpu else 2,
-        power_limit_w=75.0 if gpu else None,
-        system="Linux-x86_64",
-    )
-
-
-def measured(kind: ProbeKind, subject: str, target: str, median: float, config: Config | None = None) -> Measured:
-    key = ProbeKey(kind=kind, subject=subject, target=target, environment=environment(target).fingerprint, config=config or Config())
-    return Measured(key=key, samples=race_samples(median, rounds=8, each=5))
-
-
-def probes(shape: Structure, targets: tuple[str, ...]) -> tuple[Outcome, ...]:
-    found: list[Outcome] = []
-    for target in targets:
-        chance = random.Random(target)
-        found.append(measured("model", shape.structure, target, (shape.flops or 1e9) / 7e11 * SPEED[target]))
-        for block in shape.blocks:
-            found.append(
-                measured("segment", block.structure, target, (block.flops or 1e6) / 6e11 * SPEED[target] * chance.uniform(0.6, 1.5) + 4e-6)
-            )
-        for operator in shape.operators:
-            time = (operator.flops or 1e6) / 5e11 * SPEED[target] * chance.uniform(0.5, 1.9) + 3e-6
-            found.append(measured("operator", operator.signature, target, time))
-    return tuple(found)
-
-
-def proof(name: str, role: Any, target: str, median: float, *, plan: float = 0.00271, spread: float = 0.02, **more: Any) -> ProofRecord:
-    ratio = median / plan
-    low, high = ratio * 0.982, ratio * 1.017
-    verdict: Verdict = "faster" if low > 1 else "slower" if high < 1 else "same"
-    others: dict[str, Any] = {} if role == "plan" else {"ratio": ratio, "ratio_low": low, "ratio_high": high, "verdict": verdict}
-    metrics = {
-        "peak_memory_bytes": 148e6 * ratio,
-        "compile_s": 0.41,
-        "first_inference_s": 0.0068,
-        "cosine": 0.9999987,
-        "throughput_per_s": 1 / median,
-    }
-    given: dict[str, Any] = {"config": Config(), "batch": 1, "callers": 1, "eligible": True, "metrics": metrics} | others | more
-    return ProofRecord(name=name, role=role, target=target, samples=race_samples(median, spread=spread), **given)
 
 
 def trials(count: int = 48) -> tuple[TrialRecord, ...]:
@@ -205,6 +81,7 @@ def trials(count: int = 48) -> tuple[TrialRecord, ...]:
                 low=value * 0.97,
                 high=value * 1.035,
                 median_s=0.0052 * value,
+                metrics={"latency": 0.0052 * value, "throughput": 1 / (0.0052 * value), "cosine": 0.9999987},
                 reused=number < 6,
                 seconds=0.8,
             )
@@ -234,7 +111,12 @@ def summary(stages: list[dict[str, Any]], verdict: str) -> dict[str, Any]:
         "plan": {"path": "squeezenet.aivmm", "batch": 1, "stages": stages},
         "objective": "latency",
         "measured": {"median_s": 0.00271, "ci95_s": [0.002702, 0.002719], "p99_s": 0.0031, "throughput_per_s": 369.0, "samples": 528},
-        "predicted": {"median_s": 0.00264},
+        "predicted": {"median_s": 0.00264, "reference": "onnxruntime:CPU default"},
+        "importance": [
+            {"objective": "latency", "target": OV, "knob": "INFERENCE_NUM_THREADS", "share": 0.71, "trials": 31},
+            {"objective": "latency", "target": OV, "knob": "PERFORMANCE_HINT", "share": 0.29, "trials": 31},
+            {"objective": "latency", "target": "", "knob": "target", "share": 1.0, "trials": 46},
+        ],
         "certificate": {
             "bound_s": 0.00261,
             "gap": 0.0114,
@@ -301,6 +183,10 @@ def full_data() -> ReportData:
         ),
         outcomes=(
             *probes(shape, (OV, ORT)),
+            *ceilings(OV),
+            *ceilings(ORT),
+            *handovers(OV, ORT),
+            *handovers(ORT, OV, fixed_s=8e-6),
             Refused(
                 key=ProbeKey(
                     kind="model",

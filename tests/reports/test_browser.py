@@ -15,7 +15,8 @@ from aivmm.reports.data import ReportData
 from aivmm.reports.history import histories
 from aivmm.reports.pages import render_comparison, render_site
 from aivmm.reports.render import render
-from tests.reports.conftest import EARLIER, full_data, hostile_data, infeasible_data, large_data, split_data
+from tests.reports.conftest import full_data, hostile_data, infeasible_data, large_data, split_data
+from tests.reports.rows import EARLIER
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [

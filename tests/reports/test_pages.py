@@ -17,7 +17,7 @@ from aivmm.reports.compare import Change, by_medians, compare, through_baseline
 from aivmm.reports.data import ReportData
 from aivmm.reports.history import histories, machines
 from aivmm.reports.pages import render_comparison, render_site
-from tests.reports.conftest import EARLIER
+from tests.reports.rows import EARLIER
 
 
 def scaled(data: ReportData, factor: float, *, days: int = 1, plan_only: bool = False) -> ReportData:

@@ -26,7 +26,7 @@ from aivmm.reports.render import render
 from aivmm.reports.summary import key_figures
 from aivmm.reports.trouble import cautions, troubles
 from aivmm.tensors import TensorSpec
-from tests.reports.conftest import HOSTILE
+from tests.reports.rows import HOSTILE
 
 
 @pytest.mark.parametrize(

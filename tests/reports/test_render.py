@@ -16,7 +16,24 @@ import pytest
 from aivmm.reports.data import ReportData
 from aivmm.reports.render import render
 
-SECTIONS = ("figures", "plan", "candidates", "time", "search", "refused", "cautions", "devices", "environment", "reproduce", "run")
+SECTIONS = (
+    "figures",
+    "plan",
+    "candidates",
+    "tradeoffs",
+    "time",
+    "scaling",
+    "transfers",
+    "search",
+    "predictions",
+    "accuracy",
+    "refused",
+    "cautions",
+    "devices",
+    "environment",
+    "reproduce",
+    "run",
+)
 
 
 @pytest.fixture(scope="session")

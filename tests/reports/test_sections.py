@@ -1,0 +1,214 @@
+"""The sections between the candidates and the troubles: what each says of stored rows, and why it is absent where it is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from aivmm.probes.records import Refused, Transfer, TransferPoint, handover_of
+from aivmm.reports import belief, handovers, importance, rooflines, scaling, tradeoffs
+from aivmm.reports.data import ReportData
+from aivmm.reports.palette import slots
+from aivmm.reports.race import lay_out
+from aivmm.reports.render import render
+from aivmm.reports.summary import key_figures
+from aivmm.runtime.config import Config
+from tests.reports.rows import ORT, OV, environment, measured, proof, race_samples
+
+
+def only(data: ReportData, *proofs: Any) -> ReportData:
+    return replace(data, proofs=proofs, trials=())
+
+
+def names_on(found: tradeoffs.Tradeoffs, axis: str) -> set[str]:
+    return {each.proof.name for each in found.points if axis in each.fronts}
+
+
+# --- trade-offs
+
+
+def test_the_front_is_of_what_may_be_the_plan_and_what_differs_little_is_the_same(full: ReportData) -> None:
+    def entrant(name: str, role: Any, median: float, memory: float, **more: Any) -> Any:
+        made = proof(name, role, OV, median, **more)
+        return replace(made, metrics={**made.metrics, "peak_memory_bytes": memory})
+
+    data = only(
+        full,
+        entrant("plan", "plan", 0.00271, 100e6),
+        entrant("lean", "baseline", 0.004, 50e6),
+        entrant("as lean, slower", "baseline", 0.005, 49e6),  # 2 % less memory is no reason
+        entrant("out", "baseline", 0.001, 10e6, eligible=False, why_not="wrong"),
+    )
+    found = tradeoffs.account(data, slots(data.targets))
+    assert names_on(found, "memory") == {"plan", "lean"}
+    assert found.points[0].proof.role == "plan"
+    assert found.chart is not None and re.search(
+        r"front against memory: plan \(2\.7\d ms, 100 MB\), lean \(\S+ ms, 50\.0 MB\)", found.chart.wide
+    )
+
+
+def test_what_was_not_measured_is_not_drawn_and_says_why(full: ReportData) -> None:
+    why = "this machine has no RAPL counters"
+    told = {**full.run.summary, "measured": {**full.run.summary["measured"], "not_measured": {"energy": why}}}
+    found = tradeoffs.account(replace(full, run=replace(full.run, summary=told)), slots(full.targets))
+    assert found.absent == (f"Not drawn against energy: {why}.",)
+    assert tradeoffs.account(only(full, full.proofs[0]), slots(full.targets)).chart is None
+
+
+def test_with_several_callers_a_call_takes_as_many_times_the_time_between_answers(full: ReportData) -> None:
+    plan = proof("busy", "plan", OV, 0.0015, callers=2)
+    other = proof("alone", "baseline", ORT, 0.002)
+    data = only(full, plan, other)
+    data = replace(data, run=replace(data.run, objective="throughput,latency", summary={}))
+    point = tradeoffs.account(data, slots(data.targets)).points[0]
+    assert point.latency_s == pytest.approx(0.003, rel=0.05) and point.values["throughput"] == pytest.approx(1 / 0.0015)
+    runner = next(each for each in lay_out(data, slots(data.targets)).runners if each.proof.role == "plan")
+    assert runner.value == "667/s"
+    figures = {each.label: each for each in key_figures(data)}
+    assert figures["Median latency"].value.startswith("3.0") and "p90 latency" not in figures
+    assert "not calls" in figures["p99 latency"].support[0]
+
+
+# --- scaling
+
+
+def test_the_best_of_each_batch_is_what_counts(full: ReportData) -> None:
+    assert full.structure is not None
+    subject = full.structure.structure
+
+    def ran(batch: int, median: float, **settings: Any) -> Any:
+        made = measured("model", subject, OV, median, Config.of(settings, precision="fp32"))
+        return replace(made, key=replace(made.key, batch=batch))
+
+    outcomes = (ran(1, 0.002), ran(1, 0.001, INFERENCE_NUM_THREADS=2), ran(8, 0.004, INFERENCE_NUM_THREADS=1))
+    found = scaling.account(replace(full, outcomes=outcomes, trials=()), slots(full.targets))
+    batch, threads, precision = found.sweeps
+    assert [(each.value, round(each.rate, -2), each.ways) for each in batch.points] == [("1", 1000, 2), ("8", 2000, 1)]
+    assert [each.value for each in threads.points] == ["1", "2"] and not threads.missing
+    assert precision.missing == "Only one precision was tried (fp32)."
+    assert found.chart is not None and "batch: best" in found.chart.wide
+
+
+def test_one_batch_is_no_curve_and_the_reader_is_told_the_option(full: ReportData) -> None:
+    found = scaling.account(full, slots(full.targets))
+    assert found.sweeps[0].missing == "Only batch 1 was tried; name more with --batch 1,8,32."
+    nothing = scaling.account(replace(full, outcomes=(), trials=()), slots(full.targets))
+    assert nothing.chart is None and all(each.missing for each in nothing.sweeps)
+
+
+# --- rooflines
+
+
+def test_ten_operators_with_their_share_and_what_they_reach_of_the_ceiling(full: ReportData) -> None:
+    assert full.structure is not None
+    roofs = {each.target: each for each in rooflines.account(full, slots(full.targets))}
+    assert set(roofs) == {OV, ORT}
+    top = roofs[OV].top
+    assert [each.rank for each in top] == list(range(1, 11)) and [each.total_s for each in top] == sorted(
+        (each.total_s for each in top), reverse=True
+    )
+    assert sum(each.share for each in top) < 1
+    first = top[0]
+    assert first.ceiling is not None and first.above_s == pytest.approx(first.total_s * (1 - first.ceiling))
+    assert first.bound == "arithmetic" and roofs[OV].chart is not None
+    assert "of the time" in roofs[OV].sentence and "above what this target can do at best" in roofs[OV].sentence
+
+
+def test_without_ceilings_operators_are_ranked_and_nothing_is_claimed_of_them(full: ReportData) -> None:
+    outcomes = tuple(each for each in full.outcomes if not each.key.subject.startswith("ceiling:"))
+    roof = rooflines.account(replace(full, outcomes=outcomes), slots(full.targets))[0]
+    assert roof.chart is None and {each.ceiling for each in roof.top} == {None} and roof.sentence.endswith("of the time.")
+
+
+def test_the_plans_precision_is_the_one_looked_at(full: ReportData) -> None:
+    assert full.structure is not None
+    planned = tuple(
+        measured("operator", each.signature, OV, 1e-4, Config(precision=precision))
+        for each in full.structure.operators[:3]
+        for precision in ("fp32", "bf16")
+    )
+    data = replace(full, outcomes=(*full.outcomes, *planned))
+    assert rooflines.account(data, slots(full.targets))[0].precision == "fp32"
+
+
+# --- hand-overs
+
+
+def test_a_hand_over_is_told_by_pair_with_what_it_costs(full: ReportData) -> None:
+    found = handovers.account(full, slots(full.targets))
+    assert [(each.source, each.destination, each.said(1 << 20)) for each in found.pairs] == [(ORT, OV, "49.9 µs"), (OV, ORT, "46.9 µs")]
+    assert found.chart is not None and found.missing == ""
+
+
+def test_no_hand_over_says_why(full: ReportData) -> None:
+    rest = tuple(each for each in full.outcomes if each.key.kind != "transfer")
+    assert "budget" in handovers.account(replace(full, outcomes=rest), {}).missing
+    one = replace(full, outcomes=rest, environments=full.environments[:1])
+    assert "One target took part" in handovers.account(one, {}).missing
+    pair = next(each for each in full.outcomes if each.key.kind == "transfer")
+    refused = replace(full, outcomes=(*rest, Refused(key=pair.key, reason="no")))
+    assert "could be measured" in handovers.account(refused, {}).missing
+
+
+def test_the_key_of_a_hand_over_can_be_read_back() -> None:
+    point = TransferPoint(size_bytes=4096, samples=race_samples(1e-4), source_s=5e-5, destination_s=5e-5, cost_s=1e-6)
+    made = Transfer(
+        source="onnxruntime:CUDA:0",
+        source_environment=environment(ORT).fingerprint,
+        destination=OV,
+        destination_environment=environment(OV).fingerprint,
+        points=(point,),
+    )
+    assert handover_of(made.key(4096)) == (4096, "onnxruntime:CUDA:0")
+    assert handover_of(made.key()) == (0, "onnxruntime:CUDA:0")
+    assert handover_of(replace(made.key(), kind="operator")) is None
+
+
+# --- predictions, accuracy, importance
+
+
+def test_predictions_stand_beside_what_the_proof_measured(full: ReportData) -> None:
+    found = belief.predictions(full, slots(full.targets))
+    assert found.reference == "onnxruntime:CPU default" and found.rows[0].proof.role == "plan"
+    assert found.rows[0].off == pytest.approx(-0.038, abs=0.02) and found.rows[0].within == "yes"
+    surprised = replace(full.proofs[0], metrics={**full.proofs[0].metrics, "predicted_ratio": 0.1})
+    assert belief.predictions(replace(full, proofs=(surprised, *full.proofs[1:])), {}).rows[0].within == "no"
+    assert belief.predictions(only(full, full.proofs[0]), {}).rows == ()  # without the reference there is no ratio
+
+
+def test_accuracy_has_a_column_for_each_metric_that_someone_has(full: ReportData) -> None:
+    exact = replace(full.proofs[0], metrics={"cosine": 1.0, "sqnr": 200.0, "relative_l2": 0.0, "top1_agreement": 0.98})
+    found = belief.accuracy(only(full, exact, full.proofs[1]), {})
+    assert found.columns == ("Cosine", "SQNR", "Relative error", "Top-1 agrees")
+    assert [text for _, text in found.rows[0].cells] == ["1", "exact", "0", "98.0%"]
+    assert [text for _, text in found.rows[1].cells] == ["0.999999", "–", "–", "–"]
+    assert "synthetic inputs. Real data may come out otherwise" in found.sentence
+
+
+def test_importance_is_a_table_of_knobs_and_what_is_odd_in_it_is_left_out(full: ReportData) -> None:
+    found = importance.account(full, slots(full.targets))
+    assert (
+        found is not None
+        and found.knobs[0] == "target"
+        and [each.about for each in found.columns]
+        == [
+            "all targets, latency, by 46 trials",
+            "openvino:CPU, latency, by 31 trials",
+        ]
+    )
+    odd = {**full.run.summary, "importance": [3, {"share": "much"}, {"share": -1, "knob": "x"}]}
+    assert importance.account(replace(full, run=replace(full.run, summary=odd)), {}) is None
+
+
+def test_a_section_without_rows_says_so_in_the_page(infeasible: ReportData, page: Any) -> None:
+    text = page(render(infeasible)).text
+    for said in (
+        "there is nothing to trade",
+        "nothing is handed over",
+        "no prediction was put to the test",
+        "No entrant's outputs were compared",
+    ):
+        assert said in text, said
