@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from aivmm.errors import AivmmError, BundleError, Unsupported, UsageError
 from aivmm.runtime.backend import Backend, Buffer, Executable
@@ -28,6 +28,9 @@ from aivmm.runtime.signing import Key
 from aivmm.runtime.target import Target, Unavailable
 from aivmm.runtime.validity import Attempt, Validity, check_policy, grade_stages
 from aivmm.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from aivmm.runtime.trace import Trace
 
 log = logging.getLogger("aivmm.engine")
 _PLAN = "the plan"
@@ -95,6 +98,7 @@ class Engine:
         except BundleError:
             self._program.close()
             raise
+        self.tracer: Trace | None = None  # that records now
         self._admission: ThreadPoolExecutor | None = None  # brings in the requests of `arun`
         self.on_drift: Callable[[Drift], None] | None = None  # called on the thread of the call that showed it
         self._drift, self._unwatched = self._watch()
@@ -228,6 +232,20 @@ class Engine:
         """Return all ways through the plan, each bound to one copy of each stage (`Lane.places`), for probes as `one_lane` is."""
         return self._program.lanes
 
+    def trace(self) -> Trace:
+        """Return a recording of which stage ran when, on which thread: `with engine.trace() as trace: ...`, then `trace.write(FILE)`.
+
+        ui.perfetto.dev shows the file. Requests that are on their way when it begins are recorded from their next stage on.
+        """
+        from aivmm.runtime.trace import Trace  # here: production seldom asks
+
+        return Trace([self])
+
+    @property
+    def running(self) -> str:
+        """What is in use: `the plan`, or the name of a fallback."""
+        return self._running
+
     def stats(self) -> dict[str, Any]:
         """Return what has run so far: per stage the count, latency and queue-wait quantiles in seconds and bytes made, and the events."""
         figures = self._program.stats()
@@ -286,6 +304,8 @@ class Engine:
                     self._event("nothing is left to run instead" + ("" if refusal is error else f": {refusal}"))
                     raise error from None
                 self._program = replacement
+                if self.tracer is not None:
+                    self.tracer.follow(self, replacement)
                 self._drift, self._unwatched = self._watch()
                 threading.Thread(target=program.close, name="aivmm-retire", daemon=True).start()  # it may have to wait for others
         return self._program.run(inputs)

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aivmm.errors import UsageError
 from aivmm.runtime.backend import Buffer
@@ -18,6 +18,9 @@ from aivmm.runtime.fitting import Fitter
 from aivmm.runtime.signing import Key
 from aivmm.runtime.validity import check_policy
 from aivmm.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from aivmm.runtime.trace import Trace
 
 
 class ShapedEngine:
@@ -113,6 +116,12 @@ class ShapedEngine:
     def events(self) -> list[str]:
         """What did not go as planned, of all buckets."""
         return list(dict.fromkeys(event for each in self._all().values() for event in each.events))
+
+    def trace(self) -> Trace:
+        """Return a recording of all shapes' engines, as `Engine.trace` does of one."""
+        from aivmm.runtime.trace import Trace
+
+        return Trace(list(self._all().values()))
 
     def stats(self) -> dict[str, Any]:
         """Return each bucket's statistics by its name, the runs in all, and how many of them were padded or left to the fallback."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Request:
     model: str | None = None
     bucket: str | None = None
     seed: int = 0
+    trace: Path | None = None  # where a recording of the stages goes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,7 @@ def run_scenarios(plan: Path, request: Request, *, tell: Callable[[str], None]) 
             raise UsageError("the server scenario needs a bound, and the plan has none", advice="give one with --latency-bound 20ms")
         inputs = inputs_for(engine.inputs, request.inputs)
         results = []
-        with measuring():
+        with measuring(), nullcontext() if request.trace is None else engine.trace() as recording:
             single(engine, inputs, min(_WARM_UP_S, request.duration_s / 4))
             for name in request.scenarios:
                 tell(f"{name}: {request.duration_s:.3g} s")
@@ -75,6 +77,8 @@ def run_scenarios(plan: Path, request: Request, *, tell: Callable[[str], None]) 
                 else:
                     assert bound_s is not None
                     results.append(highest_rate(engine, inputs, request.duration_s, bound_s=bound_s, seed=request.seed, tell=tell))
+        if request.trace is not None and recording is not None:
+            recording.write(request.trace)
         facts = {
             "plan": str(plan),
             "model": engine.plan.model.name,

@@ -269,6 +269,9 @@ def run_plan(
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE.npz", help="Where to write the outputs.")] = None,
     repeat: Annotated[int, typer.Option(metavar="N", min=1, help="How many times to run.")] = 1,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="The model, where the bundle holds several.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Record which stage ran when, on which thread, for ui.perfetto.dev.")
+    ] = None,
     key: Annotated[
         list[Path] | None, typer.Option(metavar="FILE.pem", help="Require a signature by this public key. Repeatable: any of them.")
     ] = None,
@@ -276,11 +279,15 @@ def run_plan(
 ) -> None:
     """Run a plan once (or N times) and show its outputs.
 
-    Example: `aivmm run squeezenet.aivmm --inputs sample.npz -o result.npz`
+    Examples:
+
+    `aivmm run squeezenet.aivmm --inputs sample.npz -o result.npz`
+
+    `aivmm run squeezenet.aivmm --repeat 50 --trace stages.json`
     """
     from aivmm.tuner.running import run_bundle
 
-    result = run_bundle(plan, inputs, output, repeat, model=model, keys=key or ())
+    result = run_bundle(plan, inputs, output, repeat, model=model, keys=key or (), trace=trace)
     if as_json:
         _print_json(result)
         return
@@ -289,6 +296,9 @@ def run_plan(
     )
     for each in result["outputs"]:
         print(f"  {each['name']}: {each['dtype']}{each['shape']}  {each['preview']}")
+    for name in ("written", "trace"):
+        if name in result:
+            print(f"{name}  {result[name]}", file=sys.stderr)
     for event in result["events"]:
         print(f"note: {event}", file=sys.stderr)
 

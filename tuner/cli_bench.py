@@ -49,6 +49,10 @@ def bench(
         typer.Option(metavar="EXPR", help=f"Exit with {FAILED} if this holds: `p99>20ms`, `latency>5ms`, `throughput<100/s`. Repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the arrivals.")] = 0,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="Record which stage ran when, on which thread, for ui.perfetto.dev."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Make standard output exactly one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
 ) -> None:
@@ -62,6 +66,8 @@ def bench(
     `aivmm bench squeezenet.aivmm --fail-if "p99>20ms"`
 
     `aivmm bench squeezenet.aivmm --scenario server --latency-bound 20ms --duration 60s`
+
+    `aivmm bench squeezenet.aivmm --scenario offline --duration 1s --trace stages.json`
     """
     from aivmm.tuner.benching import Request, run_scenarios
 
@@ -76,6 +82,7 @@ def bench(
         model=model,
         bucket=bucket,
         seed=seed,
+        trace=trace,
     )
     found = run_scenarios(plan, request, tell=_silent if quiet else _tell)
     met = [each for result in found.results for each in _met(gates, result)]

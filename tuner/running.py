@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,9 +21,18 @@ _PREVIEW = 6
 
 
 def run_bundle(
-    plan: Path, inputs: Path | None, output: Path | None, repeat: int, *, model: str | None = None, keys: Sequence[Path] = ()
+    plan: Path,
+    inputs: Path | None,
+    output: Path | None,
+    repeat: int,
+    *,
+    model: str | None = None,
+    keys: Sequence[Path] = (),
+    trace: Path | None = None,
 ) -> dict[str, Any]:
     """Run the bundle at `plan` `repeat` times and return what came out, as `aivmm run --json` gives it.
+
+    `trace` is where a recording of the stages goes.
 
     Raises:
         AivmmError: the bundle does not load, the inputs do not fit, or the outputs cannot be written.
@@ -31,10 +41,11 @@ def run_bundle(
         arrays = inputs_for(engine.inputs, inputs)
         durations = []
         outputs: dict[str, Buffer] = {}
-        for _ in range(repeat):
-            started = time.perf_counter()
-            outputs = engine.run(arrays)
-            durations.append(time.perf_counter() - started)
+        with nullcontext() if trace is None else engine.trace() as recording:
+            for _ in range(repeat):
+                started = time.perf_counter()
+                outputs = engine.run(arrays)
+                durations.append(time.perf_counter() - started)
         one = engine if isinstance(engine, Engine) else _used(engine, arrays)
         stats = engine.stats()
         result = {
@@ -54,6 +65,8 @@ def run_bundle(
     if output:
         _write(output, outputs)
         result["written"] = str(output)
+    if trace is not None and recording is not None:
+        result["trace"] = str(recording.write(trace))
     return result
 
 
