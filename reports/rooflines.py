@@ -66,13 +66,14 @@ def account(data: ReportData, colours: Mapping[str, int]) -> tuple[Roof, ...]:
     for outcome in data.outcomes:
         if outcome.key.kind == "operator" and isinstance(outcome, Measured):
             groups.setdefault((outcome.key.target, outcome.key.config.precision or ""), []).append(outcome)
-    roofs = []
+    roofs: list[Roof] = []
     for target in data.targets:
         lanes = {precision: found for (name, precision), found in groups.items() if name == target}
         if lanes:
             precision = _precision(data, target, lanes)
             roof = _roof(data, target, precision, lanes[precision], colours.get(target, 0), len(roofs))
-            roofs.append(roof) if roof.top else None
+            if roof.top:
+                roofs.append(roof)
     return tuple(roofs)
 
 
