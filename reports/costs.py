@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from aivmm.reports.intervals import apart
 
 MOST_OPERATORS = 10
 MOST_BLOCKS = 10
+_FEW = 5  # a lane with less than a fifth of what the best known one has compares nothing
 
 
 @dataclass(frozen=True, order=True)
@@ -135,7 +137,8 @@ class _Table:
                 place = (outcome.key.subject.partition("@")[0], _lane(outcome))
                 if place not in self._found or self._rank(outcome) < self._rank(self._found[place]):
                     self._found[place] = outcome
-        measured = {lane for (_, lane), outcome in self._found.items() if isinstance(outcome, Measured)}
+        counts = Counter(lane for (_, lane), outcome in self._found.items() if isinstance(outcome, Measured))
+        measured = {lane for lane, count in counts.items() if count * _FEW >= max(counts.values())}
         order = {target: index for index, target in enumerate(data.targets)}
         self.lanes = tuple(sorted(measured, key=lambda lane: (order.get(lane.target, len(order)), lane)))
 

@@ -118,10 +118,12 @@ def compared(proof: ProofRecord) -> str:
     return f"plan {fmt.ratio(proof.ratio)} faster" if proof.verdict == "faster" else f"plan {fmt.ratio(1 / proof.ratio)} slower"
 
 
-def ratio_interval(proof: ProofRecord) -> str:
-    """Return `1.88 to 1.96`, or nothing."""
+def ratio_interval(proof: ProofRecord, *, turned: bool = False) -> str:
+    """Return `1.88× to 1.96×`, or nothing; `turned` is of how much slower the plan is."""
     if proof.ratio_low is None or proof.ratio_high is None:
         return ""
+    if turned and proof.ratio_low > 0:
+        return f"{fmt.ratio(1 / proof.ratio_high)} to {fmt.ratio(1 / proof.ratio_low)}"
     return f"{fmt.ratio(proof.ratio_low)} to {fmt.ratio(proof.ratio_high)}"
 
 

@@ -82,7 +82,7 @@ def key_figures(data: ReportData) -> tuple[Answer, ...]:
         ("Time on those and their copies", "stray_s", fmt.seconds),
     ):
         value = metrics.get(metric)
-        if value is not None or metric not in _ON_DEVICES_ONLY:
+        if (value if metric == "device_memory_bytes" else value is not None) or metric not in _ON_DEVICES_ONLY:  # a CPU has none
             figures.append(Answer(label=label, value=show(value), support=() if value is not None else ("not measured",)))
     return (*figures, _accuracy(data, plan), *_predicted(data, plan), *_left(data))
 
@@ -118,7 +118,7 @@ def _how_much(data: ReportData) -> Answer:
     worst = max((p for p in data.proofs if p.role == "baseline" and p.eligible and p.ratio is not None), key=lambda p: p.ratio or 0)
     lines = [f"than {rival.name}, the best you would have run otherwise"]
     if ratio_interval(rival):
-        lines.append(f"95 % interval {ratio_interval(rival)}")
+        lines.append(f"95 % interval {ratio_interval(rival, turned=rival.verdict == 'slower')}")
     if worst is not rival and worst.verdict == "faster":
         lines.append(f"{fmt.ratio(worst.ratio)} faster than {worst.name}")
     if rival.verdict == "faster":

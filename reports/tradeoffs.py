@@ -177,8 +177,9 @@ def _trials(data: ReportData, axis: Axis, colours: Mapping[str, int]) -> list[tu
 
 def _draw(axes: Axes, axis: Axis, points: Sequence[Point], trials: Sequence[tuple[float, float, int]]) -> None:
     known = [each for each in points if axis.name in each.values]
-    times = [each.latency_s for each in known] + [time for time, _, _ in trials]
-    values = [each.values[axis.name] for each in known] + [value for _, value, _ in trials]
+    times, values = [each.latency_s for each in known], [each.values[axis.name] for each in known]
+    trials = [each for each in trials if _near(each[0], times) and _near(each[1], values)]
+    times, values = times + [time for time, _, _ in trials], values + [value for _, value, _ in trials]
     axes.scatter(
         [x for x, _, _ in trials], [y for _, y, _ in trials], s=12, c=[target_colour(s) for _, _, s in trials], alpha=0.35, linewidth=0
     )
@@ -189,6 +190,11 @@ def _draw(axes: Axes, axis: Axis, points: Sequence[Point], trials: Sequence[tupl
     _limit(axes, "x", times, fmt.seconds, log=max(times) / min(times) > 5)
     _limit(axes, "y", values, axis.show, log=axis.log or max(values) / min(values) > 12)
     axes.set_xlabel("time of one call")
+
+
+def _near(value: float, proven: Sequence[float]) -> bool:
+    """Say whether a trial's value is among those proven, or not far beyond: what is proven sets the scale."""
+    return min(proven) / 2 <= value <= max(proven) * 2
 
 
 def _dot(axes: Axes, point: Point, axis: Axis) -> None:

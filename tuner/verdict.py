@@ -16,6 +16,7 @@ from aivmm.tuner.measure import Counts
 from aivmm.tuner.prove import Entrant, Proof, call_s, constraint_metrics, interval_s
 from aivmm.tuner.tradeoffs import alternatives_text, figure, nearest_json, tradeoffs_json
 
+_TELLS_NOTHING = 50.0  # per cent: an interval as wide as this is no comparison
 _THREADS = {"INFERENCE_NUM_THREADS": "thread", "intra_op_num_threads": "thread", "NUM_STREAMS": "stream"}
 
 
@@ -59,6 +60,8 @@ def factor_text(found: Comparison) -> str:
     if found.verdict == "slower":
         return f"{found.ratio:.1f}x slower than" if found.ratio >= 1.3 else f"{(found.ratio - 1) * 100:.0f} % slower than"
     width = max(found.high - 1, 1 - found.low) * 100
+    if width > _TELLS_NOTHING:
+        return "too unsteady here to be compared with"
     if found.low > 1 or found.high < 1:
         return f"within {max(1.0, width):.0f} % of"
     return f"the same within noise (±{max(1.0, width):.0f} %) as"
