@@ -218,7 +218,7 @@ class Lane:
         """Run each stage by what `wrapped` makes of its number and its run, for a trace; None runs the stages themselves again."""
         runs = [request.run if wrapped is None else wrapped(index, request.run) for index, request in enumerate(self._requests)]
         # A new list: who is on the way goes by the old one. Closed, it has none.
-        self._steps = [(run, clock, late) for run, clock, late in zip(runs, self.clocks, self._late, strict=False)]
+        self._steps = [(run, took, late) for run, (_, took, late) in zip(runs, self._steps, strict=True)]
 
     def step(self, index: int) -> None:
         """Run one stage, after those before it."""
