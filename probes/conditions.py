@@ -9,24 +9,39 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+import psutil
 
 from aivmm.errors import Unsupported
 from aivmm.probes.machine import on_battery
 from aivmm.probes.records import Caution
 from aivmm.probes.watch import control_groups
 from aivmm.runtime.cpu import cgroup_quota
-from aivmm.runtime.nvml import CardState, card_state
+from aivmm.runtime.nvml import CardState, card_state, card_users
 from aivmm.runtime.target import Target
 
+T = TypeVar("T")
 _FELL = 0.90  # slower than this against before is a clock that fell, not noise: repeated readings agree within 2 to 3 %
 _CAPPED = 0.90
 _BUSY = 0.15  # the share of all cores that others may keep busy
 _LOST = 0.02  # the share of a card's time for which its clocks may be held down
 _WORK = 5_000  # additions in one timed spin: a fraction of a millisecond, so that some spins of many are not interrupted
 _SPINS = 40
+_LOOK_EVERY_S = 0.1  # NVML refreshes its readings no oftener
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharing:
+    """Processes that are none of ours and compute on a card, and the bytes of its memory that they hold, as far as they are told."""
+
+    uid: str
+    processes: int
+    held_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +60,7 @@ class Conditions:
     periods: int | None = None  # of the quota, that had something to run; counts
     throttled: int | None = None  # those of them in which it ran out
     cards: tuple[CardState, ...] = ()
+    sharing: tuple[Sharing, ...] = ()  # others' processes on those cards
     absent: Mapping[str, str] = field(default_factory=dict)
 
     def metrics(self, when: str) -> dict[str, float]:
@@ -61,6 +77,7 @@ def read(targets: Iterable[Target] = (), *, root: Path = Path("/")) -> Condition
     `root` is where the system's own files lie.
     """
     absent: dict[str, str] = {}
+    targets = list(targets)
 
     def ask(name: str, reader: Callable[[], float | int]) -> float | int | None:
         try:
@@ -76,6 +93,7 @@ def read(targets: Iterable[Target] = (), *, root: Path = Path("/")) -> Condition
     most = ask("most_mhz", lambda: _most_khz(cpufreq, "cpuinfo_max_freq") / 1e3)
     events = ask("thermal_events", lambda: _thermal_events(root))
     periods, throttled = _quota_use(root, absent)
+    uids = nvidia_uids(targets)
     return Conditions(
         at_s=time.monotonic(),
         speed=speed,
@@ -88,7 +106,8 @@ def read(targets: Iterable[Target] = (), *, root: Path = Path("/")) -> Condition
         cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1),
         periods=periods,
         throttled=throttled,
-        cards=_cards(targets, absent),
+        cards=_cards(uids, absent),
+        sharing=tuple(each for uid in uids if (each := _sharing(uid, absent)) is not None),
         absent=absent,
     )
 
@@ -99,6 +118,8 @@ def cautions(before: Conditions, after: Conditions, *, load_cores: float = 0.0) 
     for card in after.cards:
         earlier = next((each for each in before.cards if each.uid == card.uid), None)
         found += _card_cautions(earlier, card, after.at_s - before.at_s)
+    shared = {each.uid: each for each in (*before.sharing, *after.sharing)}
+    found += map(_shared, shared.values())
     by_code: dict[tuple[str, str], Caution] = {(each.code, each.message): each for each in found}
     return tuple(by_code.values())
 
@@ -203,6 +224,91 @@ def _card_cautions(before: CardState | None, after: CardState, seconds: float) -
         )
 
 
+def _shared(sharing: Sharing) -> Caution:
+    count = sharing.processes
+    others = f"{count} other process{'es' if count > 1 else ''}"
+    return Caution(
+        code="card-shared",
+        message=f"{others} used the GPU too, and held {sharing.held_bytes / 1e9:.1f} GB of its memory",
+        advice="stop what else runs on the card (nvidia-smi lists it), and tune again with --fresh",
+    )
+
+
+class CardWatch:
+    """The cards while they are measured: `look` between two rounds of a race, when looking disturbs nobody."""
+
+    def __init__(self, targets: Iterable[Target]) -> None:
+        self._uids = nvidia_uids(targets)
+        self._seen: dict[str, list[CardState]] = {}
+        self._next_s = 0.0
+
+    def look(self) -> None:
+        """Look at each card, unless it was looked at a moment ago."""
+        now = time.monotonic()
+        if now < self._next_s:
+            return
+        self._next_s = now + _LOOK_EVERY_S
+        for uid in self._uids:
+            with suppress(Unsupported):  # `read` says why, once
+                self.take(card_state(uid))
+
+    def take(self, state: CardState) -> None:
+        """Take in how a card was at one moment. One at rest, while others had their turn, says nothing of the clock that it works at."""
+        if not state.idle:
+            self._seen.setdefault(state.uid, []).append(state)
+
+    def beside(self, tell: Callable[[T], None] | None) -> Callable[[T], None]:
+        """Return what looks at the cards, and then tells what it is told."""
+
+        def both(told: T) -> None:
+            self.look()
+            if tell is not None:
+                tell(told)
+
+        return both
+
+    def metrics(self) -> dict[str, float]:
+        """Return the median clock, the highest temperature and the median power of each card, by name as `Conditions.metrics` does."""
+        found: dict[str, float] = {}
+        for uid, states in self._seen.items():
+            for name, values, of in (
+                ("sm_mhz", [each.sm_mhz for each in states], median),
+                ("temperature_c", [each.temperature_c for each in states], max),
+                ("power_w", [each.power_w for each in states], median),
+            ):
+                known = [float(each) for each in values if each is not None]
+                if known:
+                    found[f"{name}[{uid}]_during"] = of(known)
+        return found
+
+    def cautions(self) -> tuple[Caution, ...]:
+        """Return the reasons to doubt what was measured meanwhile: a clock that moved, and what a card was slowed down by."""
+        found: dict[tuple[str, str], Caution] = {}
+        for states in self._seen.values():
+            clocks = [each.sm_mhz for each in states if each.sm_mhz]
+            for caution in (*_moved(clocks), *_slowed(sorted({reason for each in states for reason in each.slowed_by}))):
+                found[caution.code, caution.message] = caution
+        return tuple(found.values())
+
+
+def _moved(clocks: Sequence[int]) -> Iterable[Caution]:
+    if len(clocks) > 1 and min(clocks) < _FELL * max(clocks):
+        yield Caution(
+            code="gpu-clock-moved",
+            message=f"the GPU's clock was between {min(clocks)} and {max(clocks)} MHz while it was measured",
+            advice="lock it (nvidia-smi --lock-gpu-clocks), or let the card cool down, and tune again with --fresh",
+        )
+
+
+def _slowed(reasons: Sequence[str]) -> Iterable[Caution]:
+    if reasons:
+        yield Caution(
+            code="thermal" if any("thermal" in each for each in reasons) else "throttled",
+            message=f"the GPU was slowed down while it was measured ({', '.join(reasons)})",
+            advice="let it cool down and check its power supply, and tune again with --fresh",
+        )
+
+
 def _growth(before: int | None, after: int | None) -> int:
     """Return how much a counter grew; 0 when it is absent or was set back."""
     return 0 if before is None or after is None else max(0, after - before)
@@ -253,10 +359,26 @@ def _quota_use(root: Path, absent: dict[str, str]) -> tuple[int | None, int | No
     return periods, throttled
 
 
-def _cards(targets: Iterable[Target], absent: dict[str, str]) -> tuple[CardState, ...]:
-    """Return the state of each NVIDIA card among the targets, once."""
+def _sharing(uid: str, absent: dict[str, str]) -> Sharing | None:
+    """Return who else is on a card: all but this process, those that it started, and those that started it."""
+    try:
+        users = card_users(uid)
+    except Unsupported as error:
+        absent[f"sharing[{uid}]"] = error.message
+        return None
+    here = psutil.Process()
+    ours = {here.pid, *(each.pid for each in here.children(recursive=True)), *(each.pid for each in here.parents())}
+    others = {pid: held for pid, held in users.items() if pid not in ours}
+    if others and not any(map(psutil.pid_exists, others)):
+        absent[f"sharing[{uid}]"] = "NVML names processes by ids of a container's host, which mean nothing here"
+        return None
+    return Sharing(uid=uid, processes=len(others), held_bytes=sum(held or 0 for held in others.values())) if others else None
+
+
+def _cards(uids: Iterable[str], absent: dict[str, str]) -> tuple[CardState, ...]:
+    """Return the state of each card, once."""
     found: dict[str, CardState] = {}
-    for uid in nvidia_uids(targets):
+    for uid in uids:
         try:
             found[uid] = card_state(uid)
         except Unsupported as error:

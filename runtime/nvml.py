@@ -11,6 +11,7 @@ from typing import Any
 from aivmm.errors import Unsupported
 from aivmm.runtime.target import Device
 
+_IDLE = 0x01
 # NVML's bits (nvml.h, nvmlClocksEventReasons): only those that mean that the card was slowed down, and by what.
 _SLOWED_BY = {0x08: "hardware slowdown", 0x20: "software thermal limit", 0x40: "hardware thermal limit", 0x80: "power brake"}
 # NVML's counters of time lost (nvmlPerfPolicyType_t). That of the board's own limit grows on an idle card as well, so it says nothing.
@@ -26,6 +27,7 @@ class CardState:
     most_sm_mhz: int | None
     temperature_c: int | None
     power_w: float | None
+    idle: bool = False  # it has nothing to do, and its clocks may rest
     slowed_by: tuple[str, ...] = ()  # reasons that hold just now
     lost_s: tuple[tuple[str, float], ...] = ()  # seconds for which clocks were held down since the driver was loaded, by cause
 
@@ -61,6 +63,7 @@ def card_state(uid: str) -> CardState:
             most_sm_mhz=_asked(nvml, nvml.nvmlDeviceGetMaxClockInfo, card, nvml.NVML_CLOCK_SM),
             temperature_c=_asked(nvml, nvml.nvmlDeviceGetTemperature, card, nvml.NVML_TEMPERATURE_GPU),
             power_w=None if power is None else power / 1000,
+            idle=bool(reasons & _IDLE),
             slowed_by=tuple(text for bit, text in _SLOWED_BY.items() if reasons & bit),
             lost_s=tuple((name, each.violationTime / 1e9) for name, each in lost.items() if each is not None),
         )

@@ -69,7 +69,7 @@ class Measurer:
     _races: dict[str, dict[str, Measured]] = field(default_factory=dict)  # race -> key digest -> outcome
     _old: dict[str, Outcome] = field(default_factory=dict)  # candidate key -> newest outcome
     _rejected: dict[str, Rejection] = field(default_factory=dict)  # refused or failed, in this run or as the database remembers
-    _around: dict[str, float] = field(default_factory=dict)  # clocks before and after the last race
+    _around: dict[str, float] = field(default_factory=dict)  # clocks before, during and after the last race
     _number: int = 0
 
     def key(self, candidate: Candidate) -> ProbeKey:
@@ -153,7 +153,8 @@ class Measurer:
     ) -> dict[str, Score | Rejection]:
         """Load and race `candidates` (with the reference and those in `beside`); store what came out; return scores by candidate key."""
         started = time.perf_counter()
-        load, before = BackgroundLoad(self.lab.pids()), conditions.read({each.target for each in candidates})
+        on = {each.target for each in (*candidates, *beside)}
+        load, before, cards = BackgroundLoad(self.lab.pids()), conditions.read(on), conditions.CardWatch(on)
         results: dict[str, Score | Rejection] = {}
         everyone = tuple(dict.fromkeys((self.reference, *beside, *candidates)))
         stay = {self.reference, *keep, *beside}
@@ -166,15 +167,15 @@ class Measurer:
             by_name = {each.name: each for each in contestants}
             self._number += 1
             left = max(1.0, budget_s - (time.perf_counter() - started))
-            race(contestants, budget_s=left, seed=self.seed + self._number, tell=tell, stop=self.stop)
+            race(contestants, budget_s=left, seed=self.seed + self._number, tell=cards.beside(tell), stop=self.stop)
             guilty = {key: each for key, each in field_.items() if (by := by_name[each[1].contestant.name]).failed and not by.lost}
             if not guilty or not any(each.lost for each in contestants):
                 break
             self._store(guilty, by_name, (), results, 0.0)
         spent = (time.perf_counter() - started) / max(1, len(candidates))
-        load_cores, after = load.read(self.lab.pids()), conditions.read({each.target for each in candidates})
-        self._around = {**before.metrics("before"), **after.metrics("after")}
-        extra = conditions.cautions(before, after, load_cores=load_cores)
+        load_cores, after = load.read(self.lab.pids()), conditions.read(on)
+        self._around = {**before.metrics("before"), **cards.metrics(), **after.metrics("after")}
+        extra = (*conditions.cautions(before, after, load_cores=load_cores), *cards.cautions())
         self._store(field_, by_name, extra, results, spent)
         self._unload_except({self.reference.key, *(each.key for each in keep), *(each.key for each in beside)})
         return _complete(results, candidates)

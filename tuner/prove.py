@@ -222,7 +222,7 @@ class Prover:
 
     def _race(self, contestants: list[Contestant]) -> None:
         pids = [each.worker.pid for each in contestants]
-        load, before = BackgroundLoad(pids), conditions.read(self._targets())
+        load, before, cards = BackgroundLoad(pids), conditions.read(self._targets()), conditions.CardWatch(self._targets())
         finalists = [each for each in self._proof.entrants if each.role == "candidate" and each.eligible]
         next_round = self._choose(finalists) if len(finalists) > 1 else 0
         # ... then, on samples that chose nothing, to confirm.
@@ -238,10 +238,11 @@ class Prover:
             most_rounds=60,
             seed=self._seed + 1,
             first_round=next_round,
-            tell=lambda state: self._tell("proving the plan against the baselines", state),
+            tell=cards.beside(lambda state: self._tell("proving the plan against the baselines", state)),
         )
-        load_cores = load.read(pids)
-        self._proof.cautions = conditions.cautions(before, conditions.read(self._targets()), load_cores=load_cores)
+        load_cores, after = load.read(pids), conditions.read(self._targets())
+        self._proof.cautions = (*conditions.cautions(before, after, load_cores=load_cores), *cards.cautions())
+        around = {**before.metrics("before"), **cards.metrics(), **after.metrics("after")}
         for entrant in self._proof.entrants:
             if entrant.contestant is None:
                 continue
@@ -249,6 +250,7 @@ class Prover:
                 entrant.problem, entrant.fatal = entrant.contestant.failed.reason, True
                 continue
             entrant.confirmed = entrant.contestant.samples()
+            entrant.metrics |= around
             self._measure(entrant, entrant.confirmed)
 
     def _targets(self) -> set[Target]:

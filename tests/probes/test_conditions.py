@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
-from aivmm.probes.conditions import Conditions, cautions, core_speed, read
+from aivmm.probes.conditions import CardWatch, Conditions, Sharing, cautions, core_speed, read
+from aivmm.runtime.config import Config
 from aivmm.runtime.nvml import CardState, card_state, nvidia_devices
+from aivmm.runtime.onnxruntime import OnnxRuntime
 from aivmm.runtime.target import Device, Target
+from tests.contracts import onnx_model
 
 CALM = Conditions(
     at_s=0.0, speed=1000.0, cpu_mhz=3000.0, capped_mhz=4000.0, most_mhz=4000.0, thermal_events=5, cores=8, periods=100, throttled=7
@@ -171,6 +180,77 @@ def test_a_card_without_a_driver_is_a_reason() -> None:
     card = Device(kind="gpu", model="NVIDIA H200", uid="GPU-1")
     found = read([Target(runtime="onnxruntime", name="CUDA:0", device=card, runtime_version="1")])
     assert found.cards == () and "driver" in found.absent["cards[GPU-1]"]
+
+
+def card(sm_mhz: int, *, celsius: int = 50, idle: bool = False, slowed_by: tuple[str, ...] = ()) -> CardState:
+    return CardState(uid="GPU-1", sm_mhz=sm_mhz, most_sm_mhz=1980, temperature_c=celsius, power_w=300.0, idle=idle, slowed_by=slowed_by)
+
+
+def test_a_card_is_looked_at_while_it_is_measured() -> None:
+    watch = CardWatch([])
+    for state in (card(1980), card(1965, celsius=61), card(345, idle=True), card(1950)):
+        watch.take(state)
+    assert watch.metrics() == {"sm_mhz[GPU-1]_during": 1965.0, "temperature_c[GPU-1]_during": 61.0, "power_w[GPU-1]_during": 300.0}
+    assert watch.cautions() == ()
+
+
+def test_a_clock_that_moves_and_a_card_that_is_slowed_down_are_cautions() -> None:
+    watch = CardWatch([])
+    for state in (card(1980), card(1200, slowed_by=("software thermal limit",))):
+        watch.take(state)
+    assert [each.code for each in watch.cautions()] == ["gpu-clock-moved", "thermal"]
+    assert "between 1200 and 1980 MHz" in watch.cautions()[0].message
+
+
+def test_others_on_the_card_are_a_caution() -> None:
+    shared = replace(LATER, sharing=(Sharing(uid="GPU-1", processes=2, held_bytes=3_200_000_000),))
+    (caution,) = cautions(CALM, shared)
+    assert caution.code == "card-shared" and "2 other processes" in caution.message and "3.2 GB" in caution.message
+    assert codes(shared, LATER) == ["card-shared"], "they may have left meanwhile"
+
+
+@pytest.mark.gpu
+def test_a_process_that_is_not_ours_is_seen_on_a_real_card(tmp_path: Path) -> None:
+    target = OnnxRuntime().find("CUDA:0")
+    assert isinstance(target, Target)
+    assert read([target]).sharing == ()
+    code = "import time; from aivmm.runtime.onnxruntime import OnnxRuntime as O; O().targets(); print(1, flush=True); time.sleep(60)"
+    # Started by a shell that ends at once, so that it is nobody's child here.
+    script = tmp_path / "stranger.sh"
+    script.write_text(f"{sys.executable} -c '{code}' > {tmp_path}/out & echo $!")
+    pid = int(subprocess.run(["sh", str(script)], capture_output=True, text=True, check=True).stdout)
+    try:
+        end = time.monotonic() + 60
+        while not (tmp_path / "out").read_text() and time.monotonic() < end:
+            time.sleep(0.1)
+        (sharing,) = read([target]).sharing
+        assert sharing.processes == 1 and sharing.held_bytes > 0
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.gpu
+def test_a_run_returns_when_the_card_is_done() -> None:
+    """What is left to wait for after a run is next to nothing of what the run took; 200 products of matrices take milliseconds."""
+    extent, nodes = 2048, [helper.make_node("MatMul", ["x", "x"], ["t0"])]
+    nodes += [helper.make_node("MatMul", [f"t{number}", "x"], [f"t{number + 1}"]) for number in range(200)]
+    nodes.append(helper.make_node("ReduceMax", ["t200"], ["y"], keepdims=0))
+    model = onnx_model(nodes, [("x", TensorProto.FLOAT, (extent, extent))], [("y", TensorProto.FLOAT, ())])
+    backend = OnnxRuntime()
+    target = backend.find("CUDA:0")
+    assert isinstance(target, Target)
+    request = backend.compile(model.SerializeToString(), target, Config()).new_request()
+    request.bind("x", np.zeros((extent, extent), dtype=np.float32))
+    driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    ran, waited = [], []
+    for _ in range(10):
+        started = time.perf_counter()
+        request.run()
+        done = time.perf_counter()
+        assert driver.cuCtxSynchronize() == 0
+        ran.append(done - started)
+        waited.append(time.perf_counter() - done)
+    assert min(waited) < 0.05 * min(ran)
 
 
 @pytest.mark.gpu
