@@ -21,18 +21,16 @@ from optuna.trial import TrialState
 
 from aivmm.planner.candidates import Candidate, Rejection, Score
 from aivmm.planner.constraints import Constraint, beyond
+from aivmm.planner.drawing import Drawing
 from aivmm.planner.objectives import OBJECTIVES, Objective
 from aivmm.planner.pareto import front
+from aivmm.planner.proposing import Proposer
 from aivmm.planner.records import TrialRecord
 from aivmm.planner.space import Params, Space
-from aivmm.runtime.target import Target
 
 _STARTUP_TRIALS = 6
-_BESIDE_EVERY = 2  # asks: the others are the sampler's
-_LEADER = 0.5  # the share of those that the leading set of targets gets; the next one has half of the rest, and so on
-_NEIGHBOUR = 0.7
-_TWO_AT_ONCE = 0.35  # of them: what only pays together is never found one at a time
-_CHANGES = 8  # tries to find one that is new
+_SAMPLER_EVERY = 6  # asks: the others go to what is believed of points
+_AT_ONCE = 3  # points proposed before anything is told: they share a race
 _DRAWS = 200  # without a new point: there is hardly one left
 _RANDOM_FROM = 4  # repeats of known points in a row: the sampler is sure of itself, so chance looks where it would not
 _DUPLICATES_IN_A_ROW = 25  # so many mean that the space is as good as exhausted
@@ -54,11 +52,14 @@ class Search:
     _open: dict[str, list[optuna.trial.Trial]] = field(default_factory=dict)
     _inside: set[str] = field(default_factory=set)  # keys of the points of the space that were asked for or told
     _asks: int = 0
+    _proposer: Proposer = field(init=False)
+    _proposed: list[Params] = field(default_factory=list)
     _every: dict[str, BaseDistribution] = field(init=False)
 
     def __post_init__(self) -> None:
         self.objectives = tuple(self.objectives) or (OBJECTIVES[self.space.objective],)
         self._every = self.space.every()
+        self._proposer = Proposer(self.space, self.objectives, self.limits)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         # In memory: a trial costs 0.3 ms there and 59 ms in SQLite; the database keeps our own record of each.
         self._study = optuna.create_study(directions=["minimize"] * len(self.objectives), sampler=self._sampler())
@@ -98,7 +99,7 @@ class Search:
 
     def _next(self, *, by_chance: bool) -> optuna.trial.Trial:
         self._asks += 1
-        params = self._by_chance() if by_chance else self._beside_the_best() if self._asks % _BESIDE_EVERY == 0 else None
+        params = self._by_chance() if by_chance else self._most_promising() if self._asks % _SAMPLER_EVERY else None
         if params is not None:
             self._study.enqueue_trial(params)
         # What stands in line is asked for as it is: the sampler has nothing to think about.
@@ -113,34 +114,21 @@ class Search:
         """Return the parameters of a point that nobody knows yet, drawn by chance; None when many draws gave none."""
         chance = np.random.default_rng((self.seed, self._asks, 2))
         for _ in range(_DRAWS):
-            drawn = _Drawing(chance)
+            drawn = Drawing(chance)
             if self._is_new(self.space.point(drawn)):
                 return drawn.params
         return None
 
-    def _beside_the_best(self) -> Params | None:
-        """Return the parameters of one of the best points with one or two changed: what the sampler leaves unseen near them."""
-        known = [each for each in self.keeping() if self.space.params(each[0]) is not None]
-        if len(known) < _STARTUP_TRIALS:
-            return None
-        chance = np.random.default_rng((self.seed, self._asks, 1))
-        objective = self.objectives[int(chance.integers(len(self.objectives)))]
-        # The best of each set of targets: the one that leads now may have the least left to gain.
-        arms: dict[frozenset[Target], Candidate] = {}
-        for candidate, _ in sorted(known, key=lambda each: objective.loss(*each)):
-            taking = candidate.policy.targets if candidate.policy else ((candidate.target, candidate.config),)
-            arms.setdefault(frozenset(target for target, _ in taking), candidate)
-        best = list(arms.values())
-        for _ in range(_CHANGES):
-            params = self.space.params(best[min(int(chance.geometric(_LEADER)) - 1, len(best) - 1)])
-            distributions = self.space.distributions(params) if params else None
-            if not params or not distributions:
-                continue
-            count = min(len(params), 1 + int(chance.random() < _TWO_AT_ONCE))
-            names = [sorted(params)[at] for at in chance.choice(len(params), size=count, replace=False)]
-            drawn = _Drawing(chance, params | {name: another(distributions[name], params[name], chance) for name in names})
-            if self._is_new(self.space.point(drawn)):
-                return drawn.params
+    def _most_promising(self) -> Params | None:
+        """Return the parameters of a new point from which most is expected; None where too little is known."""
+        if not self._proposed:
+            chance = np.random.default_rng((self.seed, self._asks, 1))
+            known = [each for each in self._known.values() if self.space.params(each[0]) is not None]
+            self._proposed = self._proposer.propose(known, self._is_new, chance, count=_AT_ONCE)
+        while self._proposed:
+            params = self._proposed.pop(0)
+            if self._is_new(self.space.canonical(params)):
+                return params
         return None
 
     def _sampler(self, *, by_chance: bool = False) -> optuna.samplers.BaseSampler:
@@ -156,6 +144,7 @@ class Search:
         """Report how a candidate came out. One that was never asked for is added as known (a baseline, a row of the database)."""
         params = self.space.params(candidate)
         mine = self.runs_as(candidate)
+        self._proposed.clear()  # they were chosen before this was known
         for key in {mine, *([self.runs_as(self.space.canonical(params))] if params is not None else [])}:
             # A default and the same thing spelled out are one point: neither is measured again.
             self._known.setdefault(key, (candidate, outcome))
@@ -174,7 +163,7 @@ class Search:
         """Add a point that was never asked for to the study."""
         if self.space.distributions(params) is None:
             return  # a knob whose default is the library's secret: worth a record, but there is no point to learn from
-        filling = _Drawing(np.random.default_rng((self.seed, len(self.records), 3)), params)
+        filling = Drawing(np.random.default_rng((self.seed, len(self.records), 3)), params)
         for name, known in self._every.items():
             filling.suggest(name, known)
         losses = self._losses(candidate, outcome)
@@ -249,42 +238,6 @@ class Search:
         else:
             state = outcome.state if outcome.state in ("refused", "failed") else "pruned"
             self.records.append(TrialRecord(**known, state=state, value=outcome.ratio, reason=outcome.reason))  # type: ignore[arg-type]
-
-
-def another(known: BaseDistribution, value: Any, chance: np.random.Generator) -> Any:
-    """Return another value of a distribution (the same where there is one only): of ordered ones more often a neighbour than not."""
-    if isinstance(known, IntDistribution):
-        near = [each for each in (value - 1, value + 1) if known.low <= each <= known.high]
-        if near and chance.random() < _NEIGHBOUR:
-            return near[int(chance.integers(len(near)))]
-    for _ in range(_DRAWS):
-        found = any_of(known, chance)
-        if found != value:
-            return found
-    return value
-
-
-def any_of(known: BaseDistribution, chance: np.random.Generator) -> Any:
-    """Return a value of a distribution by chance."""
-    if isinstance(known, CategoricalDistribution):
-        return known.choices[int(chance.integers(len(known.choices)))]
-    assert isinstance(known, IntDistribution | FloatDistribution)
-    if known.log:
-        found = math.exp(chance.uniform(math.log(known.low), math.log(known.high + isinstance(known, IntDistribution))))
-        return min(int(found), known.high) if isinstance(known, IntDistribution) else found
-    return int(chance.integers(known.low, known.high + 1)) if isinstance(known, IntDistribution) else chance.uniform(known.low, known.high)
-
-
-class _Drawing:
-    """Answers from parameters, and by chance for what they lack; keeps what was asked for."""
-
-    def __init__(self, chance: np.random.Generator, params: Params | None = None) -> None:
-        self._chance, self._given = chance, params or {}
-        self.params: Params = {}
-
-    def suggest(self, name: str, known: BaseDistribution) -> Any:
-        self.params[name] = self._given[name] if name in self._given else any_of(known, self._chance)
-        return self.params[name]
 
 
 class _Asking:

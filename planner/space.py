@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -239,6 +240,7 @@ def _fits(knob: Knob, value: Setting) -> bool:
     return isinstance(value, int | float) and knob.low <= value <= knob.high
 
 
+@cache
 def distribution(knob: Knob) -> BaseDistribution:
     """Return the Optuna distribution of a knob."""
     if knob.kind == "int":

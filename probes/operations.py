@@ -25,6 +25,7 @@ from aivmm.probes.user_code import check_metric, dataset, metric
 from aivmm.runtime.backend import Buffer, Executable, ExplainsStrays, Request, aligned_empty
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.lane import new_buffer
+from aivmm.runtime.null import METER, NullBackend, SimulatedTime
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
 from aivmm.tensors import TensorSpec
@@ -34,6 +35,7 @@ class Runner(Protocol):
     """Something loaded that can be run again and again, by as many threads as it has steps."""
 
     steps: Sequence[Callable[[], object]]
+    simulated: bool  # its time is made of arithmetic
 
     def outputs(self, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
         """Run once on `inputs` and return copies of the outputs."""
@@ -58,6 +60,7 @@ class ExecutableRunner:
         self.executable = executable
         self._requests = [self._bound(inputs) for _ in range(callers)]
         self.steps: Sequence[Callable[[], object]] = [request.run for request in self._requests]
+        self.simulated = isinstance(self._requests[0], SimulatedTime)
 
     def _bound(self, inputs: Mapping[str, Buffer]) -> Request:
         request = self.executable.new_request()
@@ -91,6 +94,10 @@ class EngineRunner:
         self.engine = engine
         arrays = dict(inputs)
         self.steps: Sequence[Callable[[], object]] = [lambda: engine.run(arrays) for _ in range(engine.plan.callers)]
+        stages, mode = engine.plan.stages, engine.plan.execution.mode
+        # What runs at once overlaps, and a sum of times says nothing of that.
+        one_by_one = mode == "sequential" and all(each.replicas == 1 for each in stages)
+        self.simulated = one_by_one and all(each.target.startswith(f"{NullBackend.name}:") for each in stages)
 
     def outputs(self, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
         """Run once on `inputs`."""
@@ -356,6 +363,14 @@ def _judged(outputs: Mapping[str, Buffer], reference: str) -> dict[str, Any]:
     return {"accuracy": accuracy.metrics(), "problem": accuracy.problem or narrowed(outputs, expected)}
 
 
+def arithmetic_energy(state: State, *, name: str) -> dict[str, Any]:
+    """Call once what is loaded under `name` on null devices; return the `joules` and simulated `seconds` of the call."""
+    before = METER.read()
+    state.runners[name].steps[0]()
+    joules, seconds = (after - earlier for after, earlier in zip(METER.read(), before, strict=True))
+    return {"joules": joules, "seconds": seconds}
+
+
 def timed(
     state: State,
     *,
@@ -377,6 +392,14 @@ def timed(
     answer says on which.
     """
     steps = state.runners[name].steps
+    if state.runners[name].simulated:
+        return {
+            "durations": _simulated(steps[0], max(least, 3), repeat),
+            "warmup": [],
+            "inner": 1,
+            "memory_bytes": peak_memory_bytes(),
+            "core": -1,
+        }
     settle_s = outspin_s if outspin_s and spinning() else SETTLE_S
     with held(steps[0], core) if core is not None else nullcontext(-1) as kept_on:
         timing = time_steps(
@@ -398,6 +421,17 @@ def timed(
         "device_memory_bytes": state.memories[name].look() if name in state.memories else None,
         "core": kept_on,
     }
+
+
+def _simulated(step: Callable[[], object], count: int, repeat: int) -> list[float]:
+    """Return the simulated seconds of so many calls, in each of which null devices ran; the machine's own speed is not in them."""
+    durations = []
+    for _ in range(count):
+        _, before = METER.read()
+        for _ in range(repeat):
+            step()
+        durations.append(METER.read()[1] - before)
+    return durations
 
 
 def probe(
@@ -451,6 +485,7 @@ def memory(state: State) -> dict[str, Any]:
 
 
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "arithmetic_energy": arithmetic_energy,
     "accepts": accepts,
     "baselines": baselines,
     "check_metric": check_metric,

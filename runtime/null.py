@@ -11,6 +11,7 @@ The time of one run with `callers` requests in flight (asymptotic bounds of clos
     interval = max((compute + copies) / min(callers, streams), compute * threads / cores)
     last_s   = interval * callers
     amdahl(t) = serial + (1 - serial) / t + thread_overhead * (t - 1)
+    joules   = interval * idle_w + compute * threads * busy_w
 
 onnx is imported only when a model is compiled: listing devices costs nothing, and production never does either.
 """
@@ -90,11 +91,13 @@ class NullDevice:
         default_factory=dict
     )  # further knobs: setting -> factor on time, the default first
     noise: float = 0.0  # sigma of the log-normal factor on each run's time
+    idle_w: float = 5.0  # drawn whatever it does
+    busy_w: float = 5.0  # drawn beside that by each thread that computes
 
     def __post_init__(self) -> None:
         positive = (self.flops_per_s, self.bytes_per_s, self.copy_bytes_per_s, self.memory_bytes, self.cores, self.max_streams)
         factors = (*self.efficiency.values(), *self.speed.values(), *(each for knob in self.choices.values() for each in knob.values()))
-        rest = (self.launch_s, self.copy_s, self.serial, self.thread_overhead, self.stream_overhead, self.noise)
+        rest = (self.launch_s, self.copy_s, self.serial, self.thread_overhead, self.stream_overhead, self.noise, self.idle_w, self.busy_w)
         if not all(each > 0 for each in (*positive, *factors)) or not all(0 <= each < math.inf for each in rest) or self.serial > 1:
             raise UsageError(f"no device can be made of {self}", advice="rates and factors are positive, costs are not negative")
         if next(iter(self.speed), "") != "fp32" or {"threads", "streams"} & set(self.choices):
@@ -117,6 +120,8 @@ DEFAULT_DEVICES = (
         speed={"fp32": 1.0, "f16": 2.0},
         cores=1,
         choices={"layout": {"nchw": 1.0, "nhwc": 0.9}},
+        idle_w=10.0,
+        busy_w=60.0,
     ),
 )
 
@@ -134,18 +139,50 @@ class _Setup:
         return {"threads": self.threads, "streams": self.streams, "precision": self.precision, **self.chosen}
 
 
-def interval_s(work: Work, device: NullDevice, setup: _Setup, callers: int) -> float:
-    """Return the seconds between two completed runs when `callers` requests are kept in flight; for one caller that is the latency."""
+def compute_s(work: Work, device: NullDevice, setup: _Setup) -> float:
+    """Return the seconds that the nodes take, without copies and without neighbours."""
     rate = device.flops_per_s * device.speed[setup.precision]
     nodes_s: float = sum(
         max(flops / (rate * device.efficiency.get(op, 1.0)), moved / device.bytes_per_s) for op, flops, moved in work.nodes
     )
     nodes_s *= math.prod([device.choices[name][value] for name, value in setup.chosen.items()], start=1.0)
     amdahl = device.serial + (1 - device.serial) / setup.threads + device.thread_overhead * (setup.threads - 1)
-    compute_s = nodes_s * amdahl * (1 + device.stream_overhead * (setup.streams - 1)) + len(work.nodes) * device.launch_s
+    return nodes_s * amdahl * (1 + device.stream_overhead * (setup.streams - 1)) + len(work.nodes) * device.launch_s
+
+
+def interval_s(work: Work, device: NullDevice, setup: _Setup, callers: int) -> float:
+    """Return the seconds between two completed runs when `callers` requests are kept in flight; for one caller that is the latency."""
+    computes_s = compute_s(work, device, setup)
     copies_s = work.copied_bytes / device.copy_bytes_per_s + work.copied_tensors * device.copy_s
     copies_s += sum(_stray_s(moved, device) for op, _, moved in work.nodes if op in device.left)
-    return max((compute_s + copies_s) / min(callers, setup.streams), compute_s * setup.threads / device.cores)
+    return max((computes_s + copies_s) / min(callers, setup.streams), computes_s * setup.threads / device.cores)
+
+
+class Meter:
+    """Joules and simulated seconds of everything that ran on null devices in this process: what a counter in hardware is to the others."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._joules = self._seconds = 0.0
+
+    def add(self, joules: float, seconds: float) -> None:
+        """Count one run."""
+        with self._lock:
+            self._joules += joules
+            self._seconds += seconds
+
+    def read(self) -> tuple[float, float]:
+        """Return joules and simulated seconds so far."""
+        with self._lock:
+            return self._joules, self._seconds
+
+
+METER = Meter()
+
+
+def counts_itself(targets: Iterable[Target]) -> bool:
+    """True where all targets are made of arithmetic, which tells what they use where others need a counter."""
+    return all(target.runtime == NullBackend.name for target in targets)
 
 
 def _stray_s(moved: float, device: NullDevice) -> float:
@@ -317,6 +354,8 @@ class NullExecutable:
             callers = len(self._requests)
             work = work_of(self._proto, {name: array.shape for name, array in feeds.items()}) if self._proto is not None else self.work
             seconds = interval_s(work, self._device, self._setup, callers)
+            busy_s = compute_s(work, self._device, self._setup) * self._setup.threads
+            METER.add(seconds * self._device.idle_w + busy_s * self._device.busy_w, seconds)
             if self._device.noise:
                 seconds *= math.exp(self._random.gauss(0.0, self._device.noise))
             self._clock.advance(seconds)

@@ -10,6 +10,7 @@ from aivmm.errors import Unsupported
 from aivmm.probes.client import Worker, run_limit_s
 from aivmm.probes.energy import POWERCAP, SHORTEST_S, EnergyMeter, counters
 from aivmm.probes.machine import measuring
+from aivmm.runtime.null import counts_itself
 from aivmm.runtime.nvml import process_memory_bytes
 from aivmm.runtime.target import Target
 
@@ -32,6 +33,8 @@ class _Racer(Protocol):
 
 def why_no_energy(targets: set[Target], *, root: Path = POWERCAP) -> str:
     """Return why the energy of these targets cannot be counted; "" when it can."""
+    if targets and counts_itself(targets):
+        return ""
     found, missing = counters(targets, root=root)
     return "; ".join(f"{name}: {reason}" for name, reason in missing.items()) or ("" if found else "this machine has no counter of energy")
 
@@ -45,6 +48,9 @@ def energy_metrics(racer: _Racer, targets: set[Target], *, seconds: float = SHOR
     Raises:
         WorkerDied: it died meanwhile.
     """
+    if targets and counts_itself(targets):
+        answer = racer.worker.call("arithmetic_energy", limit_s=run_limit_s(), name=racer.name)
+        return {"power_w": answer["joules"] / answer["seconds"], "energy_j": answer["joules"] / racer.batch}
     if not counters(targets, root=root)[0]:
         return {}
     with measuring(), EnergyMeter(targets, root=root) as meter:

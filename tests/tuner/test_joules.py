@@ -77,3 +77,22 @@ def test_a_cpu_has_no_memory_of_its_own_and_an_unknown_card_says_so(target: Targ
     arc = Target(runtime="openvino", name="GPU.1", device=Device(kind="gpu", model="Intel(R) Arc(TM) (dGPU)"), runtime_version="1")
     assert device_memory(1, {target}) == (0, "")
     assert device_memory(1, {target, arc}) == (None, "openvino:GPU.1 does not tell how much of its memory a process holds")
+
+
+def test_devices_made_of_arithmetic_count_for_themselves_and_the_same_each_time(tmp_path: Path) -> None:
+    cpu, gpu = (each for each in load_backend("null").targets() if isinstance(each, Target))
+    model, inputs = write_model(tmp_path / "chain.onnx", chain_model()), tmp_path / "inputs.npz"
+    save_arrays(inputs, {"x": normal(2, 32)})
+    found, seconds = {}, {}
+    with Worker("energy") as worker:
+        for threads in (1, 4):
+            config = wire.config_out(Config.of({"threads": threads}, precision="fp32"))
+            name = f"{threads} threads"
+            worker.call("compile", limit_s=60, name=name, model=str(model), target=wire.target_out(cpu), config=config, inputs=str(inputs))
+            found[threads] = energy_metrics(Contestant(name, worker, batch=2), {cpu})
+            assert energy_metrics(Contestant(name, worker, batch=2), {cpu}) == pytest.approx(found[threads])
+            seconds[threads] = worker.call("timed", limit_s=60, name=name, seconds=0.01)["durations"]
+    assert found[4]["energy_j"] > found[1]["energy_j"] > 0 and found[4]["power_w"] == pytest.approx(25.0)
+    assert all(len(set(map(float, each))) == 1 or max(each) == pytest.approx(min(each)) for each in seconds.values())
+    assert found[1]["energy_j"] == pytest.approx(found[1]["power_w"] * seconds[1][0] / 2)
+    assert why_no_energy({cpu, gpu}) == "" and absent({cpu}, {}) == {}
