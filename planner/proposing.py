@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -152,7 +153,7 @@ class Proposer:
         means, _ = believed.believe(x)
         keeps = np.array([self._keeps(score) for _, score in scored])
         best = float(means[keeps].min()) if keeps.any() else math.inf
-        pool = _Pool(self.space, self.encoding, lambda at: _promise(at, believed, limits, best))
+        pool = _Pool(self.space, self.encoding, partial(_promise, believed=believed, limits=limits, best=best))
         starts = [scored[at][0] for at in self._starts(scored, means, keeps)]
         for at, start in enumerate(starts):
             pool.add_beside(start, _NEAR // 2 if at == 0 else _NEAR // 8, chance)
@@ -164,7 +165,7 @@ class Proposer:
             found.append(taken[0])
             if len(found) < count:
                 believed = believed.given(taken[1], believed.believe(taken[1])[0])
-                pool.judge(lambda at, now=believed: _promise(at, now, limits, best))
+                pool.judge(partial(_promise, believed=believed, limits=limits, best=best))
         return found
 
     def _weighed(self, scored: Sequence[tuple[Candidate, Score]], chance: np.random.Generator) -> Array:

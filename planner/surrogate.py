@@ -114,7 +114,8 @@ def log_expected_improvement(mean: Array, sd: Array, best: float) -> Array:
         near = np.log(np.maximum(density + z * ndtr(z), 1e-300))
     # Far below there is nothing but rounding left of the difference: its leading term is.
     far = -0.5 * z**2 - 0.5 * np.log(2 * np.pi) - 2 * np.log(np.maximum(-z, 1.0))
-    return np.log(sd) + np.where(z > -10, near, far)
+    found: Array = np.log(sd) + np.where(z > -10, near, far)
+    return found
 
 
 def log_chance_below(mean: Array, sd: Array, limit: float) -> Array:
