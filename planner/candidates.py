@@ -69,19 +69,23 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
-    """A piece's blocks again, on another target or with another config. `weight` is each replica's part of the requests."""
+    """A piece's blocks again, on another target or with another config.
+
+    `weight` is each replica's part of the requests in flight; `share` the part of those answered that its replicas are to take.
+    """
 
     target: Target
     config: Config
     replicas: int = 1
     weight: float = 1.0
+    share: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """A run of blocks, both ends included, on one target: a stage before anything is written.
 
-    It may be there in several `replicas`, and elsewhere in `copies`: each request goes through one of them, as their weights say.
+    It may be there in several `replicas`, and elsewhere in `copies`: each request goes through one of them. See `Copy`.
     """
 
     target: Target
@@ -90,11 +94,13 @@ class Piece:
     last: int
     replicas: int = 1
     weight: float = 1.0
+    share: float | None = None
     copies: tuple[Copy, ...] = ()
 
     def everywhere(self) -> tuple[Copy, ...]:
         """Return all that runs these blocks, the piece's own target first."""
-        return (Copy(target=self.target, config=self.config, replicas=self.replicas, weight=self.weight), *self.copies)
+        own = Copy(target=self.target, config=self.config, replicas=self.replicas, weight=self.weight, share=self.share)
+        return (own, *self.copies)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,6 +42,7 @@ class Chain:
     min_segments: int = 1
     max_segments: int | None = None
     cut_within: bool = True
+    forbidden: npt.NDArray[np.bool_] | None = None  # [first, last, choice]: segments that have no room there
 
     @property
     def choices(self) -> list[str]:
@@ -51,7 +52,10 @@ class Chain:
     def tables(self) -> tuple[Array, Array]:
         """Return the believed seconds [first, last, choice] and their relative deviations."""
         both = [each.table() for each in self.beliefs.values()]
-        return np.stack([mean for mean, _ in both], axis=-1), np.stack([sigma for _, sigma in both], axis=-1)
+        mean = np.stack([mean for mean, _ in both], axis=-1)
+        if self.forbidden is not None:
+            mean[self.forbidden] = math.inf
+        return mean, np.stack([sigma for _, sigma in both], axis=-1)
 
     def place(self, costs: Array) -> ChainPlan[str]:
         """Return the best plan by the costs of segments [first, last, choice].

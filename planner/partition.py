@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from aivmm.errors import Infeasible, UsageError
 from aivmm.models.records import Structure
 from aivmm.planner.evidence import Estimate
 from aivmm.planner.lazy import TOLERANCE, Chain, Look, Measure, look
-from aivmm.planner.placement import edges_of, problem_of, runs_of
+from aivmm.planner.placement import block_bytes, edges_of, problem_of, runs_of
 from aivmm.planner.segments import Segments
 from aivmm.planner.solve import solve
 from aivmm.runtime.target import Target
@@ -45,6 +46,7 @@ class ChainEvidence:
     structure: Structure
     beliefs: Mapping[str, Segments]
     handover_s: Handover = lambda source, destination, size_bytes: None
+    memory_bytes: Mapping[str, float] = field(default_factory=dict)  # the room for one segment, by target; infinite where it is not named
 
     def segment(self, first: int, last: int, choice: str) -> Estimate | None:
         """Return the cost of the blocks [first, last] as one segment; None where the choice does not run them."""
@@ -68,7 +70,21 @@ class ChainEvidence:
         names = list(self.beliefs)
         sizes = _crossing_bytes(self.structure)
         prices = np.array([[[self.crossing_s(a, b, size) for b in names] for a in names] for size in sizes], dtype=np.float64)
-        return Chain(beliefs=self.beliefs, prices=prices.reshape(len(sizes), len(names), len(names)), min_segments=min_segments)
+        return Chain(
+            beliefs=self.beliefs,
+            prices=prices.reshape(len(sizes), len(names), len(names)),
+            min_segments=min_segments,
+            forbidden=self._without_room(names),
+        )
+
+    def _without_room(self, names: Sequence[str]) -> npt.NDArray[np.bool_] | None:
+        """Return which segments [first, last, choice] take more memory than there is; None where all have room."""
+        if not any(np.isfinite(self.memory_bytes.get(name, np.inf)) for name in names):
+            return None
+        up_to = np.concatenate([[0.0], np.cumsum(block_bytes(self.structure))])
+        held = up_to[None, 1:] - up_to[:-1, None]
+        room: npt.NDArray[np.bool_] = held[:, :, None] > np.array([self.memory_bytes.get(name, np.inf) for name in names])
+        return room
 
 
 def place_cuts(

@@ -24,9 +24,9 @@ def problem_of(structure: Structure, targets: Sequence[Target], beliefs: Mapping
     """Return the problem of placing the blocks, in seconds of one call.
 
     A block costs what it is believed to add to a segment that runs on from the block before it. A tensor whose size is not known before the
-    run counts as nothing. Weights count against a device's memory where that is known.
+    run counts as nothing. `block_bytes` count against a device's memory where that is known.
     """
-    devices = {str(target): _device(target) for target in targets}
+    devices = {str(target): device_of(target) for target in targets}
     memory = dict.fromkeys(devices.values(), math.inf)
     for target in targets:
         if target.device.memory_bytes is not None:
@@ -36,9 +36,9 @@ def problem_of(structure: Structure, targets: Sequence[Target], beliefs: Mapping
         Node(
             id=str(block.index),
             costs={name: float(costs[block.index]) for name, costs in added.items() if math.isfinite(costs[block.index])},
-            memory_bytes=float(block.weight_bytes),
+            memory_bytes=held,
         )
-        for block in structure.blocks
+        for block, held in zip(structure.blocks, block_bytes(structure), strict=True)
     ]
     return Problem(
         devices=[PlacedDevice(name=name, memory_bytes=size) for name, size in memory.items()],
@@ -47,6 +47,11 @@ def problem_of(structure: Structure, targets: Sequence[Target], beliefs: Mapping
         edges=edges_of(structure),
         transfers={(a, b): _move(a, b, crossing_s) for a, b in itertools.permutations(devices, 2)},
     )
+
+
+def block_bytes(structure: Structure) -> list[float]:
+    """Return what each block takes of a device's memory at least: its weights, and what it hands on."""
+    return [float(block.weight_bytes + sum(each.nbytes or 0 for each in block.outputs)) for block in structure.blocks]
 
 
 def edges_of(structure: Structure) -> list[Edge]:
@@ -71,7 +76,7 @@ def runs_of(structure: Structure, assignment: Mapping[str, Place]) -> list[tuple
     return found
 
 
-def _device(target: Target) -> str:
+def device_of(target: Target) -> str:
     """Return what tells the device of a target: several runtimes run on one CPU."""
     device = target.device
     return " ".join(filter(None, (device.kind, device.model, device.uid)))

@@ -1,9 +1,9 @@
-"""How much stages that run at once slow each other: each timed alone, and beside each other one that runs all the while."""
+"""How much what runs at once slows each other: stages and copies of stages, each timed alone, and beside each other one all the while."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +12,73 @@ from aivmm.probes.timer import time_steps
 from aivmm.runtime.engine import Engine
 
 _LEAST, _SETTLE, _ROUNDS = 5, 3, 4
+_LEAST_SEVERAL = 2  # completed calls of each thread, where several run at once
+
+Steps = Sequence[Callable[[], None]]
 
 
-def contention(state: Any, *, bundle: str, inputs: str, seconds: float) -> dict[str, Any]:
-    """Load a bundle of several stages and time each pair, alone and together in turn, for `seconds` a stage and pair in all.
+def contention(state: Any, *, bundle: str, inputs: str, seconds: float, actors: list[list[int]], pairs: list[list[int]]) -> dict[str, Any]:
+    """Load a bundle and time each pair of its parts, alone and together in turn, for `seconds` a pair in all.
 
-    Returns `pairs`, each with the numbers of the stage `slowed` and the one `beside` it, and durations in seconds: `alone`, `together`. The
-    stages run on what the engine has bound, with the values of one run of `inputs`: each writes what it has written before.
+    An actor is `[stage, executable]`: an executable of the stage, its replicas counted first, then those of its copies. In a pipelined plan
+    one request at a time is inside it, else as many as it has lanes. A pair is `[slowed, beside]`, places in `actors`; both may be of one
+    kind: then what counts is what both complete, since who of two equals gets more is chance. Returns `pairs`, in order, each with
+    `alone` and `together`: seconds from one completed run of the slowed to the next. They run on what the engine has bound, with the values
+    of one run of `inputs`: each writes what it has written before.
     """
     from aivmm.probes.operations import load_arrays  # here: it lists this module's operations
 
     with Engine.load(Path(bundle), cache=False) as engine:
         phases.enter(phases.RUN)
-        lane = engine.one_lane()
-        lane.run(load_arrays(inputs))
-        runs = list(lane.runs)
-        pairs = []
-        for slowed in range(len(runs)):
-            for beside in range(len(runs)):
-                if slowed != beside:
-                    alone, together = _pair(runs[slowed], runs[beside], seconds)
-                    pairs.append({"slowed": slowed, "beside": beside, "alone": alone, "together": together})
-    return {"pairs": pairs}
+        arrays = load_arrays(inputs)
+        for lane in engine.lanes():
+            lane.run(arrays)
+        steps = [_steps(engine, stage, executable) for stage, executable in actors]
+        places = [engine.stages[stage].kinds()[executable] for stage, executable in actors]
+        alike = [(actors[a][0], places[a]) == (actors[b][0], places[b]) for a, b in pairs]
+        found = [
+            (_twins if same else _pair)(steps[slowed], steps[beside], seconds) for (slowed, beside), same in zip(pairs, alike, strict=True)
+        ]
+    return {"pairs": [{"alone": alone, "together": together} for alone, together in found]}
 
 
-def _pair(slowed: Callable[[], None], beside: Callable[[], None], seconds: float) -> tuple[list[float], list[float]]:
+def _steps(engine: Engine, stage: int, executable: int) -> Steps:
+    runs = [lane.runs[stage] for lane in engine.lanes() if lane.places[stage] == executable]
+    return runs[:1] if engine.plan.execution.mode == "pipelined" else runs
+
+
+def _pair(slowed: Steps, beside: Steps, seconds: float) -> tuple[list[float], list[float]]:
     """Return durations of the one alone and with the other running, taken in turn, so that a drift meets both."""
     alone: list[float] = []
     together: list[float] = []
     for _ in range(_ROUNDS):
-        alone += time_steps([slowed], seconds=seconds / (2 * _ROUNDS), least=_LEAST, settle=_SETTLE, each=True).durations
+        alone += _timed(slowed, seconds)
         ended = threading.Event()
-        neighbour = threading.Thread(target=_until, args=(beside, ended))
-        neighbour.start()
+        neighbours = [threading.Thread(target=_until, args=(each, ended)) for each in beside]
+        for each in neighbours:
+            each.start()
         try:
-            together += time_steps([slowed], seconds=seconds / (2 * _ROUNDS), least=_LEAST, settle=_SETTLE, each=True).durations
+            together += _timed(slowed, seconds)
         finally:
             ended.set()
-            neighbour.join()
+            for each in neighbours:
+                each.join()
     return alone, together
+
+
+def _twins(one: Steps, other: Steps, seconds: float) -> tuple[list[float], list[float]]:
+    """Return durations of the one alone, and of each of the two while both run, taken in turn."""
+    alone: list[float] = []
+    together: list[float] = []
+    for _ in range(_ROUNDS):
+        alone += _timed(one, seconds)
+        together += [2 * each for each in _timed([*one, *other], seconds)]
+    return alone, together
+
+
+def _timed(steps: Steps, seconds: float) -> list[float]:
+    least = _LEAST if len(steps) == 1 else _LEAST_SEVERAL
+    return time_steps(steps, seconds=seconds / (2 * _ROUNDS), least=least, settle=_SETTLE, each=True).durations
 
 
 def _until(run: Callable[[], None], ended: threading.Event) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from aivmm.errors import UsageError
 from aivmm.probes import conformance, contention, fusion, operator_probes, phases, serving, transfers, wire
-from aivmm.probes.accuracy import judge, narrowed
+from aivmm.probes.accuracy import combined, judge, narrowed
 from aivmm.probes.device_memory import MemoryOf, memory_of
 from aivmm.probes.lowering import lower, noise, rebatch, sensitivity
 from aivmm.probes.machine import peak_memory_bytes
@@ -102,6 +102,13 @@ class EngineRunner:
     def outputs(self, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
         """Run once on `inputs`."""
         return self.engine.run(inputs)
+
+    def each_outputs(self, inputs: Mapping[str, Buffer]) -> list[dict[str, Buffer]]:
+        """Run once as a user does; where stages have copies, once through each: two targets need not answer alike."""
+        if not any(stage.copies for stage in self.engine.stages):
+            return [self.outputs(inputs)]
+        ways = {lane.places: lane for lane in reversed(self.engine.lanes())}
+        return [lane.run(inputs) for lane in ways.values()]
 
     def close(self) -> None:
         """Close the engine."""
@@ -294,7 +301,7 @@ def load_bundle(state: State, *, name: str, bundle: str, inputs: str, reference:
         "events": engine.events,
     }
     if reference:
-        answer |= _judged(runner.outputs(arrays), reference)
+        answer |= _judged_everywhere(runner, arrays, reference)
     state.runners[name] = runner
     return answer
 
@@ -354,7 +361,15 @@ def outputs(state: State, *, name: str, inputs: str, destination: str) -> dict[s
 
 def judge_again(state: State, *, name: str, inputs: str, reference: str) -> dict[str, Any]:
     """Run what is loaded on other inputs and judge the outputs."""
-    return _judged(state.runners[name].outputs(load_arrays(inputs)), reference)
+    return _judged_everywhere(state.runners[name], load_arrays(inputs), reference)
+
+
+def _judged_everywhere(runner: Runner, inputs: Mapping[str, Buffer], reference: str) -> dict[str, Any]:
+    """Judge what a runner answers; where it runs in several places, by the worst of them."""
+    found = runner.each_outputs(inputs) if isinstance(runner, EngineRunner) else [runner.outputs(inputs)]
+    judged = [_judged(each, reference) for each in found]
+    problem = next((each["problem"] for each in judged if each["problem"]), "")
+    return {"accuracy": combined([each["accuracy"] for each in judged]), "problem": problem}
 
 
 def _judged(outputs: Mapping[str, Buffer], reference: str) -> dict[str, Any]:

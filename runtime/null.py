@@ -13,6 +13,10 @@ The time of one run with `callers` requests in flight (asymptotic bounds of clos
     amdahl(t) = serial + (1 - serial) / t + thread_overhead * (t - 1)
     joules   = interval * idle_w + compute * threads * busy_w
 
+With `real_time` a run also lasts that long. Its thread sleeps, first while it has the device for itself (compute * threads / cores), then
+for the rest of what one run takes; `streams` runs of one executable are in flight at most. Several executables on one device share it, so
+what copies, stages and callers come to together shows on the clock, and is what the formula says.
+
 onnx is imported only when a model is compiled: listing devices costs nothing, and production never does either.
 """
 
@@ -23,6 +27,7 @@ import itertools
 import math
 import random
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,6 +98,7 @@ class NullDevice:
     noise: float = 0.0  # sigma of the log-normal factor on each run's time
     idle_w: float = 5.0  # drawn whatever it does
     busy_w: float = 5.0  # drawn beside that by each thread that computes
+    real_time: bool = False  # a run takes its time by the clock on the wall, too: for what runs several things at once
 
     def __post_init__(self) -> None:
         positive = (self.flops_per_s, self.bytes_per_s, self.copy_bytes_per_s, self.memory_bytes, self.cores, self.max_streams)
@@ -152,10 +158,15 @@ def compute_s(work: Work, device: NullDevice, setup: _Setup) -> float:
 
 def interval_s(work: Work, device: NullDevice, setup: _Setup, callers: int) -> float:
     """Return the seconds between two completed runs when `callers` requests are kept in flight; for one caller that is the latency."""
-    computes_s = compute_s(work, device, setup)
+    computes_s, copies_s = parts_s(work, device, setup)
+    return max((computes_s + copies_s) / min(callers, setup.streams), computes_s * setup.threads / device.cores)
+
+
+def parts_s(work: Work, device: NullDevice, setup: _Setup) -> tuple[float, float]:
+    """Return the seconds of computing and of copying of one run that is alone."""
     copies_s = work.copied_bytes / device.copy_bytes_per_s + work.copied_tensors * device.copy_s
     copies_s += sum(_stray_s(moved, device) for op, _, moved in work.nodes if op in device.left)
-    return max((computes_s + copies_s) / min(callers, setup.streams), computes_s * setup.threads / device.cores)
+    return compute_s(work, device, setup), copies_s
 
 
 class Meter:
@@ -209,12 +220,13 @@ class NullBackend:
         self.clock = clock or FakeClock()
         self._devices = {device.name: device for device in devices}
         self._memory = _Memory()
+        self._turns = {name: threading.Lock() for name in self._devices}  # who has a device for itself, in real time
         self._seed = seed
         self._unavailable = tuple(unavailable)
 
     def targets(self) -> Sequence[Target | Unavailable]:
         """List the devices it was made with."""
-        return (*(_target(device) for device in self._devices.values()), *self._unavailable)
+        return (*(_target(device, self.name) for device in self._devices.values()), *self._unavailable)
 
     def knobs(self, target: Target) -> Sequence[Knob]:
         """List threads, streams and the device's choices, as far as the device has more than one value for them."""
@@ -247,7 +259,8 @@ class NullBackend:
         missing = sorted(set(op_types(proto.graph)) - device.op_types) if device.op_types is not None else []
         if missing:
             raise Unsupported(f"{target} does not support {', '.join(missing)}", advice="run these operators on another target")
-        executable = NullExecutable(proto, device, setup, clock=self.clock, seed=f"{self._seed} {target} {config.key()} {name}")
+        seed = f"{self._seed} {target} {config.key()} {name}"
+        executable = NullExecutable(proto, device, setup, clock=self.clock, seed=seed, turn=self._turns[device.name])
         needed = executable.work.weight_bytes + executable.work.activation_bytes * setup.streams
         self._memory.take(name, needed, device)
         executable.on_close(weakref.finalize(executable, self._memory.free, device, needed))
@@ -310,7 +323,9 @@ class NullBackend:
 class NullExecutable:
     """A model on a made-up device. Every open request is taken to be kept busy: that is what `callers` means here."""
 
-    def __init__(self, proto: Any, device: NullDevice, setup: _Setup, *, clock: FakeClock, seed: str) -> None:
+    def __init__(
+        self, proto: Any, device: NullDevice, setup: _Setup, *, clock: FakeClock, seed: str, turn: threading.Lock | None = None
+    ) -> None:
         initialized = {each.name for each in proto.graph.initializer}
         self.inputs: Sequence[TensorSpec] = tuple(spec_of(each) for each in proto.graph.input if each.name not in initialized)
         self.outputs: Sequence[TensorSpec] = tuple(spec_of(each) for each in proto.graph.output)
@@ -325,6 +340,7 @@ class NullExecutable:
         self._requests: weakref.WeakSet[NullRequest] = weakref.WeakSet()
         self._random = random.Random(seed)
         self._lock = threading.Lock()
+        self._turn, self._streams = turn or threading.Lock(), threading.BoundedSemaphore(setup.streams)
         self._free: Any = None
         self._closed = False
 
@@ -348,6 +364,8 @@ class NullExecutable:
     def evaluate(self, feeds: Mapping[str, Buffer]) -> tuple[list[Any], float]:
         """Return the outputs for `feeds`, and the simulated seconds that took; the clock has moved by this run's share of them."""
         self._require_open()
+        if self._device.real_time:
+            self._last()
         # One at a time: the operators of onnx.reference keep state while they run.
         with self._lock, np.errstate(all="ignore"):
             results = evaluated(self._evaluator, feeds)
@@ -360,6 +378,21 @@ class NullExecutable:
                 seconds *= math.exp(self._random.gauss(0.0, self._device.noise))
             self._clock.advance(seconds)
         return [_rounded(result, self._setup.precision) for result in results], seconds * callers
+
+    @property
+    def real_time(self) -> bool:
+        """Whether a run lasts as long as it says."""
+        return self._device.real_time
+
+    def _last(self) -> None:
+        """Let one run's time pass on the wall."""
+        computes_s, copies_s = parts_s(self.work, self._device, self._setup)
+        alone_s = computes_s * self._setup.threads / self._device.cores
+        with self._streams:
+            ends = time.perf_counter() + computes_s + copies_s
+            with self._turn:
+                time.sleep(alone_s)
+            time.sleep(max(0.0, ends - time.perf_counter()))
 
     def _require_open(self) -> None:
         if self._closed:
@@ -375,7 +408,8 @@ class NullRequest:
         self._outputs = {each.name: each for each in executable.outputs}
         self._bound: dict[str, Buffer] = {}
         self._results: dict[str, Buffer] = {}
-        self.last_s = 0.0
+        if not executable.real_time:  # what lasts as long as it says is timed by the clock
+            self.last_s = 0.0
 
     def bind(self, name: str, buffer: Buffer) -> None:
         """Bind an array to an input or output; it is read or written in place by each run.
@@ -405,7 +439,9 @@ class NullRequest:
         missing = [name for name in self._inputs if name not in self._bound]
         if missing:
             raise ValueError(f"input {', '.join(missing)} is not bound")
-        results, self.last_s = self._executable.evaluate({name: self._bound[name] for name in self._inputs})
+        results, seconds = self._executable.evaluate({name: self._bound[name] for name in self._inputs})
+        if not self._executable.real_time:
+            self.last_s = seconds
         for name, result in zip(self._outputs, results, strict=True):
             if name in self._bound:
                 np.copyto(self._bound[name], result, casting="no")
@@ -444,7 +480,7 @@ class _Memory:
             self._taken[device.name] -= held
 
 
-def _target(device: NullDevice) -> Target:
+def _target(device: NullDevice, runtime: str) -> Target:
     # The figures stand where others have their driver's version: numbers of differently made devices never merge.
     figures = hashlib.sha256(repr(device).encode()).hexdigest()[:16]
     described = Device(
@@ -454,7 +490,7 @@ def _target(device: NullDevice) -> Target:
         memory_bytes=None if device.kind == "cpu" else device.memory_bytes,
         cores=device.cores if device.kind == "cpu" else None,
     )
-    return Target(runtime=NullBackend.name, name=device.name, device=described, runtime_version="1", precisions=tuple(device.speed))
+    return Target(runtime=runtime, name=device.name, device=described, runtime_version="1", precisions=tuple(device.speed))
 
 
 def _require_allowed(target: Target, knob: Knob, value: Setting) -> None:

@@ -22,6 +22,7 @@ ModelFile = Annotated[str, Field(pattern=r"\.onnx$")]  # by its suffix a runtime
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Replicas = Annotated[int, Field(ge=1, le=64)]
 Weight = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Value = Annotated[bool | int | Finite | str, Field(union_mode="smart")]
 
 
@@ -69,6 +70,7 @@ class Copy(_Part):
     config: dict[str, Value] = {}
     replicas: Replicas = 1
     weight: Weight = 1.0
+    share: Share | None = None
 
 
 class Stage(_Part):
@@ -79,7 +81,8 @@ class Stage(_Part):
     precision: str  # "fp32"; "default" leaves it to the runtime; "int8" is in the model itself
     config: dict[str, Value] = {}
     replicas: Replicas = 1  # copies of the stage, compiled each for itself, that take requests in turn
-    weight: Weight = 1.0  # each replica's part of the requests, beside those of `copies`: as the rates that were measured
+    weight: Weight = 1.0  # each replica's part of the requests in flight, beside those of `copies`
+    share: Share | None = None  # its part of the requests answered, all replicas together, by the rates that were measured
     copies: Annotated[list[Copy], Field(max_length=64)] = []
     blocks: tuple[int, int]  # first and last block of the model, both included
     inputs: list[Tensor]
@@ -98,6 +101,10 @@ class Stage(_Part):
     def weights(self) -> list[float]:
         """Return the weight of each executable: the replicas of the stage, then those of its copies."""
         return [each.weight for each in self.everywhere() for _ in range(each.replicas)]
+
+    def kinds(self) -> list[int]:
+        """Return of each executable which of `everywhere` it is a replica of."""
+        return [kind for kind, each in enumerate(self.everywhere()) for _ in range(each.replicas)]
 
 
 class Batching(_Part):

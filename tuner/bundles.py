@@ -65,11 +65,10 @@ def stage_line(stage: Stage) -> str:
     config = ", ".join(f"{name}={value}" for name, value in stage.config.items()) or "default settings"
     copies = f", {stage.replicas} replicas" if stage.replicas > 1 else ""
     text = f"{stage.target} in {stage.precision}, {config}{copies} (blocks {stage.blocks[0]} to {stage.blocks[1]}, {stage.model})"
-    whole = sum(stage.weights())
     for each in stage.everywhere()[1:]:
-        part = each.weight * each.replicas / whole
+        part = "" if each.share is None else f"{each.share:.0%} of the requests "
         copies = f" in {each.replicas} replicas" if each.replicas > 1 else ""
-        text += f", and {part:.0%} of the requests on {each.target} in {each.precision}{copies}"
+        text += f", beside it {part}on {each.target} in {each.precision}{copies}"
     return text
 
 

@@ -19,6 +19,7 @@ from aivmm.tuner.anatomy import Anatomist, estimates
 from aivmm.tuner.guessing import modelled_blocks
 from aivmm.tuner.inplace import InPlace, probe_in_place
 from aivmm.tuner.measure import Measurer
+from aivmm.tuner.room import room_of
 from aivmm.tuner.work import Work
 
 _MOST_LOOKS, _FORCED_LOOKS = 4, 8  # so many plans are measured at most
@@ -76,7 +77,10 @@ class Cutter:
         # What was measured, wrong or refused is known; only what the budget left out is modelled.
         alone = self._modelled(names, wholes) | estimates(self._anatomist.found, self._anatomist.wrong)
         beliefs = beliefs_of(structure, names, alone, wholes)
-        self.evidence = ChainEvidence(structure=structure, beliefs=beliefs, handover_s=self._handover_s)
+        room = room_of(work)
+        self.evidence = ChainEvidence(
+            structure=structure, beliefs=beliefs, handover_s=self._handover_s, memory_bytes={name: room[name] for name in names}
+        )
         forced = work.min_segments > 1
         ends = time.perf_counter() + (_FORCED_S if forced else _LOOKS_S)
         self.cuts = place_cuts(

@@ -19,16 +19,17 @@ from aivmm.runtime.plan import Accuracy, Number
 from aivmm.runtime.plan import Certificate as Planned
 from aivmm.runtime.target import Target
 from aivmm.tuner.anatomy import Anatomist
+from aivmm.tuner.copying import Known
 from aivmm.tuner.cutting import CutPlan, Cutter
 from aivmm.tuner.emit import Other, folder_bytes
 from aivmm.tuner.explore import JUDGED_IN_SEARCH, Explorer
 from aivmm.tuner.finalists import Selection
 from aivmm.tuner.judging import judged_on
 from aivmm.tuner.options import DEFAULT_COSINE
-from aivmm.tuner.pipelining import Pipeliner
 from aivmm.tuner.precision_record import kept_plain
 from aivmm.tuner.prove import Entrant, Proof, call_s, constraint_metrics, interval_s
 from aivmm.tuner.subject import Prepared
+from aivmm.tuner.throughput import at_once
 from aivmm.tuner.verdict import accuracy_text, describe, factor_text, sentence
 from aivmm.tuner.work import Work
 
@@ -37,6 +38,7 @@ _EXPECTED = (
     "p99_s", "throughput_per_s", "peak_memory_bytes", "device_memory_bytes", "compile_s", "load_cached_s", "first_inference_s", "energy_j",
     "card_energy_j", "stray_nodes", "stray_copies", "stray_s",
 )  # fmt: skip
+_ALL = 1000
 
 
 class Decider:
@@ -75,7 +77,7 @@ class Decider:
             self._predicted[draft.name], ends[draft.name] = self._expected(each.candidate, each.score), each.ends
             finalists.append(draft)
         finalists += self._cuts()
-        finalists += self._pipelines()
+        finalists += self._at_once()
         # Batching alone is no merit of ours: whoever may batch gets the defaults at the best finalist's batch as a yardstick.
         for batch in sorted({draft.batch for draft in finalists} - {self.work.subject.base_batch}):
             for baseline, candidate in baselines:
@@ -96,7 +98,7 @@ class Decider:
         base = self.work.subject.base_batch
         alone = [
             (candidate, score)
-            for candidate, score in search.best(1000)
+            for candidate, score in search.best(_ALL)
             if candidate.callers == 1 and candidate.batch == base and candidate.config.lowered is None
         ]
         best_config |= {str(candidate.target): candidate.config for candidate, _ in reversed(alone)}
@@ -120,28 +122,24 @@ class Decider:
         self._cut_plans = {each.draft.name: each for each in plans}
         return [each.draft for each in plans]
 
-    def _pipelines(self) -> list[Draft]:
-        """Return the pipelined plan worth proving, for throughput: what it promises is what its slowest stage takes beside the others."""
-        evidence = self._cutter.evidence if self._cutter is not None else None
-        if evidence is None or self.work.options.drive != "throughput" or self.work.min_segments > 1 or self.work.asked():
+    def _at_once(self) -> list[Draft]:
+        """Return the pipelined and the replicated plan worth proving, for throughput."""
+        if self.work.options.drive != "throughput" or self.work.min_segments > 1 or self.work.asked():
             return []
-        base = self.work.subject.base_batch
-        per_sample = [score.median_s / candidate.batch for candidate, score in self.explorer.search.best(1)]
-        pipeliner = Pipeliner(
-            work=self.work,
-            evidence=evidence,
-            configs=self._cut_configs,
-            counts=self.explorer.measurer.counts,
+        found = at_once(
+            self.work,
+            self.explorer.measurer.counts,
+            evidence=self._cutter.evidence if self._cutter is not None else None,
+            configs={str(each): self._cut_configs.get(str(each), Config(precision="fp32")) for each in self.work.targets},
+            known=[
+                Known(candidate=candidate, seconds=self._expected(candidate, score).seconds)
+                for candidate, score in self.explorer.search.best(_ALL)
+                if _can_be_copied(candidate) and self._keeps(candidate, score)
+            ],
             measure_new=not self.explorer.searched_before,
         )
-        drafts = pipeliner.drafts(uncut_s=min(per_sample, default=None) and min(per_sample) * base)
-        for draft in drafts:
-            assert pipeliner.found is not None
-            because = "blocks in proportion to the whole, and what the stages cost each other, measured in place"
-            self._predicted[draft.name] = Estimate(
-                seconds=pipeliner.found.load_s * draft.callers, sigma=0.2, source="modelled", because=because
-            )
-        return drafts
+        self._predicted |= {each.draft.name: each.expected for each in found}
+        return [each.draft for each in found]
 
     def _reference_s(self) -> float | None:
         """Return what one call of the reference took in the search."""
@@ -442,6 +440,11 @@ class Decider:
 def _as_checked(config: Config) -> Config:
     """Blocks were timed and checked in fp32: a cut plan does not run them in whatever a runtime's default computes in."""
     return config if config.precision is not None else replace(config, precision="fp32")
+
+
+def _can_be_copied(candidate: Candidate) -> bool:
+    """Say whether a candidate is a whole model in one place, which may be run in others beside it. AUTO may be anywhere."""
+    return candidate.policy is None and candidate.replicas == 1 and candidate.target.name != "AUTO"
 
 
 def _same(candidate: Candidate, draft: Draft) -> bool:

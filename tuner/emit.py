@@ -182,6 +182,7 @@ class Emitter:
                 config=dict(each.config.settings),
                 replicas=each.replicas,
                 weight=each.weight,
+                share=each.share,
             )
             for each in piece.copies
         ]
@@ -192,6 +193,7 @@ class Emitter:
             config=dict(piece.config.settings),
             replicas=piece.replicas,
             weight=piece.weight,
+            share=piece.share,
             copies=copies,
             blocks=(piece.first, piece.last),
             inputs=tensors(segment.inputs),

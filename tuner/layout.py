@@ -34,7 +34,13 @@ def cut_as_asked(structure: Structure, model: Path, asked: Collection[str]) -> S
 
 
 def cut_around_refused(work: Work, target: Target, reason: str, stop: Stop) -> None:
-    """Find what `target` refuses of a model that it refuses as a whole, for `reason`, and cut the blocks around that."""
+    """Find what `target` refuses of a model that it refuses as a whole, for `reason`, and cut the blocks around that.
+
+    Where there is no time to ask it even once, nothing is claimed: it may have refused the whole for its size.
+    """
+    if stop():
+        work.note(f"there was no time to look for what {target} refuses; raise --budget")
+        return
     work.progress.phase(f"looking for what {target} refuses")
     subject = work.subject
     search = Refusals(work.lab, target, subject.path, subject.structure, work.folder / "refusals", stop=stop)

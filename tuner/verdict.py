@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aivmm.models.records import ModelFacts
-from aivmm.planner.candidates import Copy, Draft, Piece
+from aivmm.planner.candidates import Copy, Draft
 from aivmm.planner.constraints import human
 from aivmm.planner.objectives import OBJECTIVES, Objective
 from aivmm.planner.records import StudyRecord
@@ -38,7 +38,8 @@ def describe(draft: Draft) -> str:
 
 
 def _copy_text(copy: Copy) -> str:
-    return ", ".join([str(copy.target), *_settings(copy), *[f"{copy.replicas} replicas"] * (copy.replicas > 1)])
+    share = [] if copy.share is None or copy.share > 0.999 else [f"{copy.share:.0%} of the requests"]
+    return ", ".join([str(copy.target), *_settings(copy), *[f"{copy.replicas} replicas"] * (copy.replicas > 1), *share])
 
 
 def _settings(copy: Copy) -> list[str]:
@@ -153,12 +154,6 @@ def _worth_telling(plan: Entrant, baselines: Sequence[Entrant], proof: Proof) ->
     return sorted(best.values(), key=lambda each: -(each.confirmed.median_s if each.confirmed else 0.0))
 
 
-def shares(piece: Piece) -> list[float]:
-    """Return the parts of the requests that a piece and its copies take, as their weights say."""
-    weights = [each.weight * each.replicas for each in piece.everywhere()]
-    return [round(each / sum(weights), 4) for each in weights]
-
-
 def stages_json(draft: Draft) -> list[dict[str, Any]]:
     """Return a draft's stages as `tune --json` gives them."""
     return [
@@ -168,16 +163,17 @@ def stages_json(draft: Draft) -> list[dict[str, Any]]:
             "config": piece.config.as_dict(),
             "blocks": [piece.first, piece.last],
             "replicas": piece.replicas,
+            "share": piece.share,
             "copies": [
                 {
                     "target": str(each.target),
                     "precision": each.config.precision or "default",
                     "config": each.config.as_dict(),
                     "replicas": each.replicas,
+                    "share": each.share,
                 }
                 for each in piece.copies
             ],
-            "shares": shares(piece),
         }
         for piece in draft.pieces
     ]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aivmm.planner.pipeline import Pair, Run, pipeline_problem, place_pipeline
+from aivmm.planner.pipeline import Pair, Replicas, Room, Run, pipeline_problem, place_pipeline
 from aivmm.planner.problem import Move
 
 MOVES = {("a", "b"): Move(fixed=0.1), ("b", "a"): Move(fixed=0.1)}
@@ -17,7 +17,7 @@ EVEN = {"a": [1.0] * 4, "b": [1.0] * 4}
 
 
 def fixed(factors: Mapping[Pair, float], asked: list[tuple[Run, ...]] | None = None):
-    def measure(runs: Sequence[Run]) -> Mapping[Pair, float]:
+    def measure(runs: Sequence[Run], replicas: Replicas) -> Mapping[Pair, float]:
         if asked is not None:
             asked.append(tuple(runs))
         return factors
@@ -104,3 +104,63 @@ def test_no_contiguous_plan_is_better_where_factors_are_those_that_were_measured
 def test_the_problem_has_the_factors_of_its_targets_only() -> None:
     problem = pipeline_problem({"a": [1.0, 1.0]}, [8], {}, {("a", "b"): 2.0})
     assert problem.contention == {}
+
+
+def test_a_target_without_the_memory_for_the_whole_gets_what_it_has_room_for() -> None:
+    room = Room(block_bytes=[10.0] * 4, memory_bytes={"a": 25.0, "b": 20.0})
+    free = {("a", "b"): 1.0, ("b", "a"): 1.0}
+    found = place_pipeline({"a": [1.0] * 4, "b": [50.0] * 4}, [0] * 3, MOVES, fixed(free), room=room)
+    assert found is not None
+    assert {name: last - first + 1 for first, last, name in found.runs} == {"a": 2, "b": 2}
+    assert place_pipeline(EVEN, [0] * 3, MOVES, fixed(free), room=Room(block_bytes=[10.0] * 4, memory_bytes={"a": 15.0, "b": 15.0})) is None
+
+
+def test_replicas_of_the_slow_stage_are_used_where_they_leave_each_other_alone_and_have_room() -> None:
+    costs = {"a": [6.0, None], "b": [None, 2.0]}
+    free = dict.fromkeys((("a", "a"), ("a", "b"), ("b", "a"), ("b", "b")), 1.0)
+    room = Room(block_bytes=[10.0, 10.0], memory_bytes={"a": 25.0}, most_replicas={"a": 4})
+    found = place_pipeline(costs, [0], MOVES, fixed(free), room=room)
+    assert found is not None
+    assert found.replicas == {"a": 2}  # a third has no room
+    assert found.load_s == pytest.approx(3.0)
+    slowed = place_pipeline(costs, [0], MOVES, fixed({**free, ("a", "a"): 2.0}), room=room)
+    assert slowed is not None
+    assert slowed.load_s == pytest.approx(6.0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(chains(), st.floats(1.0, 2.5), st.integers(2, 6))
+def test_replicas_in_limited_memory_are_as_good_as_any_by_brute_force(
+    case: tuple[dict[str, list[float]], dict[Pair, float]], own: float, memory: int
+) -> None:
+    costs, factors = case
+    factors = {**factors, ("a", "a"): own, ("b", "b"): own}
+    blocks = len(costs["a"])
+    room = Room(block_bytes=[1.0] * blocks, memory_bytes={"a": float(memory), "b": float(memory)}, most_replicas={"a": 2, "b": 2})
+
+    def load(names: Sequence[str], replicas: Mapping[str, int]) -> float:
+        used = list(dict.fromkeys(names))
+        if any(names.count(name) * replicas[name] > memory for name in used):
+            return float("inf")
+        loads = []
+        for name in used:
+            taken_over = 0.1 * sum(before != name == after for before, after in pairwise(names))
+            mine = sum(costs[name][index] for index in range(blocks) if names[index] == name) + taken_over
+            beside = factors[name, "b" if name == "a" else "a"] if len(used) > 1 else 1.0
+            loads.append(mine * beside * (1 + (replicas[name] - 1) * (own - 1)) / replicas[name])
+        return max(loads)
+
+    numbers = [{"a": one, "b": other} for one in (1, 2) for other in (1, 2)]
+    cut = [names for names in product("ab", repeat=blocks) if sum(a != b for a, b in pairwise(names)) == 1]
+    best = min(load(names, each) for names in cut for each in numbers)
+    single = min(load([name] * blocks, {"a": 1, "b": 1}) for name in "ab")
+    stacked = min(load([name] * blocks, each) for name in "ab" for each in numbers)
+    found = place_pipeline(costs, [0] * (blocks - 1), MOVES, fixed(factors), room=room, most=12)
+    if found is not None:
+        assert best * (1 - 1e-9) <= found.load_s <= single
+        assert (
+            load([name for first, last, name in found.runs for _ in range(first, last + 1)], {"a": 1, "b": 1} | dict(found.replicas)) < 1e9
+        )
+    if best < min(single, stacked) * (1 - 1e-6):
+        assert found is not None
+        assert found.load_s == pytest.approx(best, rel=1e-4)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
 from aivmm.planner.balance import balanced
 from aivmm.planner.bounds import counting_bound, load_bound
@@ -16,9 +18,9 @@ from aivmm.planner.downsets import Search, depends_on_sender, every_downset, swe
 from aivmm.planner.elimination import Elimination
 from aivmm.planner.evaluate import evaluate
 from aivmm.planner.improve import improve
-from aivmm.planner.problem import Edge, Goal, Move, Problem
+from aivmm.planner.problem import Choice, Edge, Goal, Move, Node, PlacedDevice, Problem
 from aivmm.planner.program import Program
-from tests.planner.placing import chain, dense, optima
+from tests.planner.placing import chain, dense, optima, problems
 
 GOALS: tuple[Goal, ...] = ("latency", "throughput")
 ALIKE, BY_PAIR = (0, 2, 4, 6), (1, 3, 5, 7)  # seeds: whether a reader pays the same wherever a tensor comes from
@@ -149,8 +151,10 @@ def test_the_integer_program_sees_a_circle_of_three_devices() -> None:
     assert answer.spots is None and answer.bound == math.inf
 
 
+@pytest.mark.parametrize("hub_cells", [4096, 0])  # 0: each source is a hub for one of its tensors
 @pytest.mark.parametrize("seed", range(8))
-def test_elimination_is_exact_where_memory_does_not_bind(seed: int) -> None:
+def test_elimination_is_exact_where_memory_does_not_bind(seed: int, hub_cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aivmm.planner.elimination._HUB_CELLS", hub_cells)
     problem = without_memory(dense(seed))
     merged = compact(problem)
     spots, value = Elimination(merged).solve(merged)
@@ -209,3 +213,43 @@ def test_the_arrays_price_a_plan_as_the_definition_does() -> None:
             assert spots_of(problem, merged, assignment) == spots
             loads = {(problem.devices[kind].name, number): load for (kind, number), load in loads_of(merged, spots).items() if load}
             assert loads == pytest.approx(dict(evaluate(problem, assignment).loads))
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(contention=False))
+def test_elimination_with_hubs_is_exact_for_ties_zero_costs_and_what_is_unsupported(problem: Problem) -> None:
+    problem = without_memory(problem)
+    merged = compact(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aivmm.planner.elimination._HUB_CELLS", 0)
+        way = Elimination(merged)
+        assert way.possible
+        spots, value = way.solve(replace(merged, count=np.ones_like(merged.count)))
+    # One of the identical devices is enough where memory does not bind: the others would only add transfers.
+    best = optima(replace(problem, devices=[replace(each, count=1) for each in problem.devices]))["latency", False]
+    assert value == pytest.approx(best) if math.isfinite(best) else spots is None
+
+
+def test_a_tensor_that_many_read_does_not_make_a_wide_graph() -> None:
+    """A mask that each of 30 layers reads: 31 groups in one table would be 3 ** 31 cells."""
+    random = np.random.default_rng(3)
+    names = ["a", "b", "c"]
+    layers = [str(index) for index in range(30)]
+    nodes = [Node(id=each, costs={name: float(random.integers(1, 9)) for name in names}) for each in ["mask", *layers]]
+    edges = [Edge(source="mask", reader=each, bytes=1.0) for each in layers]
+    edges += [Edge(source=one, reader=other, bytes=2.0) for one, other in itertools.pairwise(layers)]
+    problem = Problem(
+        devices=[PlacedDevice(name=name) for name in names],
+        choices=[Choice(name=name, target=name, device=name) for name in names],
+        nodes=nodes,
+        edges=edges,
+        transfers={(one, other): Move(float(random.integers(0, 3)), 1.0) for one in names for other in names},
+        exports={"b": Move(1.0, 0.0)},
+    )
+    merged = compact(problem)
+    way = Elimination(merged)
+    assert way.possible
+    spots, value = way.solve(merged)
+    assert spots is not None
+    assert evaluate(problem, assignment_of(problem, merged, spots)).objective("latency") == pytest.approx(value)
+    assert value == pytest.approx(Program(merged, "latency").solve(60).bound, rel=1e-4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from aivmm.tuner.options import TuneOptions
 from aivmm.tuner.pipelining import DEPTH, Pipeliner
 from aivmm.tuner.progress import Silent
 from aivmm.tuner.session import Session
+from aivmm.tuner.together import Together
 from aivmm.tuner.work import Work
 from tests.making import ONNXRUNTIME, OPENVINO, chain_model, normal, reference, write_model
 
@@ -55,18 +55,21 @@ def test_stages_are_measured_at_once_and_remembered_and_the_plan_runs_them_at_on
 
         def pipeliner(**changes: bool) -> Pipeliner:
             # Blocks of a second: whatever the factors are that these small stages show, the slower of two stages stays below the whole.
-            return Pipeliner(work=work, evidence=evidence(work, 1.0), configs=configs, counts=counts, **changes)
+            return Pipeliner(
+                work=work, evidence=evidence(work, 1.0), configs=configs, together=Together(work=work, counts=counts, **changes)
+            )
 
         first = pipeliner()
         drafts = first.drafts(uncut_s=None)
         assert counts.measured >= 4
-        assert any("stages at once, in their place" in note for note in work.notes)
+        first.together.say()
+        assert any("at once, in their place" in note for note in work.notes)
         again = pipeliner(measure_new=False)
         assert [each.pieces for each in again.drafts(uncut_s=None)] == [each.pieces for each in drafts]
         assert counts.reused >= 4
-        assert again._seen == first._seen
+        assert again.together.seen == first.together.seen
         assert pipeliner(measure_new=False).drafts(uncut_s=1e-9) == []
-        draft = replace(first._draft("p", [(0, 0, OPENVINO), (1, len(work.subject.structure.blocks) - 1, ONNXRUNTIME)], pipelined=True))
+        draft = first.draft("p", [(0, 0, OPENVINO), (1, len(work.subject.structure.blocks) - 1, ONNXRUNTIME)], {})
         work.emitter(draft.batch).write(draft, tmp_path / "p.aivmm", objective="throughput")
         seen.append("looked")
         raise _EnoughError
