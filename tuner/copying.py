@@ -21,10 +21,11 @@ _HOPELESS = 50.0  # a target this many times slower than the best adds less than
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """A candidate of the search and seconds of one call of it, kept busy by its callers, where the reference takes what it took then."""
+    """A candidate of the search, and seconds of one call of it, kept busy by its callers, where the reference takes what it took then."""
 
     candidate: Candidate
     seconds: float
+    memory_bytes: float = 0.0  # that it was seen to hold on its device; 0 where that is not counted
 
 
 @dataclass(slots=True)
@@ -75,7 +76,7 @@ class Copier:
                 name=name,
                 device=self.devices[name],
                 seconds=each.seconds,
-                memory_bytes=math.fsum(block_bytes(self.work.subject.structure)),
+                memory_bytes=max(each.memory_bytes, math.fsum(block_bytes(self.work.subject.structure))),
                 most=self.replicas.get(name, 1),
             )
             for name, each in best.items()

@@ -132,7 +132,11 @@ class Decider:
             evidence=self._cutter.evidence if self._cutter is not None else None,
             configs={str(each): self._cut_configs.get(str(each), Config(precision="fp32")) for each in self.work.targets},
             known=[
-                Known(candidate=candidate, seconds=self._expected(candidate, score).seconds)
+                Known(
+                    candidate=candidate,
+                    seconds=self._expected(candidate, score).seconds,
+                    memory_bytes=score.metrics.get("device_memory", 0.0),
+                )
                 for candidate, score in self.explorer.search.best(_ALL)
                 if _can_be_copied(candidate) and self._keeps(candidate, score)
             ],
