@@ -1,7 +1,8 @@
 """Can the verdicts be trusted? The same thing compared with itself, and with itself plus 5 %, by the classes that the tuner uses.
 
     python benchmarks/aa.py [--comparisons 400] [--models NAME ...] [--quick] [--where load,same,workers,runtimes] [--load idle,busy]
-                            [--rounds 120] [--copies 12] [--threads N] [--minutes 25] [--raw FILE] [--out benchmarks/results/aa.md]
+                            [--rounds 160] [--copies 12] [--threads N] [--minutes 25] [--targets onnxruntime:CPU,openvino:CPU]
+                            [--raw FILE] [--out benchmarks/results/aa.md]
     python benchmarks/aa.py --merge FILE ... [--out benchmarks/results/aa.md]
 
 Each race has three contestants that load the same model with the same settings: two time 20 calls at once, the third 21. The two are called
@@ -10,10 +11,12 @@ different (a false alarm) or not; the third is called slower than the first (fou
 load      one loaded model takes all three parts: what the timer itself adds
 same      each is loaded `--copies` times, all in one worker
 workers   each is loaded in `--copies` workers of its own, drawn afresh from a pool that is itself renewed bit by bit
-runtimes  as same, in a worker of ONNX Runtime and in one of OpenVINO; all take turns, and those of one runtime are compared
+runtimes  as same, in a worker of each of `--targets`; all take turns, and those of one target are compared
+
+The other three run on the first of `--targets`.
 
 busy: another process keeps one core busy. Sequential: as many blocks of the same contestants one after the other, compared by the bootstrap
-interval of the two medians, with the same confidence and the same indifference zone; taken in every eighth race.
+interval of the two medians, with the same confidence and the same indifference zone; taken in every sixteenth race.
 
 `--raw` appends each comparison, a line of JSON, with what each round stood for; `--merge` makes the table from such files. So several of
 these can run at once, each bound to cores of its own (`taskset`), with its own AIVMM_LOCK and AIVMM_CACHE, and with at most as many
@@ -64,9 +67,9 @@ _SLOW_SHARE = 10
 _SLOW_MINUTES = 0.3  # of `--minutes`, for all slow models together
 _RACE_S = 60.0  # the cap is on rounds; this only ends what went wrong
 _RENEW_EVERY, _RENEW = 5, 2  # of the pool of workers: so many comparisons, so many workers
-_SEQUENTIAL_EVERY = 8
+_SEQUENTIAL_EVERY = 16
 _LIMIT_S = 120.0
-_RUNTIMES = ("onnxruntime", "openvino")
+TARGETS = "onnxruntime:CPU,openvino:CPU"
 WHERE = {"load": "same load", "same": "same worker", "workers": "across workers", "runtimes": "across runtimes"}
 
 
@@ -89,7 +92,7 @@ _THREADS = {"onnxruntime": "intra_op_num_threads", "openvino": "INFERENCE_NUM_TH
 
 def load(worker: Worker, name: str, subject: Subject, target: Target, threads: int) -> None:
     """Load a model in a worker, as the laboratory does; with the runtime's own number of threads when `threads` is 0."""
-    knobs = {_THREADS[target.runtime]: threads} if threads else {}
+    knobs = {_THREADS[target.runtime]: threads} if threads and target.device.kind == "cpu" else {}
     worker.call(
         "compile",
         limit_s=_LIMIT_S,
@@ -101,7 +104,7 @@ def load(worker: Worker, name: str, subject: Subject, target: Target, threads: i
     )
 
 
-def contestants(loads: Sequence[Sequence[Load]], subject: Subject, threads: int) -> list[Contestant]:
+def contestants(loads: Sequence[Sequence[Load]], subject: Subject, *, single: bool) -> list[Contestant]:
     """Return the two of a kind and the slower one: 20, 20 and 21 calls to a duration."""
     made = []
     for (first, *others), calls in zip(loads, (CALLS, CALLS, MORE_CALLS), strict=True):
@@ -112,7 +115,7 @@ def contestants(loads: Sequence[Sequence[Load]], subject: Subject, threads: int)
                 others=tuple(worker for worker, _ in others),
                 other_names=tuple(name for _, name in others),
                 repeat=calls,
-                single=threads == 1,
+                single=single,
                 expected_s=calls * subject.call_s,
                 keep=True,
             )
@@ -127,39 +130,43 @@ class Field:
         self._where, self._subject, self._targets, self._stack = where, subject, targets, stack
         self._copies = copies = options.copies
         self._threads = options.threads
+        self._single = {name: options.threads == 1 and target.device.kind == "cpu" for name, target in targets.items()}
         self._pool: list[Worker] = []
         self._drawn = 0
-        runtimes = _RUNTIMES if where == "runtimes" else _RUNTIMES[:1]
+        names = list(targets) if where == "runtimes" else list(targets)[:1]
         self._workers: dict[str, Worker] = {}
         if where == "workers":
-            self._pool = [self._started(runtimes[0], ["m"]) for _ in range(3 * copies)]
+            self._pool = [self._started(names[0], ["m"]) for _ in range(3 * copies)]
         else:
             self._names = [f"m{number}" for number in range(1 if where == "load" else 3 * copies)]
-            self._workers = {runtime: self._started(runtime, self._names) for runtime in runtimes}
+            self._workers = {target: self._started(target, self._names) for target in names}
 
-    def _started(self, runtime: str, names: Sequence[str]) -> Worker:
-        worker = self._stack.enter_context(Worker(runtime))
+    def _started(self, target: str, names: Sequence[str]) -> Worker:
+        worker = self._stack.enter_context(Worker(target))
         for name in names:
-            load(worker, name, self._subject, self._targets[runtime], self._threads)
+            load(worker, name, self._subject, self._targets[target], self._threads)
         return worker
 
     def draw(self, rng: random.Random) -> list[list[Contestant]]:
         """Return the contestants of the next race."""
         self._drawn += 1
         if self._where == "load":
-            return [contestants([[(worker, self._names[0])]] * 3, self._subject, self._threads) for worker in self._workers.values()]
+            return [self._of(target, [[(worker, self._names[0])]] * 3) for target, worker in self._workers.items()]
         if self._where != "workers":
             names = rng.sample(self._names, len(self._names))
             return [
-                contestants([[(worker, name) for name in names[at::3]] for at in range(3)], self._subject, self._threads)
-                for worker in self._workers.values()
+                self._of(target, [[(worker, name) for name in names[at::3]] for at in range(3)]) for target, worker in self._workers.items()
             ]
+        first = next(iter(self._targets))
         if self._drawn % _RENEW_EVERY == 0:
             for _ in range(_RENEW):
                 self._pool.pop(0).close()
-                self._pool.append(self._started(_RUNTIMES[0], ["m"]))
+                self._pool.append(self._started(first, ["m"]))
         drawn = [(worker, "m") for worker in rng.sample(self._pool, 3 * self._copies)]
-        return [contestants([drawn[at::3] for at in range(3)], self._subject, self._threads)]
+        return [self._of(first, [drawn[at::3] for at in range(3)])]
+
+    def _of(self, target: str, loads: Sequence[Sequence[Load]]) -> list[Contestant]:
+        return contestants(loads, self._subject, single=self._single[target])
 
 
 def compare_once(field_: Field, rng: random.Random, rounds: int, *, sequential: bool) -> list[Record]:
@@ -269,7 +276,7 @@ def subjects(names: Sequence[str], folder: Path, targets: dict[str, Target], thr
             facts = lab.prepare(source, path, shapes={}, dims={}, batch=1)
             lab.make_samples(path, facts.inputs, [inputs], seed=0)
             with Worker("trial") as worker:
-                load(worker, "m", Subject(name, path, inputs, 0.0), targets[_RUNTIMES[0]], threads)
+                load(worker, "m", Subject(name, path, inputs, 0.0), next(iter(targets.values())), threads)
                 answer = worker.call("timed", limit_s=_LIMIT_S, name="m", seconds=0.05, steady_s=0.5)
             found.append(Subject(name, path, inputs, min(answer["durations"])))
     return found
@@ -293,7 +300,7 @@ def conditions(where: str, models: Sequence[Subject], targets: dict[str, Target]
     for subject in (*slow, *fast):  # what slow models do not need of their time is left to the fast ones
         races = deal(models, options.comparisons)[subject.name]
         if where == "runtimes":
-            races = -(-races // len(_RUNTIMES))
+            races = -(-races // len(targets))
         left_s = 60 * minutes - (time.perf_counter() - started)
         share_s = 60 * len(machines) * _SLOW_MINUTES / len(slow) if subject in slow else left_s / (len(fast) - fast.index(subject))
         end = time.perf_counter() + share_s
@@ -306,7 +313,8 @@ def conditions(where: str, models: Sequence[Subject], targets: dict[str, Target]
                     with busy(machine == "busy"):
                         found = compare_once(field_, rng, options.rounds, sequential=number % _SEQUENTIAL_EVERY == 0)
                     for each in found:
-                        about = {"machine": this_machine(), "options": {"rounds": options.rounds, "threads": options.threads}}
+                        settings = {"rounds": options.rounds, "threads": options.threads, "targets": options.targets}
+                        about = {"machine": this_machine(), "options": settings}
                         yield {"where": where, "load": machine, "model": subject.name, "call_s": subject.call_s, **about, **each}
 
 
@@ -342,6 +350,25 @@ def row(where: str, machine: str, records: Sequence[Record]) -> str:
         f"{np.mean([each['seconds'] for each in records]):.1f}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def tables(records: Sequence[Record]) -> list[str]:
+    """Return a table for each choice of targets, a line for each condition, and the sums of the idle and of the busy machine."""
+    lines = []
+    for targets in dict.fromkeys(each["options"]["targets"] for each in records):
+        of_them = [each for each in records if each["options"]["targets"] == targets]
+        lines += [f"## {' and '.join(targets.split(','))}", "", *table(of_them), "", *sums(of_them), ""]
+    return lines
+
+
+def sums(records: Sequence[Record]) -> list[str]:
+    """Return what came out in all conditions together, by what the machine did."""
+    lines = []
+    for machine in ("idle", "busy"):
+        counts = Counter(each["same"] for each in records if each["load"] == machine)
+        if counts:
+            lines.append(f"- {machine}, all conditions: false alarms {rate(counts, 'faster', 'slower')}.")
+    return lines
 
 
 def table(records: Sequence[Record]) -> list[str]:
@@ -397,8 +424,9 @@ def measured(options: argparse.Namespace) -> Iterator[Record]:
     """Take all comparisons."""
     with tempfile.TemporaryDirectory() as name:
         with Lab() as lab:
-            listed, _ = lab.discover(_RUNTIMES)
-        targets = {runtime: next(each for each in listed if str(each) == f"{runtime}:CPU") for runtime in _RUNTIMES}
+            wanted = options.targets.split(",")
+            listed, _ = lab.discover(sorted({each.split(":")[0] for each in wanted}))
+        targets = {name: next(each for each in listed if str(each) == name) for name in wanted}
         models = subjects(options.models, Path(name), targets, options.threads)
         for where in options.where.split(","):
             yield from conditions(where, models, targets, options)
@@ -412,9 +440,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="12 comparisons per condition, of the first model only")
     parser.add_argument("--where", default=",".join(WHERE))
     parser.add_argument("--load", default="idle,busy")
-    parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--rounds", type=int, default=160)
     parser.add_argument("--copies", type=int, default=12)
     parser.add_argument("--threads", type=int, default=0, help="of each loaded model; 0: as many as its runtime takes")
+    parser.add_argument("--targets", default=TARGETS, help="two that take turns across runtimes; the first runs alone elsewhere")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=1e6, help="the most that one condition may take; comparisons beyond are left out")
     parser.add_argument("--out", type=Path)
@@ -434,7 +463,7 @@ def main() -> None:
                     file.write(json.dumps(each) + "\n")
             told = {key: each[key] for key in ("where", "load", "model", "same", "more", "by", "rounds")}
             print(*told.values(), f"{each['ratio']:.4f} ± {each['width'] / 2:.1%} {each['seconds']:.1f} s", file=sys.stderr, flush=True)
-    lines = [*heading(records), *table(records)]
+    lines = [*heading(records), *tables(records)]
     print("\n".join(lines))
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from aivmm.probes.records import Caution, Samples
 
 INDIFFERENCE = 0.01  # differences below ±1 % are of no use to anyone
 _RESAMPLES = 2000
+_APART_RESAMPLES = 500
 _INTERVAL_RESAMPLES = 500  # each sorts all samples
 _ONE_PAIR = math.log(2)  # a single pair says nothing of its noise: within a factor of two, let us say
 _COLD_LEAST = 3  # samples to a quarter, below which nothing is said of them
@@ -126,20 +128,6 @@ def paired_rounds(a: Samples, b: Samples) -> list[int]:
     return shared
 
 
-def _without_copies(logs: Floats, numbers: Sequence[int], copies: int) -> tuple[float, Floats]:
-    """Return the mean over copies of their medians, and the logs around it whichever copy they come from: copies count apart.
-
-    Taking off a median that comes from n values takes some of their scatter with it; a factor gives it back.
-    """
-    turn = np.array(numbers) % copies
-    counts = np.bincount(turn, minlength=copies)
-    if counts.min() < 2:
-        return float(np.median(logs)), logs
-    medians = np.array([np.median(logs[turn == copy]) for copy in range(copies)])
-    middle = float(medians.mean())
-    return middle, middle + (logs - medians[turn]) * np.sqrt(counts / (counts - 1))[turn]
-
-
 def compare(
     a: Samples,
     b: Samples,
@@ -160,10 +148,9 @@ def compare(
     widened by what `copies` processes of each side still leave open: independent errors, so the half widths add as squares.
     """
     logs = paired_logs(a, b, scale=scale, by=by)
-    middle, within = float(np.median(logs)), logs
-    if apart is not None and max(copies) > 1:
-        middle, within = _without_copies(logs, paired_rounds(a, b), max(copies))
-    low, high = bootstrap_median(within, confidence=confidence, seed=seed)
+    # The median of all rounds, also where copies took turns: a median of each copy's few rounds errs twice as much (decision 0029).
+    middle = float(np.median(logs))
+    low, high = bootstrap_median(logs, confidence=confidence, seed=seed)
     low, high = min(low, middle), max(high, middle)
     if apart is not None:
         between = apart.half_width(copies, confidence)
@@ -181,25 +168,30 @@ def compare(
 def observed_apart(runs: Sequence[Samples], copies: int, *, prior: Apart = APART, by: By = "median") -> Apart:
     """Return how much processes differ, from contestants of one race that each ran in `copies` processes in turn (round % copies).
 
-    Rounds of one copy index share what the machine was doing, so what is left of a contestant's copy after its own and that index's effect
-    is the process: (contestants - 1) x (copies - 1) degrees of freedom. The noise of the medians themselves is taken off.
+    Did processes not matter, the median of a pair's log ratios would vary as much when whole copies are drawn as when single rounds are
+    (the cluster bootstrap and the plain one; Davison and Hinkley 1997, section 3.8). What it varies more by is the processes' doing:
+    (contestants - 1) x (copies - 1) degrees of freedom in all pairs together.
     """
     if copies < 2 or len(runs) < 2:
         return prior
     figures = round_figures(runs, by)
     shared = sorted(set.intersection(*(set(each) for each in figures)))
     table = np.log([[each[number] for number in shared] for each in figures])
-    table -= np.median(table, axis=0)
-    of_copy = np.array([number % copies for number in shared])
-    if min(np.bincount(of_copy, minlength=copies)) < 2:
+    of_copy = np.array(shared) % copies
+    turns = int(np.bincount(of_copy, minlength=copies).min())
+    if turns < 2:
         return prior
-    cells = np.stack([np.median(table[:, of_copy == copy], axis=1) for copy in range(copies)], axis=1)
-    residuals = cells - cells.mean(axis=0) - cells.mean(axis=1, keepdims=True) + cells.mean()
+    in_turn = np.stack([np.flatnonzero(of_copy == copy)[:turns] for copy in range(copies)])
+    generator = np.random.default_rng(0)
+    whole = in_turn[generator.integers(copies, size=(_APART_RESAMPLES, copies))].reshape(_APART_RESAMPLES, -1)
+    single = in_turn.ravel()[generator.integers(in_turn.size, size=whole.shape)]
+    more = [
+        np.median(logs[whole], axis=1).var() * copies / (copies - 1) - np.median(logs[single], axis=1).var()
+        for logs in (mine - theirs for mine, theirs in combinations(table, 2))
+    ]
     freedom = (len(runs) - 1) * (copies - 1)
-    scatter = table - cells[:, of_copy]
-    # The variance of a median of n normal values is pi/2 sigma²/n; sigma from the median absolute deviation, which spikes do not move.
-    noise = math.pi / 2 * float(np.mean((1.4826 * np.median(np.abs(scatter), axis=1)) ** 2)) * copies / len(shared)
-    return prior.pooled(max(0.0, float((residuals**2).sum()) - freedom * noise), freedom)
+    # The variance of a difference of two means over so many copies is 2 / copies times that of one process.
+    return prior.pooled(freedom * max(0.0, float(np.mean(more)) * copies / 2), freedom)
 
 
 def verdict(low: float, high: float, *, zone: float = INDIFFERENCE) -> Word:

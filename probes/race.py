@@ -18,9 +18,10 @@ from aivmm.runtime.config import Config
 from aivmm.runtime.cpu import usable_cores
 from aivmm.runtime.target import Target
 
-# Short blocks, many rounds: neighbours in time are what cancels, and handing over takes a millisecond since the others are frozen.
-_BLOCK_CALLS = 5
-_BLOCK_LEAST_S, _BLOCK_MOST_S = 0.01, 0.15
+# Short blocks, many rounds: neighbours in time are what cancels, and handing over takes a millisecond since the others are frozen. Longer
+# blocks make a round no surer (the same spread at 1.5, 4 and 10 ms: what differs is the core's speed from one moment to the next, 0029).
+_BLOCK_CALLS = 3
+_BLOCK_LEAST_S, _BLOCK_MOST_S = 0.003, 0.15
 _SEVERAL_BLOCK_S = 0.12  # with several callers one block gives one duration, so it must hold many calls
 _SLOW_S = 0.02  # one such call settles the caches
 _VERY_SLOW_S = 0.2  # one such call is a block
@@ -227,7 +228,7 @@ def race(
     *,
     budget_s: float,
     least_rounds: int = 8,
-    most_rounds: int = 100,
+    most_rounds: int = 200,
     seed: int = 0,
     first_round: int = 0,
     warmup: bool = True,

@@ -31,7 +31,7 @@ from aivmm.tuner.subject import Further
 
 # Seconds of racing: as many as the entrants' own speed asks for, within these. Loading, the tail and the report come on top.
 _LEAST_S, _MOST_S = 4.0, 6.5
-_ROUNDS = 15
+_ROUNDS = 20
 _WORTH_CHANGING = 0.97  # two processes that run the very same differ by as much: a smaller gain may be gone in the next one
 _SWITCH_S = 0.03  # between two workers: until the one before has stopped spinning
 TAIL_SAMPLES = 500  # below this a 99th percentile is not given
@@ -235,7 +235,7 @@ class Prover:
             contestants,
             budget_s=_racing_s([each for each in contestants if each.racing]),
             least_rounds=10,
-            most_rounds=60,
+            most_rounds=200,
             seed=self._seed + 1,
             first_round=next_round,
             tell=cards.beside(lambda state: self._tell("proving the plan against the baselines", state)),
@@ -263,7 +263,7 @@ class Prover:
             contestants,
             budget_s=0.6 * _racing_s(contestants),
             least_rounds=6,
-            most_rounds=20,
+            most_rounds=60,
             seed=self._seed,
             tell=lambda state: self._tell("choosing among the finalists", state),
         )
