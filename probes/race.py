@@ -321,6 +321,7 @@ class _Turns:
     def __init__(self, contestants: Sequence[Contestant]) -> None:
         self._contestants = contestants
         self._last: tuple[Worker, str] | None = None  # the worker, and what is loaded in it under which name
+        self._ran: dict[Worker, tuple[Worker, str]] = {}  # what ran last in each worker
         self._frozen: set[int] = set()
         self._core = -1  # where the first of this round ran that runs on one thread; the others follow it, since cores differ
 
@@ -339,20 +340,19 @@ class _Turns:
         if not contestant.racing:
             return
         load = worker, _ = contestant.loads[number % contestant.copies]
-        outspin = False
-        if self._last is not None and self._last != load:
+        if self._last is not None and self._last[0] is not worker:
             pid = self._last[0].pid
-            # Threads of one process cannot be stopped apart. To wait until they rest would put the next one's to sleep as well, and where
-            # they wake up is a lottery: it runs beside them until they do.
-            outspin = self._last[0] is worker
-            if not outspin and freeze(pid):
+            if freeze(pid):
                 self._frozen.add(pid)
-            elif not outspin and pid > 0:
+            elif pid > 0:
                 wait_until_quiet(pid)
+        # Threads of one process cannot be stopped apart, and what was frozen in the middle of spinning spins on when it is thawed. To wait
+        # until they rest would put the next one's to sleep as well, and where they wake up is a lottery: it runs beside them until they do.
+        outspin = self._ran.get(worker, load) != load
         if worker.pid in self._frozen:
             thaw(worker.pid)
             self._frozen.discard(worker.pid)
-        self._last = load
+        self._last = self._ran[worker] = load
         contestant.block(number, warmup=warmup, outspin=outspin, core=self._core)
         if contestant.core is not None:
             self._core = contestant.core

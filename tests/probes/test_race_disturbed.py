@@ -139,6 +139,16 @@ def test_another_load_of_the_same_worker_is_outlasted() -> None:
         assert ("outspin_s" in worker.blocks[at][1]) == (names[at] != names[at - 1])
 
 
+def test_what_was_frozen_while_it_spun_is_outspun_when_another_load_of_its_worker_runs_next() -> None:
+    first, second = Asked(), Asked()
+    first.pid = second.pid = -1  # no processes: this one must not be frozen
+    field = [Contestant("a", first), Contestant("b", first), Contestant("c", second)]  # type: ignore[arg-type]
+    race(field, budget_s=60, least_rounds=12, most_rounds=12, enough=lambda _: False)
+    names = [name for name, _ in first.blocks]
+    assert all(("outspin_s" in first.blocks[at][1]) == (names[at] != names[at - 1]) for at in range(2, len(names)))  # after the warm-up
+    assert not any("outspin_s" in more for _, more in second.blocks)
+
+
 @pytest.mark.parametrize(("cores", "by", "least"), [(64.0, "least", 4), (0.0, "median", 2)])
 def test_a_busy_machine_is_noticed_while_racing(cores: float, by: str, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
     class Load:
