@@ -19,6 +19,7 @@ from aivmm.runtime.backend import Baseline
 from aivmm.runtime.config import Config
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.target import Target
+from aivmm.tuner.joules import counts_cards_only
 from aivmm.tuner.measure import Measurer
 from aivmm.tuner.precision import Scout
 from aivmm.tuner.work import Work
@@ -91,6 +92,7 @@ class Explorer:
             retry_failed=self.work.options.retry_failed,
             seed=self.work.options.seed,
             counts_energy=any(each.name == "energy" for each in self.work.options.objectives),
+            cards_only=counts_cards_only(self.work.targets),
             stop=self.work.asked,
         )
         first = self.measurer.reference

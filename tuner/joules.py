@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from aivmm.probes.client import Worker, run_limit_s
 from aivmm.probes.energy import POWERCAP, SHORTEST_S, EnergyMeter, counters
 from aivmm.probes.machine import measuring
 from aivmm.runtime.null import counts_itself
-from aivmm.runtime.nvml import process_memory_bytes
+from aivmm.runtime.nvml import is_nvidia, process_memory_bytes, total_energy_j
 from aivmm.runtime.target import Target
 
 ENERGY = ("energy", "power")  # constraints that need a counter of energy
@@ -61,6 +61,22 @@ def energy_metrics(racer: _Racer, targets: set[Target], *, seconds: float = SHOR
         return {"power_w": energy.watts, "energy_j": energy.watts * period_s / racer.batch}
     card_w = sum(joules for name, joules in energy.joules.items() if name.startswith("card")) / energy.seconds
     return {"card_power_w": card_w, "card_energy_j": card_w * period_s / racer.batch} if card_w else {}
+
+
+def counts_cards_only(targets: Iterable[Target], *, root: Path = POWERCAP) -> bool:
+    """Say whether no target's energy can be counted in full, and that of an NVIDIA card alone can.
+
+    So it is in virtual machines, which have a card of their own and no counters of the host's processors. What plans use of the card
+    compares among those that use one; a plan on a CPU has no number there.
+    """
+    found = list(targets)
+    cards = {target for target in found if is_nvidia(target.device)}
+    if not cards or any(not why_no_energy({target}, root=root) for target in found):
+        return False
+    try:
+        return all(total_energy_j(target.device.uid) > 0 for target in cards)
+    except Unsupported:
+        return False
 
 
 def device_memory(pid: int, targets: set[Target]) -> tuple[int | None, str]:

@@ -63,6 +63,7 @@ class Measurer:
     retry_failed: bool = False
     seed: int = 0
     counts_energy: bool = False  # of each candidate, for seconds each: only where that is an objective
+    cards_only: bool = False  # the energy that counts is that of cards: nothing counts the host's
     stop: Callable[[], bool] | None = None  # True: races end as soon as they may
     counts: Counts = field(default_factory=Counts)
     _loaded: dict[str, Loaded] = field(default_factory=dict)
@@ -132,7 +133,7 @@ class Measurer:
     def _known(self, candidate: Candidate) -> Score | Rejection | None:
         for outcomes in reversed(self._races.values()):
             mine, reference = outcomes.get(candidate.key), outcomes.get(self.reference.key)
-            counted = mine is not None and (not self.counts_energy or "energy_j" in mine.metrics)
+            counted = mine is not None and (not self.counts_energy or self._energy_name in mine.metrics)
             if mine is not None and counted and reference is not None:
                 return self._score(candidate, mine, reference, reused=True)
         old = self._old.get(candidate.key)
@@ -325,6 +326,10 @@ class Measurer:
             judged["stray_nodes"] = float(loaded.strays)
         return {"compile_s": loaded.compile_s, "first_inference_s": loaded.first_inference_s, **self._around, **judged}
 
+    @property
+    def _energy_name(self) -> str:
+        return "card_energy_j" if self.cards_only else "energy_j"
+
     def _energy(self, candidate: Candidate, contestant: Contestant) -> dict[str, float]:
         """Return what a sample costs in energy, where that is asked for and counted."""
         if not self.counts_energy:
@@ -346,8 +351,8 @@ class Measurer:
             problem = loaded.problem if loaded and loaded.problem else "its outputs are unusable"
         elif self.cosine_limit is not None and self.subject.deterministic and cosine is not None:
             problem = over_limit(cosine, mine.metrics.get(f"relative_l2@{judged}", 0.0), self.cosine_limit)
-        if not problem and self.counts_energy and "energy_j" not in mine.metrics:
-            problem = "its energy could not be counted"
+        if not problem and self.counts_energy and self._energy_name not in mine.metrics:
+            problem = "its energy could not be counted" + (", only that of cards can here" if self.cards_only else "")
         if problem:
             return Rejection(state="pruned", reason=problem, ratio=found.ratio, **shared)  # type: ignore[arg-type]
         metrics = self._limited(candidate, mine, cosine)
@@ -364,7 +369,7 @@ class Measurer:
             "throughput": candidate.batch / median_s,
             "compile": mine.metrics.get("compile_s"),
             "cosine": cosine,
-            "energy": mine.metrics.get("energy_j"),
+            "energy": mine.metrics.get(self._energy_name),
             "power": mine.metrics.get("power_w"),
             "device_memory": mine.metrics.get("device_memory_bytes"),
             "size": self.subject.size_bytes(candidate.config.lowered),

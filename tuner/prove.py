@@ -24,7 +24,7 @@ from aivmm.probes.operations import BATCH_BELOW_S
 from aivmm.probes.race import Contestant, RaceState, block_s, by_of, leader_of, race, runs_single, versus
 from aivmm.probes.records import Caution, Samples
 from aivmm.runtime.target import Target
-from aivmm.tuner.joules import ENERGY, absent, device_memory, energy_metrics, why_no_energy
+from aivmm.tuner.joules import ENERGY, absent, counts_cards_only, device_memory, energy_metrics, why_no_energy
 from aivmm.tuner.judging import Judge, Metric
 from aivmm.tuner.strays import explained, read_stages
 from aivmm.tuner.subject import Further
@@ -62,6 +62,7 @@ class Entrant:
     choosing: Samples | None = None  # of the first race
     confirmed: Samples | None = None  # of the second, which chose nothing
     absent: dict[str, str] = field(default_factory=dict)  # what could not be measured of it, and why
+    cards_only: bool = False  # the energy that counts is that of its cards: nothing counts the host's
     strays: str = ""  # which nodes its accelerators leave to the CPU, and what they cost; "" where there are none
     ends: tuple[str, ...] = ()  # objectives in which nothing that was searched is better: proven whatever its speed
 
@@ -149,6 +150,9 @@ class Prover:
         prefer: Sequence[str] = (),
     ) -> None:
         self._proof = Proof(entrants=list(entrants))
+        if any(each.name == "energy" for each in objectives) and counts_cards_only(self._targets()):
+            for each in entrants:
+                each.cards_only = True
         self._constraints = constraints
         self._seed = seed
         self._tell = tell
@@ -242,6 +246,10 @@ class Prover:
         )
         load_cores, after = load.read(pids), conditions.read(self._targets())
         self._proof.cautions = (*conditions.cautions(before, after, load_cores=load_cores), *cards.cautions())
+        for entrant in self._proof.entrants:
+            if entrant.worker is not None and "device_memory_bytes" in entrant.metrics:  # arenas grow while they run
+                held, _ = device_memory(entrant.worker.pid, _targets_of(entrant)) if entrant.running else (None, "")
+                entrant.metrics["device_memory_bytes"] = max(entrant.metrics["device_memory_bytes"], float(held or 0))
         around = {**before.metrics("before"), **cards.metrics(), **after.metrics("after")}
         for entrant in self._proof.entrants:
             if entrant.contestant is None:
@@ -464,7 +472,7 @@ def constraint_metrics(entrant: Entrant) -> dict[str, float]:
         "throughput": "throughput_per_s",
         "memory": "peak_memory_bytes",
         "device_memory": "device_memory_bytes",
-        "energy": "energy_j",
+        "energy": "card_energy_j" if entrant.cards_only else "energy_j",
         "power": "power_w",
         "size": "size_bytes",
         "compile": "compile_s",

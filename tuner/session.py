@@ -40,7 +40,7 @@ from aivmm.tuner.decide import Decider, as_planned, expected
 from aivmm.tuner.explore import Explorer
 from aivmm.tuner.handover import HandoverProber
 from aivmm.tuner.interrupt import Interrupts
-from aivmm.tuner.joules import ENERGY, why_no_energy
+from aivmm.tuner.joules import ENERGY, counts_cards_only, why_no_energy
 from aivmm.tuner.layout import cut_around_refused, cut_around_wrong, cut_as_asked
 from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
 from aivmm.tuner.piecewise import refer_in_pieces
@@ -235,7 +235,7 @@ class Session:
         """Raise UsageError when energy is an objective, or limited as power may be, and none of the targets' can be counted here."""
         asked = next((each for each in self.constraints if each.metric in ENERGY), None)
         reasons = [why_no_energy({target}) for target in targets]
-        if all(reasons) and any(each.name in ENERGY for each in self.options.objectives):
+        if all(reasons) and any(each.name in ENERGY for each in self.options.objectives) and not counts_cards_only(targets):
             advice = "choose another objective, or tune where energy can be counted"
             raise UsageError(f"energy is no objective here: {reasons[0]}", advice=advice)
         if asked is not None and all(reasons):

@@ -137,7 +137,8 @@ def _by_objective(plan: Entrant, proof: Proof, objective: Objective) -> str:
     if not known:
         return f"No baseline's {objective.what} is known."
     best = min(known, key=lambda each: objective.loss_of(constraint_metrics(each)[objective.metric]))
-    return f"Its {objective.what} is {figure(plan, objective)}; that of {best.draft.name} is {figure(best, objective)}."
+    alone = " It is the card's alone: nothing counts here what the host used." if plan.cards_only and objective.name == "energy" else ""
+    return f"Its {objective.what} is {figure(plan, objective)}; that of {best.draft.name} is {figure(best, objective)}.{alone}"
 
 
 def _worth_telling(plan: Entrant, baselines: Sequence[Entrant], proof: Proof) -> list[Entrant]:
@@ -245,6 +246,7 @@ def summary(
             "energy_j": plan.metrics.get("energy_j"),
             "power_w": plan.metrics.get("power_w"),
             "card_energy_j": plan.metrics.get("card_energy_j"),
+            "card_power_w": plan.metrics.get("card_power_w"),
             "not_measured": dict(proof.absent),
         }
     return result

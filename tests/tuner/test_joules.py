@@ -17,7 +17,7 @@ from aivmm.probes.race import Contestant
 from aivmm.runtime.config import Config
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Device, Target
-from aivmm.tuner.joules import absent, device_memory, energy_metrics, why_no_energy
+from aivmm.tuner.joules import absent, counts_cards_only, device_memory, energy_metrics, why_no_energy
 from tests.making import chain_model, normal, write_model
 
 WATTS = 20.0
@@ -96,3 +96,27 @@ def test_devices_made_of_arithmetic_count_for_themselves_and_the_same_each_time(
     assert all(len(set(map(float, each))) == 1 or max(each) == pytest.approx(min(each)) for each in seconds.values())
     assert found[1]["energy_j"] == pytest.approx(found[1]["power_w"] * seconds[1][0] / 2)
     assert why_no_energy({cpu, gpu}) == "" and absent({cpu}, {}) == {}
+
+
+def test_where_a_processor_is_counted_or_no_card_is_the_cards_alone_do_not_do(tmp_path: Path, target: Target) -> None:
+    nobody = Target(runtime="onnxruntime", name="CUDA:0", device=Device(kind="gpu", model="NVIDIA", uid="GPU-nobody"), runtime_version="1")
+    assert not counts_cards_only([target], root=tmp_path / "nowhere")
+    assert not counts_cards_only([target, nobody], root=tmp_path / "nowhere"), "its card does not answer"
+    with package(tmp_path / "powercap") as root:
+        assert not counts_cards_only([target, nobody], root=root)
+
+
+@pytest.mark.gpu
+def test_a_real_cards_sample_costs_what_its_counter_counted(tmp_path: Path) -> None:
+    card = next(each for each in load_backend("onnxruntime").targets() if isinstance(each, Target) and str(each) == "onnxruntime:CUDA:0")
+    model, inputs = write_model(tmp_path / "chain.onnx", chain_model()), tmp_path / "inputs.npz"
+    save_arrays(inputs, {"x": normal(2, 32)})
+    nowhere = tmp_path / "nowhere"
+    with Worker("energy") as worker:
+        config = wire.config_out(Config())
+        worker.call("compile", limit_s=120, name="m", model=str(model), target=wire.target_out(card), config=config, inputs=str(inputs))
+        found = energy_metrics(Contestant("m", worker, batch=4), {card}, seconds=2.0, root=nowhere)
+    assert "energy_j" not in found, "the host is not counted, so there is no total"
+    assert 10 < found["card_power_w"] < 1.2 * (card.device.power_limit_w or 1000)
+    assert found["card_energy_j"] > 0
+    assert counts_cards_only([card], root=nowhere)
