@@ -67,13 +67,15 @@ class _Net:
         return helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION, producer_name="aivmm")
 
 
-def build_encoder() -> onnx.ModelProto:
-    """Return a BERT-like encoder (post-norm, arXiv:1810.04805): 4 layers, width 256, 4 heads, vocabulary 8192, up to 512 positions.
+def build_encoder(
+    name: str = "encoder", *, layers: int = 4, width: int = 256, heads: int = 4, vocabulary: int = 8192, positions: int = 512
+) -> onnx.ModelProto:
+    """Return a BERT-like encoder (post-norm, arXiv:1810.04805).
 
-    Inputs `input_ids` and `attention_mask`, int64 [batch, seq]; outputs `last_hidden_state` [batch, seq, 256] and `pooled` [batch, 256].
+    Inputs `input_ids` and `attention_mask`, int64 [batch, seq]; outputs `last_hidden_state`
+    [batch, seq, width] and `pooled` [batch, width].
     """
-    width, vocabulary, positions, layers = 256, 8192, 512, 4
-    net = _Net("encoder")
+    net = _Net(name)
     zero, one = net.constant("zero", [0]), net.constant("one", [1])
     words = net.op("Gather", "embed/words", net.normal("embed.words", vocabulary, width, std=1.0), "input_ids")
     # RoBERTa's positions count the tokens that are not masked. Unlike BERT's slice of the table, they leave no shape for run time.
@@ -86,7 +88,7 @@ def build_encoder() -> onnx.ModelProto:
     bias = net.op("Mul", "mask/bias", hole, net.constant("mask.low", -1e4, np.float32))
     for layer in range(layers):
         output = "last_hidden_state" if layer == layers - 1 else ""
-        hidden = _encoder_layer(net, f"layer{layer}", hidden, bias, width=width, heads=4, output=output)
+        hidden = _encoder_layer(net, f"layer{layer}", hidden, bias, width=width, heads=heads, output=output)
     first = net.op("Squeeze", "pool/first", net.op("Slice", "pool/slice", hidden, zero, one, one), one)
     net.op("Tanh", "pool/tanh", net.dense("pool", first, width, width), output="pooled")
     tokens = (TensorProto.INT64, ("batch", "seq"))
@@ -94,6 +96,30 @@ def build_encoder() -> onnx.ModelProto:
         {"input_ids": tokens, "attention_mask": tokens},
         {"last_hidden_state": ("batch", "seq", width), "pooled": ("batch", width)},
     )
+
+
+def build_vision_transformer(
+    name: str = "vit", *, layers: int = 12, width: int = 384, heads: int = 6, patch: int = 16, pixels: int = 224, classes: int = 1000
+) -> onnx.ModelProto:
+    """Return a vision transformer (arXiv:2010.11929; the defaults are ViT-S/16), with the norms where BERT has them.
+
+    Input `pixel_values`, float32 [batch, 3, pixels, pixels]; output `logits` [batch, classes].
+    """
+    net = _Net(name)
+    places = (pixels // patch) ** 2
+    kernel = net.normal("embed.kernel", width, 3, patch, patch, std=(3 * patch * patch) ** -0.5)
+    patches = net.op("Conv", "embed/patches", "pixel_values", kernel, strides=[patch, patch], kernel_shape=[patch, patch])
+    tokens = net.op("Reshape", "embed/flat", patches, net.constant("embed.flat", [0, width, places]))
+    tokens = net.op("Transpose", "embed/tokens", tokens, perm=(0, 2, 1))
+    hidden = net.op("Add", "embed/sum", tokens, net.normal("embed.positions", places, width, std=0.5))
+    hidden = net.layer_norm("embed/norm", hidden, width)
+    nothing = net.constant("mask.nothing", 0, np.float32)
+    for layer in range(layers):
+        hidden = _encoder_layer(net, f"layer{layer}", hidden, nothing, width=width, heads=heads, output="")
+    mean = net.op("ReduceMean", "pool/mean", hidden, axes=[1], keepdims=0)
+    net.dense("head", mean, width, classes, output="logits")
+    image = (TensorProto.FLOAT, ("batch", 3, pixels, pixels))
+    return net.model({"pixel_values": image}, {"logits": ("batch", classes)})
 
 
 def _encoder_layer(net: _Net, name: str, hidden: str, bias: str, *, width: int, heads: int, output: str) -> str:

@@ -22,7 +22,7 @@ from aivmm.probes.machine import peak_memory_bytes
 from aivmm.probes.timer import BATCH_BELOW_S as BATCH_BELOW_S
 from aivmm.probes.timer import SETTLE_S, held, spinning, time_steps
 from aivmm.probes.user_code import check_metric, dataset, metric
-from aivmm.runtime.backend import Buffer, Executable, ExplainsStrays, Request, aligned_empty
+from aivmm.runtime.backend import Buffer, Executable, ExplainsStrays, Request, aligned_empty, host_buffer
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.lane import new_buffer
 from aivmm.runtime.null import METER, NullBackend, SimulatedTime
@@ -69,7 +69,8 @@ class ExecutableRunner:
                 raise UsageError(f"no sample for the input {spec.name!r}")
             request.bind(spec.name, _own(inputs[spec.name], spec))
         for spec in self.executable.outputs:
-            buffer = new_buffer(spec)
+            buffer = host_buffer(self.executable, spec)
+            buffer = new_buffer(spec) if buffer is None else buffer
             if buffer is not None:
                 request.bind(spec.name, buffer)
         return request

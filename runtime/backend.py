@@ -190,6 +190,65 @@ class ImportsBlob(Protocol):
         """
 
 
+@runtime_checkable
+class HostBuffers(Protocol):
+    """An executable for whose requests some kind of host memory is better than any other: page-locked memory, for a card."""
+
+    def host_buffer(self, spec: TensorSpec) -> Buffer | None:
+        """Return an uninitialised C-contiguous array for an input or output of static shape; None where any memory is as good.
+
+        Raises:
+            Unsupported: there is no such memory left, in the runtime's words.
+        """
+
+
+class DeviceTensor(Protocol):
+    """A tensor in a device's own memory, in the runtime's own terms; other libraries take it through DLPack."""
+
+    def shape(self) -> Sequence[int]:
+        """Return its extents."""
+
+    def __dlpack__(self, *, stream: Any = None) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+
+@runtime_checkable
+class DeviceTensors(Protocol):
+    """An executable whose inputs and outputs can stay in its device's memory, between stages and for callers who have tensors there.
+
+    `memory` names that memory ("cuda:0"): two executables of one backend with the same one can share a tensor. Their requests have
+    `bind_device`, which takes the place of `bind`.
+    """
+
+    memory: str
+
+    def device_tensor(self, spec: TensorSpec) -> DeviceTensor:
+        """Return an uninitialised tensor of static shape.
+
+        Raises:
+            Unsupported: there is no memory left, or no such type, in the runtime's words.
+        """
+
+    def from_dlpack(self, array: Any, spec: TensorSpec) -> DeviceTensor:
+        """Return a caller's tensor without a copy, once all that was to be written to it is written.
+
+        Raises:
+            UsageError: it lies on another device, or has another type or shape than `spec`, or gaps.
+        """
+
+
+class DeviceRequest(Request, Protocol):
+    """A request of an executable with `DeviceTensors`."""
+
+    def bind_device(self, name: str, tensor: DeviceTensor) -> None:
+        """Read an input or write an output where it is; as `bind`, and in its place."""
+
+
+def host_buffer(executable: Executable, spec: TensorSpec) -> Buffer | None:
+    """Return the buffer that an executable wants for a tensor, None where it wants none in particular."""
+    return executable.host_buffer(spec) if spec.static and isinstance(executable, HostBuffers) else None
+
+
 def aligned_empty(spec: TensorSpec, *, alignment: int = 4096) -> Buffer:
     """Return an uninitialised C-contiguous array for `spec` that starts at a multiple of `alignment` bytes and is padded to 64.
 

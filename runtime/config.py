@@ -72,7 +72,8 @@ class Knob:
     """One thing that can be tuned on a target: its range or its choices, the runtime's default, and why it may matter.
 
     An ordered knob is `int` or `float` with `low` and `high` (a search must see its order); the rest are `choice`.
-    `objectives` names the goals it can serve, so that a latency search does not spend trials on streams.
+    `objectives` names the goals it can serve, so that a latency search does not spend trials on streams. `promising` is a value that often
+    helps where the others' promising ones are set too: the search looks there first.
     """
 
     name: str
@@ -84,4 +85,5 @@ class Knob:
     log: bool = False
     choices: tuple[Setting, ...] = ()
     default: Setting | None = None
+    promising: Setting | None = None
     objectives: frozenset[str] = frozenset({"latency", "throughput", "energy"})

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from aivmm.errors import AivmmError, BundleError, Unsupported, UsageError
-from aivmm.runtime.backend import Backend, Buffer, Executable
+from aivmm.runtime.backend import Backend, Buffer, DeviceTensor, Executable
 from aivmm.runtime.blobs import BlobCache
 from aivmm.runtime.bundle import Bundle
 from aivmm.runtime.drift import Drift, DriftMonitor
@@ -223,6 +223,27 @@ class Engine:
         Entering the block raises as `run` does.
         """
         return Loan(self, inputs)
+
+    def new_inputs(self) -> dict[str, Buffer]:
+        """Return arrays for one request's inputs, uninitialised, in the memory that the plan reads fastest: page-locked for a card.
+
+        To be filled and given to `run` again and again; what is elsewhere has to be copied first. Requests in flight need arrays each.
+
+        Raises:
+            UsageError: an input has no fixed shape, or the engine is closed.
+        """
+        return self._program.new_inputs()
+
+    def run_on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceTensor]:
+        """Run once and leave the outputs on the device that makes them, as tensors that DLPack hands on (`torch.from_dlpack`).
+
+        Inputs may be arrays, or tensors on that device; `run` takes those, too. The tensors returned are the caller's own.
+
+        Raises:
+            UsageError: as `run`, or an output is made on a device without memory of its own, or has no fixed shape.
+            Unsupported: as `run`. No fallback is taken: it may lie elsewhere.
+        """
+        return self._program.run_on_device(inputs)
 
     def one_lane(self) -> Lane:
         """Return one caller's way through the plan, for probes of its stages. Nobody else may run the engine meanwhile."""

@@ -5,15 +5,15 @@ A lane is a caller's turn in a sequential plan (one thread runs all its steps) a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
 from numpy import ndarray
 
-from aivmm.errors import Unsupported
-from aivmm.runtime.backend import Buffer, Executable, Request, aligned_empty
+from aivmm.errors import Unsupported, UsageError
+from aivmm.runtime.backend import Buffer, DeviceTensor, DeviceTensors, Executable, Request, aligned_empty, host_buffer
 from aivmm.runtime.clocks import StageClock
 from aivmm.runtime.drift import BLOCK
 from aivmm.runtime.inputs import checked, dtype_of, is_numpy, refuse_unknown
@@ -25,6 +25,7 @@ from aivmm.tensors import TensorSpec
 COPY_LIMIT_BYTES = 32 << 10
 # A caller who fills one array again and again is not asked for a copy each time: after so many calls his array is bound itself.
 _STEADY = 8
+_ON_HOST = (1, 3)  # of DLPack's devices: kDLCPU, kDLCUDAHost
 _FOLD_NS = 50_000_000  # what was timed is counted this often: for calls below half a millisecond in less than one of a hundred
 
 
@@ -33,16 +34,35 @@ def new_buffer(spec: TensorSpec) -> Buffer | None:
     return aligned_empty(spec) if spec.static and is_numpy(spec.dtype) else None
 
 
+def _wanted(spec: TensorSpec, executables: Sequence[Executable]) -> Buffer | None:
+    """Return a buffer of the kind that the first of the executables which wants any wants, of any kind where none does.
+
+    None when only the runtime can allocate it.
+    """
+    for each in executables:
+        buffer = host_buffer(each, spec)
+        if buffer is not None:
+            return buffer
+    return new_buffer(spec)
+
+
+def _one_memory(executables: Sequence[Executable]) -> bool:
+    """Say whether all keep their tensors in one device's memory."""
+    return len({each.memory if isinstance(each, DeviceTensors) else None for each in executables}) == 1 and isinstance(
+        executables[0], DeviceTensors
+    )
+
+
 class Feed:
     """Where one input comes in. `bound` is what the stages read now: the lane's own buffer, or an array of a caller's."""
 
-    __slots__ = ("_binders", "_buffer", "_copies", "_dtype", "_known", "_own", "_seen", "_shape", "_spec", "_times", "bound", "name")
+    __slots__ = ("_copies", "_dtype", "_known", "_own", "_seen", "_shape", "_spec", "_times", "_users", "bound", "name")
 
-    def __init__(self, spec: TensorSpec, known: Mapping[str, TensorSpec], binders: Sequence[Callable[[str, Buffer], None]]) -> None:
+    def __init__(self, spec: TensorSpec, known: Mapping[str, TensorSpec], users: Sequence[tuple[Any, Executable]]) -> None:
         """Bind a buffer where one is copied into: for a small input of a size that is known."""
         self.name = spec.name
         self.bound: Any = self  # at first nothing that a caller could bring
-        self._spec, self._known, self._binders = spec, known, binders
+        self._spec, self._known, self._users = spec, known, users  # the requests that read it, with their executables
         self._dtype, self._shape = dtype_of(spec), spec.shape  # without a type only `checked` can compare
         size = spec.nbytes
         self._copies = size is not None and size <= COPY_LIMIT_BYTES
@@ -57,8 +77,12 @@ class Feed:
     def own(self) -> Buffer | None:
         """Return the lane's own buffer for the input; None when its size is not known before the call."""
         if self._own is None:
-            self._own = new_buffer(self._spec)
+            self._own = self.new()
         return self._own
+
+    def new(self) -> Buffer | None:
+        """Return another buffer for the input, in the memory that its stages read fastest; None as `own`."""
+        return _wanted(self._spec, [executable for _, executable in self._users])
 
     def take(self, array: Any) -> None:
         """Copy a small array, bind a large one where it is.
@@ -67,6 +91,9 @@ class Feed:
             UsageError: it is missing, or of another type or shape.
         """
         if not (type(array) is ndarray and array.dtype is self._dtype and array.shape == self._shape):
+            if _elsewhere(array):
+                self._read_there(array)
+                return
             array = checked(array, self._spec, self._known)
         own = self._own
         if self._copies and array is not own:
@@ -86,6 +113,10 @@ class Feed:
         Raises:
             UsageError: as `take`.
         """
+        if _elsewhere(array):
+            raise UsageError(
+                f"the input {self.name!r} lies on a device, and is to be copied on the host", advice="use run or run_on_device"
+            )
         array = checked(array, self._spec, self._known)
         own = self.own()
         if own is None:
@@ -97,9 +128,27 @@ class Feed:
 
     def _bind(self, array: Any) -> None:
         self.bound = self  # nothing, should one of several stages refuse it
-        for bind in self._binders:
-            bind(self.name, array)
+        for request, _ in self._users:
+            request.bind(self.name, array)
         self.bound = array
+
+    def _read_there(self, array: Any) -> None:
+        """Have an input that lies on the stages' own device read where it is.
+
+        Raises:
+            UsageError: it lies on a device that is not the stages', or is not the input it should be.
+        """
+        self.bound = self  # the same tensor may hold something else next time, and its writer has to be waited for
+        for request, executable in self._users:
+            if not isinstance(executable, DeviceTensors):
+                raise UsageError(f"the input {self.name!r} lies on a device, and is read on the host", advice="give an array of the host")
+            request.bind_device(self.name, executable.from_dlpack(array, self._spec))
+
+
+def _elsewhere(array: Any) -> bool:
+    """Say whether an input is a tensor in a device's memory."""
+    where = getattr(array, "__dlpack_device__", None)
+    return where is not None and not isinstance(array, ndarray) and int(where()[0]) not in _ON_HOST
 
 
 class Lane:
@@ -135,15 +184,21 @@ class Lane:
         self._due_ns = 0  # when what was timed is counted next
         self._so_far_ns = 0  # of a run that is taken by steps
         self._buffers: dict[str, Buffer] = {}
+        self.kept_on_device: dict[str, str] = {}  # tensor between stages -> the memory that it never leaves
         self._late: list[list[tuple[str, StageClock, Request, list[Request]]]] = [[] for _ in stages]
         self._feeds: Sequence[Feed] = tuple(self._feed(each, executables) for each in inputs)
-        self._bind_boundaries(stages, executables)
+        self._bind_boundaries(stages, executables, {each.name for each in outputs})
         self._steps = [
             (request.run, clock.fresh.append, late) for request, clock, late in zip(self._requests, self.clocks, self._late, strict=True)
         ]
         self._cut = len(self._steps) > 1
         self._count = len(self._specs)
-        made = {each.name for stage in stages for each in stage.outputs}
+        self._makers: dict[str, tuple[Any, Executable]] = {
+            each.name: (request, executable)
+            for stage, request, executable in zip(stages, self._requests, executables, strict=True)
+            for each in stage.outputs
+        }
+        made = self._makers
         self._fixed = [(each.name, self._buffers[each.name]) for each in outputs if each.name in self._buffers and each.name in made]
         fixed = dict(self._fixed)
         self._readers = [self._reader(each.name, stages) for each in outputs if each.name not in fixed]
@@ -280,13 +335,14 @@ class Lane:
         """Let go of requests and buffers: as long as a request lives, so does what the runtime holds for it. The clocks stay."""
         self._requests, self._steps, self._readers, self._feeds, self._fixed = [], [], [], (), []
         self._late.clear()
+        self._makers.clear()
         self._buffers.clear()
 
     def _feed(self, spec: TensorSpec, executables: Sequence[Executable]) -> Feed:
         if spec.dtype != "string" and not is_numpy(spec.dtype):
             raise Unsupported(f"the input {spec} is of a type that NumPy does not have", advice="cast it inside the model")
         users = [
-            request.bind
+            (request, executable)
             for request, executable in zip(self._requests, executables, strict=True)
             if any(each.name == spec.name for each in executable.inputs)
         ]
@@ -295,18 +351,24 @@ class Lane:
             self._buffers[spec.name] = feed.bound
         return feed
 
-    def _bind_boundaries(self, stages: Sequence[Stage], executables: Sequence[Executable]) -> None:
-        """Bind each stage's outputs to buffers which the stages that read them share: nothing is copied between stages."""
+    def _bind_boundaries(self, stages: Sequence[Stage], executables: Sequence[Executable], wanted: Collection[str]) -> None:
+        """Bind each stage's outputs to buffers which the stages that read them share: nothing is copied between stages.
+
+        What only stages on one card read stays on it.
+        """
         for index, (stage, executable) in enumerate(zip(stages, executables, strict=True)):
             specs = {each.name: each for each in executable.outputs}
             for tensor in stage.outputs:
                 spec = specs.get(tensor.name, tensor.spec)
-                consumers = [
-                    self._requests[later]
-                    for later in range(index + 1, len(stages))
-                    if any(each.name == spec.name for each in executables[later].inputs)
+                reading = [
+                    later for later in range(index + 1, len(stages)) if any(each.name == spec.name for each in executables[later].inputs)
                 ]
-                buffer = new_buffer(spec)
+                consumers = [self._requests[later] for later in reading]
+                around = [executables[each] for each in (index, *reading)]
+                if reading and spec.static and spec.name not in wanted and _one_memory(around):
+                    self._keep_there(spec, executable, [self._requests[index], *consumers])
+                    continue
+                buffer = _wanted(spec, around)
                 if buffer is None:
                     self._late[index].append((spec.name, self.clocks[index], self._requests[index], consumers))
                     continue
@@ -314,6 +376,48 @@ class Lane:
                 self._requests[index].bind(spec.name, buffer)
                 for consumer in consumers:
                     consumer.bind(spec.name, buffer)
+
+    def _keep_there(self, spec: TensorSpec, executable: Any, requests: Sequence[Any]) -> None:
+        tensor = executable.device_tensor(spec)
+        for request in requests:
+            request.bind_device(spec.name, tensor)
+        self.kept_on_device[spec.name] = executable.memory
+
+    def on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceTensor]:
+        """Run once and leave the outputs on the devices where they are made, in tensors that are the caller's own.
+
+        Raises:
+            UsageError: as `load`, or an output is made where nothing can stay, or has no fixed shape.
+        """
+        made: dict[str, DeviceTensor] = {}
+        own = dict(self._fixed)
+        for name in (*own, *(name for name, _ in self._readers)):
+            if name not in own or not isinstance(self._makers[name][1], DeviceTensors):
+                raise UsageError(f"the output {name!r} is not made in a device's memory, or has no fixed shape", advice="use run")
+        self.load(inputs)
+        try:
+            for name in own:
+                request, executable = self._makers[name]
+                assert isinstance(executable, DeviceTensors)
+                made[name] = executable.device_tensor(next(each for each in executable.outputs if each.name == name))
+                request.bind_device(name, made[name])
+            self.execute()
+        finally:
+            for name, buffer in own.items():
+                self._makers[name][0].bind(name, buffer)
+        return made
+
+    def new_inputs(self) -> dict[str, Buffer]:
+        """Return arrays for the inputs in the memory that the stages which read them read fastest.
+
+        Raises:
+            UsageError: an input has no fixed shape, or holds strings.
+        """
+        found = {each.name: each.new() for each in self._feeds}
+        for name, buffer in found.items():
+            if buffer is None:
+                raise UsageError(f"the input {self._specs[name]} has no fixed size", advice="make its array with numpy")
+        return {name: buffer for name, buffer in found.items() if buffer is not None}
 
     def _reader(self, name: str, stages: Sequence[Stage]) -> tuple[str, Callable[[str], Buffer]]:
         """Return where an output without a buffer is read: what its stage's runtime allocated, or the input that it is."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
@@ -12,14 +11,18 @@ from typing import Any, ClassVar
 import numpy as np
 
 from aivmm.errors import Unsupported
-from aivmm.runtime.backend import Baseline, Buffer, Placement, Request, Strays, foreign_dtype, holds_foreign, is_foreign, raw_view
+from aivmm.runtime.backend import Baseline, Buffer, DeviceTensor, Placement, Request, Strays
 from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.cpu import cpu_device
+from aivmm.runtime.cuda import pinned_empty
+from aivmm.runtime.inputs import is_numpy
 from aivmm.runtime.nvidia import DRIVER_ADVICE, cuda_devices, libraries_loaded, missing_library
-from aivmm.runtime.onnx_interface import ELEMENT_TYPES
 from aivmm.runtime.ort_options import (
     COUNTS,
     EXECUTION_MODES,
+    GRAPHS,
+    HOST_MEMORIES,
+    HOST_MEMORY,
     MOST_THREADS,
     NVIDIA,
     OPTIMIZATION_LEVELS,
@@ -31,7 +34,10 @@ from aivmm.runtime.ort_options import (
     cpu_knobs,
     cuda_knobs,
     provider_knobs,
+    tensorrt_caches,
+    tensorrt_knobs,
 )
+from aivmm.runtime.ort_requests import BoundRequest, FeedRequest, RebindingRequest, StagedRequest, device_tensor, shared_tensor, words
 from aivmm.runtime.ort_strays import read_strays
 from aivmm.runtime.target import Device, Target, Unavailable
 from aivmm.tensors import TensorSpec
@@ -50,7 +56,6 @@ _TYPES = {
 }  # fmt: skip
 _PROFILED_CALLS = 10
 _MOST_DEVICES = 16  # of one provider: where to stop asking for another one
-_ELEMENTS = {name: number for number, name in ELEMENT_TYPES.items()}
 
 
 @cache
@@ -60,12 +65,6 @@ def _ort() -> Any:
     # Errors reach us as exceptions; without this a GPU-less machine prints red lines at each discovery.
     onnxruntime.set_default_logger_severity(4)
     return onnxruntime
-
-
-def _words(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    text = text.partition("[ONNXRuntimeError] : ")[2] or text
-    return text if len(text) <= 600 else text[:600] + " …"
 
 
 class OnnxRuntime:
@@ -78,7 +77,7 @@ class OnnxRuntime:
         try:
             offered = _ort().get_available_providers()
         except (ImportError, OSError) as error:
-            return (Unavailable(target="onnxruntime", reason=_words(error), advice="pip install onnxruntime"),)
+            return (Unavailable(target="onnxruntime", reason=words(error), advice="pip install onnxruntime"),)
         offers = [kind for kind, provider in PROVIDERS.items() if provider.name in offered]
         return tuple(each for kind in offers for each in self._targets_of(kind))
 
@@ -113,7 +112,7 @@ class OnnxRuntime:
         try:
             _ort()
         except (ImportError, OSError) as error:
-            return Unavailable(target=f"onnxruntime:{name}", reason=_words(error), advice="pip install onnxruntime")
+            return Unavailable(target=f"onnxruntime:{name}", reason=words(error), advice="pip install onnxruntime")
         if name == "CPU":
             return self._found(name, "CPU", cpu_device())
         kind = name.split(":")[0]
@@ -126,7 +125,7 @@ class OnnxRuntime:
     def knobs(self, target: Target) -> Sequence[Knob]:
         """List what can be tuned on `target`."""
         kind = _kind(target)
-        own = {"CPU": cpu_knobs, "CUDA": cuda_knobs}.get(kind)
+        own = {"CPU": cpu_knobs, "CUDA": cuda_knobs, "TensorRT": tensorrt_knobs}.get(kind)
         return own() if own else provider_knobs(kind)
 
     def baselines(self, targets: Sequence[Target], objective: str) -> Sequence[Baseline]:
@@ -197,10 +196,15 @@ class OnnxRuntime:
         try:
             session = _ort().InferenceSession(source, options, providers=[(provider, provider_options)], enable_fallback=0)
         except Exception as error:
-            raise Unsupported(f"ONNX Runtime on {target.name}: {_words(error)}") from error
+            raise Unsupported(f"ONNX Runtime on {target.name}: {words(error)}") from error
         if provider not in session.get_providers():
             raise Unsupported(f"ONNX Runtime could not start {provider} and fell back to {session.get_providers()[0]}")
-        return _Executable(session, target, config)
+        if _kind(target) not in NVIDIA:
+            return _Executable(session, target, config)
+        card = _CardExecutable(session, target, config)
+        if card.graphed:  # an address is recorded once, so that each request has to have a session of its own
+            card.again = lambda: self._session(source, target, config, besides, weights=weights)
+        return card
 
     def _options(self, target: Target, config: Config) -> tuple[Any, dict[str, str]]:
         ort = _ort()
@@ -213,6 +217,9 @@ class OnnxRuntime:
             option = name.removeprefix(PROVIDER_PREFIX)
             if name.startswith(PROVIDER_PREFIX) and option in known:
                 provider_options[option] = str(value)
+            elif name == HOST_MEMORY and _kind(target) in NVIDIA:
+                if value not in HOST_MEMORIES:
+                    raise Unsupported(f"{name}={value!r} is no kind of memory", advice=f"choose from {', '.join(HOST_MEMORIES)}")
             elif name in SESSION_ENTRIES:
                 _require_entry(name, value)
                 options.add_session_config_entry(name, str(value))
@@ -220,6 +227,8 @@ class OnnxRuntime:
                 _set(options, name, value)
             else:
                 raise Unsupported(f"{target} has no setting {name!r}", advice="see the target's knobs for what can be set")
+        if _kind(target) == "TensorRT":
+            provider_options |= tensorrt_caches()
         return options, provider_options
 
     def _try(self, kind: str, name: str, device: Device, index: int | None) -> Target | Unavailable:
@@ -235,7 +244,7 @@ class OnnxRuntime:
             session = ort.InferenceSession(TRIAL, options, providers=[chosen], enable_fallback=0)
             session.run(None, {"x": np.zeros(4, dtype=np.float32)})
         except Exception as error:  # noqa: BLE001 - see compile
-            return Unavailable(target=f"onnxruntime:{name}", reason=_why_not(kind) or _words(error), advice=provider.advice)
+            return Unavailable(target=f"onnxruntime:{name}", reason=_why_not(kind) or words(error), advice=provider.advice)
         return self._found(name, kind, device)
 
     def _found(self, name: str, kind: str, device: Device) -> Target:
@@ -300,7 +309,7 @@ def _set(options: Any, name: str, value: Setting) -> None:
     try:
         setattr(options, name, value)
     except TypeError as error:
-        raise Unsupported(f"{name}={value!r} is not a setting of ONNX Runtime ({_words(error)})") from error
+        raise Unsupported(f"{name}={value!r} is not a setting of ONNX Runtime ({words(error)})") from error
 
 
 class _Executable:
@@ -348,8 +357,8 @@ class _Executable:
     def new_request(self) -> Request:
         """Make another request. One session serves several at once."""
         if any(spec.dtype in ("string", "unknown") for spec in (*self.inputs, *self.outputs)):
-            return _FeedRequest(self._session, self)
-        return _BoundRequest(self._session, self)
+            return FeedRequest(self._session, self.inputs, self.outputs)
+        return (BoundRequest if _kind(self._target) == "CPU" else RebindingRequest)(self._session, self.inputs, self.outputs)
 
     def close(self) -> None:
         """Drop the session."""
@@ -381,6 +390,59 @@ class _Executable:
             self.written = None
 
 
+class _CardExecutable(_Executable):
+    """A session on a card, whose inputs and outputs can be page-locked on the host or stay on the card."""
+
+    def __init__(self, session: Any, target: Target, config: Config) -> None:
+        super().__init__(session, target, config)
+        self._device = int(target.name.partition(":")[2] or 0)
+        self.memory = f"cuda:{self._device}"
+        self.graphed = any(str(config.get(PROVIDER_PREFIX + name)) == "1" for name in GRAPHS)
+        self._pinned = self.graphed or config.get(HOST_MEMORY) == "pinned"
+        self.again: Callable[[], _Executable] | None = None  # makes the session anew
+        self._more: list[_Executable] = []
+        self._taken = False  # by a request
+
+    def new_request(self) -> Request:
+        """Make another request. One whose run is recorded as a CUDA graph has a session of its own."""
+        specs = (*self.inputs, *self.outputs)
+        if self.graphed and not all(spec.static for spec in specs):
+            raise Unsupported("a CUDA graph needs fixed shapes", advice="bind them with --dim or --shape")
+        if any(spec.dtype in ("string", "unknown") for spec in specs) or not all(spec.static for spec in specs):
+            return super().new_request()
+        session = self._session
+        if self.graphed and self._taken:
+            assert self.again is not None
+            self._more.append(self.again())
+            session = self._more[-1]._session
+        self._taken = True
+        return StagedRequest(session, self.inputs, self.outputs, self._device, pinned=self._pinned, recorded=self.graphed)
+
+    def host_buffer(self, spec: TensorSpec) -> Buffer | None:
+        """Return page-locked memory where the config asks for it."""
+        return pinned_empty(spec) if self._pinned and spec.dtype not in ("string", "unknown") and is_numpy(spec.dtype) else None
+
+    def device_tensor(self, spec: TensorSpec) -> DeviceTensor:
+        """Return a tensor in the card's memory."""
+        return device_tensor(spec, self._device)
+
+    def from_dlpack(self, array: Any, spec: TensorSpec) -> DeviceTensor:
+        """Return a caller's tensor on the card."""
+        return shared_tensor(array, spec, self._device)
+
+    @cached_property
+    def effective_config(self) -> Mapping[str, Setting]:
+        """What the session says of itself, and our own setting."""
+        return {**super().effective_config, HOST_MEMORY: "pinned" if self._pinned else "pageable"}
+
+    def close(self) -> None:
+        """Drop the sessions."""
+        for each in self._more:
+            each.close()
+        self._more.clear()
+        super().close()
+
+
 def _short(value: Any) -> str:
     for names in (OPTIMIZATION_LEVELS, EXECUTION_MODES):
         for ours, theirs in names.items():
@@ -394,121 +456,3 @@ def _spec(argument: Any) -> TensorSpec:
     dtype = _TYPES.get(inner, "unknown") if argument.type.startswith("tensor(") else "unknown"
     shape = tuple(extent if isinstance(extent, int) and extent >= 0 else None for extent in argument.shape)
     return TensorSpec(name=argument.name, dtype=dtype, shape=shape)
-
-
-class _BoundRequest:
-    """Runs through I/O binding: 3 to 5 µs a call where `run` with a feed costs 8."""
-
-    def __init__(self, session: Any, executable: _Executable) -> None:
-        self._session = session
-        self._binding = session.io_binding()
-        self._inputs = {each.name for each in executable.inputs}
-        self._order = [each.name for each in executable.outputs]
-        self._types = {each.name: each.dtype for each in executable.outputs}
-        self._bound: dict[str, Buffer] = {}
-        self._free = list(self._order)
-        self._places: dict[str, int] = {}  # output -> its place among those of the binding, which go by who was bound first
-        self._call, self._argument = _direct(session, self._binding)
-
-    def bind(self, name: str, buffer: Buffer) -> None:
-        """Share `buffer` with the session; kept alive here, since the binding holds its address only.
-
-        Raises:
-            Unsupported: the array is not C-contiguous, so that the library would copy it once and never look again.
-        """
-        if not buffer.flags.c_contiguous:
-            raise Unsupported(f"the array for {name!r} is not C-contiguous, so it cannot be shared")
-        foreign = holds_foreign(buffer)
-        if name in self._inputs and not foreign:
-            self._binding.bind_cpu_input(name, buffer)
-        else:
-            kind = _ort().OrtValue
-            raw = raw_view(buffer, name) if foreign else buffer
-            value = kind.ortvalue_from_numpy_with_onnx_type(raw, _ELEMENTS[buffer.dtype.name]) if foreign else kind.ortvalue_from_numpy(raw)
-            if name in self._inputs:
-                self._binding.bind_ortvalue_input(name, value)
-            else:
-                self._places.setdefault(name, len(self._places))
-                self._free = [each for each in self._free if each != name]
-                self._binding.bind_ortvalue_output(name, value)
-        self._bound[name] = buffer
-
-    def run(self) -> None:
-        """Run. No RunOptions: an unset one costs 50 µs inside the library."""
-        # Unbound outputs are allocated by the session, which then insists on that shape in the next run: bind them anew.
-        for name in self._free:
-            self._places.setdefault(name, len(self._places))
-            self._binding.bind_output(name, "cpu")
-        try:
-            self._call(self._argument, None)
-        except Exception as error:
-            raise Unsupported(f"ONNX Runtime while running: {_words(error)}") from error
-
-    def output(self, name: str) -> Buffer:
-        """Return the output's array.
-
-        Raises:
-            Unsupported: NumPy has no such elements (bfloat16 and its like).
-        """
-        bound = self._bound.get(name)
-        if bound is not None:
-            return bound
-        value = self._binding.get_outputs()[self._places[name]]
-        if is_foreign(self._types[name]):
-            return _foreign_copy(value, foreign_dtype(self._types[name], name))
-        try:
-            array: Buffer = value.numpy()
-        except RuntimeError as error:
-            raise Unsupported(f"ONNX Runtime cannot hand out {name!r}: {_words(error)}", advice="cast it inside the model") from error
-        return array
-
-
-def _direct(session: Any, binding: Any) -> tuple[Callable[[Any, None], None], Any]:
-    """Return what `session.run_with_iobinding(binding)` comes to, and its argument.
-
-    The method in Python asks at each call whether WebGPU captures graphs: a microsecond, and several when a model has left the caches cold.
-    """
-    inner, bound = getattr(session, "_sess", None), getattr(binding, "_iobinding", None)
-    if inner is None or bound is None or getattr(inner, "is_webgpu_graph_capture_enabled", lambda: False)():
-        return session.run_with_iobinding, binding  # another release, or it does capture
-    return inner.run_with_iobinding, bound
-
-
-def _foreign_copy(value: Any, dtype: np.dtype[Any]) -> Buffer:
-    """Return what a value of the runtime's holds, in a type that its own `numpy()` does not know."""
-    shape = tuple(value.shape())
-    array: Buffer = np.empty(shape, dtype=dtype)
-    ctypes.memmove(array.ctypes.data, value.data_ptr(), array.nbytes)
-    return array
-
-
-class _FeedRequest:
-    """Runs with a feed and fetched outputs: strings, sequences and optionals cannot be bound."""
-
-    def __init__(self, session: Any, executable: _Executable) -> None:
-        self._session = session
-        self._inputs = {each.name for each in executable.inputs}
-        self._order = [each.name for each in executable.outputs]
-        self._bound: dict[str, Buffer] = {}
-        self._last: dict[str, Any] = {}
-
-    def bind(self, name: str, buffer: Buffer) -> None:
-        """Remember the array of an input, or where an output is to be copied."""
-        self._bound[name] = buffer
-
-    def run(self) -> None:
-        """Run, and copy into the bound outputs."""
-        feed = {name: array for name, array in self._bound.items() if name in self._inputs}
-        try:
-            self._last = dict(zip(self._order, self._session.run(self._order, feed), strict=True))
-        except Exception as error:
-            raise Unsupported(f"ONNX Runtime while running: {_words(error)}") from error
-        for name in self._order:
-            if name in self._bound:
-                self._bound[name][...] = self._last[name]
-
-    def output(self, name: str) -> Buffer:
-        """Return the output's array."""
-        bound = self._bound.get(name)
-        array: Buffer = bound if bound is not None else self._last[name]
-        return array

@@ -14,6 +14,7 @@ import psutil
 
 from aivmm.runtime.config import Knob
 from aivmm.runtime.cpu import usable_cores
+from aivmm.runtime.folders import cache_folder
 from aivmm.runtime.nvidia import EXTRA_ADVICE, TENSORRT_ADVICE
 from aivmm.runtime.target import DeviceKind
 
@@ -132,6 +133,9 @@ SWITCHES = frozenset({
 COUNTS = frozenset({"session.intra_op.spin_duration_us", "session.intra_op.spin_backoff_max", "session.dynamic_block_base"})
 SESSION_ENTRIES = SWITCHES | COUNTS | {"session.intra_op_thread_affinities"}
 PROVIDER_PREFIX = "provider."  # "provider.use_tf32" is an option of the target's execution provider
+HOST_MEMORY = "host_memory"  # our own: which memory of the host a card's inputs and outputs are in
+HOST_MEMORIES = ("pageable", "pinned")
+GRAPHS = ("enable_cuda_graph", "trt_cuda_graph_enable")
 OPTIMIZATION_LEVELS = {
     "disabled": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
@@ -202,11 +206,32 @@ def cpu_knobs() -> tuple[Knob, ...]:
     )
 
 
+def _host_memory() -> Knob:
+    return Knob(
+        HOST_MEMORY,
+        "choice",
+        "a card reads page-locked memory several times as fast, for a copy into it",
+        choices=HOST_MEMORIES,
+        default="pageable",
+        promising="pinned",
+    )
+
+
 def cuda_knobs() -> tuple[Knob, ...]:
-    """Return the knobs of the CUDA provider."""
+    """Return the knobs of the CUDA provider, and where its inputs and outputs are on the host."""
     prefix = PROVIDER_PREFIX
     return (
-        Knob(prefix + "prefer_nhwc", "choice", "tensor cores like channels last", choices=("0", "1"), default="0"),
+        _host_memory(),
+        Knob(
+            prefix + "enable_cuda_graph",
+            "choice",
+            "launches all kernels at once; refused where a node runs on the CPU",
+            choices=("0", "1"),
+            default="0",
+            promising="1",
+            objectives=frozenset({"latency", "energy"}),  # a session's graph runs one call at a time
+        ),
+        Knob(prefix + "prefer_nhwc", "choice", "tensor cores like channels last", choices=("0", "1"), default="0", promising="1"),
         Knob(prefix + "use_tf32", "choice", "TF32 is faster and less exact; checked numerically", choices=("1", "0"), default="1"),
         Knob(
             prefix + "cudnn_conv_algo_search",
@@ -215,7 +240,14 @@ def cuda_knobs() -> tuple[Knob, ...]:
             choices=("EXHAUSTIVE", "HEURISTIC", "DEFAULT"),
             default="EXHAUSTIVE",
         ),
-        Knob(prefix + "fuse_conv_bias", "choice", "fuses bias and activation into convolutions", choices=("0", "1"), default="0"),
+        Knob(
+            prefix + "fuse_conv_bias",
+            "choice",
+            "fuses bias and activation into convolutions",
+            choices=("0", "1"),
+            default="0",
+            promising="1",
+        ),
         Knob(
             "graph_optimization_level",
             "choice",
@@ -232,3 +264,45 @@ def provider_knobs(kind: str) -> tuple[Knob, ...]:
         Knob(PROVIDER_PREFIX + option, "choice", f"{option} of {PROVIDERS[kind].name}", choices=values, default=values[0])
         for option, values in PROVIDERS[kind].choices.items()
     )
+
+
+def tensorrt_knobs() -> tuple[Knob, ...]:
+    """Return the knobs of the TensorRT provider. Its precisions are the model's own: nothing is lowered on the quiet."""
+    prefix = PROVIDER_PREFIX
+    return (
+        _host_memory(),
+        Knob(
+            prefix + "trt_cuda_graph_enable",
+            "choice",
+            "launches all kernels at once",
+            choices=("0", "1"),
+            default="0",
+            promising="1",
+            objectives=frozenset({"latency", "energy"}),
+        ),
+        Knob(
+            prefix + "trt_builder_optimization_level",
+            "int",
+            "higher levels try more kernels and build longer",
+            low=2,
+            high=5,
+            default=3,
+        ),
+        Knob(prefix + "trt_auxiliary_streams", "int", "branches of the graph side by side", low=-1, high=4, default=-1),
+    )
+
+
+def tensorrt_caches() -> dict[str, str]:
+    """Return the options that keep engines and timings in the user's cache folder, where no stranger writes; none where nobody can."""
+    folder = cache_folder() / "tensorrt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return {}
+    place = str(folder)
+    return {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": place,
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": place,
+    }

@@ -18,7 +18,7 @@ from time import perf_counter_ns
 from typing import Any
 
 from aivmm.errors import Unsupported, UsageError
-from aivmm.runtime.backend import Buffer, Executable
+from aivmm.runtime.backend import Buffer, DeviceTensor, Executable
 from aivmm.runtime.batching import Batcher, Outputs, Rescue
 from aivmm.runtime.clocks import StageClock, quantiles_s, summed
 from aivmm.runtime.lane import Lane
@@ -177,6 +177,20 @@ class Program:
             lane.error = None
             self.free.put(lane)
             raise
+
+    def new_inputs(self) -> dict[str, Buffer]:
+        """Return arrays for one request's inputs; see `Lane.new_inputs`."""
+        if self._closed:
+            raise closed()
+        return self.lanes[0].new_inputs()
+
+    def run_on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceTensor]:
+        """Run once on the caller's thread and return the outputs where they are made; see `Lane.on_device`."""
+        lane = self.acquire()
+        try:
+            return lane.on_device(inputs)
+        finally:
+            self.free.put(lane)
 
     def acquire(self) -> Lane:
         """Return a free lane, which its taker puts back into `free`; waits while there is none.

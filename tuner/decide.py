@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from aivmm.tuner.anatomy import Anatomist
 from aivmm.tuner.copying import Known
 from aivmm.tuner.cutting import CutPlan, Cutter
 from aivmm.tuner.emit import Other, folder_bytes
-from aivmm.tuner.explore import JUDGED_IN_SEARCH, Explorer
+from aivmm.tuner.explore import HOPELESS, JUDGED_IN_SEARCH, Explorer
 from aivmm.tuner.finalists import Selection
 from aivmm.tuner.judging import judged_on
 from aivmm.tuner.options import DEFAULT_COSINE
@@ -78,13 +78,24 @@ class Decider:
             finalists.append(draft)
         finalists += self._cuts()
         finalists += self._at_once()
+        near = self._near(scored)
         # Batching alone is no merit of ours: whoever may batch gets the defaults at the best finalist's batch as a yardstick.
         for batch in sorted({draft.batch for draft in finalists} - {self.work.subject.base_batch}):
             for baseline, candidate in baselines:
-                if not baseline.config.settings and baseline.target.name != "AUTO":
+                if not baseline.config.settings and baseline.target.name != "AUTO" and candidate.key in near:
                     drafts.append((Draft.whole(f"{baseline.name}, batch {batch}", replace(candidate, batch=batch), blocks), "baseline"))
         drafts += [(draft, "candidate") for draft in finalists]
         return [self._entrant(number, draft, role, ends.get(draft.name, ())) for number, (draft, role) in enumerate(drafts)]
+
+    def _near(self, scored: Sequence[tuple[Candidate, Score]]) -> set[str]:
+        """Return the keys of the baselines that a larger batch might bring to the front: seconds a call on a CPU are no match for a card."""
+        least = min((score.ratio for _, score in scored), default=0.0)
+        measured = {candidate.key: score.ratio for candidate, score in scored}
+        return {
+            candidate.key
+            for _, candidate in self.explorer.baselines
+            if measured.get(candidate.key, least) <= HOPELESS[self.work.options.drive] * least
+        }
 
     def _keeps(self, candidate: Candidate, score: Score) -> bool:
         """True unless what the search saw of a candidate already breaks a constraint."""

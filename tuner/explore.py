@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from aivmm.errors import ModelError
@@ -31,10 +31,11 @@ _GROUP = 3  # candidates asked for at once: they share a race, and its reference
 _GROUP_S = 4.0
 _PATIENCE = 12  # trials without an improvement of 1 % after which a search without --trials ends
 _LEAST_TRIALS = 10
-_HOPELESS = {"latency": 2.0, "throughput": 3.0}  # a target this far behind with its defaults is not searched
+HOPELESS = {"latency": 2.0, "throughput": 3.0}  # a target this far behind with its defaults is not searched
 _LOWERED_GAIN = 4.0  # so many times faster than fp32 int8 has been seen: a target within this is tried with it
 # Limits that the search can judge; the others need a fresh process, or hundreds of calls, and are for the proof.
 JUDGED_IN_SEARCH = frozenset({"latency", "throughput", "cosine", "energy", "power", "size", "device_memory"})
+_LOADS = ((64, 4), (128, 8), (32, 8), (128, 4))  # (batch, callers) that keep a card busy, in the order to try them
 _HINTED = {"float32": "fp32", "f32": "fp32", "dynamic": "fp32", "bfloat16": "bf16", "float16": "fp16", "f16": "fp16"}
 
 
@@ -247,6 +248,7 @@ class Explorer:
             search.tell(candidate, outcome)
             self._record(search)
             self.room.learn(candidate, outcome)
+        search.enqueue(promising(space, precisions, self.work.variants))
         search.enqueue(
             Candidate(target=target, config=Config(precision=precision), batch=batches[0])
             for target in targets
@@ -261,7 +263,7 @@ class Explorer:
 
     def _batches(self, targets: Sequence[Target]) -> tuple[int, ...]:
         """Return the batches to search: those that can fit the memory of some target at all."""
-        batches, facts = self.work.batches(), self.work.subject.facts
+        batches, facts = self.work.batches(targets), self.work.subject.facts
         base = self.work.subject.base_batch
         sample_bytes = sum(each.nbytes or 0 for each in (*facts.inputs, *facts.outputs)) // max(1, base)
         kept = possible(batches, targets, weight_bytes=self.work.subject.structure.weight_bytes // 8, sample_bytes=sample_bytes // 4)
@@ -330,7 +332,7 @@ class Explorer:
         ranks = {target: rank([str(target)], self.work.options.prefer) for target in best}
         # On hardware that is wanted more than another, being slower than that is no reason to give up.
         least = {place: min(ratio for target, ratio in best.items() if ranks[target] == place) for place in ranks.values()}
-        hopeless = _HOPELESS[self.work.options.drive]
+        hopeless = HOPELESS[self.work.options.drive]
         self._scout([target for target in best if best[target] <= least[ranks[target]] * hopeless * _LOWERED_GAIN])
         worth: dict[Target, list[str | None]] = {}
         for target in best:
@@ -407,6 +409,26 @@ class Explorer:
 
     def _record(self, search: Search) -> None:
         self.work.database.add_trial(self.work.run_id, search.records[-1])
+
+
+def promising(space: Space, precisions: Mapping[Target, Sequence[str | None]], variants: Mapping[str, Sequence[str]]) -> list[Candidate]:
+    """Return where devices with memory of their own are at their best more often than not, to be looked at first.
+
+    That is with all of the knobs' promising values, in each precision, the lowered ones first; for throughput at the larger batches with
+    several callers, whose copies hide behind each other's work.
+    """
+    found = []
+    loads = _LOADS if space.objective == "throughput" else ((space.batches[0], 1),)
+    for batch, callers in loads:
+        for target, known in precisions.items():
+            knobs = [each for each in space.knobs_of(target) if each.promising is not None] if target.device.memory_bytes else []
+            if not knobs or batch not in space.batches or callers > space.most_callers:
+                continue
+            config = {each.name: each.promising for each in knobs if each.promising is not None}
+            lowered = list(variants.get(str(target), ()))
+            ordered = [*lowered, *(each for each in known if each not in lowered)]
+            found += [Candidate(target=target, config=Config.of(config, precision=each), batch=batch, callers=callers) for each in ordered]
+    return found
 
 
 def _best_loss(search: Search) -> list[float]:

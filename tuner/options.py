@@ -15,6 +15,7 @@ from aivmm.planner.objectives import Objective, drive_of, parse_objectives
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32)
+LARGE_BATCHES = (1, 4, 16, 32, 64, 128)  # for devices with memory of their own, which small batches leave idle
 DEFAULT_BUDGET_S = 60.0
 DEFAULT_COSINE = 0.999
 

@@ -18,7 +18,7 @@ from aivmm.probes.lab import Lab
 from aivmm.probes.race import RaceState
 from aivmm.runtime.target import Target, Unavailable
 from aivmm.tuner.emit import Emitter
-from aivmm.tuner.options import DEFAULT_BATCHES, TuneOptions
+from aivmm.tuner.options import DEFAULT_BATCHES, LARGE_BATCHES, TuneOptions
 from aivmm.tuner.progress import Progress
 from aivmm.tuner.subject import Subject
 from aivmm.tuner.text import printable
@@ -75,8 +75,8 @@ class Work:
         """The fewest segments that a plan may have: what no target takes whole has to be cut."""
         return self.options.min_segments if self.taken_whole else max(2, self.options.min_segments)
 
-    def batches(self) -> tuple[int, ...]:
-        """Return the batches that may be searched."""
+    def batches(self, targets: Sequence[Target] = ()) -> tuple[int, ...]:
+        """Return the batches that may be searched on `targets`: larger ones where each of them has memory of its own."""
         if self.options.drive != "throughput":
             if len(self.options.batches) > 1:
                 goal, base = self.options.objective, self.subject.base_batch
@@ -84,7 +84,9 @@ class Work:
             return (self.subject.base_batch,)
         if not self.subject.facts.batchable or not self.taken_whole:
             return (self.subject.base_batch,)
-        return self.options.batches or DEFAULT_BATCHES
+        if self.options.batches:
+            return self.options.batches
+        return LARGE_BATCHES if targets and all(each.device.memory_bytes for each in targets) else DEFAULT_BATCHES
 
     def emitter(self, batch: int) -> Emitter:
         """Return the writer of bundles at a batch."""

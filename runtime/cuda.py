@@ -1,0 +1,165 @@
+"""CUDA's own memory through its runtime library, which ONNX Runtime's provider has loaded anyway: page-locked buffers, copies, streams.
+
+A card reads page-locked memory at the speed of its bus; of any other the driver first makes a copy, at a fraction of that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from aivmm.errors import Unsupported
+from aivmm.runtime.backend import Buffer
+from aivmm.tensors import TensorSpec
+
+_LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "cudart64_13.dll", "cudart64_12.dll")
+_PORTABLE = 1  # cudaHostAllocPortable: page-locked for all cards
+_NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the legacy stream, as ONNX Runtime's own do not
+_EITHER_WAY = 4  # cudaMemcpyDefault: the addresses say which way
+_LEGACY_STREAM = 0
+_NO_TIMING = 2  # cudaEventDisableTiming
+_SLOTS, _SLOT_BYTES = 3, 4 << 20
+
+
+@cache
+def _library() -> Any:
+    """Return CUDA's runtime library.
+
+    Raises:
+        Unsupported: it is not installed where the loader looks.
+    """
+    reasons = []
+    for name in _LIBRARIES:
+        try:
+            library = ctypes.CDLL(name)
+        except OSError as error:
+            reasons.append(str(error))
+            continue
+        library.cudaGetErrorString.restype = ctypes.c_char_p
+        return library
+    raise Unsupported(f"CUDA's runtime library cannot be loaded ({reasons[0]})", advice='pip install "aivmm[cuda]"')
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        _library().cudaGetLastError()  # else the next call reports it again
+        words = _library().cudaGetErrorString(code).decode(errors="replace")
+        raise Unsupported(f"CUDA could not {what}: {words}")
+
+
+class _Block:
+    """Page-locked memory; freed when no array refers to it any more."""
+
+    def __init__(self, size: int) -> None:
+        self._address = ctypes.c_void_p()
+        self._size = size
+        _check(
+            _library().cudaHostAlloc(ctypes.byref(self._address), ctypes.c_size_t(size), ctypes.c_uint(_PORTABLE)),
+            f"lock {size} bytes of the host's memory",
+        )
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {"shape": (self._size,), "typestr": "|u1", "data": (self._address.value, False), "version": 3}
+
+    def __del__(self) -> None:
+        if self._address:
+            _library().cudaFreeHost(self._address)  # at exit the driver may be gone, and says so: nobody is left to be told
+
+
+def pinned_empty(spec: TensorSpec) -> Buffer:
+    """Return an uninitialised C-contiguous array for `spec` in page-locked memory.
+
+    Raises:
+        Unsupported: CUDA refuses, in its own words.
+        ValueError: the shape is not static.
+    """
+    if not spec.static:
+        raise ValueError(f"{spec} has no fixed size")
+    shape = tuple(extent for extent in spec.shape if extent is not None)
+    dtype = np.dtype(spec.dtype)
+    size = math.prod(shape) * dtype.itemsize
+    array: Buffer = np.asarray(_Block(max(64, size)))[:size].view(dtype).reshape(shape)
+    return array
+
+
+def is_pinned(array: Buffer) -> bool:
+    """Say whether an array lies in memory that `pinned_empty` locked."""
+    owner: Any = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    return isinstance(owner, _Block)
+
+
+class Stream:
+    """A queue of copies of its own on one card, so that nobody waits for anybody else's."""
+
+    def __init__(self, device: int) -> None:
+        """Make one on the card with CUDA's index `device`. The calling thread's own choice of a card stays."""
+        library, before = _library(), ctypes.c_int()
+        self._stream = ctypes.c_void_p()
+        self._events = [ctypes.c_void_p() for _ in range(_SLOTS)]
+        self._slots: list[Buffer] = []  # page-locked, for what comes from other memory
+        _check(library.cudaGetDevice(ctypes.byref(before)), "tell its device")
+        _check(library.cudaSetDevice(device), f"use device {device}")
+        try:
+            _check(library.cudaStreamCreateWithFlags(ctypes.byref(self._stream), ctypes.c_uint(_NON_BLOCKING)), "make a stream")
+            for event in self._events:
+                _check(library.cudaEventCreateWithFlags(ctypes.byref(event), ctypes.c_uint(_NO_TIMING)), "make an event")
+        finally:
+            library.cudaSetDevice(before)
+        self._copy, self._wait = library.cudaMemcpyAsync, library.cudaStreamSynchronize
+        self._copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+        self._wait.argtypes = [ctypes.c_void_p]
+
+    def copy(self, destination: int, source: int, size: int) -> None:
+        """Begin to copy `size` bytes between two addresses, on the host or on cards.
+
+        Raises:
+            Unsupported: CUDA refuses, or a card has failed.
+        """
+        code = self._copy(destination, source, size, _EITHER_WAY, self._stream)
+        if code:
+            _check(code, "copy")
+
+    def upload(self, destination: int, array: Buffer) -> None:
+        """Begin to copy a contiguous array of any memory to an address on the card, a piece at a time through page-locked memory.
+
+        While one piece is on its way the next is copied into place. The pieces stay in the processor's cache, so that the host's memory is
+        read once and not written.
+        Returns when the array has been read. Raises as `copy`.
+        """
+        raw = array.reshape(-1).view(np.uint8)
+        if not self._slots:
+            self._slots = [pinned_empty(TensorSpec(name="slot", dtype="uint8", shape=(_SLOT_BYTES,))) for _ in self._events]
+        record, reached = _library().cudaEventRecord, _library().cudaEventSynchronize
+        for number, start in enumerate(range(0, raw.size, _SLOT_BYTES)):
+            slot, event = self._slots[number % _SLOTS], self._events[number % _SLOTS]
+            size = min(_SLOT_BYTES, raw.size - start)
+            if number >= _SLOTS:
+                _check(reached(event), "finish a copy")
+            slot[:size] = raw[start : start + size]
+            self.copy(destination + start, slot.ctypes.data, size)
+            _check(record(event, self._stream), "mark a copy")
+
+    def wait(self) -> None:
+        """Return when all that was begun is done. Raises as `copy`."""
+        code = self._wait(self._stream)
+        if code:
+            _check(code, "finish a copy")
+
+    def __del__(self) -> None:
+        if self._stream:
+            for event in self._events:
+                if event:
+                    _library().cudaEventDestroy(event)
+            _library().cudaStreamDestroy(self._stream)
+
+
+def wait_for_producers() -> None:
+    """Return when what others wrote to their tensors on the legacy stream, where DLPack has them ready, is written."""
+    _check(_library().cudaStreamSynchronize(ctypes.c_void_p(_LEGACY_STREAM)), "wait for a tensor")
