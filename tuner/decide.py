@@ -88,7 +88,7 @@ class Decider:
         return [self._entrant(number, draft, role, ends.get(draft.name, ())) for number, (draft, role) in enumerate(drafts)]
 
     def _near(self, scored: Sequence[tuple[Candidate, Score]]) -> set[str]:
-        """Return the keys of the baselines that a larger batch might bring to the front: seconds a call on a CPU are no match for a card."""
+        """Return the keys of the baselines that a larger batch may bring to the front: a CPU's seconds are no match for a card."""
         least = min((score.ratio for _, score in scored), default=0.0)
         measured = {candidate.key: score.ratio for candidate, score in scored}
         return {
