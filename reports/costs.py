@@ -137,7 +137,8 @@ class _Table:
                 place = (outcome.key.subject.partition("@")[0], _lane(outcome))
                 if place not in self._found or self._rank(outcome) < self._rank(self._found[place]):
                     self._found[place] = outcome
-        counts = Counter(lane for (_, lane), outcome in self._found.items() if isinstance(outcome, Measured))
+        parts = _parts(data, kind)  # a segment of several blocks is none of them
+        counts = Counter(lane for (subject, lane), outcome in self._found.items() if subject in parts and isinstance(outcome, Measured))
         measured = {lane for lane, count in counts.items() if count * _FEW >= max(counts.values())}
         order = {target: index for index, target in enumerate(data.targets)}
         self.lanes = tuple(sorted(measured, key=lambda lane: (order.get(lane.target, len(order)), lane)))
@@ -156,6 +157,15 @@ class _Table:
         settings = tuple((name, str(value)) for name, value in outcome.key.config.settings)
         time = outcome.samples.median_s if isinstance(outcome, Measured) else 0.0
         return not isinstance(outcome, Measured), settings != self._wanted.get(outcome.key.target), bool(settings), time
+
+
+def _parts(data: ReportData, kind: ProbeKind) -> set[str]:
+    """Return the subjects that a table of this kind has rows for."""
+    assert data.structure is not None
+    structure = data.structure
+    if kind == "segment":
+        return {subject for block in structure.blocks for subject in _subjects(block)}
+    return {operator.signature for operator in structure.operators} if kind == "operator" else {structure.structure, structure.content}
 
 
 def _lane(outcome: Outcome) -> Lane:

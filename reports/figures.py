@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from aivmm.planner.records import ProofRecord, TrialRecord
 from aivmm.reports import format as fmt
 from aivmm.reports.data import ReportData, throughput_wanted
-from aivmm.reports.intervals import log_ticks, nice_ticks
+from aivmm.reports.intervals import log_ticks, nice_ticks, thinned
 from aivmm.reports.svg import INK, LINE, MUTED, SURFACE, Canvas, drawing, target_colour
 
 WIDE, NARROW = 960, 340
@@ -285,7 +285,7 @@ def _slot(proof: ProofRecord, colours: Mapping[str, int]) -> int:
 
 
 def _time_ticks(axes: Axes, bounds: tuple[float, float], log: bool, about: int) -> None:
-    ticks = log_ticks(*bounds) if log else nice_ticks(*bounds, about)
+    ticks = thinned(log_ticks(*bounds), about) if log else nice_ticks(*bounds, about)
     axes.set_xticks(ticks)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: fmt.tick(fmt.seconds(value)) if value > 0 else "0"))
     axes.minorticks_off()

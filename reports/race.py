@@ -10,7 +10,7 @@ from typing import Any
 from aivmm.planner.records import ProofRecord
 from aivmm.reports import format as fmt
 from aivmm.reports.data import ReportData, call_s, dig, number, rate_of, throughput_wanted
-from aivmm.reports.intervals import log_ticks, median_interval, nice_ticks
+from aivmm.reports.intervals import log_ticks, median_interval, nice_ticks, thinned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def lay_out(data: ReportData, colours: Mapping[str, int]) -> Race:
     scale = _scale(known)
     runners = [_place(proof, figure, scale, colours, show) if figure else _unmeasured(proof, colours) for proof, figure in figures]
     runners.sort(key=lambda runner: _order(runner, higher_is_better=throughput_wanted(data)))
-    raw = log_ticks(scale.low, scale.high) if scale.log else nice_ticks(scale.low, scale.high, 6)
+    raw = thinned(log_ticks(scale.low, scale.high), 6) if scale.log else nice_ticks(scale.low, scale.high, 6)
     what = "Samples a second, more is better" if throughput_wanted(data) else "Time of one call, less is better"
     note = "; logarithmic axis" if scale.log else "; the axis does not start at zero" if scale.low > 0 else ""
     plan_x = next((runner.x for runner in runners if runner.proof.role == "plan" and runner.figure), None)

@@ -37,6 +37,8 @@ class Answer:
 
 def verdict(data: ReportData) -> str:
     """Return the run's own sentence; what can be said from its status where there is none."""
+    if data.run.status == "failed" and data.planned is not None:
+        return "The run failed after a plan was proven: what was measured is below."
     return str(data.run.summary.get("verdict") or _WITHOUT_VERDICT[data.run.status])
 
 

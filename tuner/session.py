@@ -95,6 +95,7 @@ class Session:
         self._look = look
         self.options = options
         self._shown = shown
+        self._ended = False  # the outcome is stored
         self.progress = progress
         self.command = command
         self.started = time.perf_counter()
@@ -142,7 +143,8 @@ class Session:
                     _end(work, record, "interrupted")
                     raise
                 except BaseException:  # not handled, only recorded: the run's row must not say that it still runs
-                    _end(work, record, "failed")
+                    if not self._ended:  # a report that cannot be written takes nothing back
+                        _end(work, record, "failed")
                     raise
             finally:
                 work.close()
@@ -458,6 +460,7 @@ class Session:
         # The same request again continues a search that was cut short, and only proves one that was not.
         status = "interrupted" if cut_short else "complete" if proof.plan else "infeasible"
         record = _end(work, record, status, result=result)
+        self._ended = True
         self.progress.phase("writing the report")
         write_report(work.database, record.id, report)
         return TuneOutcome(run=record, plan_path=plan_path, report_path=report, database=work.database.location, summary=result)

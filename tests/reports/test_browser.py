@@ -25,6 +25,7 @@ pytestmark = [
 ]
 
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+PAPER = {"width": 717, "height": 1046}  # A4 within the browser's margins, in CSS pixels
 SOME = [("full", "light"), ("full", "dark"), ("hostile", "light"), ("comparison", "dark"), ("index", "light"), ("model", "dark")]
 PAGES = ("full", "split", "infeasible", "hostile", "comparison", "index", "model")
 
@@ -165,8 +166,9 @@ def test_hostile_names_stay_text(browser: Any, pages: dict[str, Path]) -> None:
 
 
 def test_it_prints_on_paper_with_everything(browser: Any, pages: dict[str, Path], tmp_path: Path) -> None:
-    with Visit(browser, pages["full"]) as visit:
+    with Visit(browser, pages["full"], viewport=PAPER) as visit:
         visit.page.emulate_media(media="print")
+        assert visit.page.evaluate("document.documentElement.scrollWidth") <= PAPER["width"], "what is wider than the paper is lost"
         assert visit.page.locator("nav").is_hidden()
         visit.page.pdf(path=str(tmp_path / "report.pdf"), format="A4")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
