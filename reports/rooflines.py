@@ -142,7 +142,7 @@ def _chart(
         for operator, outcome in known
         if operator.flops and operator.bytes
     ]
-    if len(dots) < 2:
+    if not dots:
         return None
     ranks = {operator.signature: rank for rank, (operator, _) in enumerate(ordered, 1)}
     peak, bandwidth = ceilings.flops_per_s or 1.0, ceilings.bytes_per_s
