@@ -15,6 +15,7 @@ import stat
 import warnings
 import zipfile
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,11 @@ def change_plan(bundle: Path, rng: random.Random) -> Path:
             case 0 if isinstance(holder, dict):
                 del holder[last]
             case 1 if isinstance(holder, list):
-                holder.insert(rng.randint(0, len(holder)), holder[last])
+                holder.insert(rng.randint(0, len(holder)), deepcopy(holder[last]))
             case 2 if isinstance(holder, dict):
-                holder[rng.choice(["x", "schema", "model", "files", "../x", "__class__"])] = holder[last]
+                holder[rng.choice(["x", "schema", "model", "files", "../x", "__class__"])] = deepcopy(holder[last])  # what holds itself is no JSON
             case _:
-                holder[last] = rng.choice(VALUES)
+                holder[last] = deepcopy(rng.choice(VALUES))
     write_plan(bundle, plan)
     return bundle
 
