@@ -5,8 +5,8 @@
 About 13 minutes in all; `--quick` 1 minute, to see that it works. Nothing else may run meanwhile, this machine's other cores included.
 
 - overhead: `engine.run` of an uncut plan against the runtime's own call on the *same* compiled model with pre-bound buffers, call by call
-  in random order; a second bare request (A/A) says what two equal things differ by. The engine copies inputs up to 32 KiB, binds larger
-  ones, and copies outputs; `lend` spares the latter.
+  in random order; a second bare request (A/A) says what two equal things differ by. The bare call copies nothing; the engine copies
+  outputs (`lend` spares that) and new inputs up to 32 KiB, and binds larger ones and those that come again and again.
 - cut: what a cut costs the engine beyond what it costs the runtimes: (engine cut - engine whole) - (bare cut - bare whole).
 - pipeline: rate of a two-stage plan against that of its slower stage, timed bare while the other one runs, in alternating blocks.
 - memory: resident memory over a million calls after warm-up. threads: 64 of them on one engine, every answer compared.
@@ -18,10 +18,9 @@ About 13 minutes in all; `--quick` 1 minute, to see that it works. Nothing else 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import threading
@@ -109,15 +108,29 @@ def interleaved(calls: dict[str, Callable[[], object]], seconds: float, *, seed:
     return {name: np.array(each) / 1e9 for name, each in found.items()}
 
 
-def p99_band(one: Any, other: Any, *, seed: int = 0) -> float:
-    """Return by how many seconds the p99 of two equal things differs: the 97.5 % quantile over resamplings of blocks of rounds."""
+def p99_excess(found: Samples, name: str, *, seed: int = 0) -> tuple[float, float]:
+    """Return by how many seconds the p99 of `name` lies above the mean of those of the two bare calls, and what noise alone does to that.
+
+    Noise alone: the 97.5 % quantile of the same figure after the labels of all three were exchanged at random, a whole block of rounds at a
+    time, since disturbances last longer than a round: the distribution under the hypothesis that nothing is added (a permutation test),
+    from the same rounds. The engine's samples take part with their median put where the bare calls' is: what it adds to each call has a
+    gate of its own, and does not widen the band.
+    """
     rng = np.random.default_rng(seed)
-    blocks = np.array_split(np.arange(len(one)), 40)
-    differences = []
-    for _ in range(300):
-        picks = [np.concatenate([blocks[each] for each in rng.integers(0, len(blocks), len(blocks))]) for _ in range(2)]
-        differences.append(abs(np.quantile(one[picks[0]], 0.99) - np.quantile(other[picks[1]], 0.99)))
-    return float(np.quantile(differences, 0.975))
+    bare = [found["bare"], found["again"]]
+    level = np.median(np.concatenate(bare))
+    three = np.array([*bare, found[name] - (np.median(found[name]) - level)])
+    blocks = np.array_split(np.arange(three.shape[1]), 40)
+
+    def excess(rows: Any) -> float:
+        first, second, third = (np.quantile(row, 0.99) for row in rows)
+        return float(third - (first + second) / 2)
+
+    noise = []
+    for _ in range(400):
+        mixed = np.concatenate([three[rng.permutation(3)][:, block] for block in blocks], axis=1)
+        noise.append(excess(mixed))
+    return excess([*bare, found[name]]), float(np.quantile(noise, 0.975))
 
 
 @contextmanager
@@ -157,35 +170,52 @@ def micro(seconds: float) -> str:
 def overhead(report: Report, seconds: float) -> None:
     """Uncut plans."""
     report.say("\n## Uncut plan against the bare call (µs)\n")
-    report.say("| model | target | bare p50 | engine p50 | lent p50 | allowed | | bare p99 | engine p99 | A/A band | | rounds |")
-    report.say("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    report.say("`new` gives another array each time, and its bare call copies that in, too; the others fill one array.\n")
+    report.say(
+        "| model | target | bare p50 | engine adds | lent adds | new adds | allowed | | bare p99 | engine adds | A/A band | | rounds |"
+    )
+    report.say("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for name, (width, rows, layers) in SIZES.items():
         for target in (OPENVINO, ONNXRUNTIME):
-            x = new_buffer_like(normal(rows, width))
             with engine_of(chain_model(width=width, rows=rows, layers=layers), [single(target)]) as engine:
-                (executable,) = executables(engine)
-
-                def lent(engine: Engine = engine, arrays: Any = {"x": x}) -> None:  # noqa: B006
-                    with engine.lend(arrays):
-                        pass
-
-                arrays = {"x": x}
-                calls = {
-                    "bare": bare(executable, arrays),
-                    "again": bare(executable, arrays),
-                    "engine": lambda engine=engine, arrays=arrays: engine.run(arrays),
-                    "lent": lent,
-                }
-                found = interleaved(calls, seconds)
-            bare_s = np.median(np.concatenate([found["bare"], found["again"]]))
-            p50, allowed = float(np.median(found["engine"])), max(0.02 * bare_s, 10e-6)
-            p99 = {each: float(np.quantile(found[each], 0.99)) for each in found}
-            band, reference = p99_band(found["bare"], found["again"]), max(p99["bare"], p99["again"])
-            held = report.gate(f"overhead p50, {name} on {target}", p50 - bare_s <= allowed)
-            held99 = report.gate(f"overhead p99, {name} on {target}", p99["engine"] <= reference + band)
-            medians = f"{micro(bare_s)} | {micro(p50)} | {micro(float(np.median(found['lent'])))} | +{micro(allowed)} | {held}"
-            tails = f"{micro(reference)} | {micro(p99['engine'])} | ±{micro(band)} | {held99}"
+                found = interleaved(overhead_calls(engine, rows, width), seconds)
+            bare_s = float(np.median(np.concatenate([found["bare"], found["again"]])))
+            added = {each: float(np.median(found[each])) - bare_s for each in ("engine", "lent")}
+            added["new"] = float(np.median(found["new"]) - np.median(found["bare new"]))
+            allowed = max(0.02 * bare_s, 10e-6)
+            excess, band = p99_excess(found, "engine")
+            held = report.gate(f"overhead p50, {name} on {target}", max(added["engine"], added["new"]) <= allowed)
+            held99 = report.gate(f"overhead p99, {name} on {target}", excess <= band)
+            medians = " | ".join([micro(bare_s), *(f"{each * 1e6:+.1f}" for each in added.values()), f"+{micro(allowed)}", held])
+            bare99 = float(np.quantile(np.concatenate([found["bare"], found["again"]]), 0.99))
+            tails = f"{micro(bare99)} | {excess * 1e6:+.1f} | ±{micro(band)} | {held99}"
             report.say(f"| {name} | {target} | {medians} | {tails} | {len(found['bare'])} |")
+
+
+def overhead_calls(engine: Engine, rows: int, width: int) -> dict[str, Callable[[], object]]:
+    """Return what is compared: the bare call twice, with the engine's ways beside it."""
+    (executable,) = executables(engine)
+    x = new_buffer_like(normal(rows, width))
+    arrays, into = {"x": x}, new_buffer_like(x)
+    others = itertools.cycle([normal(rows, width, seed=seed) for seed in range(16)])
+    copied = bare(executable, {"x": into})
+
+    def lent() -> None:
+        with engine.lend(arrays):
+            pass
+
+    def bare_new() -> None:
+        into[...] = next(others)
+        copied()
+
+    return {
+        "bare": bare(executable, arrays),
+        "again": bare(executable, arrays),
+        "engine": lambda: engine.run(arrays),
+        "lent": lent,
+        "bare new": bare_new,
+        "new": lambda: engine.run({"x": next(others)}),
+    }
 
 
 def new_buffer_like(array: Any) -> Any:
@@ -344,98 +374,6 @@ def threads(report: Report, seconds: float, count: int = 64) -> None:
             report.say(f"| {mode} | {sum(done):,} | {sum(wrong)} | {stuck} | {held} |")
 
 
-OURS = """
-import sys, time, json
-import numpy as np
-t0 = time.perf_counter()
-import aivmm, aivmm.runtime.engine, aivmm.runtime.{module} as module
-module.{ready}()
-t1 = time.perf_counter()
-engine = aivmm.load_plan(sys.argv[1])
-engine.run({{"x": np.zeros({shape}, dtype=np.float32)}})
-t2 = time.perf_counter()
-stats = engine.stats()
-assert stats["cache"]["hits"] == 1, stats["cache"]
-print(json.dumps({{"imports": t1 - t0, "load": t2 - t1, "hash": stats["hash_s"], "wait": stats["hash_wait_s"]}}))
-"""
-BARE = {
-    OPENVINO: """
-import sys, time, json
-import numpy as np
-t0 = time.perf_counter()
-import openvino
-t1 = time.perf_counter()
-with open(sys.argv[1], "rb") as file:
-    compiled = openvino.Core().import_model(file.read(), "CPU", {{"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}})
-compiled.create_infer_request().infer([np.zeros({shape}, dtype=np.float32)])
-t2 = time.perf_counter()
-print(json.dumps({{"imports": t1 - t0, "load": t2 - t1}}))
-""",
-    ONNXRUNTIME: """
-import sys, time, json
-import numpy as np
-t0 = time.perf_counter()
-import onnxruntime
-t1 = time.perf_counter()
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads = 1
-options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-options.add_session_config_entry("session.model_external_initializers_file_folder_path", sys.argv[2])
-with open(sys.argv[1], "rb") as file:
-    session = onnxruntime.InferenceSession(file.read(), options, providers=["CPUExecutionProvider"])
-session.run(None, {{"x": np.zeros({shape}, dtype=np.float32)}})
-t2 = time.perf_counter()
-print(json.dumps({{"imports": t1 - t0, "load": t2 - t1}}))
-""",
-}
-
-
-def cold(report: Report, rounds: int) -> None:
-    """Fresh processes."""
-    report.say("\n## From imported to answered, in a fresh process, with the compiled form cached (ms, median)\n")
-    report.say("The engine has a fixed part (the plan, the conditions, buffers) beside what grows with the model; `more` is its median.\n")
-    report.say("| model | target | bare | engine | waited for hashes | more | ratio (95 % of rounds) | limit | | imports: bare | engine |")
-    report.say("|---|---|---|---|---|---|---|---|---|---|---|")
-    for name, (width, rows, layers) in {"8 MB": (512, 1, 8), "80 MB": (1024, 1, 20)}.items():
-        for target, module, ready in ((OPENVINO, "openvino", "_import_openvino"), (ONNXRUNTIME, "onnxruntime", "_ort")):
-            with tempfile.TemporaryDirectory() as text:
-                folder = Path(text)
-                bundle = make_bundle(folder / "m.aivmm", chain_model(width=width, rows=rows, layers=layers), [single(target)])
-                environment = {**os.environ, "AIVMM_CACHE": str(folder / "cache")}
-                shape = (rows, width)
-                first = OURS.format(module=module, ready=ready, shape=shape).replace('["hits"] == 1', '["stored"] == 1')
-                fresh(first, environment, str(bundle))
-                (kept,) = (folder / "cache").rglob("*.blob")
-                blob = folder / "blob"
-                blob.write_bytes(kept.read_bytes()[4096:])
-                ours: list[dict[str, float]] = []
-                theirs: list[dict[str, float]] = []
-                for _ in range(rounds):
-                    theirs.append(fresh(BARE[target].format(shape=shape), environment, str(blob), str(bundle / "segments")))
-                    ours.append(fresh(OURS.format(module=module, ready=ready, shape=shape), environment, str(bundle)))
-            ratios = np.array([(mine["load"] - mine["wait"]) / other["load"] for mine, other in zip(ours, theirs, strict=True)])
-            held = report.gate(f"cold start, {name} on {target}", float(np.median(ratios)) <= 1.1)
-            low, high = np.quantile(ratios, [0.025, 0.975])
-
-            def ms(rows: list[dict[str, float]], key: str) -> str:
-                return f"{np.median([each[key] for each in rows]) * 1e3:.1f}"
-
-            shown = f"{np.median(ratios):.3f} ({low:.3f} to {high:.3f}) | 1.1 | {held}"
-            more = np.median([mine["load"] - mine["wait"] - other["load"] for mine, other in zip(ours, theirs, strict=True)]) * 1e3
-            waited = f"{ms(ours, 'wait')} of {ms(ours, 'hash')} | {more:+.1f}"
-            imports = f"{ms(theirs, 'imports')} | {ms(ours, 'imports')}"
-            report.say(f"| {name} | {target} | {ms(theirs, 'load')} | {ms(ours, 'load')} | {waited} | {shown} | {imports} |")
-
-
-def fresh(code: str, environment: dict[str, str], *arguments: str) -> dict[str, float]:
-    """Run `code` in a process of its own and return what it prints."""
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def main() -> None:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -444,6 +382,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a look whether it works; its figures mean nothing")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    from benchmarks.cold_start import cold  # it reports to this module
+
     wanted = options.only.split(",")
     unknown = set(wanted) - set(SECTIONS)
     if unknown:

@@ -109,7 +109,8 @@ def change_plan(bundle: Path, rng: random.Random) -> Path:
             case 1 if isinstance(holder, list):
                 holder.insert(rng.randint(0, len(holder)), deepcopy(holder[last]))
             case 2 if isinstance(holder, dict):
-                holder[rng.choice(["x", "schema", "model", "files", "../x", "__class__"])] = deepcopy(holder[last])  # what holds itself is no JSON
+                # A copy: what holds itself is no JSON.
+                holder[rng.choice(["x", "schema", "model", "files", "../x", "__class__"])] = deepcopy(holder[last])
             case _:
                 holder[last] = deepcopy(rng.choice(VALUES))
     write_plan(bundle, plan)
