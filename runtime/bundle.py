@@ -53,11 +53,18 @@ class Bundle:
         *,
         unpacked: tempfile.TemporaryDirectory[str] | None = None,
         reading: Reading | None = None,
+        text: bytes | None = None,
     ) -> None:
         self.folder = folder
         self.plan = plan
         self._unpacked = unpacked
         self._reading = reading
+        self._text = text
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the plan's text, which names the contents of all files: it lists their own."""
+        return hashlib.sha256(self._text or self.plan.to_json().encode()).hexdigest()  # to write it anew takes milliseconds
 
     @classmethod
     def open(cls, path: str | Path, *, signed_by: Key | Sequence[Key] | None = None, read_later: bool = False) -> Bundle:
@@ -82,9 +89,10 @@ class Bundle:
     def _open(cls, path: Path, signed_by: Key | Sequence[Key] | None) -> Bundle:
         folder, unpacked = unpack(path)
         try:
-            plan = parse_plan(read_root(folder, PLAN_FILE, path, signed_by=signed_by), str(path / PLAN_FILE))
+            text = read_root(folder, PLAN_FILE, path, signed_by=signed_by)
+            plan = parse_plan(text, str(path / PLAN_FILE))
             check_listing(folder, plan.files, root=PLAN_FILE, shown=path)
-            return cls(folder, plan, unpacked=unpacked, reading=Reading(folder, plan, path))
+            return cls(folder, plan, unpacked=unpacked, reading=Reading(folder, plan, path), text=text)
         except BaseException:  # not handled, only cleaned up: nothing else knows of the folder
             if unpacked is not None:
                 unpacked.cleanup()

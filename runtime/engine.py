@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 from collections import deque
@@ -91,7 +90,7 @@ class Engine:
         self._asked = execution
         self._failover = threading.Lock()
         self._beyond_help = False  # a stage died, and no fallback was left
-        self._blobs = BlobCache(hashlib.sha256(self.plan.to_json().encode()).hexdigest()) if cache else None
+        self._blobs = BlobCache(bundle.digest) if cache else None
         self._program, self.validity = self._compile()
         try:
             bundle.verify()
