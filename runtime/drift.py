@@ -1,18 +1,21 @@
 """Drift: whether calls still take what the plan says, told from the noise that every machine has.
 
 The statistic is a one-sided CUSUM (Page, "Continuous inspection schemes", Biometrika 41, 1954) on the logarithm of the mean of `BLOCK`
-calls. Means of blocks, since another process that takes a share of the cores delays a few short calls by much or all long ones by a
-little, and the share is what both have in common; and since they are nearer to independent than calls are (Runger and Willemain,
-"Batch-means control charts for autocorrelated data", IIE Transactions 28, 1996). A call counts for at most twice the baseline and a
-scheduler's slice, and a block for at most `_CLIP`, so that a stall of a second is one stall.
+calls, or of as many as take 20 ms. Means, since another process that takes a share of the cores delays a few short calls by much or all
+long ones by a little, and the share is what both have in common; and since they are nearer to independent than calls are (Runger and
+Willemain, "Batch-means control charts for autocorrelated data", IIE Transactions 28, 1996). A call counts for at most twice the baseline
+and a scheduler's slice, and a mean for at most `_CLIP`, so that a stall of a second is one stall.
 
-    S = min(_LIMIT, max(0, S + min(_CLIP, log(mean) - level)))          level = max(baseline + log(1.3) / 2, the plan's interval)
+    S = min(h, max(0, S + min(_CLIP, log(mean) - level)))               level = max(baseline + log(1.3) / 2, the plan's interval)
 
-log(1.3) / 2 is the allowance with which a shift of 30 % is found soonest (Page's k; Moustakides, Annals of Statistics 14, 1986). The event
-is raised when S has come to `_LIMIT` and the excursion has lasted `_LEAST_CALLS` calls and `_LEAST_S` seconds: a shift of 30 % is there
-after some 180 calls or, where calls are short, after half a second; other machines on the same host take away more than that for shorter
-times (seen on virtual machines: twice the time for up to 0.2 s, several times a minute). The baseline is the median over the blocks of a
-warm-up, so it knows this machine, this process and its load; the plan's interval keeps what the proof has already seen from being called a
+log(1.3) / 2 is the allowance k with which a shift of 30 % is found soonest (Page's k; Moustakides, Annals of Statistics 14, 1986). The
+baseline is where steps are none on average, stalls that were there from the beginning included, plus two standard errors of it; a warm-up
+that says little of it goes on. The limit h is `_LIMIT`, or what noise of the variance seen reaches once in exp(`_PATIENCE`) steps by
+Brownian motion (variance * _PATIENCE / 2k; Siegmund, "Sequential Analysis", 1985); both are taken again when twice as much was seen
+without an event. The event is raised when S has come to h and the excursion has lasted `_LEAST_CALLS` calls and `_LEAST_S` seconds: where
+it is quiet, a shift of 30 % is told after some 180 calls or, where calls are short, after half a second; other machines on the same host
+take away more than that for shorter times (seen on virtual machines: twice the time for up to 0.2 s, several times a minute). So the
+baseline knows this machine, this process and its load; the plan's interval keeps what the proof has already seen from being called a
 drift. Where it comes and goes, there is at most one event in `_PAUSE_S`.
 """
 
@@ -22,9 +25,10 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
+from itertools import pairwise
+from statistics import fmean, median
 from typing import Any
 
 from aivmm.runtime.plan import Number
@@ -34,11 +38,17 @@ log = logging.getLogger("aivmm.engine")
 BLOCK = 16  # calls whose mean is one observation: what feeds a monitor gathers as many
 _SKIPPED_BLOCKS = 2  # the first calls after loading are slower
 _WARMUP_BLOCKS, _WARMUP_S = 8, 0.5  # the baseline is taken over at least so many blocks, and so long
-_WARMUP_MOST = 2048  # blocks: where calls take microseconds
+_WARMUP_LONGEST_S = 8.0  # where what it says is not sure to 5 %
+_SURE = 0.05
+_WARMUP_MOST = 8192  # blocks: where calls take microseconds
 _ALLOWANCE = math.log(1.3) / 2
 _LIMIT = 1.0  # some eight blocks of a 30 % shift
 _CLIP = 0.5
+_LEAST_BLOCK_NS = 20_000_000  # of calls: a slice of somebody else is but a part of it
+_PATIENCE = 15.0  # the logarithm of how many observations noise alone is to take for an event: 3 million, or a day
 _SLICE_NS = 5_000_000  # for which Linux lets somebody else run, and a little more
+_LEARNT = 512  # observations, from which level and limit are taken: at first those of the warm-up, again when there are twice as many
+_NEIGHBOURS = 4  # observations
 _REMEMBERED = 100  # events
 _LEAST_CALLS, _LEAST_S = 10 * BLOCK, 0.5
 _PAUSE_S = 60.0  # of calls, between two events
@@ -78,11 +88,19 @@ class DriftMonitor:
         self._lock = threading.Lock()
         self._warm: list[int] = []  # durations of the warm-up; empty afterwards
         self._warm_ns = 0
+        self._warm_until_ns = _WARMUP_S * 1e9
         self._warming = True
         self._skip = _SKIPPED_BLOCKS
         self._recent: deque[int] = deque(maxlen=_LEAST_CALLS)
         self._level = math.inf
+        self._floor = -math.inf  # of the level, which the plan's interval sets
+        self._limit = _LIMIT
+        self._logs: list[float] = []  # logarithms of the means that were seen without an event, at first
+        self._pending: list[float] = []  # those of the excursion that goes on
+        self._learned = 0  # from so many
         self._most_ns = 0  # what a call counts for at most
+        self._least_ns = _LEAST_BLOCK_NS * callers  # what makes an observation, with `BLOCK` calls at least
+        self._part_ns = self._part_calls = 0  # of one that is not whole
         self._sum = 0.0
         self._calls = 0  # in this excursion
         self._busy_ns = 0
@@ -92,11 +110,16 @@ class DriftMonitor:
         self.events: deque[Drift] = deque(maxlen=_REMEMBERED)
 
     def add(self, durations_ns: Sequence[int]) -> None:
-        """Take the durations of `BLOCK` calls, in nanoseconds."""
+        """Take the durations of calls, in nanoseconds: `BLOCK` of them, or some times as many."""
+        found: list[Drift] = []
         with self._lock:
-            found = self._warm_up(durations_ns) if self._warming else self._watch(durations_ns)
-        if found is not None:
-            self._tell(found)
+            for at in range(0, len(durations_ns), BLOCK):
+                block = durations_ns[at : at + BLOCK]
+                event = self._warm_up(block) if self._warming else self._gather(block)
+                if event is not None:
+                    found.append(event)
+        for each in found:
+            self._tell(each)
 
     def state(self) -> dict[str, Any]:
         """Return the state for statistics: `warming up`, `inside` or `outside`, the baseline, and the events."""
@@ -110,43 +133,76 @@ class DriftMonitor:
         self._warm.extend(durations_ns)
         self._warm_ns += sum(durations_ns)
         blocks = len(self._warm) // BLOCK
-        if blocks < _WARMUP_BLOCKS or (self._warm_ns < _WARMUP_S * 1e9 and blocks < _WARMUP_MOST):
+        if blocks < _WARMUP_BLOCKS or (self._warm_ns < self._warm_until_ns and blocks < _WARMUP_MOST):
             return None
-        self._warming = False
-        baseline = median(math.log(sum(self._warm[at : at + BLOCK]) / BLOCK) for at in range(0, len(self._warm), BLOCK))
         call_ns = median(self._warm)
-        calls, self._warm = len(self._warm), []
-        self.baseline_s = call_ns / 1e9
         self._most_ns = int(2 * call_ns) + _SLICE_NS
-        self._level = baseline + _ALLOWANCE
+        self._logs = [math.log(mean) for mean in _means(self._warm, self._most_ns, self._least_ns)]
+        baseline, unsure = self._learn()
+        if unsure > _SURE and self._warm_until_ns < _WARMUP_LONGEST_S * 1e9 and blocks < _WARMUP_MOST:
+            self._warm_until_ns *= 2  # where it is this noisy, half a second says little
+            return None
+        calls = len(self._warm)
+        self._warm, self._warming, self.baseline_s = [], False, call_ns / 1e9
         if self._expected is None:
             return None
         # The plan's numbers are those of a call, and the level is one of means: what lies between the two is in the baseline.
         high_ns = (self._expected.high or self._expected.value) * 1e9
         limit = baseline + math.log(high_ns / call_ns)
         if self._callers == 1 and call_ns > high_ns * _TOLERANCE:
-            self._level, self._sum = limit + _ALLOWANCE, _LIMIT  # it is back when it is where the plan says
+            self._level, self._sum = limit + _ALLOWANCE, self._limit  # it is back when it is where the plan says
             return self._left(self.baseline_s, calls)
-        self._level = max(self._level, limit + (_ALLOWANCE if self._callers > 1 else 0.0))
+        self._floor = limit + (_ALLOWANCE if self._callers > 1 else 0.0)
+        self._level = max(self._level, self._floor)
         return None
 
-    def _watch(self, durations_ns: Sequence[int]) -> Drift | None:
+    def _learn(self) -> tuple[float, float]:
+        """Take level and limit from what was seen without an event; return the logarithm of the baseline and two standard errors of it.
+
+        Stalls that came from the beginning are in few observations or in many: the baseline is where steps are none on average.
+        """
+        middle = median(self._logs)
+        baseline = middle + max(0.0, fmean(min(_CLIP, each - middle) for each in self._logs))
+        noise = _long_run_variance([min(_CLIP, each - baseline) for each in self._logs])
+        unsure = 2 * math.sqrt(noise / len(self._logs))
+        self._level = max(baseline + unsure + _ALLOWANCE, self._floor)
+        self._limit = max(_LIMIT, _PATIENCE * noise / (2 * _ALLOWANCE))
+        self._learned = len(self._logs)
+        return baseline, unsure
+
+    def _gather(self, durations_ns: Sequence[int]) -> Drift | None:
+        """Put blocks of short calls together until one slice of somebody else is but a part of them."""
         self._recent.extend(durations_ns)
         most = self._most_ns
-        total_ns = sum(durations_ns) if max(durations_ns) <= most else sum(min(each, most) for each in durations_ns)
+        self._part_ns += sum(durations_ns) if max(durations_ns) <= most else sum(min(each, most) for each in durations_ns)
+        self._part_calls += len(durations_ns)
+        if self._part_ns < self._least_ns:
+            return None
+        total_ns, calls, self._part_ns, self._part_calls = self._part_ns, self._part_calls, 0, 0
+        return self._watch(total_ns, calls)
+
+    def _watch(self, total_ns: int, calls: int) -> Drift | None:
         self._paused_ns += total_ns
-        step = math.log(max(total_ns, 1) / len(durations_ns)) - self._level
-        self._sum = min(_LIMIT, max(0.0, self._sum + min(_CLIP, step)))
+        mean = math.log(max(total_ns, 1) / calls)
+        step = mean - self._level
+        if self._learned < _LEARNT:
+            self._pending.append(mean)
+        self._sum = min(self._limit, max(0.0, self._sum + min(_CLIP, step)))
         if self._sum <= 0.0:
             self._calls = self._busy_ns = 0
+            if self._pending:  # it was noise: what comes in half a second is not all that there is
+                self._logs += self._pending if not self._outside else []
+                self._pending.clear()
+                if len(self._logs) >= 2 * self._learned:
+                    self._learn()
             if self._outside:
                 self._outside = False
                 log.info("latency is back inside of the plan's interval")
             return None
-        self._calls += len(durations_ns)
+        self._calls += calls
         self._busy_ns += total_ns
         lasted = self._calls >= _LEAST_CALLS and self._busy_ns >= _LEAST_S * 1e9 * self._callers
-        if self._outside or self._sum < _LIMIT or not lasted or self._paused_ns < _PAUSE_S * 1e9 * self._callers:
+        if self._outside or self._sum < self._limit or not lasted or self._paused_ns < _PAUSE_S * 1e9 * self._callers:
             return None
         return self._left(median(self._recent) / 1e9, self._calls)
 
@@ -164,6 +220,30 @@ class DriftMonitor:
         )
         self.events.append(found)
         return found
+
+
+def _means(durations_ns: Sequence[int], most_ns: int, least_ns: int) -> Iterator[float]:
+    """Yield the means of blocks of at least `BLOCK` calls and `least_ns`, a call counting for `most_ns` at most; one block at least."""
+    total = calls = 0
+    whole = False
+    for at in range(0, len(durations_ns), BLOCK):
+        total += sum(min(each, most_ns) for each in durations_ns[at : at + BLOCK])
+        calls += BLOCK
+        if total >= least_ns or (at + BLOCK >= len(durations_ns) and not whole):
+            yield max(total, 1) / calls
+            total = calls = 0
+            whole = True
+
+
+def _long_run_variance(steps: Sequence[float]) -> float:
+    """Return what the variance of a sum of steps grows by a step, neighbours being alike: from sums over four, where there are enough.
+
+    By the differences of sums next to each other (von Neumann 1941), so that a lasting change of level is not taken for noise.
+    """
+    if len(steps) < 3 * _NEIGHBOURS:
+        return 0.0  # too few to tell: the limit is that of a quiet machine
+    sums = [sum(steps[at : at + _NEIGHBOURS]) for at in range(0, len(steps) - _NEIGHBOURS + 1, _NEIGHBOURS)]
+    return fmean((later - sooner) ** 2 for sooner, later in pairwise(sums)) / 2 / _NEIGHBOURS
 
 
 def _ms(seconds: float) -> str:

@@ -79,6 +79,20 @@ def creeping(rng: np.random.Generator, count: int) -> Floats:
     return white(rng, count) * np.linspace(1.0, 1.06, count)
 
 
+STALLS = [(0.4e-3, 0.02, 4e-3), (0.4e-3, 0.03, 12e-3), (2e-3, 0.05, 4e-3), (2e-3, 0.03, 12e-3), (5e-3, 0.03, 12e-3)]
+
+
+@pytest.mark.parametrize(("call", "share", "stall"), STALLS)
+@pytest.mark.parametrize("seed", range(3))
+def test_stalls_that_were_there_from_the_beginning_are_no_drift(call: float, share: float, stall: float, seed: int) -> None:
+    """Threads that take turns on few cores: a mean far above the median, from the first call to the last."""
+    rng = np.random.default_rng(seed)
+    count = int(30 / (call + share * stall))
+    seconds = call * np.exp(rng.normal(0, 0.08, count)) + np.where(rng.random(count) < share, stall, 0.0)
+    assert feed(DriftMonitor(None, tell=quiet), seconds) == []
+    assert len(feed(DriftMonitor(None, tell=quiet), np.concatenate([seconds, 1.8 * seconds[: int(5 / call)]]))) == 1
+
+
 @pytest.mark.parametrize("noise", [white, stalls, correlated, cron, creeping])
 @pytest.mark.parametrize("seed", range(3))
 def test_ten_minutes_of_noise_are_no_drift(noise: Callable[[np.random.Generator, int], Floats], seed: int) -> None:
