@@ -17,6 +17,7 @@ from aivmm.reports.svg import INK, MUTED, SURFACE, target_colour
 
 _MOST_DB = 80.0  # beyond it outputs differ by rounding alone; all are drawn there
 _MOST_ROWS = 40
+_LABEL_DB = 7.0  # the height of a name in the chart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class Form:
     method: str  # how it was lowered, "" for what was not
     problem: str  # why it may not be the plan, "" when it may
     in_front: bool  # none is both faster and nearer to fp32
+    is_plan: bool  # the plan runs it, perhaps with other settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +119,7 @@ def _forms(rows: Sequence[Mapping[str, Any]]) -> tuple[Form, ...]:
                 memory_bytes=number(each.get("peak_memory_bytes")),
                 energy_j=number(each.get("energy_j")),
                 problem=str(each.get("problem") or ""),
+                is_plan=each.get("is_plan") is True,
                 in_front=median is not None and sqnr is not None and not any(_beats(other, (median, sqnr)) for other in places),
             )
         )
@@ -161,6 +164,19 @@ def _parts(rows: object) -> tuple[Part, ...]:
     return tuple(found)
 
 
+def _labelled(drawn: Sequence[tuple[Form, float, float]], *, every: bool) -> list[tuple[Form, float, float]]:
+    """Return the points to name: those of the front first, and of those that nearly coincide the first alone."""
+    span = math.log(max(time for _, time, _ in drawn) / min(time for _, time, _ in drawn)) or 1.0
+    named: list[tuple[Form, float, float]] = []
+    for each in sorted(drawn, key=lambda point: not point[0].in_front):
+        near = any(
+            abs(math.log(each[1] / time)) < (0.14 if every else 0.3) * span and abs(each[2] - value) < _LABEL_DB for _, time, value in named
+        )
+        if not near and (every or each[0].in_front):
+            named.append(each)
+    return named
+
+
 def _chart(forms: Sequence[Form], colours: Mapping[str, int]) -> Chart | None:
     drawn = [(form, form.median_s, min(form.sqnr_db, _MOST_DB)) for form in forms if form.median_s and form.sqnr_db is not None]
     if len(drawn) < 2:
@@ -187,11 +203,22 @@ def _chart(forms: Sequence[Form], colours: Mapping[str, int]) -> Chart | None:
                 linewidth=1.4,
                 zorder=3,
             )
+        for form, time, value in _labelled(drawn, every=wide):
+            axes.annotate(
+                canvas.say(fmt.shorten(form.name, 24)),
+                (time, value),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=8.5,
+                color=INK if form.in_front else MUTED,
+            )
         axes.set_xlim(*bounds)
         axes.set_xticks(log_ticks(*bounds) if log else nice_ticks(*bounds, 6 if wide else 3))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda each, _: fmt.tick(fmt.seconds(each)) if each > 0 else "0"))
         axes.minorticks_off()
-        axes.set_ylim(min(0.0, *accuracies) - 4, max(accuracies) + 6)
+        axes.set_ylim(min(0.0, *accuracies) - 4, max(accuracies) + 12)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda each, _: f"{each:g} dB"))
         axes.axhline(0.0, color=MUTED, linewidth=1)
         axes.set_xlabel("time of one call")

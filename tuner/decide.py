@@ -208,6 +208,10 @@ class Decider:
         everything = (each for piece in draft.pieces for each in piece.everywhere())
         return next(filter(None, (self._not_among_precisions(each.target, each.config) for each in everything)), "")
 
+    def barred(self, target: Target, config: Config) -> str:
+        """Say why the user lets no plan run a config on a target; "" where one may."""
+        return self._not_among_precisions(target, config)
+
     def _not_among_precisions(self, target: Target, config: Config) -> str:
         """Say how a config breaks --precisions; "" when it does not. A config that names none computes in its target's default."""
         wanted = self.work.options.precisions

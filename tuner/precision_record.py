@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
 from aivmm.errors import AivmmError
 from aivmm.models.lowering_recipes import Recipe
-from aivmm.planner.candidates import Candidate
+from aivmm.planner.candidates import Candidate, Rejection
 from aivmm.probes.client import WorkerDied
 from aivmm.probes.lab import Lab, Sensitivity
 from aivmm.runtime.config import Config
+from aivmm.runtime.target import Target
 from aivmm.tuner.explore import Explorer
 from aivmm.tuner.joules import energy_metrics
 from aivmm.tuner.precision import Scout
@@ -22,10 +23,14 @@ _WEIGHING_S = 10.0  # forms that were not in the proof are loaded in fresh proce
 _WEIGHTS = ("peak_memory_bytes", "energy_j", "card_energy_j")  # what a form costs on a target, beside its time
 
 
-def precision_record(work: Work, explorer: Explorer, scout: Scout, proof: Proof) -> dict[str, Any]:
+Barred = Callable[[Target, Config], str]  # why a form may not be the plan, whatever it gives; "" where it may
+
+
+def precision_record(work: Work, explorer: Explorer, scout: Scout, proof: Proof, *, barred: Barred) -> dict[str, Any]:
     """Return what scouting found, with what the proof measured of the same forms, and what the others weigh in a process of their own."""
-    rows = [*_lowered_rows(work, scout), *_plain_rows(work, explorer)]
+    rows = [*_lowered_rows(work, scout), *_plain_rows(work, explorer, barred)]
     _take_from_proof(rows, proof)
+    _mark_plan(rows, proof)
     if not explorer.searched_before:
         _weigh_others(work, rows)
         _remember(work, rows)
@@ -64,7 +69,7 @@ def _lowered_rows(work: Work, scout: Scout) -> list[dict[str, Any]]:
     return rows
 
 
-def _plain_rows(work: Work, explorer: Explorer) -> list[dict[str, Any]]:
+def _plain_rows(work: Work, explorer: Explorer, barred: Barred) -> list[dict[str, Any]]:
     """Return the model as it is, in each precision that a target was asked for by a hint, and in its default."""
     subject, rows = work.subject, []
     for candidate, outcome in explorer.known.values():
@@ -79,6 +84,7 @@ def _plain_rows(work: Work, explorer: Explorer) -> list[dict[str, Any]]:
                 "target": str(candidate.target),
                 "precision": candidate.config.precision or (f"default ({default})" if default else "default"),
                 "accuracy": explorer.measurer.accuracy(candidate),
+                "problem": barred(candidate.target, candidate.config) or (outcome.reason if isinstance(outcome, Rejection) else ""),
                 "ratio": outcome.ratio,
                 "median_s": outcome.median_s,
                 "weight_bytes": subject.structure.weight_bytes,
@@ -125,6 +131,14 @@ def _take_from_proof(rows: list[dict[str, Any]], proof: Proof) -> None:
             value = next((each.metrics[name] for each in alike if name in each.metrics), None)
             if value is not None:
                 row[name] = value
+
+
+def _mark_plan(rows: list[dict[str, Any]], proof: Proof) -> None:
+    """Mark the form that the plan runs, with settings of its own perhaps; a cut plan runs none of them."""
+    if proof.plan is not None and len(proof.plan.draft.pieces) == 1:
+        (piece,) = proof.plan.draft.pieces
+        for row in rows:
+            row["is_plan"] = row["at"][0] == str(piece.target) and row["at"][1].precision == piece.config.precision
 
 
 def _weigh_others(work: Work, rows: list[dict[str, Any]]) -> None:
