@@ -59,7 +59,9 @@ class Decider:
         baselines, search = self.explorer.baselines, self.explorer.search
         blocks = len(self.work.subject.structure.blocks)
         drafts = [(Draft.whole(each.name, candidate, blocks), "baseline") for each, candidate in baselines]
-        scored = [(candidate, score) for _, candidate in baselines if isinstance(score := self.explorer.outcome(candidate), Score)]
+        # What may not be the plan is no reason to leave out what is slower: a bf16 default where fp32 was asked for.
+        allowed = [candidate for _, candidate in baselines if not self.explorer.barred(candidate.target, candidate.config)]
+        scored = [(candidate, score) for candidate in allowed if isinstance(score := self.explorer.outcome(candidate), Score)]
         selection = Selection(
             search=search,
             baselines=scored,
@@ -175,7 +177,7 @@ class Decider:
     def _allowed(self, target: Target, config: Config) -> Config:
         """Return `config`, in the first native precision that the user allows where its own is not allowed (bf16 is a default of some)."""
         allowed = [each for each in self.work.precisions(target) if each in target.precisions]
-        return replace(config, precision=allowed[0]) if allowed and self._not_among_precisions(target, config) else config
+        return replace(config, precision=allowed[0]) if allowed and self.explorer.barred(target, config) else config
 
     def _entrant(self, number: int, draft: Draft, role: str, ends: tuple[str, ...] = ()) -> Entrant:
         prepared: Prepared = self.work.subject.at(draft.batch)
@@ -206,24 +208,7 @@ class Decider:
         ):
             return "AUTO may use devices outside --targets"
         everything = (each for piece in draft.pieces for each in piece.everywhere())
-        return next(filter(None, (self._not_among_precisions(each.target, each.config) for each in everything)), "")
-
-    def barred(self, target: Target, config: Config) -> str:
-        """Say why the user lets no plan run a config on a target; "" where one may."""
-        return self._not_among_precisions(target, config)
-
-    def _not_among_precisions(self, target: Target, config: Config) -> str:
-        """Say how a config breaks --precisions; "" when it does not. A config that names none computes in its target's default."""
-        wanted = self.work.options.precisions
-        if not wanted or config.family in wanted:
-            return ""
-        if config.precision is not None:
-            return f"it computes in {config.family}, which is not among --precisions"
-        default = self.explorer.default_precision(target)
-        if default:
-            return "" if default in wanted else f"its default computes in {default}, which is not among --precisions"
-        known = target.name != "AUTO" and set(target.precisions) <= set(wanted)
-        return "" if known else "its default may not be in --precisions"
+        return next(filter(None, (self.explorer.barred(each.target, each.config) for each in everything)), "")
 
     def _prediction(self, draft: Draft) -> Estimate | None:
         """Return what the search expected of a draft, or None when it never measured it."""
@@ -334,7 +319,8 @@ class Decider:
         asked = ", ".join(self.work.options.constraints) or f"cosine>={DEFAULT_COSINE:g}"
         if nearest is None:
             reasons = [f"{each.draft.name}: {each.problem}" for each in proof.entrants if each.problem][:3]
-            return f"No plan meets the constraints ({asked}). {'; '.join(reasons)}", reasons
+            lowered = self._nearest_lowered()
+            return f"No plan meets the constraints ({asked}). {lowered}{'; '.join(reasons)}", [*filter(None, [lowered.strip()]), *reasons]
         found = proof.violations[nearest.draft.name]
         reasons = [each.sentence for each in found]
         text = f"No plan meets the constraints ({asked})"
@@ -342,6 +328,24 @@ class Decider:
         text += f"The nearest is {describe(nearest.draft)}: {'; '.join(reasons)}."
         would = relaxed(found)
         return text + (f' It would do with --constraint "{would}".' if would else ""), reasons
+
+    def _nearest_lowered(self) -> str:
+        """Say which of the lowered forms that scouting threw out came nearest to the limits, and what they would have to be; "" if none."""
+        scout = self.explorer.scout
+        if scout is None:
+            return ""
+        limits = [each for each in self.work.constraints if each.metric in ACCURACY]
+        out = []
+        for place, metrics in scout.judged.items():
+            if place in scout.problems:
+                broken = check(limits, metrics)
+                out.append((distance(broken) if broken else (1 - metrics.get("cosine", -1.0), 0.0), *place, broken))
+        if not out:
+            return ""
+        _, target, variant, broken = min(out, key=lambda each: each[:3])
+        would = relaxed(broken) if broken else ""
+        would = f' It would do with --constraint "{would}".' if would else ""
+        return f"The nearest is {target}, {self._lowered_name(variant)}: {scout.problems[target, variant]}.{would} "
 
     def nearest(self, proof: Proof) -> Entrant | None:
         """Return the entrant that breaks its worst limit by the least; None where a plan was found, or nothing could be judged."""

@@ -145,6 +145,19 @@ class Explorer:
         only = target.precisions[0] if len(target.precisions) == 1 else None
         return self._default_precisions.get(str(target), only)
 
+    def barred(self, target: Target, config: Config) -> str:
+        """Say how a config breaks --precisions; "" when it does not. A config that names none computes in its target's default."""
+        wanted = self.work.options.precisions
+        if not wanted or config.family in wanted:
+            return ""
+        if config.precision is not None:
+            return f"it computes in {config.family}, which is not among --precisions"
+        default = self.default_precision(target)
+        if default:
+            return "" if default in wanted else f"its default computes in {default}, which is not among --precisions"
+        known = target.name != "AUTO" and set(target.precisions) <= set(wanted)
+        return "" if known else "its default may not be in --precisions"
+
     def _all_measured_targets(self, pairs: Sequence[tuple[Baseline, Candidate]]) -> list[Target]:
         return list(dict.fromkeys((*self.work.targets, *(candidate.target for _, candidate in pairs))))
 
@@ -319,11 +332,7 @@ class Explorer:
 
     def _worth_searching(self, baselines: Sequence[tuple[Baseline, Candidate]]) -> dict[Target, list[str | None]]:
         """Return the targets that may yet win, each with the precisions in which it may."""
-        best: dict[Target, float] = {}
-        for _, candidate in baselines:
-            outcome = self.outcome(candidate)
-            if isinstance(outcome, Score | Rejection) and outcome.ratio is not None and candidate.target in self.work.targets:
-                best[candidate.target] = min(best.get(candidate.target, outcome.ratio), outcome.ratio)
+        best, allowed = self._best_ratios(baselines)
         lowerable = bool(self.work.subject.lowered_precisions)
         best = {target: ratio for target, ratio in best.items() if lowerable or self.work.precisions(target)}
         if not best:
@@ -331,7 +340,10 @@ class Explorer:
             raise ModelError(f"no baseline of {self.work.subject.facts.name} could be measured ({reasons})", advice="try --retry-failed")
         ranks = {target: rank([str(target)], self.work.options.prefer) for target in best}
         # On hardware that is wanted more than another, being slower than that is no reason to give up.
-        least = {place: min(ratio for target, ratio in best.items() if ranks[target] == place) for place in ranks.values()}
+        rivals = {target: ratio for target, ratio in best.items() if target in allowed} or best
+        least = {
+            place: min((ratio for target, ratio in rivals.items() if ranks[target] == place), default=math.inf) for place in ranks.values()
+        }
         hopeless = HOPELESS[self.work.options.drive]
         self._scout([target for target in best if best[target] <= least[ranks[target]] * hopeless * _LOWERED_GAIN])
         worth: dict[Target, list[str | None]] = {}
@@ -348,6 +360,25 @@ class Explorer:
             else:
                 self.work.note(f"{target} was not searched: its defaults take {behind:.1f} times as long as the best ones")
         return {target: found for target, found in worth.items() if found}
+
+    def _best_ratios(self, baselines: Sequence[tuple[Baseline, Candidate]]) -> tuple[dict[Target, float], set[Target]]:
+        """Return the best baseline's time of each target over the reference's, and the targets where that one may be the plan.
+
+        What --precisions leaves out counts only where a target has nothing else: a bf16 default makes no fp32 hopeless.
+        """
+        best: dict[Target, float] = {}
+        allowed: set[Target] = set()
+        by_leave = [(bool(self.barred(each.target, each.config)), each) for _, each in baselines]
+        for barred, candidate in sorted(by_leave, key=lambda pair: pair[0]):
+            outcome, target = self.outcome(candidate), candidate.target
+            if not isinstance(outcome, Score | Rejection) or outcome.ratio is None or target not in self.work.targets:
+                continue
+            if barred and target in allowed:
+                continue
+            best[target] = min(best.get(target, outcome.ratio), outcome.ratio)
+            if not barred:
+                allowed.add(target)
+        return best, allowed
 
     def _scout(self, targets: Sequence[Target]) -> None:
         """Find the lowered models that are worth searching with; an earlier run's findings are taken from what was recalled."""

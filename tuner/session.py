@@ -473,7 +473,7 @@ class Session:
         if self._searched_before:
             found: Mapping[str, Any] = self._earlier_summary.get("precision") or {}
         else:
-            found = precision_record(decider.work, decider.explorer, scout, proof, barred=decider.barred)
+            found = precision_record(decider.work, decider.explorer, scout, proof, barred=decider.explorer.barred)
         tried = any(":" in each["precision"] for each in found.get("tried", ()))
         return {**found, "sentence": decider.precision_sentence(proof)} if tried else None
 
