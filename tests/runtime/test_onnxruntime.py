@@ -8,8 +8,9 @@ import pytest
 from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Backend
 from aivmm.runtime.config import Config
-from aivmm.runtime.onnxruntime import OnnxRuntime
-from aivmm.runtime.target import Target
+from aivmm.runtime.onnxruntime import TRIAL, OnnxRuntime
+from aivmm.runtime.ort_options import PROVIDERS
+from aivmm.runtime.target import Device, Target, Unavailable
 from tests.contracts import BackendContract
 
 
@@ -34,6 +35,30 @@ def test_providers_that_need_a_missing_card_are_absent_with_the_reason() -> None
     for each in OnnxRuntime().targets():
         if not isinstance(each, Target):
             assert each.reason and each.target.startswith("onnxruntime:")
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+@pytest.mark.parametrize("kind", ["MIGraphX", "DirectML", "QNN", "CoreML", "NvTensorRtRtx"])
+def test_a_provider_that_the_build_lacks_never_passes_the_trial(kind: str) -> None:
+    import onnxruntime
+
+    if PROVIDERS[kind].name in onnxruntime.get_available_providers():
+        pytest.skip(f"this build has {kind}")
+    backend = OnnxRuntime()
+    assert isinstance(backend.find(f"{kind}:0" if PROVIDERS[kind].indexed else kind), Unavailable)
+    # Were it asked for all the same: ONNX Runtime takes the name with a warning and would run on the CPU.
+    made_up = Target(runtime="onnxruntime", name=kind, device=Device(kind="gpu", model=kind), runtime_version="1")
+    with pytest.raises(Unsupported):
+        backend.compile(TRIAL, made_up, Config())
+    assert not [each for each in backend.targets() if kind in str(each)]
+
+
+@pytest.mark.parametrize("kind", ["MIGraphX", "DirectML", "QNN", "CoreML", "NvTensorRtRtx"])
+def test_the_knobs_of_such_a_provider_are_options_that_it_takes(kind: str) -> None:
+    target = Target(runtime="onnxruntime", name=kind, device=Device(kind="gpu", model=kind), runtime_version="1")
+    knobs = OnnxRuntime().knobs(target)
+    assert knobs and all(knob.default == knob.choices[0] for knob in knobs)
+    assert {knob.name.removeprefix("provider.") for knob in knobs} <= PROVIDERS[kind].options
 
 
 def test_the_placement_counts_the_nodes(relu: bytes) -> None:
