@@ -324,10 +324,10 @@ def two(folder: Path, shared: Path) -> dict[str, Any]:
 
 
 def tune(folder: Path, shared: Path, *, models: Sequence[str], goals: Sequence[str], budget: str, state: Path, keep: Path) -> None:
-    """Tune each model for each goal; what `--json` says is kept, and the report of the last one of each model."""
-    for name in models:
-        path = model_file(name, folder, shared)
-        for goal in goals:
+    """Tune each model for each goal; what `--json` says is kept, and the reports."""
+    for goal in goals:
+        for name in models:
+            path = model_file(name, folder, shared)
             objective, precision = goal.split()
             place = state / f"tune.{name}.{objective}.{precision}.json"
             if place.exists():
