@@ -19,6 +19,7 @@ from aivmm.models.intake_plain import plain_model, plain_proto
 from aivmm.models.intake_trial import Trial
 from aivmm.models.intake_versions import fit_versions, repair_old
 from aivmm.models.load import LoadedModel, load_model
+from aivmm.models.narrow import narrow_inputs
 from aivmm.models.records import ModelFacts
 from aivmm.models.shapes import Bound, OpenInput, bind
 from aivmm.tensors import TensorSpec
@@ -34,13 +35,15 @@ def prepare(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     dims: Mapping[str, int] | None = None,
     batch: int = 1,
+    narrow: bool = False,
 ) -> ModelFacts:
     """Write the prepared form of the model at `source` to `destination`, and say what it is and what was changed.
 
     Weights that do not fit into one file go to `<destination>.data`. Outputs that are inputs are left to whoever runs the model, since no
     runtime writes them; the facts still list them. `shapes` binds whole inputs, `dims` symbolic dimensions, `batch` what
-    is left open of the batch. Raises `ModelError` for a file that cannot be used, `UsageError` for a shape that does not fit, for extents
-    that must be given, and for a destination that cannot be written. Runs native code (shape inference, trial runs): call it in a worker.
+    is left open of the batch; `narrow` takes wide floats as float16. Raises `ModelError` for a file that cannot be used, `UsageError` for
+    a shape that does not fit, for extents that must be given, and for a destination that cannot be written. Runs native code (shape
+    inference, trial runs): call it in a worker.
     """
     notes: list[str] = []
     loaded = load_model(source)
@@ -50,6 +53,9 @@ def prepare(
     interface = [value.name or "" for value in model.graph.outputs]
     _note_interface(model, notes)
     plain_model(model, notes)
+    if narrow:
+        narrow_inputs(model, notes)
+        _name_nodes(model)
     bound = bind(
         [_open_input(value) for value in model.graph.inputs],
         shapes=shapes or {},

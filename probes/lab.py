@@ -157,7 +157,14 @@ class Lab:
         return tuple(found)
 
     def prepare(
-        self, source: Path, destination: Path, *, shapes: Mapping[str, tuple[int, ...]], dims: Mapping[str, int], batch: int
+        self,
+        source: Path,
+        destination: Path,
+        *,
+        shapes: Mapping[str, tuple[int, ...]],
+        dims: Mapping[str, int],
+        batch: int,
+        narrow: bool = False,
     ) -> ModelFacts:
         """Prepare a model file in a worker: shape inference is native code."""
         answer = self.worker("models").call(
@@ -168,6 +175,7 @@ class Lab:
             shapes={name: list(shape) for name, shape in shapes.items()},
             dims=dict(dims),
             batch=batch,
+            narrow=narrow,
         )
         return wire.facts_in(answer["facts"])
 

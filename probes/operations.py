@@ -184,13 +184,13 @@ def baselines(state: State, *, targets: list[dict[str, Any]], objective: str, ba
 
 
 def prepare(
-    state: State, *, source: str, destination: str, shapes: dict[str, list[int]], dims: dict[str, int], batch: int
+    state: State, *, source: str, destination: str, shapes: dict[str, list[int]], dims: dict[str, int], batch: int, narrow: bool = False
 ) -> dict[str, Any]:
     """Prepare a model file; see `models.prepare`."""
     from aivmm.models.prepare import prepare as prepare_model
 
     bound = {name: tuple(shape) for name, shape in shapes.items()}
-    return {"facts": wire.facts_out(prepare_model(Path(source), Path(destination), shapes=bound, dims=dims, batch=batch))}
+    return {"facts": wire.facts_out(prepare_model(Path(source), Path(destination), shapes=bound, dims=dims, batch=batch, narrow=narrow))}
 
 
 def demo(state: State, *, name: str, folder: str) -> dict[str, Any]:

@@ -140,6 +140,9 @@ def tune(
     ] = f"{DEFAULT_BUDGET_S:.0f}s",
     trials: Annotated[int | None, typer.Option(metavar="N", help="Points to try; default: as the budget allows.")] = None,
     min_segments: Annotated[int, typer.Option(metavar="N", help="Force a cut into at least N segments, for study.")] = 1,
+    input_contract: Annotated[
+        str, typer.Option(metavar="KIND", help="`narrow` takes float inputs as float16, for less to copy: who calls the plan converts.")
+    ] = "model",
     cut_around: Annotated[
         list[str] | None,
         typer.Option(
@@ -196,6 +199,7 @@ def tune(
         budget_s=parse_budget(budget),
         trials=trials,
         min_segments=min_segments,
+        input_contract=input_contract,
         cut_around=parse_list(cut_around or ()),
         top=top,
         seed=seed,

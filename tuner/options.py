@@ -13,6 +13,7 @@ from aivmm.planner.constraints import Constraint, parse
 from aivmm.planner.levels import SERVICE_LEVELS, unknown_level
 from aivmm.planner.objectives import Objective, drive_of, parse_objectives
 
+INPUT_CONTRACTS = ("model", "narrow")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32)
 LARGE_BATCHES = (1, 4, 16, 32, 64, 128)  # for devices with memory of their own, which small batches leave idle
@@ -43,6 +44,7 @@ class TuneOptions:
     budget_s: float = DEFAULT_BUDGET_S
     trials: int | None = None
     min_segments: int = 1
+    input_contract: str = "model"  # "narrow": inputs are taken in fewer bits than the model has them
     cut_around: tuple[str, ...] = ()  # operator types or names of nodes
     top: int = 3
     seed: int = 0
@@ -66,6 +68,8 @@ class TuneOptions:
         for each in self.precisions:
             if each not in PRECISIONS:
                 raise UsageError(f"unknown precision {each!r}", advice=f"known: {', '.join(PRECISIONS)}")
+        if self.input_contract not in INPUT_CONTRACTS:
+            raise UsageError(f"unknown --input-contract {self.input_contract!r}", advice=f"known: {', '.join(INPUT_CONTRACTS)}")
         if self.service_level is not None and self.service_level not in SERVICE_LEVELS:
             raise unknown_level(self.service_level)
         self._check_data()

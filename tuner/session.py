@@ -292,6 +292,7 @@ class Session:
             "batches": list(options.batches),
             "min_segments": options.min_segments,
             "cut_around": sorted(options.cut_around),
+            **({"input_contract": options.input_contract} if options.input_contract != "model" else {}),
             "budget_s": options.budget_s,
             "trials": options.trials,
             "seed": options.seed,
@@ -408,6 +409,9 @@ class Session:
         if mattered:
             work.note(mattered)
         verdict, trouble = decider.verdict(proof)
+        if self.options.input_contract == "narrow":
+            narrowed = [each.name for each in work.subject.facts.inputs if each.dtype == "float16"]
+            verdict += f" It takes {', '.join(narrowed) or 'no input'} as float16 (--input-contract narrow)."
         accuracy = decider.accuracy(proof.plan) if proof.plan else None
         certificate = decider.certificate(proof)
         plan_path = self.output if proof.plan else None

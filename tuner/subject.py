@@ -350,7 +350,9 @@ class Subject:
         destination = self._model_path(batch)
         destination.parent.mkdir(exist_ok=True)
         try:
-            return self._lab.prepare(self.source, destination, shapes=self._options.shapes, dims=self._options.dims, batch=batch)
+            options = self._options
+            narrow = options.input_contract == "narrow"
+            return self._lab.prepare(self.source, destination, shapes=options.shapes, dims=options.dims, batch=batch, narrow=narrow)
         except WorkerDied as died:
             raise ModelError(f"{self.source} cannot be read: preparing it {died.reason}", advice="is the file damaged?") from died
 
