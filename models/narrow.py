@@ -1,4 +1,4 @@
-"""Inputs taken in fewer bits than the model has them, and cast where it runs: another contract with who calls it, made when asked for alone."""
+"""Inputs taken in fewer bits than the model has them, and cast where it runs: another contract with callers, made when asked for alone."""
 
 from __future__ import annotations
 
