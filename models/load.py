@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from aivmm.errors import ModelError, UsageError
 from aivmm.models.intake_check import check_graph
 from aivmm.models.intake_external import external_files
 from aivmm.models.intake_sniff import HEAD_BYTES, sniff
+from aivmm.models.model_file import require_file, shown
 
 _LIMIT_BYTES = 2**31 - 1  # protobuf's own limit
 _DAMAGED = "the file is truncated or damaged: download or export it again"
@@ -45,34 +44,23 @@ def load_model(path: Path) -> LoadedModel:
 
 
 def _read(path: Path) -> bytes:
+    info = require_file(path)
     try:
-        info = path.stat()
-        if stat.S_ISDIR(info.st_mode):
-            inside = sorted(child.name for child in path.glob("*.onnx"))[:3]
-            advice = f"give a file in it: {', '.join(inside)}" if inside else "give the path of a .onnx file"
-            raise UsageError(f"{_show(path)} is a directory", advice=advice)
-        if not stat.S_ISREG(info.st_mode):
-            raise UsageError(f"{_show(path)} is not a regular file", advice="give the path of a .onnx file")
-        if info.st_size == 0:
-            raise ModelError(f"{_show(path)} is empty", advice="download or export it again")
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
             guess = sniff(head)
             if guess is not None:
-                raise ModelError(f"{_show(path)} is not ONNX: it looks like {guess.what}", advice=guess.advice)
+                raise ModelError(f"{shown(path)} is not ONNX: it looks like {guess.what}", advice=guess.advice)
             if info.st_size > _LIMIT_BYTES:
                 raise ModelError(
-                    f"{_show(path)} has {info.st_size} bytes, more than an ONNX file can hold (2 GiB)",
+                    f"{shown(path)} has {info.st_size} bytes, more than an ONNX file can hold (2 GiB)",
                     advice="store the weights beside it: onnx.save(..., save_as_external_data=True)",
                 )
             return head + file.read()
-    except FileNotFoundError as error:
+    except OSError as error:
         raise UsageError(
-            f"no such model file: {_show(path)}", advice="give the path of a .onnx file, or a demo (`aivmm-tune demo:`)"
+            f"cannot read {shown(path)}: {error.strerror or error}", advice="give the path of a readable .onnx file"
         ) from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UsageError(f"cannot read {_show(path)}: {reason}", advice="give the path of a readable .onnx file") from error
 
 
 def _parse(content: bytes, path: Path) -> onnx.ModelProto:
@@ -81,9 +69,9 @@ def _parse(content: bytes, path: Path) -> onnx.ModelProto:
     try:
         proto.ParseFromString(content)
     except DecodeError as error:
-        raise ModelError(f"{_show(path)} cannot be decoded as ONNX", advice=_DAMAGED) from error
+        raise ModelError(f"{shown(path)} cannot be decoded as ONNX", advice=_DAMAGED) from error
     if not proto.ir_version and not proto.HasField("graph"):
-        raise ModelError(f"{_show(path)} is not ONNX (no version and no graph in it)", advice="give a binary .onnx file")
+        raise ModelError(f"{shown(path)} is not ONNX (no version and no graph in it)", advice="give a binary .onnx file")
     for missing, lacking in (
         (not proto.HasField("graph"), "no graph"),
         (not proto.graph.node, "a graph without nodes"),
@@ -91,7 +79,7 @@ def _parse(content: bytes, path: Path) -> onnx.ModelProto:
         (proto.ir_version >= 3 and not proto.opset_import, "no operator set versions (opset_import)"),
     ):
         if missing:
-            raise ModelError(f"{_show(path)} has {lacking}", advice=_DAMAGED)
+            raise ModelError(f"{shown(path)} has {lacking}", advice=_DAMAGED)
     return proto
 
 
@@ -105,9 +93,3 @@ def _digest(content: bytes, path: Path, external: tuple[Path, ...]) -> str:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         whole.update(f"{file.relative_to(path.parent).as_posix()}\0{digest}\n".encode())
     return whole.hexdigest()
-
-
-def _show(path: Path) -> str:
-    """A path on one line, whatever characters it has."""
-    text = os.fspath(path)
-    return text if text.isprintable() else repr(text)

@@ -53,15 +53,10 @@ The way from a model to production:
 
 `aivmm report` - look again at what was found
 
+Each command has examples: `aivmm tune --help`. `aivmm --install-completion` teaches your shell to complete them.
+
 Options may stand in `aivmm.toml` or in `[tool.aivmm]` of `pyproject.toml`, under the same names.""",
 )
-
-app.add_typer(db_app, name="db")
-app.add_typer(plan_app, name="plan")
-app.command()(profile)
-app.command()(bench)
-app.command()(doctor)
-app.command()(report)
 
 Json = Annotated[bool, typer.Option("--json", help="Make standard output exactly one JSON object.")]
 Db = Annotated[
@@ -69,7 +64,10 @@ Db = Annotated[
 ]
 
 
-@app.command()
+# What `tune --help` groups its options by.
+_GOAL, _ALLOWED, _MODEL, _EFFORT = "What is wanted", "What may be used", "The model and its inputs", "How long and how carefully"
+
+
 def tune(
     context: typer.Context,
     models: Annotated[
@@ -86,74 +84,109 @@ def tune(
             metavar="NAMES",
             help="`latency` (the default), `throughput`, `p99`, `memory`, `energy`, `accuracy`, `compile` or `size`. Several are joined by "
             "commas: the first decides what the plan is, and what it can be traded for goes into the plan as alternatives.",
+            rich_help_panel=_GOAL,
         ),
     ] = None,
     service_level: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="A named goal: " + "; ".join(f"`{name}` ({level})" for name, level in SERVICE_LEVELS.items()) + "."
+            metavar="NAME",
+            help="A named goal: " + "; ".join(f"`{name}` ({level})" for name, level in SERVICE_LEVELS.items()) + ".",
+            rich_help_panel=_GOAL,
         ),
     ] = None,
     prefer: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATTERNS",
-            help="Hardware in the order in which it is wanted, such as `openvino:NPU,openvino:GPU,*:CPU`: the plan is the best one on the "
+            help="Hardware in the order in which it is wanted, such as `openvino:NPU,*:CPU`: the plan is the best one on the "
             "first of them that keeps the limits, however fast the others are.",
+            rich_help_panel=_GOAL,
         ),
     ] = None,
     constraint: Annotated[
-        list[str] | None, typer.Option(metavar="EXPR", help="A limit such as `latency<10ms, memory<2GB`. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="EXPR", help="A limit such as `latency<10ms, memory<2GB`. Repeatable.", rich_help_panel=_GOAL),
     ] = None,
     targets: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERNS", help="Targets that may be used: `openvino`, `*:CPU`, ...")
+        list[str] | None,
+        typer.Option(metavar="PATTERNS", help="Targets that may be used: `openvino`, `*:CPU`, ...", rich_help_panel=_ALLOWED),
     ] = None,
-    precisions: Annotated[list[str] | None, typer.Option(metavar="LIST", help="Precisions that may be used: `fp32,bf16,int8`.")] = None,
-    batch: Annotated[list[str] | None, typer.Option(metavar="LIST", help="Batch sizes to choose from: `1,8,32`.")] = None,
+    precisions: Annotated[
+        list[str] | None, typer.Option(metavar="LIST", help="Precisions that may be used: `fp32,bf16,int8`.", rich_help_panel=_ALLOWED)
+    ] = None,
+    batch: Annotated[
+        list[str] | None, typer.Option(metavar="LIST", help="Batch sizes to choose from: `1,8,32`.", rich_help_panel=_ALLOWED)
+    ] = None,
     shape: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=1x3x224x224", help="The shape of an input, or several with commas. Repeatable."),
+        typer.Option(metavar="NAME=1x3x224x224", help="The shape of an input, or several with commas. Repeatable.", rich_help_panel=_MODEL),
     ] = None,
     dim: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=N", help="The extent of a named dimension; `seq=32,128` or `seq=32..512` for a plan of several. Repeatable."
+            metavar="NAME=N",
+            help="The extent of a named dimension; `seq=32,128` or `seq=32..512` for a plan of several. Repeatable.",
+            rich_help_panel=_MODEL,
         ),
     ] = None,
     workload: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.toml", help="Serve several models at once: for each its priority, limits and rate."),
+        typer.Option(
+            metavar="FILE.toml", help="Serve several models at once: for each its priority, limits and rate.", rich_help_panel=_MODEL
+        ),
     ] = None,
-    inputs: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Real samples to run with.")] = None,
+    inputs: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Real samples to run with.", rich_help_panel=_MODEL)] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
             metavar="PATH|MODULE:FUNCTION",
             help="Real samples to calibrate int8 with and to judge accuracy on: an `.npz`, a folder, or a function.",
+            rich_help_panel=_MODEL,
         ),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(metavar="MODULE:FUNCTION", help='Your own measure of accuracy, for `--constraint "metric>=0.9"`.')
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION", help='Your own measure of accuracy, for `--constraint "metric>=0.9"`.', rich_help_panel=_GOAL
+        ),
     ] = None,
     budget: Annotated[
-        str, typer.Option(metavar="TIME", help="Time for measuring and searching; the proof comes on top.")
+        str, typer.Option(metavar="TIME", help="Time for measuring and searching; the proof comes on top.", rich_help_panel=_EFFORT)
     ] = f"{DEFAULT_BUDGET_S:.0f}s",
-    trials: Annotated[int | None, typer.Option(metavar="N", help="Points to try; default: as the budget allows.")] = None,
-    min_segments: Annotated[int, typer.Option(metavar="N", help="Force a cut into at least N segments, for study.")] = 1,
+    trials: Annotated[
+        int | None, typer.Option(metavar="N", help="Points to try; default: as the budget allows.", rich_help_panel=_EFFORT)
+    ] = None,
+    min_segments: Annotated[
+        int, typer.Option(metavar="N", help="Force a cut into at least N segments, for study.", rich_help_panel=_EFFORT)
+    ] = 1,
     input_contract: Annotated[
-        str, typer.Option(metavar="KIND", help="`narrow` takes float inputs as float16, for less to copy: who calls the plan converts.")
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="`narrow` takes float inputs as float16, for less to copy: who calls the plan converts.",
+            rich_help_panel=_MODEL,
+        ),
     ] = "model",
     cut_around: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="LIST", help="Keep these operators or nodes in blocks of their own, cutting branches where need be: `Resize`."
+            metavar="LIST",
+            help="Keep these operators or nodes in blocks of their own, cutting branches where need be: `Resize`.",
+            rich_help_panel=_EFFORT,
         ),
     ] = None,
-    top: Annotated[int, typer.Option(metavar="K", help="How many finalists are proven.")] = 3,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of inputs, orders and the search.")] = 0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure all again; the database keeps what it has.")] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what crashed or hung here before.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and measure nothing.")] = False,
+    top: Annotated[int, typer.Option(metavar="K", help="How many finalists are proven.", rich_help_panel=_EFFORT)] = 3,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of inputs, orders and the search.", rich_help_panel=_EFFORT)] = 0,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure all again; the database keeps what it has.", rich_help_panel=_EFFORT)
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try again what crashed or hung here before.", rich_help_panel=_EFFORT)
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be measured, and measure nothing.", rich_help_panel=_EFFORT)
+    ] = False,
     backend: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
@@ -233,9 +266,15 @@ def tune(
         raise typer.Exit(3)
 
 
-@app.command()
 def devices(as_json: Json = False, backend: Annotated[list[str] | None, typer.Option(hidden=True)] = None) -> None:
-    """List every target that runs here, and everything unavailable with its reason."""
+    """List every target that runs here, and everything unavailable with its reason.
+
+    Examples:
+
+    `aivmm devices`
+
+    `aivmm devices --json`
+    """
     from aivmm.tuner.inventory import find_devices
 
     targets, unavailable = find_devices(backend)
@@ -266,7 +305,6 @@ def devices(as_json: Json = False, backend: Annotated[list[str] | None, typer.Op
                 out.print(Text(f"    {absent.advice}", style="dim"), soft_wrap=True)
 
 
-@app.command("run")
 def run_plan(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan bundle.")],
     inputs: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Inputs by name; default: random ones.")] = None,
@@ -305,6 +343,21 @@ def run_plan(
             print(f"{name}  {result[name]}", file=sys.stderr)
     for event in result["events"]:
         print(f"note: {event}", file=sys.stderr)
+
+
+# In the order of the way from a model to production, which is that of the help.
+for _name, _command_of in (
+    ("doctor", doctor),
+    ("devices", devices),
+    ("tune", tune),
+    ("report", report),
+    ("run", run_plan),
+    ("bench", bench),
+    ("profile", profile),
+):
+    app.command(_name)(_command_of)
+app.add_typer(plan_app, name="plan")
+app.add_typer(db_app, name="db")
 
 
 def run(arguments: Sequence[str]) -> int:

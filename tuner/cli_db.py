@@ -48,7 +48,10 @@ FORMATS = ("table", "csv", "json", "parquet")
 
 @app.command()
 def path(db: Db = None, as_json: Json = False) -> None:
-    """Say where the database is. Nothing is opened or made."""
+    """Say where the database is. Nothing is opened or made.
+
+    Example: `aivmm db path`
+    """
     from aivmm.db.location import Location
 
     place = Location.of(db)
@@ -58,7 +61,10 @@ def path(db: Db = None, as_json: Json = False) -> None:
 
 @app.command()
 def stats(db: Db = None, as_json: Json = False) -> None:
-    """Say how much is stored: rows, models, environments, size, the oldest and the newest measurement."""
+    """Say how much is stored: rows, models, environments, size, the oldest and the newest measurement.
+
+    Example: `aivmm db stats`
+    """
     from aivmm.db.database import Database
     from aivmm.db.query import statistics
 
@@ -167,6 +173,8 @@ def export_(
     """Write measurements to Parquet files, one a table, with a manifest of their SHA-256; `aivmm db import` reads them.
 
     Filters choose the probes. A run comes along whole (with all it rests on) or, with --target, not at all.
+
+    Example: `aivmm db export measurements.zip --model resnet50`
     """
     from aivmm.db.database import Database
     from aivmm.db.exchange import export
@@ -188,7 +196,10 @@ def import_(
     db: Db = None,
     as_json: Json = False,
 ) -> None:
-    """Take an export in: all of it or nothing, and a second time nothing is new."""
+    """Take an export in: all of it or nothing, and a second time nothing is new.
+
+    Example: `aivmm db import measurements.zip`
+    """
     from aivmm.db.database import Database
     from aivmm.db.exchange import import_from
 
@@ -205,7 +216,10 @@ def merge(
     db: Db = None,
     as_json: Json = False,
 ) -> None:
-    """Take in what other databases know: each whole or not at all, and a second time nothing is new."""
+    """Take in what other databases know: each whole or not at all, and a second time nothing is new.
+
+    Example: `aivmm db merge colleague.db`
+    """
     from aivmm.db.database import Database
     from aivmm.db.location import Location
     from aivmm.db.merge import merge as merge_in
@@ -232,7 +246,10 @@ def prune(
     db: Db = None,
     as_json: Json = False,
 ) -> None:
-    """Remove what fits all that is given, and give the space back. What a kept run rests on stays."""
+    """Remove what fits all that is given, and give the space back. What a kept run rests on stays.
+
+    Example: `aivmm db prune --older-than 90d --dry-run`
+    """
     from dataclasses import asdict
 
     from aivmm.db.database import Database
@@ -260,7 +277,10 @@ def prune(
 
 @app.command()
 def check(db: Db = None, as_json: Json = False) -> None:
-    """Read everything and say what is wrong: pages, references, samples, digests. Exits with 1 when something is."""
+    """Read everything and say what is wrong: pages, references, samples, digests. Exits with 1 when something is.
+
+    Example: `aivmm db check`
+    """
     from aivmm.db.database import Database
 
     with Database.open(db, make=False) as database:

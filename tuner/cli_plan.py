@@ -29,7 +29,10 @@ Output = Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="Wh
 
 @app.command()
 def show(plan: Plan, as_json: Json = False) -> None:
-    """Say what a plan runs where, what was measured of it, and where that holds. The bundle is checked first."""
+    """Say what a plan runs where, what was measured of it, and where that holds. The bundle is checked first.
+
+    Example: `aivmm plan show squeezenet.aivmm`
+    """
     from aivmm.runtime.packing import opened
     from aivmm.tuner.bundles import lines_of, shown
 
@@ -59,6 +62,12 @@ def verify(
     """Check every file of a bundle, its signature where a key is given, and how far it is valid on this machine.
 
     The exit status is 0 when the bundle is whole (and signed as required), whatever it is worth here; else 2.
+
+    Examples:
+
+    `aivmm plan verify squeezenet.aivmm`
+
+    `aivmm plan verify squeezenet.aivmm --key release.pub.pem`
     """
     from aivmm.tuner.bundles import verified
 
@@ -79,7 +88,10 @@ def diff(
     second: Annotated[Path, typer.Argument(metavar="SECOND", help="Another.")],
     as_json: Json = False,
 ) -> None:
-    """Say where two plans differ. The exit status is 0 when they do not, and 1 when they do."""
+    """Say where two plans differ. The exit status is 0 when they do not, and 1 when they do.
+
+    Example: `aivmm plan diff yesterday.aivmm today.aivmm`
+    """
     from aivmm.tuner.bundles import differences
 
     found = differences(first, second)
@@ -140,7 +152,10 @@ def key(
     name: Annotated[Path, typer.Argument(metavar="NAME", help="Writes `NAME.pem` (keep it secret) and `NAME.pub.pem` (hand it out).")],
     as_json: Json = False,
 ) -> None:
-    """Make a pair of keys to sign plans with. Nothing that exists is overwritten."""
+    """Make a pair of keys to sign plans with. Nothing that exists is overwritten.
+
+    Example: `aivmm plan key release`
+    """
     from aivmm.runtime.signing import new_key
 
     private, public = new_key()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aivmm.errors import UsageError
+from aivmm.models.model_file import require_file
 from aivmm.tuner.many import ManyOutcome
 from aivmm.tuner.options import TuneOptions
 from aivmm.tuner.progress import Progress
@@ -22,6 +23,9 @@ def run(
     Raises:
         AivmmError: what the user can fix.
     """
+    for each in models:
+        if not each.startswith("demo:"):
+            require_file(Path(each))  # before devices are looked for, which takes seconds
     if workload is not None:
         from aivmm.tuner.served import WorkloadTuner, require_alone
         from aivmm.tuner.workload_file import read_workload
