@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.search import CHOOSING, WAYS, Bench, Instance, Segmentations, _Chance, policies
+from benchmarks.search import CHOOSING, WAYS, Bench
+from benchmarks.search_instances import Chance, Instance, Segmentations, policies
 
 
 @pytest.fixture(scope="module")
@@ -17,16 +18,16 @@ def test_the_placement_inside_is_what_trying_every_segmentation_gives(instance: 
     chance = np.random.default_rng(1)
     seen = 0
     for _ in range(60):
-        point = instance.space.point(_Chance(chance))
+        point = instance.space.point(Chance(chance))
         if point.policy is None:
             continue
         seen += 1
         assert point.policy in policies(point.policy.targets)
-        costs, boundary, rows = instance._prices(point.policy.targets, point.batch)
+        costs, boundary, rows = instance.prices(point.policy.targets, point.batch)
         every = Segmentations(instance.blocks, len(rows))
         inside, between = every.price(costs, boundary)
         at = every.least(inside, between, point.policy)
-        assert instance._plan(point).segments == tuple((first, last, rows[on]) for first, last, on in every.segments[at])
+        assert instance.plan(point).segments == tuple((first, last, rows[on]) for first, last, on in every.segments[at])
     assert seen > 10
 
 
