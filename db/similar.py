@@ -56,6 +56,7 @@ class SimilarStore(RunStore):
             query = query.where(
                 run.c.model_id.in_(list(alike)),
                 run.c.objective == objective,
+                study.c.name == "search",
                 environment.c.fingerprint.in_(list(environments)),
                 environment.c.target == trial.c.target,
                 trial.c.state == "complete",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -95,6 +95,7 @@ def place_cuts(
     min_segments: int,
     most: int = 0,
     stop: Callable[[], bool] = lambda: False,
+    unseen: Collection[int] = (),
 ) -> Cuts:
     """Find the cut plans worth proving, measuring what they rest on.
 
@@ -103,6 +104,7 @@ def place_cuts(
         min_segments: the fewest segments asked for; above 1 the best cut is returned whatever it promises, and where it stays on one target
             also the best that does not: which one wins is for the proof to say.
         most: so many plans may be measured, for each of the two.
+        unseen: blocks that some target was not asked for: where they run is not known, and nobody said that they do not.
 
     Raises:
         UsageError: cuts were asked for, and there is no such plan.
@@ -113,6 +115,11 @@ def place_cuts(
             f"the model has {len(blocks)} blocks, so it cannot be cut into {min_segments} segments", advice="lower --min-segments"
         )
     nowhere = [block.index for block in blocks if all(each.segment(block.index, block.index) is None for each in evidence.beliefs.values())]
+    if nowhere and forced and set(nowhere) <= set(unseen):
+        which = f"block {nowhere[0]} was" if len(nowhere) == 1 else f"{len(nowhere)} of {len(blocks)} blocks were"
+        raise UsageError(
+            f"{which} not measured on every target before the budget ended, so no cut plan can be made", advice="raise --budget"
+        )
     if nowhere and forced:
         raise UsageError(f"no target is known to run block {nowhere[0]} right, so no cut plan can be made", advice="drop --min-segments")
     if nowhere or len(blocks) < 2:

@@ -515,6 +515,8 @@ def _print_outcome(summary: Any, notes: list[str], verbose: bool) -> None:
     if summary["plan"]:
         console.print(Text(f"plan    {summary['plan']['path']}"))
     console.print(Text(f"report  {summary['report']}"))
+    if summary["certificate"]:
+        console.print(Text(f"sure    {summary['certificate']['sentence']}"))
     console.print(Text(f"probes  {_counted(summary['probes'])}"))
     if summary["plan"]:
         console.print(Text(f"use it  import aivmm; engine = aivmm.load_plan({summary['plan']['path']!r})"))

@@ -19,6 +19,7 @@ from aivmm.tuner.anatomy import Anatomist, estimates
 from aivmm.tuner.guessing import modelled_blocks
 from aivmm.tuner.inplace import InPlace, probe_in_place
 from aivmm.tuner.measure import Measurer
+from aivmm.tuner.policies import PolicySearch
 from aivmm.tuner.room import room_of
 from aivmm.tuner.work import Work
 
@@ -82,7 +83,10 @@ class Cutter:
             structure=structure, beliefs=beliefs, handover_s=self._handover_s, memory_bytes={name: room[name] for name in names}
         )
         forced = work.min_segments > 1
-        ends = time.perf_counter() + (_FORCED_S if forced else _LOOKS_S)
+        began = time.perf_counter()
+        if not forced and work.options.drive == "latency" and work.taken_whole and not work.asked():
+            PolicySearch(work, self.evidence, configs, self._measure, self._reference_s, began + _LOOKS_S / 2).run()
+        ends = began + (_FORCED_S if forced else _LOOKS_S)
         self.cuts = place_cuts(
             self.evidence,
             self._measure,
@@ -90,6 +94,7 @@ class Cutter:
             min_segments=work.min_segments,
             most=_FORCED_LOOKS if forced else _MOST_LOOKS,
             stop=lambda: work.asked() or time.perf_counter() > ends,
+            unseen={block.index for block in structure.blocks if any((block.index, name) not in self._anatomist.found for name in names)},
         )
         found = [self._plan(name, look) for name, look in self.cuts.worth_proving]
         for each in found:

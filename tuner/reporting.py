@@ -59,7 +59,7 @@ def report_data(database: Database, run_id: str | None, *, parts: bool = True) -
         unavailable=tuple(database.unavailable(run.id)),
         proofs=tuple(database.proofs(run.id)),
         outcomes=tuple(outcome for outcome, _ in outcomes),
-        trials=tuple(database.trials(run.id)),
+        trials=tuple(database.trials(run.id, study_name="search")),
         plan=plan,
         reused=frozenset(outcome.key for outcome, reused in outcomes if reused),
     )

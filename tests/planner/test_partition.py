@@ -95,6 +95,20 @@ def test_a_forced_cut_is_returned_whatever_it_promises() -> None:
     assert 2.5 * MS < plan.cost_s <= 3 * MS + CUT_S  # of what running on saves, a part is lost
 
 
+@pytest.mark.parametrize(
+    ("unseen", "said", "advice"), [({1}, "block 1 was not measured on every target", "--budget"), ((), "no target", "drop")]
+)
+def test_a_block_that_the_budget_left_out_is_not_said_to_run_nowhere(unseen: set[int], said: str, advice: str) -> None:
+    model = structure(3)
+    evidence = ChainEvidence(
+        structure=model, beliefs=beliefs_of(model, [str(CPU)], {(0, str(CPU)): exactly(MS), (2, str(CPU)): exactly(MS)}, {})
+    )
+    with pytest.raises(UsageError, match=said) as refused:
+        place_cuts(evidence, lambda spans: {}, min_segments=2, unseen=unseen)
+    assert advice in refused.value.advice
+    assert place_cuts(evidence, lambda spans: {}, min_segments=1, unseen=unseen).looked is None
+
+
 def test_a_forced_cut_lies_where_least_crosses() -> None:
     ((_, plan),) = cuts({CPU: [MS] * 4}, min_segments=2, crossing=[4_000_000, 1_000, 4_000_000])
     assert placed(plan) == [("one:CPU", 0, 1), ("one:CPU", 2, 3)]
