@@ -63,8 +63,7 @@ class PolicySearch:
         uncut_s = min((each.seconds for name in self._names if (each := self._whole(name)) is not None), default=math.inf)
         if not self._worth(uncut_s):
             return 0
-        runs = dict(zip(self._names, np.isfinite(self._costs).any(axis=0), strict=True))
-        targets = [each for each in self.work.targets if runs.get(str(each))]
+        targets = [each for each in self.work.targets if str(each) in self._names and np.isfinite(self._column(str(each))).any()]
         space = Space(
             targets=targets,
             knobs={str(each): () for each in targets},
@@ -169,6 +168,10 @@ class PolicySearch:
         whole, total = self._whole(name), math.fsum(each.seconds for each in alone if each is not None)
         share = whole.seconds / total if whole is not None and total > 0 and None not in alone else 1.0
         return [math.inf if each is None else each.seconds * share for each in alone]
+
+    def _column(self, name: str) -> Array:
+        found: Array = self._costs[:, self._names.index(name)]
+        return found
 
     def _whole(self, name: str) -> Estimate | None:
         return self.evidence.beliefs[name].measured.get((0, len(self.evidence.structure.blocks) - 1))
