@@ -145,11 +145,12 @@ class Search:
         params = self.space.params(candidate)
         mine = self.runs_as(candidate)
         self._proposed.clear()  # they were chosen before this was known
-        for key in {mine, *([self.runs_as(self.space.canonical(params))] if params is not None else [])}:
+        spelled = self.runs_as(self.space.canonical(params)) if params is not None else None
+        for key in {mine, spelled} - {None}:
             # A default and the same thing spelled out are one point: neither is measured again.
             self._known.setdefault(key, (candidate, outcome))
-            if params is not None and key not in self._open:
-                self._inside.add(key)
+        if spelled is not None and spelled not in self._open:
+            self._inside.add(spelled)  # once, however it is written
         self._known[mine] = (candidate, outcome)
         trials = self._open.pop(mine, None)
         self._record(candidate, outcome, asked=trials is not None)

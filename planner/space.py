@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
 
@@ -45,6 +45,7 @@ class Space:
     contiguous: Sequence[bool] = (True, False)
     most_depth: int = 1
     most_replicas: int = 1
+    defaults: Mapping[str, str] = field(default_factory=dict)  # by str(target): the precision that a runtime left alone computes in
 
     def size(self) -> float:
         """Return how many points there are; infinite when a knob is continuous, or the model may be cut."""
@@ -152,9 +153,10 @@ class Space:
     def _known(self, target: Target, config: Config) -> Params | None:
         name, knobs = str(target), {knob.name: knob for knob in self.knobs_of(target)}
         precisions = list(self.precisions[name])
-        # Where a target runs one precision only, leaving the choice to the runtime and asking for that one are the same.
+        # Leaving the choice to the runtime and asking for what it then computes in are the same, and are measured once.
         native = target.precisions
-        precision = native[0] if config.precision is None and len(native) == 1 else config.precision
+        default = native[0] if len(native) == 1 else self.defaults.get(name)
+        precision = default if config.precision is None and None not in precisions else config.precision
         if precision not in precisions or any(setting not in knobs for setting, _ in config.settings):
             return None
         params: Params = {}

@@ -20,6 +20,7 @@ from aivmm.runtime.config import Config
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.target import Target
 from aivmm.tuner.joules import counts_cards_only
+from aivmm.tuner.knobs import that_can_matter
 from aivmm.tuner.measure import Measurer
 from aivmm.tuner.precision import Scout
 from aivmm.tuner.work import Work
@@ -245,11 +246,12 @@ class Explorer:
             callers = max(2, *(2 * (target.device.cores or 2) for target in targets))
         space = Space(
             targets=targets,
-            knobs={str(target): self.work.lab.knobs(target) for target in targets},
+            knobs={str(target): that_can_matter(self.work.lab.knobs(target), target, self.work.subject.structure) for target in targets},
             objective=self.work.options.drive,
             precisions={str(target): found for target, found in precisions.items()},
             batches=batches,
             most_callers=min(callers, 32),
+            defaults={str(target): found for target in targets if (found := self.default_precision(target)) is not None},
         )
         search = Search(
             space=space,

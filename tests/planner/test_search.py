@@ -183,6 +183,16 @@ def test_what_was_known_before_is_not_asked_for() -> None:
     assert [each.number for each in search.records] == list(range(8))
 
 
+def test_what_a_runtime_computes_in_when_left_alone_is_not_asked_for_again() -> None:
+    cpu = target("CPU", "fp32", "bf16")
+    search = Search(space(THREADS, targets=(cpu,), defaults={str(cpu): "bf16"}), seed=5)
+    search.tell(Candidate(target=cpu, config=Config()), scored(1.0))
+    search.enqueue(Candidate(target=cpu, config=Config(precision=each)) for each in ("bf16", "fp32"))
+    tried = drive(search, by_threads)
+    assert tried[0] == Candidate(target=cpu, config=Config(precision="fp32")) and len(tried) == 8 * 2 - 1
+    assert Candidate(target=cpu, config=Config(precision="bf16")) not in tried
+
+
 def test_what_was_known_before_is_told_to_the_sampler() -> None:
     search = Search(space(THREADS, LEVEL))
     candidate = Candidate(target=target(), config=Config.of({"threads": 6, "level": "basic"}, precision="fp32"))
