@@ -146,7 +146,7 @@ class Search:
         mine = self.runs_as(candidate)
         self._proposed.clear()  # they were chosen before this was known
         spelled = self.runs_as(self.space.canonical(params)) if params is not None else None
-        for key in {mine, spelled} - {None}:
+        for key in {mine, mine if spelled is None else spelled}:
             # A default and the same thing spelled out are one point: neither is measured again.
             self._known.setdefault(key, (candidate, outcome))
         if spelled is not None and spelled not in self._open:

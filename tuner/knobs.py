@@ -23,7 +23,7 @@ def that_can_matter(knobs: Sequence[Knob], target: Target, structure: Structure)
 
 def _idle(name: str, target: Target, structure: Structure) -> bool:
     if name == "ENABLE_HYPER_THREADING":
-        return psutil.cpu_count(logical=False) == psutil.cpu_count()
+        return bool(psutil.cpu_count(logical=False) == psutil.cpu_count())
     if name == "execution_mode":
         return is_chain(structure)
     if name in _OF_NEIGHBOURS:
