@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from aivmm.errors import AivmmError, BundleError, Unsupported, UsageError
 from aivmm.planner.constraints import Constraint, check, parse, unjudged
 from aivmm.runtime.bundle import PLAN_FILE, file_sha256, read_root
-from aivmm.runtime.engine import Engine, find_named
+from aivmm.runtime.engine import Engine
+from aivmm.runtime.finding import find_named
 from aivmm.runtime.folders import data_folder
 from aivmm.runtime.plan import Plan, parse_plan
 from aivmm.runtime.target import matches

@@ -24,6 +24,7 @@ def load_plan(
     on_mismatch: str = "warn",
     require_signature: str | bytes | Path | Sequence[str | bytes | Path] | None = None,
     on_drift: Callable[[Drift], None] | None = None,
+    timeout_s: float | None = None,
 ) -> Engine | ShapedEngine | Engines:
     """Load the bundle at `path` (a folder or a zip of one), check it, compile it, and return a running engine.
 
@@ -33,6 +34,7 @@ def load_plan(
     `on_mismatch` decides what runs where the machine is another than the one that the plan was proven on: `warn` (the plan), `fallback`
     (the plan's first fallback that can) or `error`. `require_signature` names public keys, one of which must have signed the plan.
     `on_drift` is called, once each time, when calls have left the latency that the plan was proven with; `stats()["drift"]` has the state.
+    `timeout_s` is how long a request may take before its stage is taken to hang, and the next fallback takes over (`Engine.timeout_s`).
 
     Raises:
         BundleError: the bundle is missing, damaged, changed, unsafe, newer than this version, or not signed as required.
@@ -43,14 +45,14 @@ def load_plan(
 
     if not is_family(path):  # what serves several plans takes a tenth of a second to import
         single = Engine.load(path, on_mismatch=on_mismatch, require_signature=require_signature)
-        single.on_drift = on_drift
+        single.on_drift, single.timeout_s = on_drift, timeout_s
         return single
 
     from aivmm.runtime.many import load, plain
 
     engine = load(path, on_mismatch=on_mismatch, require_signature=require_signature)
     for each in plain(engine):
-        each.on_drift = on_drift
+        each.on_drift, each.timeout_s = on_drift, timeout_s
     return engine
 
 

@@ -52,7 +52,7 @@ from aivmm.probes.operations import ExecutableRunner, load_arrays, save_arrays
 from aivmm.runtime.backend import Backend, Buffer
 from aivmm.runtime.config import Config
 from aivmm.runtime.cpu import cpu_device
-from aivmm.runtime.engine import find_target
+from aivmm.runtime.finding import find_target
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
 

@@ -37,7 +37,7 @@ from aivmm.errors import AivmmError
 from aivmm.probes import wire
 from aivmm.probes.client import Worker, WorkerDied
 from aivmm.runtime.cpu import cpu_device
-from aivmm.runtime.engine import find_target
+from aivmm.runtime.finding import find_target
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
 from benchmarks.onnx_readings import operators_without_rule, reading_of, reason_of

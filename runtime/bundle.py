@@ -19,7 +19,7 @@ import tempfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from time import perf_counter
 from types import TracebackType
@@ -54,12 +54,15 @@ class Bundle:
         unpacked: tempfile.TemporaryDirectory[str] | None = None,
         reading: Reading | None = None,
         text: bytes | None = None,
+        shared: bool = False,
     ) -> None:
+        """Take what `open` found. A `shared` reading is somebody else's to end."""
         self.folder = folder
         self.plan = plan
         self._unpacked = unpacked
         self._reading = reading
         self._text = text
+        self._shared = shared
 
     @property
     def digest(self) -> str:
@@ -92,7 +95,7 @@ class Bundle:
             text = read_root(folder, PLAN_FILE, path, signed_by=signed_by)
             plan = parse_plan(text, str(path / PLAN_FILE))
             check_listing(folder, plan.files, root=PLAN_FILE, shown=path)
-            return cls(folder, plan, unpacked=unpacked, reading=Reading(folder, plan, path), text=text)
+            return cls(folder, plan, unpacked=unpacked, reading=Reading(folder, plan.files, plan.model_files(), path), text=text)
         except BaseException:  # not handled, only cleaned up: nothing else knows of the folder
             if unpacked is not None:
                 unpacked.cleanup()
@@ -121,7 +124,7 @@ class Bundle:
 
     def close(self) -> None:
         """Remove what was unpacked."""
-        if self._reading is not None:
+        if self._reading is not None and not self._shared:
             self._reading.end()
         if self._unpacked is not None:
             self._unpacked.cleanup()
@@ -181,13 +184,6 @@ def read_root(folder: Path, root: str, shown: Path, *, signed_by: Key | Sequence
     return text
 
 
-def check_files(folder: Path, files: Mapping[str, str], *, root: str, shown: Path) -> None:
-    """Raise BundleError unless `folder` holds the file `root` and what `files` lists, unchanged, and nothing else."""
-    check_listing(folder, files, root=root, shown=shown)
-    for name, expected in files.items():
-        check_content(folder, name, expected, shown)
-
-
 def check_listing(folder: Path, files: Mapping[str, str], *, root: str, shown: Path) -> None:
     """Raise BundleError unless `folder` holds the file `root` and what `files` lists, and nothing else; contents are not looked at."""
     for name in files:
@@ -212,13 +208,15 @@ def check_content(folder: Path, name: str, expected: str, shown: Path) -> None:
 class Reading:
     """The check of a bundle's contents, on a thread of its own: hashing and loading leave the interpreter to each other."""
 
-    def __init__(self, folder: Path, plan: Plan, shown: Path) -> None:
-        """Start to read the files of the bundle in `folder`. `shown` is what its user calls it: that may be a zip."""
+    def __init__(self, folder: Path, files: Mapping[str, str], models: Iterable[str], shown: Path) -> None:
+        """Start to read `files` (digests by name) in `folder`; some are `models`. `shown` is what its user calls it, maybe a zip."""
         self.seconds = 0.0
         self.waited_s = 0.0  # by those who had nothing else to do meanwhile
         self._error: BundleError | None = None
         self._given_up = False
-        self._thread = threading.Thread(target=self._read, args=(folder, plan, shown), name="aivmm-hash", daemon=True)
+        self._thread = threading.Thread(
+            target=self._read, args=(folder, dict(files), frozenset(models), shown), name="aivmm-hash", daemon=True
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -238,11 +236,10 @@ class Reading:
         self._given_up = True
         self._thread.join()
 
-    def _read(self, folder: Path, plan: Plan, shown: Path) -> None:
+    def _read(self, folder: Path, files: Mapping[str, str], models: frozenset[str], shown: Path) -> None:
         started = perf_counter()
-        models = plan.model_files()
         try:
-            for name, expected in plan.files.items():
+            for name, expected in files.items():
                 if self._given_up:
                     return
                 check_content(folder, name, expected, shown)

@@ -11,20 +11,24 @@ from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from aivmm.errors import AivmmError, BundleError, Unsupported, UsageError
-from aivmm.runtime.backend import Backend, Buffer, DeviceTensor, Executable
+from aivmm.runtime.backend import Buffer, DeviceTensor, Executable
 from aivmm.runtime.blobs import BlobCache
 from aivmm.runtime.bundle import Bundle
+from aivmm.runtime.deadline import Deadlines
 from aivmm.runtime.drift import Drift, DriftMonitor
+from aivmm.runtime.finding import find_named
 from aivmm.runtime.lane import Lane
 from aivmm.runtime.plan import Execution, Plan, Stage, agree
 from aivmm.runtime.pool import closed
 from aivmm.runtime.program import Program
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.signing import Key
-from aivmm.runtime.target import Target, Unavailable
+from aivmm.runtime.target import Target
 from aivmm.runtime.validity import Attempt, Validity, check_policy, grade_stages
 from aivmm.tensors import TensorSpec
 
@@ -33,44 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("aivmm.engine")
 _PLAN = "the plan"
-
-
-@runtime_checkable
-class FindsTarget(Protocol):
-    """A backend that can look for one target without trying all the others, which production would wait for."""
-
-    def find(self, name: str) -> Target | Unavailable:
-        """Return the target of that device name, or why it is absent."""
-
-
-def find_target(backend: Backend, name: str) -> Target:
-    """Return the target `runtime:name` of `backend`.
-
-    Raises:
-        Unsupported: it is not available here, with the reason.
-    """
-    if isinstance(backend, FindsTarget):
-        found: Target | Unavailable | None = backend.find(name)
-    else:
-        found = next((each for each in backend.targets() if isinstance(each, Target) and each.name == name), None)
-    if isinstance(found, Target):
-        return found
-    reason = found.reason if found else "there is no such device"
-    raise Unsupported(f"{backend.name}:{name} is not available here: {reason}", advice=found.advice if found else "")
-
-
-def find_named(name: str) -> Target:
-    """Return the target written `runtime:name`.
-
-    Raises:
-        Unsupported: it is not available here, or its runtime is not installed, with the reason.
-    """
-    runtime, _, device = name.partition(":")
-    try:
-        backend = load_backend(runtime)
-    except UsageError as error:  # not installed here, or broken: the plan is not at fault
-        raise Unsupported(f"{name} is not available here: {error.message}", advice=error.advice) from error
-    return find_target(backend, device)
 
 
 class Engine:
@@ -97,6 +63,7 @@ class Engine:
         except BundleError:
             self._program.close()
             raise
+        self._deadlines: Deadlines | None = None
         self.tracer: Trace | None = None  # that records now
         self._admission: ThreadPoolExecutor | None = None  # brings in the requests of `arun`
         self.on_drift: Callable[[Drift], None] | None = None  # called on the thread of the call that showed it
@@ -156,6 +123,8 @@ class Engine:
             UsageError: an input is missing, unknown, or of another type or shape; or the engine is closed.
             Unsupported: a stage's runtime refuses, in its own words.
         """
+        if self._deadlines is not None:
+            return self.submit(inputs).result()
         program = self._program
         try:
             return program.run(inputs)
@@ -171,13 +140,30 @@ class Engine:
         Raises:
             UsageError: as `run`, at once.
         """
-        program = self._program
+        program, deadlines = self._program, self._deadlines
+        kept = {name: np.array(array) for name, array in inputs.items()} if deadlines is not None else {}
         try:
-            return program.submit(inputs, lambda loaded, error: self._instead(program, loaded, error))
-        except UsageError:
+            running = program.submit(inputs, lambda loaded, error: self._instead(program, loaded, error))
+        except (UsageError, Unsupported):
             if self._program is program:
                 raise
             return self.submit(inputs)  # it was waiting in front of one that died
+        return running if deadlines is None else deadlines.watch(running, lambda: self._hangs(program, kept, deadlines.timeout_s))
+
+    @property
+    def timeout_s(self) -> float | None:
+        """How long a request may take from its turn to its answer before its stage is taken to hang; None waits for ever.
+
+        Stages then run on threads of the engine's own, which costs two wake-ups a call. What hangs cannot be stopped: it keeps its thread
+        and its memory. Its request is answered by the next fallback or by `Unsupported`. `lend` is not watched.
+        """
+        return None if self._deadlines is None else self._deadlines.timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, seconds: float | None) -> None:
+        if seconds is not None and not 0 < seconds < float("inf"):
+            raise UsageError(f"timeout_s={seconds!r} is no time to wait", advice="give seconds above 0, or None")
+        self._deadlines = None if seconds is None else Deadlines(seconds)
 
     async def arun(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
         """Run once without blocking the event loop. The inputs' arrays must stay as they are until this returns.
@@ -306,16 +292,23 @@ class Engine:
         targets = dict.fromkeys(one.target for each in self.stages for one in each.everywhere())
         return f"<aivmm.Engine {self.plan.model.name} on {' + '.join(targets)}>"
 
-    def _instead(self, program: Program, inputs: Mapping[str, Any], error: BaseException) -> dict[str, Buffer]:
+    def _hangs(self, program: Program, inputs: Mapping[str, Any], seconds: float) -> dict[str, Buffer]:
+        error = Unsupported(f"no answer within {seconds:g} s: a stage hangs (on {program.where()})", advice="load the plan again")
+        try:
+            return self._instead(program, inputs, error, hangs=True)
+        finally:
+            program.give_up(error)
+
+    def _instead(self, program: Program, inputs: Mapping[str, Any], error: BaseException, *, hangs: bool = False) -> dict[str, Buffer]:
         """Answer a request that failed in `program`: by what runs in its place, or by its error when it was the request's own.
 
         A stage is dead when it fails on what it could answer before, too (or, when it never answered anything, on three requests).
         """
         with self._failover:
             if self._program is program:
-                if not isinstance(error, Unsupported) or self._closed or self._beyond_help or program.alive():
+                if not isinstance(error, Unsupported) or self._closed or self._beyond_help or (not hangs and program.alive()):
                     raise error
-                self._event(f"{self._running} died: {error}")
+                self._event(f"{self._running} {'hangs' if hangs else 'died'}: {error}")
                 self.attempts.append(Attempt(name=self._running, outcome="failed", reason=str(error)))
                 try:
                     replacement, self.validity = self._next_way(error)
@@ -327,7 +320,10 @@ class Engine:
                 if self.tracer is not None:
                     self.tracer.follow(self, replacement)
                 self._drift, self._unwatched = self._watch()
-                threading.Thread(target=program.close, name="aivmm-retire", daemon=True).start()  # it may have to wait for others
+                if hangs:
+                    program.give_up(error)  # who waits for a lane of it asks the other one
+                else:
+                    threading.Thread(target=program.close, name="aivmm-retire", daemon=True).start()  # it may have to wait for others
         return self._program.run(inputs)
 
     def _compile(self) -> tuple[Program, Validity]:

@@ -10,14 +10,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from aivmm.errors import BundleError
-from aivmm.runtime.bundle import FAMILY_FILE, Bundle, check_files, read_root, refuse_compiled, unpack, write_folder
+from aivmm.runtime.bundle import FAMILY_FILE, Bundle, Reading, check_content, check_listing, read_root, unpack, write_folder
 from aivmm.runtime.plan import Count, Digest, Extent, Finite, Model, Number, Plan, parse_plan
 from aivmm.runtime.signing import Key
 
@@ -174,14 +174,16 @@ class OpenFamily:
     folder: Path
     family: Family
     plans: Mapping[str, Plan]  # by file
+    reading: Reading  # of all files: who uses one waits for it
     _unpacked: TemporaryDirectory[str] | None = None
 
     def bundle(self, plan: str) -> Bundle:
         """Return the bundle that one plan is; closing it removes nothing."""
-        return Bundle(self.folder, self.plans[plan])
+        return Bundle(self.folder, self.plans[plan], reading=self.reading, shared=True)
 
     def close(self) -> None:
         """Remove what was unpacked."""
+        self.reading.end()
         if self._unpacked is not None:
             self._unpacked.cleanup()
             self._unpacked = None
@@ -193,8 +195,8 @@ class OpenFamily:
         self.close()
 
 
-def open_family(path: str | Path, *, signed_by: Key | Sequence[Key] | None = None) -> OpenFamily:
-    """Open and check the bundle of several plans at `path`, a folder or a zip of one; `signed_by` as for `Bundle.open`.
+def open_family(path: str | Path, *, signed_by: Key | Sequence[Key] | None = None, read_later: bool = False) -> OpenFamily:
+    """Open and check the bundle of several plans at `path`, a folder or a zip of one; `signed_by` and `read_later` as for `Bundle.open`.
 
     Raises:
         BundleError: missing, damaged, changed, unsafe, newer than this version, or not signed as required.
@@ -204,7 +206,10 @@ def open_family(path: str | Path, *, signed_by: Key | Sequence[Key] | None = Non
     try:
         folder, unpacked = unpack(path)
         try:
-            return _opened(path, folder, unpacked, signed_by)
+            opened = _opened(path, folder, unpacked, signed_by)
+            if not read_later:
+                opened.reading.wait()
+            return opened
         except BaseException:  # not handled, only cleaned up: nothing else knows of the folder
             if unpacked is not None:
                 unpacked.cleanup()
@@ -215,18 +220,18 @@ def open_family(path: str | Path, *, signed_by: Key | Sequence[Key] | None = Non
 
 def _opened(path: Path, folder: Path, unpacked: TemporaryDirectory[str] | None, signed_by: Key | Sequence[Key] | None) -> OpenFamily:
     family = parse_family(read_root(folder, FAMILY_FILE, path, signed_by=signed_by), str(path / FAMILY_FILE))
-    check_files(folder, family.files, root=FAMILY_FILE, shown=path)
+    check_listing(folder, family.files, root=FAMILY_FILE, shown=path)
     plans: dict[str, Plan] = {}
     for served in family.models:
         for name in served.plan_files():
+            check_content(folder, name, family.files[name], path)  # before it is looked into; what is large can wait
             plans[name] = plan = parse_plan(read_root(folder, name, path), str(path / name))
             strange = next((each for each, digest in plan.files.items() if family.files.get(each) != digest), None)
             if strange is not None:
                 raise BundleError(f"{path / name} lists {strange!r} otherwise than {FAMILY_FILE} does", advice="tune again")
         _require_one_interface(served, plans, path)
-    for name in dict.fromkeys(name for plan in plans.values() for name in plan.model_files()):
-        refuse_compiled(folder / PurePosixPath(name), path / name)
-    return OpenFamily(path, folder, family, plans, unpacked)
+    models = [name for plan in plans.values() for name in plan.model_files()]
+    return OpenFamily(path, folder, family, plans, Reading(folder, family.files, models, path), unpacked)
 
 
 def _require_one_interface(served: Served, plans: Mapping[str, Plan], path: Path) -> None:

@@ -174,6 +174,7 @@ class Lane:
         self.seats: Sequence[int] = (index,)  # which queue of each step of the way is its own
         self.error: BaseException | None = None  # of the flight it is on: a stage that failed, and the later ones are left out
         self.done: Callable[[Lane], None] | None = None  # who takes what it brings
+        self.at = 0  # the stage it is in, on a thread of the program's
         self.queued_ns = 0  # when it was put in the queue it stands in
         self._specs = {each.name: each for each in inputs}
         self._requests: list[Request] = [executable.new_request() for executable in executables]

@@ -241,7 +241,7 @@ def load(
     if not is_family(path):
         return Engine.load(path, on_mismatch=on_mismatch, require_signature=require_signature)
     check_policy(on_mismatch)
-    opened = open_family(path, signed_by=require_signature)
+    opened = open_family(path, signed_by=require_signature, read_later=True)
     try:
         if opened.family.kind == "shapes":
             return ShapedEngine(opened.family.models[0], opened, on_mismatch=on_mismatch)
@@ -273,7 +273,7 @@ def load_one(path: str | Path, name: str | None = None, *, require_signature: Ke
             return engine
         engine.close()
         raise UsageError(f"there is no model {name!r} in {path}", advice=f"it holds {engine.plan.model.name!r}")
-    opened = open_family(path, signed_by=require_signature)
+    opened = open_family(path, signed_by=require_signature, read_later=True)
     try:
         known = {each.name: each for each in opened.family.models}
         if name is None and len(known) > 1:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from queue import SimpleQueue
 
-from aivmm.errors import UsageError
+from aivmm.errors import AivmmError, UsageError
 from aivmm.runtime.lane import Lane
 
 
@@ -27,7 +27,7 @@ class Pool:
     def __init__(self, lanes: Iterable[Lane]) -> None:
         self.lanes: deque[Lane] = deque(lanes)
         self.waiting = 0
-        self._closed = False
+        self._closed: AivmmError | None = None  # what is told to who comes too late
         self._lock = threading.Lock()
         self._tokens: SimpleQueue[None] = SimpleQueue()
 
@@ -46,13 +46,14 @@ class Pool:
 
         Raises:
             UsageError: the program is closed.
+            AivmmError: it was given up, for this reason.
         """
         with self._lock:
             self.waiting += 1
         try:
             while True:
-                if self._closed:
-                    raise closed()
+                if self._closed is not None:
+                    raise type(self._closed)(self._closed.message, advice=self._closed.advice)
                 try:
                     return self.lanes.popleft()
                 except IndexError:
@@ -61,10 +62,10 @@ class Pool:
             with self._lock:
                 self.waiting -= 1
 
-    def close(self) -> None:
-        """Tell whoever waits, or comes, that there will be no more. All lanes have been taken."""
+    def close(self, why: AivmmError | None = None) -> None:
+        """Tell whoever waits, or comes, that there will be no more."""
         with self._lock:
-            self._closed = True
+            self._closed = self._closed or why or closed()
             waiting = self.waiting
         for _ in range(waiting):
             self._tokens.put(None)

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from time import perf_counter_ns
 from typing import Any
 
-from aivmm.errors import Unsupported, UsageError
+from aivmm.errors import AivmmError, Unsupported, UsageError
 from aivmm.runtime.backend import Buffer, DeviceTensor, Executable
 from aivmm.runtime.batching import Batcher, Outputs, Rescue
 from aivmm.runtime.clocks import StageClock, quantiles_s, summed
@@ -72,6 +72,7 @@ class Program:
         self._good: Mapping[str, Buffer] | None = None  # the first inputs that were answered
         self._suspicions = 0
         self._closed = False
+        self._why: AivmmError | None = None  # it was given up
         batching = self.execution.batching
         self._at_once = not self.pipelined and batching is None  # on the caller's thread; and it is open
         self._batcher = Batcher(self, self.inputs, self.outputs, batch, batching) if batching else None
@@ -133,7 +134,7 @@ class Program:
         """
         if self._batcher is not None:
             if self._closed:
-                raise closed()
+                raise self._gone()
             return self._batcher.submit(inputs, rescue)
         future: Future[Outputs] = Future()
         future.set_running_or_notify_cancel()
@@ -181,7 +182,7 @@ class Program:
     def new_inputs(self) -> dict[str, Buffer]:
         """Return arrays for one request's inputs; see `Lane.new_inputs`."""
         if self._closed:
-            raise closed()
+            raise self._gone()
         return self.lanes[0].new_inputs()
 
     def run_on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceTensor]:
@@ -199,7 +200,7 @@ class Program:
             UsageError: the program is closed.
         """
         if self._closed:
-            raise closed()
+            raise self._gone()
         try:
             return self._take()
         except IndexError:
@@ -209,7 +210,7 @@ class Program:
         lane = self.free.get()
         if self._closed:  # while waiting
             self.free.put(lane)
-            raise closed()
+            raise self._gone()
         with self._lock:
             self._turn.waited(perf_counter_ns() - started)
         return lane
@@ -244,7 +245,10 @@ class Program:
             self._closed, self._at_once = True, False
         if self._batcher is not None:
             self._batcher.flush()
-        taken = [self.free.get() for _ in self.lanes]
+        try:
+            taken = [self.free.get() for _ in self.lanes]
+        except AivmmError:  # given up meanwhile: what hangs holds its lane, and what the runtimes hold for it
+            return
         self._threads.stop()
         for lane in taken:
             lane.close()
@@ -252,6 +256,22 @@ class Program:
             executable.close()
         self.free.close()  # whoever still waits wakes up and is told
         _running.discard(self)
+
+    def give_up(self, why: AivmmError) -> None:
+        """Take no more requests, and wait for none: a stage hangs. Who waits for a lane is told `why`, who has one may still finish."""
+        with self._lock:
+            self._closed, self._at_once, self._why = True, False, why
+        self.free.close(why)
+        _running.discard(self)
+
+    def _gone(self) -> AivmmError:
+        return closed() if self._why is None else type(self._why)(self._why.message, advice=self._why.advice)
+
+    def where(self) -> str:
+        """Return the targets of the stages that requests in flight are in."""
+        free = set(map(id, tuple(self.free.lanes)))
+        inside = sorted({lane.at for lane in self.lanes if id(lane) not in free})
+        return " + ".join(self.stages[each].target for each in inside) or "none"
 
     def _new_lane(self, index: int, places: Sequence[int]) -> Lane:
         chosen = [each[place] for each, place in zip(self._executables, places, strict=True)]
@@ -375,6 +395,7 @@ def _carry(
         if lane.error is None:
             try:
                 for index in stages:
+                    lane.at = index
                     lane.step(index)
             except BaseException as error:  # noqa: BLE001 - it belongs to this lane's request, and the thread serves others
                 lane.error = error

@@ -14,9 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from aivmm.models.slice import Segment, Slicer, WeightStore
 from aivmm.runtime.bundle import write_bundle
-from aivmm.runtime.engine import find_target
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.family import Bucket, Family, Served
+from aivmm.runtime.finding import find_target
 from aivmm.runtime.plan import Alternative, Conditions, Copy, Model, Plan, Stage, tensors
 from aivmm.runtime.registry import load_backend
 from aivmm.tensors import TensorSpec

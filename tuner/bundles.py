@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aivmm.errors import AivmmError
-from aivmm.runtime.engine import find_named
+from aivmm.runtime.finding import find_named
 from aivmm.runtime.packing import Opened, opened
 from aivmm.runtime.plan import Number, Plan, Stage
 from aivmm.runtime.signing import Key

@@ -19,7 +19,7 @@ from aivmm.models.records import ModelFacts
 from aivmm.models.slice import Slicer, WeightStore
 from aivmm.probes.operations import ExecutableRunner
 from aivmm.runtime.config import Config
-from aivmm.runtime.engine import find_target
+from aivmm.runtime.finding import find_target
 from aivmm.runtime.registry import load_backend
 from tests.making import ONNXRUNTIME, OPENVINO, Part, make_bundle
 

@@ -24,7 +24,7 @@ from aivmm.probes.client import Worker, WorkerDied
 from aivmm.probes.lab import Lab
 from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.runtime.config import Config, Knob
-from aivmm.runtime.engine import find_target
+from aivmm.runtime.finding import find_target
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Device, Target, Unavailable
 from tests.contracts import exact

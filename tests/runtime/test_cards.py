@@ -14,7 +14,8 @@ from onnx import TensorProto, helper
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.config import Config
 from aivmm.runtime.cuda import is_pinned, pinned_empty
-from aivmm.runtime.engine import Engine, find_named
+from aivmm.runtime.engine import Engine
+from aivmm.runtime.finding import find_named
 from aivmm.runtime.plan import Copy, Execution
 from aivmm.runtime.registry import load_backend
 from aivmm.tensors import TensorSpec

@@ -90,3 +90,38 @@ def test_the_dockerfile_installs_the_production_half_and_nothing_else() -> None:
     ]
     assert "production" in groups
     assert re.search(r"^USER 65534:65534$", DOCKERFILE, re.MULTILINE)
+
+
+@pytest.fixture
+def read_only(plan: Path, tmp_path: Path) -> list[str]:
+    """The command that runs another one where the plan lies in `place` on a file system that cannot be written."""
+    place = tmp_path / "place"
+    place.mkdir()
+    mounting = (
+        f"mount -t tmpfs none {shlex.quote(str(place))} && cp -r {shlex.quote(str(plan))} {shlex.quote(str(place))}/ && "
+        f'mount -o remount,ro {shlex.quote(str(place))} && cd {shlex.quote(str(place))} && exec "$@"'
+    )
+    if not shutil.which("unshare"):
+        pytest.skip("needs unshare")
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-ec", mounting, "sh"]
+    tried = subprocess.run([*command, "true"], capture_output=True, text=True, timeout=60)
+    if tried.returncode:
+        command = ["unshare", "--mount", *command[3:]]  # as root without user namespaces
+        tried = subprocess.run([*command, "true"], capture_output=True, text=True, timeout=60)
+    if tried.returncode:
+        pytest.skip(f"no file system can be mounted here: {tried.stderr.strip()}")
+    return command
+
+
+@pytest.mark.parametrize("cache", ["nowhere", "plan.aivmm/cache"])
+def test_a_plan_on_a_file_system_that_cannot_be_written_runs(read_only: list[str], cache: str) -> None:
+    code = (
+        "import aivmm, errno, os, numpy as np\n"
+        "try: os.mkdir('probe')\n"
+        "except OSError as error: print(errno.errorcode[error.errno])\n"
+        "with aivmm.load_plan('plan.aivmm') as engine:\n"
+        "    print(engine.run({'x': np.zeros((2, 32), np.float32)})['y'].shape, engine.stats()['cache']['stored'])\n"
+    )
+    environment = {"PATH": os.environ["PATH"], "AIVMM_CACHE": cache}
+    done = subprocess.run([*read_only, sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "EROFS\n(2, 32) 0\n"), done.stderr

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Request, holds_foreign, is_foreign
 from aivmm.runtime.config import Config
-from aivmm.runtime.engine import find_target
+from aivmm.runtime.finding import find_target
 from aivmm.runtime.onnx_interface import ELEMENT_TYPES
 from aivmm.runtime.registry import load_backend
 

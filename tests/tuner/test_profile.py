@@ -20,7 +20,7 @@ from aivmm.models.records import Operator
 from aivmm.probes.lab import Lab
 from aivmm.probes.records import Failed, Measured, ProbeKey
 from aivmm.runtime.config import Config
-from aivmm.runtime.engine import find_target
+from aivmm.runtime.finding import find_target
 from aivmm.runtime.registry import load_backend
 from aivmm.tuner import cli
 from aivmm.tuner.measure import Counts

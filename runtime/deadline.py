@@ -1,0 +1,91 @@
+"""Deadlines: a request whose stage hangs gets its error in time, though nobody can stop what hangs. Decision 0031 has the rule."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from time import monotonic
+
+from aivmm.runtime.batching import Outputs
+
+Answer = Callable[[], Outputs]  # what answers a request in the place of a stage that hangs, or raises
+
+
+class Deadlines:
+    """Watches requests on a thread of its own, which ends when nobody refers to this any more. Thread-safe."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        # All wait for as long, so who came first is due first.
+        self._due: deque[tuple[float, Future[Outputs], Answer]] = deque()
+        self._some = threading.Event()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, running: Future[Outputs], instead: Answer) -> Future[Outputs]:
+        """Return a future of what `running` brings or, when that takes too long, of what `instead` does, called on a thread of its own."""
+        answer: Future[Outputs] = Future()
+        answer.set_running_or_notify_cancel()
+        running.add_done_callback(lambda done: self._settle(answer, done))
+        if not answer.done():
+            self._due.append((monotonic() + self.timeout_s, answer, instead))
+            self._start()
+            self._some.set()
+        return answer
+
+    def late(self, answer: Future[Outputs], instead: Answer) -> None:
+        """Answer a request that is due."""
+        try:
+            outputs = instead()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is the answer to this request
+            with self._lock:
+                if not answer.done():
+                    answer.set_exception(error)
+            return
+        with self._lock:
+            if not answer.done():
+                answer.set_result(outputs)
+
+    def _settle(self, answer: Future[Outputs], done: Future[Outputs]) -> None:
+        with self._lock:
+            if answer.done():
+                return  # too late
+            error = done.exception()
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(done.result())
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is None:
+                weakref.finalize(self, self._some.set).atexit = False
+                self._thread = threading.Thread(
+                    target=_look, args=(weakref.ref(self), self._due, self._some), name="aivmm-deadline", daemon=True
+                )
+                self._thread.start()
+
+
+def _look(deadlines: weakref.ref[Deadlines], due: deque[tuple[float, Future[Outputs], Answer]], some: threading.Event) -> None:
+    while True:
+        if not due:
+            if deadlines() is None:
+                return
+            some.clear()
+            if not due:
+                some.wait()
+            continue
+        when, answer, instead = due[0]
+        left = when - monotonic()
+        if left > 0 and not answer.done():
+            some.clear()
+            some.wait(min(left, 0.5))  # an answer in time frees its place without a sound: look again
+            continue
+        due.popleft()
+        owner = deadlines()
+        if not answer.done() and owner is not None:
+            threading.Thread(target=owner.late, args=(answer, instead), name="aivmm-rescue", daemon=True).start()
+        del answer, instead, owner

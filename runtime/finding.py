@@ -1,0 +1,48 @@
+"""Finds the target that a plan names, on this machine."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from aivmm.errors import Unsupported, UsageError
+from aivmm.runtime.backend import Backend
+from aivmm.runtime.registry import load_backend
+from aivmm.runtime.target import Target, Unavailable
+
+
+@runtime_checkable
+class FindsTarget(Protocol):
+    """A backend that can look for one target without trying all the others, which production would wait for."""
+
+    def find(self, name: str) -> Target | Unavailable:
+        """Return the target of that device name, or why it is absent."""
+
+
+def find_target(backend: Backend, name: str) -> Target:
+    """Return the target `runtime:name` of `backend`.
+
+    Raises:
+        Unsupported: it is not available here, with the reason.
+    """
+    if isinstance(backend, FindsTarget):
+        found: Target | Unavailable | None = backend.find(name)
+    else:
+        found = next((each for each in backend.targets() if isinstance(each, Target) and each.name == name), None)
+    if isinstance(found, Target):
+        return found
+    reason = found.reason if found else "there is no such device"
+    raise Unsupported(f"{backend.name}:{name} is not available here: {reason}", advice=found.advice if found else "")
+
+
+def find_named(name: str) -> Target:
+    """Return the target written `runtime:name`.
+
+    Raises:
+        Unsupported: it is not available here, or its runtime is not installed, with the reason.
+    """
+    runtime, _, device = name.partition(":")
+    try:
+        backend = load_backend(runtime)
+    except UsageError as error:  # not installed here, or broken: the plan is not at fault
+        raise Unsupported(f"{name} is not available here: {error.message}", advice=error.advice) from error
+    return find_target(backend, device)
