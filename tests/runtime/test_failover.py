@@ -44,14 +44,14 @@ def load(tmp_path: Path) -> Iterator[Load]:
 def lost(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """ONNX Runtime's device, lost as soon as this is set: every request fails from then on, as a GPU's do."""
     event = threading.Event()
-    run = onnxruntime._BoundRequest.run
+    run = onnxruntime.BoundRequest.run
 
     def dying(request: Any) -> None:
         if event.is_set():
             raise Unsupported("ONNX Runtime while running: device lost")
         run(request)
 
-    monkeypatch.setattr(onnxruntime._BoundRequest, "run", dying)
+    monkeypatch.setattr(onnxruntime.BoundRequest, "run", dying)
     return event
 
 
@@ -169,7 +169,7 @@ def test_a_plan_that_never_answered_is_given_up_at_the_third_failure(load: Load,
 
 
 def test_one_dead_replica_of_two_is_a_dead_stage(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = onnxruntime._BoundRequest.run
+    run = onnxruntime.BoundRequest.run
     dead: list[Any] = []
 
     def dying(request: Any) -> None:
@@ -177,7 +177,7 @@ def test_one_dead_replica_of_two_is_a_dead_stage(load: Load, monkeypatch: pytest
             raise Unsupported("ONNX Runtime while running: device lost")
         run(request)
 
-    monkeypatch.setattr(onnxruntime._BoundRequest, "run", dying)
+    monkeypatch.setattr(onnxruntime.BoundRequest, "run", dying)
     engine = load(chain_model(), [Part(ONNXRUNTIME, replicas=2)], fallbacks=[[Part(OPENVINO)]])
     engine.run({"x": normal(2, 32)})
     dead.append(engine._program._executables[0][1]._session)

@@ -112,14 +112,14 @@ def test_a_recording_is_bounded(load: Callable[..., Engine]) -> None:
 
 
 def test_a_fallback_that_takes_over_is_recorded_too(load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, lost, run = load(fallbacks=[[Part(OPENVINO)]]), threading.Event(), onnxruntime._BoundRequest.run
+    engine, lost, run = load(fallbacks=[[Part(OPENVINO)]]), threading.Event(), onnxruntime.BoundRequest.run
 
     def dying(request: Any) -> None:
         if lost.is_set():
             raise Unsupported("ONNX Runtime while running: device lost")
         run(request)
 
-    monkeypatch.setattr(onnxruntime._BoundRequest, "run", dying)
+    monkeypatch.setattr(onnxruntime.BoundRequest, "run", dying)
     with engine.trace() as trace:
         engine.run({"x": normal(2, 32)})
         lost.set()
