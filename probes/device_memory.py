@@ -40,18 +40,18 @@ def memory_of(backend: Backend, target: Target, contexts: dict[Target, int]) -> 
     first model's.
     """
     try:
-        read = reader(backend, target)
+        read, others = reader(backend, target)
     except Unsupported:
         return None
     if target not in contexts:
-        before = read()
+        before = read() if others else 0  # discovery may have run here before, so what is held is more than what is taken now
         backend.compile(TRIAL, target, Config()).close()
         contexts[target] = read() - before
     return MemoryOf(read=read, before=read(), context=contexts[target])
 
 
-def reader(backend: Backend, target: Target) -> Callable[[], int]:
-    """Return what reads the bytes of the target's own memory that this process holds.
+def reader(backend: Backend, target: Target) -> tuple[Callable[[], int], bool]:
+    """Return what reads the bytes of the target's own memory that this process holds, and whether those of others are among them.
 
     Raises:
         Unsupported: nothing tells.
@@ -62,8 +62,8 @@ def reader(backend: Backend, target: Target) -> Callable[[], int]:
             process_memory_bytes(uid, os.getpid())
         except Unsupported:
             card_memory_bytes(uid)
-            return lambda: card_memory_bytes(uid)  # in a container NVML knows no process by our ids: what grows on the card is ours
-        return lambda: process_memory_bytes(uid, os.getpid())
+            return lambda: card_memory_bytes(uid), True  # in a container NVML knows no process by our ids: what grows on the card is ours
+        return lambda: process_memory_bytes(uid, os.getpid()), False
     if target.device.kind != "cpu" and isinstance(backend, CountsMemory):
-        return lambda: backend.memory_in_use(target)
+        return lambda: backend.memory_in_use(target), False
     raise Unsupported(f"{target} does not tell how much of its memory a process holds")

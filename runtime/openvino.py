@@ -257,6 +257,8 @@ def _properties(target: Target, config: Config) -> dict[str, Any]:
         Unsupported: the device has no such setting or precision.
     """
     properties: dict[str, Any] = dict(config.settings)
+    if "NUM_STREAMS" in properties:
+        properties["NUM_STREAMS"] = str(properties["NUM_STREAMS"])  # the GPU's plug-in takes no number of Python's, the CPU's takes both
     unknown = next((each for each in properties if each not in _SETTABLE), None)
     if unknown is not None:
         raise Unsupported(f"{target} has no setting {unknown!r}", advice="see the target's knobs for what can be set")

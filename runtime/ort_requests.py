@@ -144,6 +144,8 @@ class StagedRequest(BoundRequest):
         self._into: dict[str, tuple[int, int, int]] = {}  # destination, source, bytes
         self._through: dict[str, tuple[int, Buffer]] = {}  # destination, array
         self._out: dict[str, tuple[int, int, int]] = {}
+        self._specs = {each.name: each for each in (*inputs, *outputs)}
+        self._dtypes: dict[str, np.dtype[Any]] = {}  # those that were found right: a type's name takes a microsecond
         self._lent: dict[str, DeviceTensor] = {}  # kept alive: elsewhere only their addresses are known
         for each in (*inputs, *outputs):
             tensor = device_tensor(each, device)
@@ -152,12 +154,23 @@ class StagedRequest(BoundRequest):
 
     def bind(self, name: str, buffer: Buffer) -> None:
         """Copy between `buffer` and the card at each run."""
-        if not buffer.flags.c_contiguous:
-            raise Unsupported(f"the array for {name!r} is not C-contiguous, so it cannot be copied as it is")
+        self._require_fitting(name, buffer)
         place = int(self._tensors[name].data_ptr())
         through = self._pinned and name in self._inputs and not is_pinned(buffer)
         self._move(name, place, buffer.ctypes.data, buffer.nbytes, buffer if through else None)
         self._bound[name] = buffer
+
+    def _require_fitting(self, name: str, buffer: Buffer) -> None:
+        """Raise Unsupported unless the array is what goes into the tensor on the card, or comes from it: a copy knows no end."""
+        spec = self._specs[name]
+        if not buffer.flags.c_contiguous:
+            raise Unsupported(f"the array for {name!r} is not C-contiguous, so it cannot be copied as it is")
+        if self._dtypes.get(name) is not buffer.dtype:
+            if buffer.dtype.name != spec.dtype:
+                raise Unsupported(f"{spec} cannot be bound to {buffer.dtype}{list(buffer.shape)}")
+            self._dtypes[name] = buffer.dtype
+        if buffer.shape != spec.shape:
+            raise Unsupported(f"{spec} cannot be bound to {buffer.dtype}{list(buffer.shape)}")
 
     def bind_device(self, name: str, tensor: DeviceTensor) -> None:
         """Copy between `tensor` and the fixed place at each run: on one card that takes next to nothing."""

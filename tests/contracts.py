@@ -243,9 +243,14 @@ def _allows(knob: Knob, value: Setting) -> bool:
     return number and knob.low <= float(value) <= knob.high
 
 
-def exact(target: Target) -> Config:
-    """Return the config that computes as the model says. A default may not: OpenVINO's is bf16 on a CPU that has it."""
-    return Config(precision="fp32" if "fp32" in target.precisions else None)
+# By the device's name without its number: what keeps a runtime from computing products of fp32 in fewer bits.
+_EXACTLY: Mapping[str, Mapping[str, Setting]] = {"CUDA": {"provider.use_tf32": "0"}}
+
+
+def exact(target: Target, precision: str | None = "fp32") -> Config:
+    """Return the config that computes as the model says. A default may not: OpenVINO's is bf16 on a CPU that has it, CUDA's is TF32."""
+    settings = _EXACTLY.get(target.name.partition(":")[0], {}) if precision == "fp32" else {}
+    return Config.of(settings, precision=precision if precision in target.precisions else None)
 
 
 class BackendContract:
@@ -371,7 +376,7 @@ class BackendContract:
     def test_each_precision_offered_runs(self, backend: Backend, target: Target) -> None:
         case = _perceptron()
         for precision in target.precisions:
-            executable = backend.compile(case.model.SerializeToString(), target, Config(precision=precision))
+            executable = backend.compile(case.model.SerializeToString(), target, exact(target, precision))
             answer = run_once(executable, case.feeds)["y"]
             executable.close()
             error = np.linalg.norm(answer - case.answers["y"]) / np.linalg.norm(case.answers["y"])

@@ -217,7 +217,7 @@ def test_a_process_that_is_not_ours_is_seen_on_a_real_card(tmp_path: Path) -> No
     code = "import time; from aivmm.runtime.onnxruntime import OnnxRuntime as O; O().targets(); print(1, flush=True); time.sleep(60)"
     # Started by a shell that ends at once, so that it is nobody's child here.
     script = tmp_path / "stranger.sh"
-    script.write_text(f"{sys.executable} -c '{code}' > {tmp_path}/out & echo $!")
+    script.write_text(f"{sys.executable} -c '{code}' > {tmp_path}/out 2> {tmp_path}/err & echo $!")
     pid = int(subprocess.run(["sh", str(script)], capture_output=True, text=True, check=True).stdout)
     try:
         end = time.monotonic() + 60

@@ -109,11 +109,13 @@ def test_a_real_card_counts_a_candidates_memory_and_its_growth(tmp_path: Path) -
     assert isinstance(target, Target)
     save_arrays(one, {"x": np.ones(1, dtype=np.float32)})
     with Worker("memory") as worker:
+        worker.call("discover", limit_s=120, backends=["onnxruntime"])  # it leaves a context behind, as it does in a tune
         small = compiled(worker, "small", growing_model(tmp_path / "small.onnx", 32), target, one)["device_memory_bytes"]
         large = compiled(worker, "large", growing_model(tmp_path / "large.onnx", 1 << 14), target, one)["device_memory_bytes"]
         worker.call("timed", limit_s=60, name="large", seconds=0.05)
         assert worker.call("timed", limit_s=60, name="large", seconds=0.05)["device_memory_bytes"] >= large
-        assert process_memory_bytes(target.device.uid, worker.pid) >= large
+        held = process_memory_bytes(target.device.uid, worker.pid)
+    assert large <= held <= large + small, "both are in this process, and its context once"
     assert small < large and large - small >= 1 << 30, "one tensor of 1 GiB at least"
 
 

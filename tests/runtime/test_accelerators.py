@@ -98,7 +98,7 @@ def test_openvinos_gpu_keeps_and_takes_back_what_it_compiled(tmp_path: Path) -> 
 def test_openvinos_gpu_memory_is_counted() -> None:
     backend = OpenVino()
     target = target_of(backend, "GPU.0")
-    read = reader(backend, target)
+    read, _ = reader(backend, target)
     executable = backend.compile(relu_model(1 << 24), target, Config())
     before = backend.memory_in_use(target)
     request = executable.new_request()
