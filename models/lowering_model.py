@@ -201,6 +201,15 @@ def lowered_nodes(model: ir.Model) -> int:
     return sum(is_lowered(node) for node in ir.traversal.RecursiveGraphIterator(model.graph))
 
 
+def has_int4(model: ir.Model) -> bool:
+    """Say whether any weight is stored in 4 bits: tools that are asked for int4 fall back to int8 where they see fit."""
+    fours = (ir.DataType.INT4, ir.DataType.UINT4)
+    if any(value.dtype in fours for graph in model.graphs() for value in graph.initializers.values()):
+        return True
+    nodes = ir.traversal.RecursiveGraphIterator(model.graph)
+    return any(node.op_type in ("GatherBlockQuantized", "MatMulNBits") and node.attributes.get_int("bits", 4) == 4 for node in nodes)
+
+
 def is_lowered(node: ir.Node) -> bool:
     """Say whether an operator computes on lowered values or weights."""
     if node.op_type in _LOWERED:

@@ -13,7 +13,7 @@ from aivmm.errors import UsageError
 
 Option = str | int | float | bool
 
-_FORMAT = 1  # to be raised when the same recipe comes to write another model: old files are then not reused
+_FORMAT = 2  # to be raised when the same recipe comes to write another model: old files are then not reused
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 

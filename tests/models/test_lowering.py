@@ -257,6 +257,14 @@ def test_a_model_without_anything_to_lower_is_refused_and_leaves_no_file(tmp_pat
     assert refused(source, name, feeds(source), tmp_path / "out")
 
 
+def test_int4_that_came_out_in_int8_is_refused(tmp_path: Path) -> None:
+    source = prepared(write(tmp_path / "m.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], [weight("w", 128, 128)], ["batch", 128]))
+    with pytest.raises(Unsupported, match="no weight came out in int4"):  # NNCF keeps the first and the last layer in int8
+        lower(source, tmp_path / "nncf.onnx", recipe("nncf-weights-int4"), [])
+    made = lower(source, tmp_path / "ort.onnx", recipe("ort-weights-int4"), [])
+    assert made.weight_bytes < 0.2 * 4 * 128 * 128
+
+
 def test_a_recipe_that_calibrates_is_refused_without_samples(tmp_path: Path) -> None:
     source = prepared(products(tmp_path / "m.onnx"))
     (tmp_path / "out").mkdir()
