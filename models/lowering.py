@@ -59,7 +59,9 @@ def lower(model: Path, destination: Path, recipe: Recipe, samples: Sequence[Samp
         source = shared.read(model)
         nodes = shared.finished(made, source)
         if recipe.precision == "int4" and not shared.has_int4(made):
-            raise Unsupported("no weight came out in int4: the tool keeps first and last layers, and what does not divide into groups, in int8")
+            raise Unsupported(
+                "no weight came out in int4: the tool keeps first and last layers, and what does not divide into groups, in int8"
+            )
         draft = folder / destination.name
         data = shared.save(made, draft, data=f"{destination.name}.data")
         if recipe.precision != "bf16":  # ONNX Runtime's CPU has next to no operator in it
