@@ -14,7 +14,7 @@ from typing import Any
 
 from aivmm.planner.records import ProofRecord, Verdict
 from aivmm.reports import format as fmt
-from aivmm.reports.data import ReportData, call_s, dig, number, stage_target, throughput_wanted
+from aivmm.reports.data import ReportData, call_s, dig, number, rate_of, stage_target, throughput_wanted
 from aivmm.reports.race import Figure, figure_of
 from aivmm.runtime.environment import Environment
 
@@ -247,7 +247,8 @@ def _figures(runs: Sequence[ReportData]) -> tuple[Row, ...]:
     return (
         Row(name="median of a call", values=tuple(_of_plan(data, lambda proof: fmt.seconds(_median(proof))) for data in runs)),
         Row(
-            name="throughput", values=tuple(fmt.per_second(number(dig(data.run.summary, "measured", "throughput_per_s"))) for data in runs)
+            name="throughput",
+            values=tuple(fmt.per_second(_rate(data)) for data in runs),
         ),
         Row(name="peak memory", values=_metric(runs, "peak_memory_bytes", fmt.size)),
         Row(name="compile time", values=_metric(runs, "compile_s", fmt.seconds)),
@@ -279,6 +280,11 @@ def _median(proof: ProofRecord | None) -> float | None:
 
 def _settings(proof: ProofRecord) -> str:
     return ", ".join(f"{name}={value}" for name, value in proof.config.settings) or "default"
+
+
+def _rate(data: ReportData) -> float | None:
+    stated = number(dig(data.run.summary, "measured", "throughput_per_s"))
+    return stated or (rate_of(data.planned) if data.planned is not None else None)
 
 
 def _text(value: Any) -> str:

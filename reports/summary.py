@@ -67,7 +67,8 @@ def key_figures(data: ReportData) -> tuple[Answer, ...]:
     figures = [
         Answer(label="Median latency", value=fmt.seconds(call_s(plan)), support=(call, *_interval(data, plan))),
         *([Answer(label="p90 latency", value=fmt.seconds(samples.quantile_s(0.9)))] if plan.callers == 1 else []),
-        Answer(label="p99 latency", value=fmt.seconds(metrics["p99_s"]))  # of single calls, where those of the race are means of several
+        # Of single calls, where those of the race are means of several.
+        Answer(label="p99 latency", value=fmt.seconds(metrics["p99_s"]), support=("of single calls, timed after the race",))
         if "p99_s" in metrics
         else Answer(label="p99 latency", value=fmt.seconds(samples.quantile_s(0.99)))
         if n >= P99_NEEDS and plan.callers == 1

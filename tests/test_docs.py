@@ -62,6 +62,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # it tunes twice
 def test_the_tutorial_is_followed_by_its_own_text(tmp_path: Path) -> None:
     bin_folder = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "AIVMM_DB": str(tmp_path / "performance.db")}

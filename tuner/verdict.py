@@ -16,6 +16,7 @@ from aivmm.tuner.measure import Counts
 from aivmm.tuner.prove import Entrant, Proof, call_s, constraint_metrics, interval_s
 from aivmm.tuner.tradeoffs import alternatives_text, figure, nearest_json, tradeoffs_json
 
+_FAR = 0.05  # between the ratio of a comparison and that of the medians: beyond it the sentence says which it means
 _TELLS_NOTHING = 50.0  # per cent: an interval as wide as this is no comparison
 _THREADS = {"INFERENCE_NUM_THREADS": "thread", "intra_op_num_threads": "thread", "NUM_STREAMS": "stream"}
 
@@ -84,7 +85,10 @@ def sentence(
     for each in _worth_telling(plan, others, proof):
         found = proof.against(each)
         assert found and each.confirmed
-        tail = f" ({time_text(call_s(each))})" if objective == "latency" and found.verdict in ("faster", "slower") else ""
+        told = objective == "latency" and found.verdict in ("faster", "slower")
+        # A reader who divides the two medians must not think that we cannot.
+        far = abs(found.ratio * call_s(each) / call_s(plan) - 1) > _FAR
+        tail = f" ({time_text(call_s(each))}{'; by pairs within rounds' if far else ''})" if told else ""
         clauses.append(f"{factor_text(found)} {each.draft.name}{tail}")
     if clauses:
         text += ", " + " and ".join([", ".join(clauses[:-1]), clauses[-1]] if len(clauses) > 2 else clauses)
