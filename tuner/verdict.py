@@ -101,7 +101,7 @@ def sentence(
         text += f" {_why_baseline(plan, proof)}"
     if len(objectives) > 1:
         text += f" {alternatives_text(proof, objectives, {each.draft.name: describe(each.draft) for each in proof.entrants})}"
-    return " ".join(filter(None, (text, plan.strays, accuracy_text)))
+    return " ".join(filter(None, (text, accuracy_text, plan.strays)))
 
 
 def accuracy_text(accuracy: Accuracy, *, samples: int, kind: str, beside: Mapping[str, float] | None = None) -> str:
