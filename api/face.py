@@ -179,6 +179,7 @@ def tune(
     trials: int | None = None,
     min_segments: int = 1,
     input_contract: str = "model",
+    other_shapes: str = "refuse",
     cut_around: str | Sequence[str] = (),
     top: int = 3,
     seed: int = 0,
@@ -188,8 +189,8 @@ def tune(
 ) -> TuneResult:
     """Find, prove and save the best plan for `model` on this machine; the options are those of `aivmm tune`.
 
-    Lists in `shapes` and `dims` ask for a plan for each, several models with `workload` (a file) for a division of the machine; then
-    `result.load()` gives what `load_plan` says of such bundles.
+    Lists in `shapes` and `dims` ask for a plan for each (`other_shapes="dynamic"` runs what fits none of them, too), several models with
+    `workload` (a file) for a division of the machine; then `result.load()` gives what `load_plan` says of such bundles.
 
     Raises:
         AivmmError: something the caller can fix: the model, an option, the database, the output folder.
@@ -229,6 +230,7 @@ def tune(
         trials=trials,
         min_segments=min_segments,
         input_contract=input_contract,
+        other_shapes=other_shapes,
         cut_around=(cut_around,) if isinstance(cut_around, str) else tuple(cut_around),
         top=top,
         seed=seed,

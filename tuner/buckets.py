@@ -22,17 +22,19 @@ from aivmm.runtime.bundle import Bundle, check_destination
 from aivmm.runtime.family import Bucket, Crop, Dimension, Family, Served
 from aivmm.runtime.plan import Plan
 from aivmm.runtime.registry import default_backends
-from aivmm.runtime.target import Target
+from aivmm.runtime.target import Target, matches
 from aivmm.tensors import TensorSpec
 from aivmm.tuner.families import combine
 from aivmm.tuner.many import ManyOutcome, Prefixed, report_beside, summed
 from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
+from aivmm.tuner.other_shapes import Fallback, OtherShapes
 from aivmm.tuner.padding import Case, PaddingCheck, Paddings, dimensions_of, replace_padding
 from aivmm.tuner.progress import Progress
 from aivmm.tuner.session import Session, TuneOutcome
 from aivmm.tuner.shapes import Wanted
 from aivmm.tuner.verdict import time_text
 
+_OTHERS = "plans/others.json"  # of what fits no bucket
 _LEAST_BUDGET_S = 5.0  # of each shape, so that the baselines are measured at least
 
 
@@ -116,8 +118,12 @@ class BucketTuner:
         paddings = self._paddings(folder, buckets, inputs, dimensions)
         paddings = self._proven(folder, bundles, plans, buckets, paddings)
         lines = self._lines(plans, outcomes, paddings)
+        others = self._others(folder, bundles, plans, buckets, inputs, paddings)
+        if others is not None:
+            lines = (*lines, others.line)
+            bundles[_OTHERS] = others.bundle
         verdict = " ".join(lines)
-        combine(output, self._family(plans, buckets, paddings, verdict), bundles, folder / "gathered")
+        combine(output, self._family(plans, buckets, paddings, verdict, others=others is not None), bundles, folder / "gathered")
         for index, found in enumerate(outcomes):
             shutil.copyfile(found.report_path, output / f"report-{index}.html")
         summary = self._summary(outcomes, output, paddings, buckets, verdict, time.perf_counter() - started)
@@ -157,41 +163,95 @@ class BucketTuner:
             return paddings
         trial = folder / "trial.aivmm"
         combine(trial, self._family(plans, buckets, paddings, ""), bundles, folder / "gathered-trial")
-        samples = [each for case in paddings.cases for each in case.samples]
-        references = [each for case in paddings.cases for each in case.references]
-        worker = Worker("padded inputs")
-        try:
-            answer = worker.call(
-                "fit",
-                limit_s=compile_limit_s(),
-                run_limit_s=run_limit_s(),
-                bundle=str(trial),
-                samples=list(map(str, samples)),
-                references=list(map(str, references)),
-            )
-            why = _too_far(answer["judged"], paddings.cases, self._cosine(plans))
-        except (AivmmError, WorkerDied) as error:
-            why = error.reason if isinstance(error, WorkerDied) else error.message
-        finally:
-            worker.close()
+        why = self._judged(trial, paddings.cases, plans)
         if not why:
             return paddings
         none = [replace_padding(each, "none", f"not padded: {why}") for each in paddings.dimensions]
         return Paddings(dimensions=tuple(none))
 
+    def _judged(self, bundle: Path, cases: Sequence[Case], plans: Sequence[Plan]) -> str:
+        """Run the samples of `cases` through a bundle in a worker; say why an answer is too far off, or return ""."""
+        worker = Worker("other sizes")
+        try:
+            answer = worker.call(
+                "fit",
+                limit_s=compile_limit_s(),
+                run_limit_s=run_limit_s(),
+                bundle=str(bundle),
+                samples=[str(each) for case in cases for each in case.samples],
+                references=[str(each) for case in cases for each in case.references],
+            )
+            return _too_far(answer["judged"], cases, self._cosine(plans))
+        except (AivmmError, WorkerDied) as error:
+            return error.reason if isinstance(error, WorkerDied) else error.message
+        finally:
+            worker.close()
+
     def _cosine(self, plans: Sequence[Plan]) -> float:
         limits = [each.accuracy.limit for each in plans if each.accuracy is not None and each.accuracy.metric == "cosine"]
         return min(limits, default=DEFAULT_COSINE)
 
-    def _family(self, plans: Sequence[Plan], buckets: Sequence[Bucket], paddings: Paddings, verdict: str) -> Family:
-        served = Served(name=plans[0].model.name, buckets=list(buckets), dimensions=list(paddings.dimensions), crops=list(paddings.crops))
+    def _others(
+        self,
+        folder: Path,
+        bundles: Mapping[str, Path],
+        plans: Sequence[Plan],
+        buckets: Sequence[Bucket],
+        inputs: Sequence[Mapping[str, TensorSpec]],
+        paddings: Paddings,
+    ) -> Fallback | None:
+        """Make and prove the plan for all other shapes, where one is asked for."""
+        if self.options.other_shapes == "refuse":
+            return None
+        self.progress.phase("proving what runs other shapes")
+
+        def judge(bundle: Path, cases: Sequence[Case]) -> str:
+            trial = bundle.parent / "trial.aivmm"
+            family = self._family(plans, buckets, paddings, "", others=True)
+            combine(trial, family, {**bundles, _OTHERS: bundle}, bundle.parent / "gathered")
+            return self._judged(trial, cases, plans)
+
+        with Lab() as lab:
+            found, _ = lab.discover(list(self.options.backends) or list(default_backends()))
+            (folder / "others").mkdir()
+            allowed = [each for each in found if not self.options.targets or any(matches(p, str(each)) for p in self.options.targets)]
+            check = PaddingCheck(
+                lab=lab,
+                source=self._source(folder),
+                folder=folder / "others",
+                buckets=buckets,
+                shapes=inputs,
+                dimensions=paddings.dimensions,
+                targets=reference_first(found),
+                seed=self.options.seed,
+            )
+            others = OtherShapes(
+                check=check,
+                targets=reference_first(allowed),
+                dimensions=paddings.dimensions,
+                plan=plans[0],
+                folder=folder / "open",
+                judge=judge,
+            )
+            return others.run()
+
+    def _family(
+        self, plans: Sequence[Plan], buckets: Sequence[Bucket], paddings: Paddings, verdict: str, *, others: bool = False
+    ) -> Family:
+        served = Served(
+            name=plans[0].model.name,
+            buckets=list(buckets),
+            dimensions=list(paddings.dimensions),
+            crops=list(paddings.crops),
+            fallback=_OTHERS if others else None,
+        )
         return Family(
             kind="shapes",
             created_by=f"aivmm {version('aivmm')}",
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             models=[served],
             verdict=verdict,
-            files={each.plan: "0" * 64 for each in buckets},
+            files=dict.fromkeys(served.plan_files(), "0" * 64),
         )
 
     def _lines(self, plans: Sequence[Plan], outcomes: Sequence[TuneOutcome], paddings: Paddings) -> tuple[str, ...]:
@@ -311,5 +371,5 @@ def _too_far(judged: Sequence[Mapping[str, Any]], cases: Sequence[Case], limit: 
         why = found["problem"] or over_limit(accuracy.get("cosine", -1.0), accuracy.get("relative_l2", 1e9), limit)
         if why:
             said = ", ".join(f"{name}={extent}" for name, extent in case.extents.items())
-            return f"the plan for {case.bucket.name} answers a padded input of {said} too far off ({why})"
+            return f"the plan answers an input of {said} too far off ({why})"
     return ""

@@ -160,6 +160,14 @@ def tune(
     min_segments: Annotated[
         int, typer.Option(metavar="N", help="Force a cut into at least N segments, for study.", rich_help_panel=_EFFORT)
     ] = 1,
+    other_shapes: Annotated[
+        str,
+        typer.Option(
+            metavar="refuse|dynamic",
+            help="What happens to inputs that fit none of several listed shapes: `dynamic` runs them with open extents, untuned.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = "refuse",
     input_contract: Annotated[
         str,
         typer.Option(
@@ -233,6 +241,7 @@ def tune(
         trials=trials,
         min_segments=min_segments,
         input_contract=input_contract,
+        other_shapes=other_shapes,
         cut_around=parse_list(cut_around or ()),
         top=top,
         seed=seed,

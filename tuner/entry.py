@@ -42,6 +42,10 @@ def run(
         from aivmm.tuner.buckets import BucketTuner
 
         return BucketTuner(options, shapes, progress, command=command).run()
+    if options.other_shapes != "refuse":
+        raise UsageError(
+            f"--other-shapes {options.other_shapes} asks what runs beside several shapes", advice="list them, such as --dim seq=32,128"
+        )
     return Session(options, progress, command=command).run()
 
 

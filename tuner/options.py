@@ -21,6 +21,9 @@ DEFAULT_BUDGET_S = 60.0
 DEFAULT_COSINE = 0.999
 
 
+OTHER_SHAPES = ("refuse", "dynamic")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneOptions:
     """The request. Times in seconds."""
@@ -45,6 +48,7 @@ class TuneOptions:
     trials: int | None = None
     min_segments: int = 1
     input_contract: str = "model"  # "narrow": inputs are taken in fewer bits than the model has them
+    other_shapes: str = "refuse"  # "dynamic": what fits none of several shapes runs with open extents
     cut_around: tuple[str, ...] = ()  # operator types or names of nodes
     top: int = 3
     seed: int = 0
@@ -70,6 +74,8 @@ class TuneOptions:
                 raise UsageError(f"unknown precision {each!r}", advice=f"known: {', '.join(PRECISIONS)}")
         if self.input_contract not in INPUT_CONTRACTS:
             raise UsageError(f"unknown --input-contract {self.input_contract!r}", advice=f"known: {', '.join(INPUT_CONTRACTS)}")
+        if self.other_shapes not in OTHER_SHAPES:
+            raise UsageError(f"unknown --other-shapes {self.other_shapes!r}", advice=f"known: {', '.join(OTHER_SHAPES)}")
         if self.service_level is not None and self.service_level not in SERVICE_LEVELS:
             raise unknown_level(self.service_level)
         self._check_data()

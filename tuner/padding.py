@@ -142,7 +142,7 @@ class PaddingCheck:
             for number in range(2):
                 smaller = {each.name: self._below(each.name, bucket.extents[each.name])[number] for each in dimensions}
                 if any(smaller[each.name] < bucket.extents[each.name] for each in dimensions):
-                    case = self._case(bucket, inputs, {**bucket.extents, **smaller})
+                    case = self.case(bucket, inputs, {**bucket.extents, **smaller})
                     if case is not None:
                         yield case
 
@@ -151,7 +151,7 @@ class PaddingCheck:
         lower = max((each.extents[name] for each in self.buckets if each.extents[name] < extent), default=0)
         return max(1, lower + 1 if lower else extent // 4), max(1, (lower + extent) // 2)
 
-    def _case(self, bucket: Bucket, inputs: Inputs, extents: Mapping[str, int]) -> Case | None:
+    def case(self, bucket: Bucket, inputs: Inputs, extents: Mapping[str, int]) -> Case | None:
         """Return the size `extents`, run; None where the model does not take it."""
         shapes = {name: list(each.shape) for name, each in inputs.items()}
         for dimension in self.dimensions:

@@ -299,3 +299,41 @@ def test_python_lists_are_what_the_command_line_lists() -> None:
     for shapes, dims in (({}, {"n": [4, 4]}), ({}, {"n": []}), ({"x": [(1,), (1,)]}, {})):
         with pytest.raises(UsageError, match="each once"):
             entry.listed(shapes, dims)
+
+
+# --- what runs other shapes
+
+
+def test_other_shapes_run_with_open_extents_where_that_is_asked_for(tmp_path: Path) -> None:
+    place = Place.at(tmp_path)
+    write_model(place.work / "tokens.onnx", token_model("rows"))
+    done = place.aivmm("tune", "tokens.onnx", "--dim", "rows=4,8", "--other-shapes", "dynamic", *ONE_RUNTIME, *SMALL, "--json")
+    assert done.code == 0, done.err
+    assert "Other shapes run on onnxruntime:CPU with open extents, checked at rows=13; rows=16; not tuned." in done.json["verdict"]
+    with aivmm.load_plan(place.work / "tokens.aivmm") as engine:
+        assert isinstance(engine, ShapedEngine)
+        for rows in (3, 8, 9, 40):
+            feeds = {"x": normal(1, rows, 16), "mask": np.ones((1, rows), np.int64)}
+            found = engine.run(feeds)
+            for name, value in reference(token_model("rows"), feeds).items():
+                np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-4)
+        stats = engine.stats()
+        assert (stats["padded"], stats["fallback"]) == (1, 2)
+
+
+def test_open_extents_are_refused_where_no_list_is_given(place: Place, in_process: Callable[..., Finished]) -> None:
+    write_model(place.work / "tokens.onnx", token_model("rows"))
+    done = in_process(place, "tune", "tokens.onnx", "--dim", "rows=4", "--other-shapes", "dynamic", "-q")
+    assert (done.code, len(done.error_lines)) == (2, 1) and "asks what runs beside several shapes" in done.err
+    done = in_process(place, "tune", "tokens.onnx", "--dim", "rows=4,8", "--other-shapes", "any", "-q")
+    assert (done.code, len(done.error_lines)) == (2, 1) and "unknown --other-shapes 'any'; known: refuse, dynamic" in done.err
+
+
+@pytest.mark.slow
+def test_open_extents_are_refused_where_the_file_fixes_them(tmp_path: Path) -> None:
+    place = Place.at(tmp_path)
+    nodes = [helper.make_node("Relu", ["x"], ["y"])]
+    write_model(place.work / "relu.onnx", onnx_model(nodes, [("x", TensorProto.FLOAT, (1, 8))], [("y", TensorProto.FLOAT, (1, 8))]))
+    done = place.aivmm("tune", "relu.onnx", "--shape", "x=1x4,1x8", "--other-shapes", "dynamic", *ONE_RUNTIME, *SMALL)
+    assert done.code == 2 and len(done.error_lines) == 1
+    assert "the model file itself fixes the shape of x: float32[1, 8]" in done.error_lines[0]

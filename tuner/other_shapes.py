@@ -1,0 +1,140 @@
+"""What runs inputs of shapes that no plan was tuned for: the model with its extents left open, on a runtime that takes it so, proven.
+
+Runtimes take open extents as they are (ONNX Runtime natively, OpenVINO as dynamic dimensions), and prepare for each new shape; so
+this is seldom as fast as a shape that was tuned, and its latency is not promised. That its answers are right is shown at sizes beyond and
+between the tuned ones, in the written bundle, against the fp32 reference at those very sizes. Decision 0032.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from aivmm.errors import AivmmError, UsageError
+from aivmm.probes.client import WorkerDied
+from aivmm.runtime.bundle import write_bundle
+from aivmm.runtime.environment import environment_of
+from aivmm.runtime.family import Dimension
+from aivmm.runtime.plan import Conditions, Execution, Plan, Stage, Tensor, tensors
+from aivmm.runtime.target import Target
+from aivmm.tensors import TensorSpec
+from aivmm.tuner.padding import Case, PaddingCheck
+
+Judge = Callable[[Path, Sequence[Case]], str]  # why the answers of a bundle are too far off, or ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fallback:
+    """A plan for all other shapes, and the sentence that says what is known of it."""
+
+    bundle: Path
+    line: str
+
+
+@dataclass(slots=True, kw_only=True)
+class OtherShapes:
+    """Makes the plan of open extents beside the tuned `plan` of the first shape. Files go to `folder`."""
+
+    check: PaddingCheck
+    targets: Sequence[Target]  # that may be used, in the order in which they are tried
+    dimensions: Sequence[Dimension]  # with the padding that was decided
+    plan: Plan
+    folder: Path
+    judge: Judge
+
+    def run(self) -> Fallback:
+        """Return the first target's that answers as the reference does.
+
+        Raises:
+            UsageError: the file fixes an extent, the model runs at no other size, or no target answers rightly; with each reason.
+        """
+        cases = [each for each in map(self._case, self._sizes()) if each is not None]
+        if not cases:
+            raise _refused("the model runs at none of the sizes tried beyond the listed ones")
+        reasons = []
+        for target in self.targets:
+            try:
+                bundle = self._write(target)
+                why = self.judge(bundle, cases)
+            except (AivmmError, WorkerDied) as error:
+                why = error.reason if isinstance(error, WorkerDied) else error.message
+            if not why:
+                sizes = "; ".join(_said(each.extents) for each in cases)
+                return Fallback(bundle=bundle, line=f"Other shapes run on {target} with open extents, checked at {sizes}; not tuned.")
+            reasons.append(f"{target}: {why}")
+        raise _refused("no target answers other shapes rightly (" + "; ".join(reasons) + ")")
+
+    def _sizes(self) -> Iterator[dict[str, int]]:
+        """Yield extents that no tuned shape takes: beyond the largest, and, where nothing is padded, between them."""
+        most = {each.name: max(bucket.extents[each.name] for bucket in self.check.buckets) for each in self.dimensions}
+        yield {name: extent + extent // 2 + 1 for name, extent in most.items()}
+        yield {name: 2 * extent for name, extent in most.items()}
+        if any(each.padding == "none" for each in self.dimensions):
+            yield {name: max(1, extent - 1) for name, extent in most.items()}
+
+    def _case(self, extents: Mapping[str, int]) -> Case | None:
+        return self.check.case(self.check.buckets[0], self.check.shapes[0], extents)
+
+    def _write(self, target: Target) -> Path:
+        from aivmm.models.slice import Slicer, WeightStore  # here: it loads onnx
+
+        inputs = tuple(self._open(each.spec) for each in self.plan.model.inputs)
+        outputs = tuple(TensorSpec(name=e.name, dtype=e.dtype, shape=(None,) * len(e.shape)) for e in self.plan.model.outputs)
+        folder = self.folder / str(self.targets.index(target))
+        folder.mkdir(parents=True)
+        with Slicer(self.check.source) as slicer:
+            last = len(slicer.prepared.nodes) - 1
+            made = slicer.write(0, last, folder / "open.onnx", weights=WeightStore(folder / "open.weights"))
+        fixed = next((each for each in made.inputs if any(self._is_fixed(each, place) for place in self._places())), None)
+        if fixed is not None:
+            raise UsageError(f"the model file itself fixes the shape of {fixed}")
+        fields = asdict(environment_of(target))
+        stage = Stage(
+            model=f"segments/{made.path.name}",
+            target=str(target),
+            precision="fp32" if "fp32" in target.precisions else "default",
+            blocks=(0, max(each.blocks[1] for each in self.plan.stages)),
+            inputs=_listed(inputs),
+            outputs=_listed(outputs),
+        )
+        files = {f"segments/{each.name}": each for each in (made.path, *made.weights)}
+        plan = self.plan.model_copy(
+            update={
+                "model": self.plan.model.model_copy(update={"inputs": _listed(inputs), "outputs": _listed(outputs)}),
+                "stages": [stage],
+                "execution": Execution(),
+                "expected": {},
+                "accuracy": None,
+                "certificate": None,
+                "environments": [Conditions(**{**fields, "instruction_sets": list(fields["instruction_sets"])})],
+                "alternatives": [],
+                "fallbacks": [],
+                "verdict": "for shapes that were not tuned",
+                "files": dict.fromkeys(files, "0" * 64),
+            }
+        )
+        return write_bundle(folder / "open.aivmm", plan, files)
+
+    def _places(self) -> list[tuple[str, int]]:
+        return [place for each in self.dimensions for place in each.places]
+
+    def _is_fixed(self, spec: TensorSpec, place: tuple[str, int]) -> bool:
+        return spec.name == place[0] and spec.shape[place[1]] is not None
+
+    def _open(self, spec: TensorSpec) -> TensorSpec:
+        places = self._places()
+        shape = tuple(None if (spec.name, axis) in places else extent for axis, extent in enumerate(spec.shape))
+        return TensorSpec(name=spec.name, dtype=spec.dtype, shape=shape)
+
+
+def _listed(specs: Sequence[TensorSpec]) -> list[Tensor]:
+    return list(tensors(specs))
+
+
+def _said(extents: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={extent}" for name, extent in extents.items())
+
+
+def _refused(why: str) -> UsageError:
+    return UsageError(f"--other-shapes dynamic: {why}", advice="leave it away: other shapes are then refused with the list of known ones")
