@@ -25,6 +25,7 @@ def load_plan(
     require_signature: str | bytes | Path | Sequence[str | bytes | Path] | None = None,
     on_drift: Callable[[Drift], None] | None = None,
     timeout_s: float | None = None,
+    alternative: str | None = None,
 ) -> Engine | ShapedEngine | Engines:
     """Load the bundle at `path` (a folder or a zip of one), check it, compile it, and return a running engine.
 
@@ -35,8 +36,11 @@ def load_plan(
     (the plan's first fallback that can) or `error`. `require_signature` names public keys, one of which must have signed the plan.
     `on_drift` is called, once each time, when calls have left the latency that the plan was proven with; `stats()["drift"]` has the state.
     `timeout_s` is how long a request may take before its stage is taken to hang, and the next fallback takes over (`Engine.timeout_s`).
+    `alternative` names another objective of those that the model was tuned for (`--objective latency,throughput`): what runs is what the
+    plan can be traded for there.
 
     Raises:
+        UsageError: the plan has no such alternative; the message lists what it has.
         BundleError: the bundle is missing, damaged, changed, unsafe, newer than this version, or not signed as required.
         Unsupported: neither the plan nor a fallback of it that `on_mismatch` allows runs on this machine.
     """
@@ -44,9 +48,12 @@ def load_plan(
     from aivmm.runtime.engine import Engine
 
     if not is_family(path):  # what serves several plans takes a tenth of a second to import
-        single = Engine.load(path, on_mismatch=on_mismatch, require_signature=require_signature)
+        single = Engine.load(path, on_mismatch=on_mismatch, require_signature=require_signature, alternative=alternative)
         single.on_drift, single.timeout_s = on_drift, timeout_s
         return single
+
+    if alternative is not None:
+        raise UsageError(f"{path} holds several plans, and alternatives belong to one", advice="load the one plan's own bundle")
 
     from aivmm.runtime.many import load, plain
 

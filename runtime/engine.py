@@ -79,6 +79,7 @@ class Engine:
         require_signature: Key | Sequence[Key] | None = None,
         execution: Execution | None = None,
         cache: bool = True,
+        alternative: str | None = None,
     ) -> Engine:
         """Open the bundle at `path`, check it, compile it.
 
@@ -87,15 +88,18 @@ class Engine:
         only when none does; `error` runs the plan itself on conditions at least `compatible`, or nothing.
         `require_signature` names public keys, as PEM files or PEM text, one of which must have signed the plan.
         `execution` replaces what the plan says of mode, depth and batching. Compiled stages are kept in the user's cache folder, and loaded
-        from there, unless `cache` is False.
+        from there, unless `cache` is False. `alternative` names an objective for which the plan keeps another way: that one runs instead.
 
         Raises:
+            UsageError: the plan has no such alternative.
             BundleError: the bundle is damaged or unsafe, or not signed as required.
             Unsupported: no stage list of it that `on_mismatch` allows runs here; the first reason is given.
         """
         check_policy(on_mismatch)
         bundle = Bundle.open(path, signed_by=require_signature, read_later=True)
         try:
+            if alternative is not None:
+                bundle.plan = bundle.plan.for_goal(alternative)
             return cls(bundle, on_mismatch=on_mismatch, execution=execution, cache=cache)
         except BaseException:  # not handled, only cleaned up: nobody else could close it
             bundle.close()

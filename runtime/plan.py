@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from aivmm.errors import BundleError
+from aivmm.errors import BundleError, UsageError
 from aivmm.runtime.config import Config, Setting
 from aivmm.tensors import TensorSpec
 
@@ -245,6 +245,44 @@ class Plan(_Part):
     def stage_lists(self) -> tuple[Sequence[Stage], ...]:
         """Return each way to run the model that the plan holds: its own, the alternatives', the fallbacks'."""
         return (self.stages, *(each.stages for each in (*self.alternatives, *self.fallbacks)))
+
+    def for_goal(self, wanted: str) -> Plan:
+        """Return the plan with an alternative in its place: that for an objective (`throughput`), or that of a name.
+
+        What was expected and proven is the alternative's; the certificate and the accuracy were the plan's own, and are left out. Only the
+        fallbacks of the same batch stay.
+
+        Raises:
+            UsageError: there is no such alternative, or several; the advice lists what there is.
+        """
+        found = [each for each in self.alternatives if wanted in (*each.objective.split(","), each.name)]
+        if len(found) != 1:
+            known = "; ".join(f"{each.objective or 'a compromise'} ({each.name})" for each in self.alternatives)
+            problem = f"the plan has {'several alternatives' if found else 'no alternative'} for {wanted!r}"
+            raise UsageError(problem, advice=f"it has {known}" if known else "tune with several objectives: --objective latency,throughput")
+        (chosen,) = found
+        read = {each.name: each for stage in reversed(chosen.stages) for each in stage.inputs}
+        made = {each.name: each for stage in chosen.stages for each in stage.outputs}
+        edges = {
+            "inputs": [read.get(each.name, each) for each in self.model.inputs],
+            "outputs": [made.get(each.name, each) for each in self.model.outputs],
+        }
+        batch = chosen.batch or self.batch
+        return self.model_copy(
+            update={
+                "model": self.model.model_copy(update=edges),
+                "objective": chosen.objective or self.objective,
+                "batch": batch,
+                "callers": chosen.callers or self.callers,
+                "stages": chosen.stages,
+                "execution": chosen.execution,
+                "expected": chosen.expected,
+                "accuracy": None,
+                "certificate": None,
+                "alternatives": [],
+                "fallbacks": [each for each in self.fallbacks if (each.batch or self.batch) == batch],
+            }
+        )
 
     def fallback_targets(self) -> tuple[str, ...]:
         """Return the targets of the fallbacks' stages, each once."""

@@ -12,10 +12,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from aivmm.db.database import Database
 from aivmm.planner.records import TrialRecord
+from aivmm.runtime.engine import Engine
 from tests.tuner.harness import TINY, Finished, Place, write_tiny
 
 ARGUMENTS = (*TINY, "--backend", "null", "--budget", "120s", "--trials", "12", "--top", "1", "--seed", "3", "--json")
@@ -101,6 +103,24 @@ def test_a_search_starts_from_what_was_best_for_a_similar_model_and_says_so(plac
     assert "the search tries first what was best for tiny" in done.err
     found = asked(place)
     assert (best.target, best.config.key()) in [each[:2] for each in found[:4]]
+
+
+@pytest.mark.slow
+def test_two_goals_leave_an_alternative_that_can_be_loaded(place: Place) -> None:
+    model = write_tiny(place.work / "tiny.onnx")
+    goals = ("--objective", "latency,throughput", "--targets", "null:CPU", "--budget", "120s", "--trials", "30", "--top", "1", "--json")
+    done = place.aivmm("tune", model, *TINY, "--backend", "null", *goals)
+    assert done.code == 0, done.err
+    found = done.json
+    (other,) = [each for each in found["alternatives"] if "throughput" in each["objective"]]
+    assert other["metrics"]["throughput"] > 1.03 * found["measured"]["throughput_per_s"]
+    with Engine.load(place.work / "tiny.aivmm", alternative="throughput") as engine:
+        assert (engine.plan.batch, engine.plan.callers) == (other["batch"], other["callers"])
+        inputs = {each.name: np.ones(each.shape, each.dtype) for each in engine.inputs}  # type: ignore[arg-type]
+        assert all(each.shape[0] == other["batch"] for each in engine.run(inputs).values())
+    with Database.open(place.db) as database:
+        (study,) = [each for each in database.studies(database.run(None).id) if each.name == "search"]
+    assert study.objectives == ("latency", "throughput") and len(study.front) >= 1
 
 
 def test_the_service_level_low_power_finds_the_plan_that_needs_least(place: Place, tiny: Path) -> None:
