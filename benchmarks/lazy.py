@@ -45,6 +45,8 @@ WORLDS = {  # luck, noise of a probe, spread of efficiency
     "luck 2 %, probes 1 %, targets more alike": (0.02, 0.01, 0.2),
 }
 PLANNING_S = 2.0
+MOST_PROBED = 0.05
+SLACK = 10  # segments of the last plan, which may come on top of what was allowed
 
 
 @dataclass
@@ -183,7 +185,7 @@ def simulated(seeds: int) -> list[str]:
     possible = blocks * (blocks + 1) // 2 * targets
     lines = [
         f"{blocks} blocks, {targets} targets, {seeds} made-up models each: {possible:,} possible segments. Probes include all blocks alone "
-        "and the whole model on each target. To reach: at most 5 % of all segments probed, regret at most 1 %.",
+        "and the whole model on each target, and each repetition of one. To reach: at most 5 % of all segments probed, regret at most 1 %.",
         "",
         "| world | probed, most | regret, mean | regret, worst | placements, most | best uncut over best | |",
         "|---|---|---|---|---|---|---|",
@@ -192,12 +194,13 @@ def simulated(seeds: int) -> list[str]:
         shares, regrets, solves, gains = [], [], [], []
         for seed in range(seeds):
             world = made_up(blocks, targets, seed, luck=luck, noise=noise, spread=spread)
-            found = look(world.chain, world.measure)
-            shares.append((len(set(world.asked)) + (blocks + 1) * targets) / possible)
+            before = (blocks + 1) * targets
+            found = look(world.chain, world.measure, apart=True, most_probes=int(MOST_PROBED * possible) - before - targets * SLACK)
+            shares.append((len(world.asked) + before) / possible)
             regrets.append(world.cost(found.plan) / world.best - 1)
             solves.append(found.solves)
             gains.append(float(world.truth[0, blocks - 1].min()) / world.best)
-        met = "met" if max(shares) <= 0.05 and fmean(regrets) <= 0.01 else "missed"
+        met = "met" if max(shares) <= MOST_PROBED and fmean(regrets) <= 0.01 else "missed"
         lines.append(
             f"| {name} | {max(shares):.2%} | {fmean(regrets):.2%} | {max(regrets):.2%} | {max(solves)} | {fmean(gains):.2f} | {met} |"
         )

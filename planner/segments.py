@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -59,21 +60,26 @@ class Segments:
         self._covariance = np.outer(shared, shared) + np.outer(alike, alike) + np.diag(own**2)
 
     def observe(self, first: int, last: int, found: Estimate) -> None:
-        """Take the measurement of a segment, and learn from it about those that share blocks or boundaries with it."""
+        """Take the measurement of a segment, and learn from it about those that share blocks or boundaries with it.
+
+        What is measured again is known better: by both, weighted by how sure they are. The very same numbers once more are no second look.
+        """
+        if (held := self.measured.get((first, last))) is not None:
+            self.measured[first, last] = _together(held, found)
+            return
         if self._lacking[last + 1] > self._lacking[first]:
             # It ran, though not all of its blocks ran alone: known as it is, it says nothing about sums.
             self.measured[first, last] = found
             return
-        if (first, last) not in self.measured:
-            inside = slice(2 * first, 2 * last + 1)
-            gain = self._covariance[:, inside].sum(axis=1)
-            noise = (found.seconds * math.hypot(found.sigma, self.unexplained)) ** 2
-            variance = float(gain[inside].sum())
-            gain_scale = 1 / (variance + noise)
-            off = found.seconds - float(self._mean[inside].sum())
-            self._surprises.append(max(0.0, (off**2 - variance) / found.seconds**2 - found.sigma**2))
-            self._mean = self._mean + gain * (gain_scale * off)
-            self._covariance = self._covariance - np.outer(gain, gain) * gain_scale
+        inside = slice(2 * first, 2 * last + 1)
+        gain = self._covariance[:, inside].sum(axis=1)
+        noise = (found.seconds * math.hypot(found.sigma, self.unexplained)) ** 2
+        variance = float(gain[inside].sum())
+        gain_scale = 1 / (variance + noise)
+        off = found.seconds - float(self._mean[inside].sum())
+        self._surprises.append(max(0.0, (off**2 - variance) / found.seconds**2 - found.sigma**2))
+        self._mean = self._mean + gain * (gain_scale * off)
+        self._covariance = self._covariance - np.outer(gain, gain) * gain_scale
         self.measured[first, last] = found
 
     @property
@@ -106,6 +112,23 @@ class Segments:
             mean[first, last], relative[first, last] = found.seconds, 0.0
         return mean, relative
 
+    def judged(self) -> tuple[Array, Array]:
+        """Return the table for whoever chooses: what was measured is as likely to be flattered by its noise as it looks good.
+
+        Of thousands of segments the ones that look best were lucky. Their parts tell what to expect of them, with a deviation of
+        `unexplained`, the measurement tells with its own; what is believed is the mean of both, weighted by how sure they are.
+        """
+        mean, relative = self.table()
+        own = self.unexplained
+        for (first, last), found in self.measured.items():
+            if first == last or not found.sigma or self._lacking[last + 1] > self._lacking[first]:
+                continue
+            parts = max(float(self._mean[2 * first : 2 * last + 1].sum()), _LEAST * float(self._blocks[last + 1] - self._blocks[first]))
+            weight = own**2 / (own**2 + found.sigma**2)
+            mean[first, last] = weight * found.seconds + (1 - weight) * parts
+            relative[first, last] = own * found.sigma / math.hypot(own, found.sigma)
+        return mean, relative
+
     def added(self) -> Array:
         """Return what each block is believed to add to a segment that runs on from the block before it; infinite where it does not run."""
         costs = self._mean[0::2].copy()
@@ -128,3 +151,12 @@ class Segments:
         count = last - first + 1
         because = f"{count} blocks, and {len(self.measured)} segments measured on the same target" if count > 1 else "the block alone"
         return Estimate(seconds=seconds, sigma=min(math.hypot(deviation, self.unexplained), _UNSURE), source="modelled", because=because)
+
+
+def _together(one: Estimate, other: Estimate) -> Estimate:
+    """Return what two measurements of one thing say."""
+    if other.seconds == one.seconds or not one.sigma or not other.sigma:
+        return other
+    weights = one.sigma**-2, other.sigma**-2
+    seconds = (weights[0] * one.seconds + weights[1] * other.seconds) / sum(weights)
+    return replace(other, seconds=seconds, sigma=sum(weights) ** -0.5)
