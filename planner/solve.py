@@ -80,6 +80,7 @@ def solve(problem: Problem, goal: Goal, *, contiguous: bool = False, time_limit_
     if goal == "latency":
         _contiguous(merged, best) if contiguous else _latency(merged, best)
     else:
+        _in_one_place(merged, best)
         _throughput(merged, best)
     if best.evaluation is None:
         if best.bound == math.inf:
@@ -161,6 +162,15 @@ def _require_supported(problem: Problem, merged: Compact) -> None:
             raise Infeasible(f"no choice supports {what}", advice="allow more choices, or part what is colocated")
         if not held.any():
             raise Infeasible(f"no device that supports {what} has the memory for it", advice="raise memory_bytes, or allow more choices")
+
+
+def _in_one_place(merged: Compact, best: _Best) -> None:
+    """Take the best plan that uses one device, should there be no time for another."""
+    fits = merged.memory.sum(axis=0) <= merged.capacity[merged.device]
+    sums = np.where(fits, merged.cost.sum(axis=0), np.inf)
+    choice = int(sums.argmin())
+    if np.isfinite(sums[choice]):
+        best.offer(merged, [(choice, 0)] * len(merged.members))
 
 
 def _advice(contiguous: bool) -> str:

@@ -324,3 +324,11 @@ def test_places_of_identical_devices_have_numbers_without_gaps() -> None:
     found = solve(read_problem(published("bert24_layer")), "throughput", contiguous=True)
     used = sorted({place for place in found.assignment.values() if place.choice == "acc"})
     assert used == [Place("acc", index) for index in range(len(used))]
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_without_any_time_there_is_the_plan_in_one_place(contiguous: bool) -> None:
+    problem = chain(*[{"a": 2.0, "b": 1.0, "c": 9.0}] * 6, b=3.0)  # b has no memory for all
+    found = solve(problem, "throughput", contiguous=contiguous, time_limit_s=1e-9)
+    assert found.objective <= 12.0 and not found.evaluation.broken
+    assert found.bound <= found.objective
