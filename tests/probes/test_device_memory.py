@@ -113,9 +113,9 @@ def test_a_real_card_counts_a_candidates_memory_and_its_growth(tmp_path: Path) -
         small = compiled(worker, "small", growing_model(tmp_path / "small.onnx", 32), target, one)["device_memory_bytes"]
         large = compiled(worker, "large", growing_model(tmp_path / "large.onnx", 1 << 14), target, one)["device_memory_bytes"]
         worker.call("timed", limit_s=60, name="large", seconds=0.05)
-        assert worker.call("timed", limit_s=60, name="large", seconds=0.05)["device_memory_bytes"] >= large
+        grown = worker.call("timed", limit_s=60, name="large", seconds=0.05)["device_memory_bytes"]  # 2.9 to 7.2 GB was seen
         held = process_memory_bytes(target.device.uid, worker.pid)
-    assert large <= held <= large + small, "both are in this process, and its context once"
+    assert large <= grown <= held <= grown + small, "both are in this process, and its context once"
     assert small < large and large - small >= 1 << 30, "one tensor of 1 GiB at least"
 
 
