@@ -20,7 +20,7 @@ def figure(entrant: Entrant, objective: Objective) -> str:
     """Return what was proven of an entrant in an objective, in words."""
     value = constraint_metrics(entrant).get(objective.metric, math.nan)
     text = human(value, objective.metric)
-    return {"throughput": f"{text} samples", "accuracy": f"cosine {text}"}.get(objective.name, text)
+    return {"throughput": f"{text.removesuffix('/s')} samples/s", "accuracy": f"cosine {text}"}.get(objective.name, text)
 
 
 def alternatives_text(proof: Proof, objectives: Sequence[Objective], describe: Mapping[str, str]) -> str:
