@@ -384,7 +384,7 @@ class Explorer:
 
     def _scout(self, targets: Sequence[Target]) -> None:
         """Find the lowered models that are worth searching with; an earlier run's findings are taken from what was recalled."""
-        self.scout = scout = Scout(self.work, self.measurer, self.known)
+        self.scout = scout = Scout(self.work, self.measurer, self.known, self.barred)
         if self.searched_before:
             found = {target: scout.survivors(target) for target in targets} if self.work.subject.lowered_precisions else {}
         else:

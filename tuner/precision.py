@@ -53,6 +53,7 @@ class Scout:
     work: Work
     measurer: Measurer
     known: Known
+    barred: Callable[[Target, Config], str]  # why the user lets no plan run a config on a target; "" where one may
     judged: dict[tuple[str, str], Mapping[str, float]] = field(default_factory=dict)  # (target, variant) -> accuracy
     problems: dict[tuple[str, str], str] = field(default_factory=dict)  # (target, variant) -> why it is out
     parts: dict[str, Sensitivity] = field(default_factory=dict)  # by variant of the whole
@@ -207,11 +208,12 @@ class Scout:
     # --- mixing
 
     def _plain_ratio(self, target: Target) -> float | None:
-        """Return the best time of the model as it is on a target, over the reference's."""
+        """Return the best time of the model as it is on a target, over the reference's, of what may be the plan."""
         ratios = [
             outcome.ratio
             for candidate, outcome in self.known.values()
             if candidate.target == target and not candidate.config.lowered and outcome.ratio is not None
+            if not self.barred(target, candidate.config)
         ]
         return min(ratios, default=None)
 

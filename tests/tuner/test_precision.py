@@ -52,7 +52,16 @@ def test_a_model_lowered_with_a_data_set_is_judged_by_the_users_metric_and_runs(
     assert [stage["precision"].partition(":")[0] for stage in found["plan"]["stages"]] == ["int8"]
     assert found["accuracy"]["metric"] == "metric" and found["accuracy"]["data"] == "real"
     assert 0.5 <= found["accuracy"]["value"] <= 1.0 and found["accuracy"]["limit"] == 0.5
-    assert "int8" in found["verdict"] and "Your metric is" in found["verdict"]
+    assert "int8" in found["verdict"] and found["verdict"].count("Your metric is") == 1 == found["verdict"].count("held-out samples")
+    assert "your metric" in found["precision"]["sentence"]
+    forms = {(each["target"], each["precision"].partition(":")[0]): each for each in found["precision"]["tried"]}
+    assert all(each["accuracy"]["metric"] >= 0.5 for (_, precision), each in forms.items() if precision == "int8" and not each["problem"])
+    (plan,) = [each for each in found["precision"]["tried"] if each["is_plan"]]
+    assert plan["file_bytes"] < forms["onnxruntime:CPU", "default (fp32)"]["file_bytes"]
+    assert plan["peak_memory_bytes"] > 1e7
+    with Database.open(str(shared.db)) as database:
+        stored = [each.accuracy.get(plan["target"], {}) for each in database.lowerings()]
+    assert any("peak_memory_bytes" in each for each in stored) and not any("metric" in each for each in stored)
     assert all(not each["eligible"] for each in found["baselines"]), "nobody allowed fp32"
 
     plan = json.loads((shared.work / "low.aivmm" / "plan.json").read_text())
@@ -132,6 +141,17 @@ def test_a_service_level_says_what_it_stands_for(shared: Place, tiny: Path) -> N
     assert "service level interactive: objective latency, p99<=100ms" in " ".join(done.out.split())
     plan = json.loads((shared.work / "level.aivmm" / "plan.json").read_text())
     assert (plan["objective"], plan["constraints"]) == ("latency", ["p99<=100ms"])
+
+
+@pytest.mark.slow
+def test_the_plan_is_judged_on_all_that_was_held_out(shared: Place, tiny: Path) -> None:
+    images = np.random.default_rng(7).standard_normal((800, 3, 16, 16)).astype(np.float32)
+    np.savez(shared.work / "many.npz", input=images)
+    limit = ("--constraint", "top1_agreement>=0.5", "--precisions", "int8", "--dataset", "many.npz", "--budget", "40s")
+    done = shared.aivmm("tune", tiny, *TINY, *limit, *FEW[2:], *ONE_RUNTIME, "-o", "many.aivmm")
+    assert done.code == 0, done.err
+    assert "top-1 agreement" in done.json["precision"]["sentence"]
+    assert done.json["precision"]["sentence"].endswith("on 500 held-out samples.")
 
 
 @pytest.mark.slow
