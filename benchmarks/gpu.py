@@ -310,13 +310,16 @@ def two(folder: Path, shared: Path) -> dict[str, Any]:
         if name == "bert":
             names = [node.name for node in PreparedGraph(write_model(folder / "half.onnx", model)).nodes]
             cut = min(index for index, each in enumerate(names) if str(each).startswith(("layer6.", "layer6/")))
-            for depth in (2, 3):
-                parts = [Part("onnxruntime:CUDA:0", 0, cut - 1, settings=setting), Part("onnxruntime:CUDA:1", cut, -1, settings=setting)]
-                pipeline = engine(
-                    folder, name, model, parts, batch=batch, callers=2 * depth, execution=Execution(mode="pipelined", depth=depth)
-                )
+            for copies in (1, 2):
+                parts = [
+                    Part("onnxruntime:CUDA:0", 0, cut - 1, settings=setting, replicas=copies),
+                    Part("onnxruntime:CUDA:1", cut, -1, settings=setting, replicas=copies),
+                ]
+                waiting = 4 * copies  # of each replica of both stages two
+                mode = Execution(mode="pipelined", depth=2)
+                pipeline = engine(folder, name, model, parts, batch=batch, callers=waiting, execution=mode)
                 running.append(pipeline)
-                steps[f"pipeline over two cards, depth {depth}"] = (batch, calls_of(pipeline, model, 2 * depth))
+                steps[f"pipeline over two cards, {copies} of each stage, {waiting} callers"] = (batch, calls_of(pipeline, model, waiting))
         rates[name] = race(steps, rounds=5, seconds=0.6)
         for each in running:
             each.close()
