@@ -23,6 +23,9 @@ def run(
     Raises:
         AivmmError: what the user can fix.
     """
+    if len(models) > 1 and workload is None:
+        advice = "tune one by one, or say with --workload FILE what each is to reach"
+        raise UsageError(f"{len(models)} models are given", advice=advice)
     for each in models:
         if not each.startswith("demo:"):
             require_file(Path(each))  # before devices are looked for, which takes seconds
@@ -35,9 +38,6 @@ def run(
         for note in notes:
             progress.note(note)
         return WorkloadTuner(options, wishes, progress, command=command, notes=list(notes)).run()
-    if len(models) > 1:
-        advice = "tune one by one, or say with --workload FILE what each is to reach"
-        raise UsageError(f"{len(models)} models are given", advice=advice)
     if len(shapes) > 1:
         from aivmm.tuner.buckets import BucketTuner
 
