@@ -20,7 +20,7 @@ from aivmm.planner.records import TrialRecord
 from aivmm.runtime.engine import Engine
 from tests.tuner.harness import TINY, Finished, Place, write_tiny
 
-ARGUMENTS = (*TINY, "--backend", "null", "--budget", "120s", "--trials", "12", "--top", "1", "--seed", "3", "--json")
+ARGUMENTS = (*TINY, "--backend", "null", "--budget", "60s", "--trials", "12", "--top", "1", "--seed", "3", "--json")
 
 
 def asked(place: Place) -> list[tuple[Any, ...]]:
