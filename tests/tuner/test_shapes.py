@@ -327,13 +327,3 @@ def test_open_extents_are_refused_where_no_list_is_given(place: Place, in_proces
     assert (done.code, len(done.error_lines)) == (2, 1) and "asks what runs beside several shapes" in done.err
     done = in_process(place, "tune", "tokens.onnx", "--dim", "rows=4,8", "--other-shapes", "any", "-q")
     assert (done.code, len(done.error_lines)) == (2, 1) and "unknown --other-shapes 'any'; known: refuse, dynamic" in done.err
-
-
-@pytest.mark.slow
-def test_open_extents_are_refused_where_the_file_fixes_them(tmp_path: Path) -> None:
-    place = Place.at(tmp_path)
-    nodes = [helper.make_node("Relu", ["x"], ["y"])]
-    write_model(place.work / "relu.onnx", onnx_model(nodes, [("x", TensorProto.FLOAT, (1, 8))], [("y", TensorProto.FLOAT, (1, 8))]))
-    done = place.aivmm("tune", "relu.onnx", "--shape", "x=1x4,1x8", "--other-shapes", "dynamic", *ONE_RUNTIME, *SMALL)
-    assert done.code == 2 and len(done.error_lines) == 1
-    assert "the model file itself fixes the shape of x: float32[1, 8]" in done.error_lines[0]
