@@ -26,18 +26,17 @@ def run(
     if len(models) > 1 and workload is None:
         advice = "tune one by one, or say with --workload FILE what each is to reach"
         raise UsageError(f"{len(models)} models are given", advice=advice)
-    for each in models:
-        if not each.startswith("demo:"):
-            require_file(Path(each))  # before devices are looked for, which takes seconds
     if workload is not None:
         from aivmm.tuner.served import WorkloadTuner, require_alone
         from aivmm.tuner.workload_file import read_workload
 
         require_alone(options, shapes)
         wishes, notes = read_workload(workload, models)
+        _require_files(models)
         for note in notes:
             progress.note(note)
         return WorkloadTuner(options, wishes, progress, command=command, notes=list(notes)).run()
+    _require_files(models)
     if len(shapes) > 1:
         from aivmm.tuner.buckets import BucketTuner
 
@@ -47,6 +46,13 @@ def run(
             f"--other-shapes {options.other_shapes} asks what runs beside several shapes", advice="list them, such as --dim seq=32,128"
         )
     return Session(options, progress, command=command).run()
+
+
+def _require_files(models: Sequence[str]) -> None:
+    """Tell of a file that is not there before devices are looked for, which takes seconds."""
+    for each in models:
+        if not each.startswith("demo:"):
+            require_file(Path(each))
 
 
 def listed(shapes: Mapping[str, Sequence[int] | Sequence[Sequence[int]]], dims: Mapping[str, int | Sequence[int]]) -> tuple[Wanted, ...]:
