@@ -69,6 +69,8 @@ class Executable:
     def __init__(self, real, fault):
         self._real, self._fault = real, fault
         self.inputs, self.outputs, self.placement = real.inputs, real.outputs, real.placement
+        if fault == "as shape":  # what is of no known shape is read where the runtime put it; else the engine would read its own buffer
+            self.outputs = tuple(replace(each, shape=(*each.shape[:-1], None)) for each in real.outputs)
         self.effective_config = {**real.effective_config, **({"fault": fault} if fault else {})}
 
     def new_request(self):
@@ -218,13 +220,14 @@ def test_what_answers_wrongly_is_shown_with_its_reason_and_never_the_plan(place:
 
 @pytest.mark.slow
 def test_operators_that_crash_cost_one_row_each(place: Place, tiny: Path, plug_ins: Path) -> None:
-    done = tune(place, tiny, plug_ins, FAULT_PARTS="abort")
+    long = ("--budget", "40s")  # on a busy machine the other one is over before an operator's turn
+    done = tune(place, tiny, plug_ins, *long, FAULT_PARTS="abort")
     assert done.code == 0, done.err
     with Database.open(place.db) as database:
         found = list(database.outcomes(kind="operator", all=True))
         assert found and all(isinstance(each, Failed) and "SIGABRT" in each.reason for each in found)
     before = len(found)
-    assert tune(place, tiny, plug_ins, FAULT_PARTS="abort").code == 0
+    assert tune(place, tiny, plug_ins, *long, FAULT_PARTS="abort").code == 0
     with Database.open(place.db) as database:
         assert len(list(database.outcomes(kind="operator", all=True))) == before
 
