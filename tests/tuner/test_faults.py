@@ -224,13 +224,15 @@ def test_operators_that_crash_cost_one_row_each(place: Place, tiny: Path, plug_i
     done = tune(place, tiny, plug_ins, *long, FAULT_PARTS="abort")
     assert done.code == 0, done.err
     with Database.open(place.db) as database:
-        found = list(database.outcomes(kind="operator", all=True))
+        # What was measured to know the target's ceilings is of kind operator too, and made of other files.
+        found = [each for each in database.outcomes(kind="operator", all=True) if not each.key.subject.startswith("ceiling:")]
         assert found, done.err
         assert [each for each in found if not (isinstance(each, Failed) and "SIGABRT" in each.reason)] == []
     before = len(found)
     assert tune(place, tiny, plug_ins, *long, FAULT_PARTS="abort").code == 0
     with Database.open(place.db) as database:
-        assert len(list(database.outcomes(kind="operator", all=True))) == before
+        again = [each for each in database.outcomes(kind="operator", all=True) if not each.key.subject.startswith("ceiling:")]
+        assert len(again) == before
 
 
 BREAKS = [("FAULT_LOOKING", "segfault"), ("FAULT_KNOBS", "vanish"), ("FAULT_BASELINES", "raise")]
