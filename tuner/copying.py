@@ -96,7 +96,9 @@ class Copier:
             )
             for each in order
         ]
-        first, last = copies[0], len(self.work.subject.structure.blocks) - 1
+        batch = next(iter(best.values())).candidate.batch
+        # Blocks of another batch may be numbered differently: the whole is the whole.
+        first, last = copies[0], len(self.work.subject.structure_at(batch).blocks) - 1
         piece = Piece(
             target=first.target,
             config=first.config,
@@ -107,7 +109,6 @@ class Copier:
             share=first.share,
             copies=tuple(copies[1:]),
         )
-        batch = next(iter(best.values())).candidate.batch
         callers = sum(counts[each] * best[each].candidate.callers for each in order)
         draft = Draft(name=name, pieces=(piece,), batch=batch)
         return replace(draft, callers=min(_MOST_CALLERS, callers))
