@@ -32,7 +32,6 @@ def run(
 
         require_alone(options, shapes)
         wishes, notes = read_workload(workload, models)
-        _require_files(models)
         for note in notes:
             progress.note(note)
         return WorkloadTuner(options, wishes, progress, command=command, notes=list(notes)).run()
