@@ -16,6 +16,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from aivmm.runtime.plan import MOST_EXECUTABLES
+
 Pair = tuple[str, str]  # (way slowed, way beside it); of one name, two replicas of it
 Counts = Mapping[str, int]  # way -> replicas; those that are not used are left out
 MeasureFactors = Callable[[Counts], Mapping[Pair, float]]
@@ -74,7 +76,8 @@ def best_copies(ways: Sequence[Way], capacity: Mapping[str, float], factors: Map
         used: dict[str, float] = {}
         for way in ways:
             used[way.device] = used.get(way.device, 0.0) + counts.get(way.name, 0) * way.memory_bytes
-        return all(size <= capacity.get(device, math.inf) for device, size in used.items())
+        few = sum(counts.values()) <= MOST_EXECUTABLES
+        return few and all(size <= capacity.get(device, math.inf) for device, size in used.items())
 
     def worth(counts: Counts) -> tuple[float, int]:
         return _rate(ways, counts, factors), -sum(counts.values())

@@ -249,7 +249,7 @@ def compile_model(
         "strays": len(executable.placement.stray),
     }
     if memory is not None:
-        answer["device_memory_bytes"] = memory.look()
+        answer["device_memory_bytes"] = memory.look() or None  # 0 where what told before tells no more
         state.memories[name] = memory
     if reference:
         answer |= _judged(runner.outputs(arrays), reference)

@@ -201,13 +201,13 @@ def _check_sum(payload: Buffer) -> str:
     return digest.hexdigest()
 
 
-def prune(root: Path, *, keep: Path | None = None, most_bytes: int = MOST_BYTES) -> None:
-    """Remove what dying processes left half written, and the files used longest ago until `most_bytes` are left; `keep` stays."""
+def prune(root: Path, *, suffix: str = ".blob", keep: Path | None = None, most_bytes: int = MOST_BYTES) -> None:
+    """Remove what dying processes left half written, and the `suffix` files used longest ago until `most_bytes` are left; `keep` stays."""
     found: list[tuple[float, int, Path]] = []
     for path in root.glob("*/*"):
         with contextlib.suppress(OSError):
             status = path.lstat()
-            if path.suffix == ".blob" and stat.S_ISREG(status.st_mode):
+            if path.suffix == suffix and stat.S_ISREG(status.st_mode):
                 found.append((status.st_mtime, status.st_size, path))
             elif path.suffix == ".partial" and time.time() - status.st_mtime > _ABANDONED_S:
                 path.unlink()

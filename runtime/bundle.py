@@ -83,7 +83,11 @@ class Bundle:
         try:
             bundle = cls._open(path, signed_by)
             if not read_later:
-                bundle.verify()
+                try:
+                    bundle.verify()
+                except BaseException:  # not handled, only cleaned up: nobody else could close it
+                    bundle.close()
+                    raise
             return bundle
         except OSError as error:
             raise BundleError(f"{path} cannot be read ({error.strerror or error})") from error
@@ -212,7 +216,8 @@ class Reading:
         """Start to read `files` (digests by name) in `folder`; some are `models`. `shown` is what its user calls it, maybe a zip."""
         self.seconds = 0.0
         self.waited_s = 0.0  # by those who had nothing else to do meanwhile
-        self._error: BundleError | None = None
+        # Until all is read and found good, and whatever ends the thread before.
+        self._error: BundleError | None = BundleError(f"{shown} was closed before all of it was read")
         self._given_up = False
         self._thread = threading.Thread(
             target=self._read, args=(folder, dict(files), frozenset(models), shown), name="aivmm-hash", daemon=True
@@ -245,11 +250,16 @@ class Reading:
                 check_content(folder, name, expected, shown)
                 if name in models:
                     refuse_compiled(folder / PurePosixPath(name), shown / name)
+            self._error = None
         except BundleError as error:
             self._error = error
         except OSError as error:
             self._error = BundleError(f"{shown} cannot be read ({error.strerror or error})")
-        self.seconds = perf_counter() - started
+        except BaseException as error:  # noqa: BLE001 - raised by `wait`: what could not be checked is not good
+            self._error = BundleError(f"{shown} cannot be checked ({type(error).__name__}: {' '.join(str(error).split())})")
+            self._error.__cause__ = error
+        finally:
+            self.seconds = perf_counter() - started
 
 
 def unlisted_in(folder: Path, root: str) -> list[str]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -49,6 +51,21 @@ def _check(code: int, what: str) -> None:
         _library().cudaGetLastError()  # else the next call reports it again
         words = _library().cudaGetErrorString(code).decode(errors="replace")
         raise Unsupported(f"CUDA could not {what}: {words}")
+
+
+@contextmanager
+def _on(device: int) -> Iterator[None]:
+    """Do what is inside on the card with CUDA's index `device`. The calling thread's own choice of a card stays."""
+    library, before = _library(), ctypes.c_int()
+    _check(library.cudaGetDevice(ctypes.byref(before)), "tell its device")
+    if before.value == device:
+        yield
+        return
+    _check(library.cudaSetDevice(device), f"use device {device}")
+    try:
+        yield
+    finally:
+        library.cudaSetDevice(before)
 
 
 class _Block:
@@ -100,18 +117,14 @@ class Stream:
 
     def __init__(self, device: int) -> None:
         """Make one on the card with CUDA's index `device`. The calling thread's own choice of a card stays."""
-        library, before = _library(), ctypes.c_int()
+        library = _library()
         self._stream = ctypes.c_void_p()
         self._events = [ctypes.c_void_p() for _ in range(_SLOTS)]
         self._slots: list[Buffer] = []  # page-locked, for what comes from other memory
-        _check(library.cudaGetDevice(ctypes.byref(before)), "tell its device")
-        _check(library.cudaSetDevice(device), f"use device {device}")
-        try:
+        with _on(device):
             _check(library.cudaStreamCreateWithFlags(ctypes.byref(self._stream), ctypes.c_uint(_NON_BLOCKING)), "make a stream")
             for event in self._events:
                 _check(library.cudaEventCreateWithFlags(ctypes.byref(event), ctypes.c_uint(_NO_TIMING)), "make an event")
-        finally:
-            library.cudaSetDevice(before)
         self._copy, self._wait = library.cudaMemcpyAsync, library.cudaStreamSynchronize
         self._copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
         self._wait.argtypes = [ctypes.c_void_p]
@@ -140,8 +153,8 @@ class Stream:
         for number, start in enumerate(range(0, raw.size, _SLOT_BYTES)):
             slot, event = self._slots[number % _SLOTS], self._events[number % _SLOTS]
             size = min(_SLOT_BYTES, raw.size - start)
-            if number >= _SLOTS:
-                _check(reached(event), "finish a copy")
+            # The card may still read what lies there, from this array or the one before; where nothing was recorded this returns at once.
+            _check(reached(event), "finish a copy")
             slot[:size] = raw[start : start + size]
             self.copy(destination + start, slot.ctypes.data, size)
             _check(record(event, self._stream), "mark a copy")
@@ -160,6 +173,7 @@ class Stream:
             _library().cudaStreamDestroy(self._stream)
 
 
-def wait_for_producers() -> None:
-    """Return when what others wrote to their tensors on the legacy stream, where DLPack has them ready, is written."""
-    _check(_library().cudaStreamSynchronize(ctypes.c_void_p(_LEGACY_STREAM)), "wait for a tensor")
+def wait_for_producers(device: int) -> None:
+    """Return when what others wrote to their tensors on the legacy stream of one card, where DLPack has them ready, is written."""
+    with _on(device):  # each card has a legacy stream of its own, and which one is meant goes by the thread's card
+        _check(_library().cudaStreamSynchronize(ctypes.c_void_p(_LEGACY_STREAM)), "wait for a tensor")

@@ -135,7 +135,7 @@ class DriftMonitor:
         blocks = len(self._warm) // BLOCK
         if blocks < _WARMUP_BLOCKS or (self._warm_ns < self._warm_until_ns and blocks < _WARMUP_MOST):
             return None
-        call_ns = median(self._warm)
+        call_ns = max(1.0, median(self._warm))  # a coarse clock may have seen none of it
         self._most_ns = int(2 * call_ns) + _SLICE_NS
         self._logs = [math.log(mean) for mean in _means(self._warm, self._most_ns, self._least_ns)]
         baseline, unsure = self._learn()

@@ -34,12 +34,12 @@ from aivmm.runtime.ort_options import (
     cpu_knobs,
     cuda_knobs,
     provider_knobs,
-    tensorrt_caches,
     tensorrt_knobs,
 )
 from aivmm.runtime.ort_requests import BoundRequest, FeedRequest, RebindingRequest, StagedRequest, device_tensor, shared_tensor, words
 from aivmm.runtime.ort_strays import read_strays
 from aivmm.runtime.target import Device, Target, Unavailable
+from aivmm.runtime.tensorrt_cache import tensorrt_caches
 from aivmm.tensors import TensorSpec
 
 # A model of one Relu on float32[4] (onnx.helper, opset 17, IR 8): what a trial compile compiles.
@@ -192,6 +192,8 @@ class OnnxRuntime:
         if weights is not None:  # without a path of its own, a model's weights are looked for in the current folder
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
         provider = PROVIDERS[_kind(target)].name
+        if _kind(target) == "TensorRT":
+            provider_options |= tensorrt_caches(source if isinstance(source, bytes) else Path(source), config)
         _load_libraries(_kind(target))
         try:
             session = _ort().InferenceSession(source, options, providers=[(provider, provider_options)], enable_fallback=0)
@@ -227,8 +229,6 @@ class OnnxRuntime:
                 _set(options, name, value)
             else:
                 raise Unsupported(f"{target} has no setting {name!r}", advice="see the target's knobs for what can be set")
-        if _kind(target) == "TensorRT":
-            provider_options |= tensorrt_caches()
         return options, provider_options
 
     def _try(self, kind: str, name: str, device: Device, index: int | None) -> Target | Unavailable:

@@ -14,7 +14,6 @@ import psutil
 
 from aivmm.runtime.config import Knob
 from aivmm.runtime.cpu import usable_cores
-from aivmm.runtime.folders import cache_folder
 from aivmm.runtime.nvidia import EXTRA_ADVICE, TENSORRT_ADVICE
 from aivmm.runtime.target import DeviceKind
 
@@ -290,19 +289,3 @@ def tensorrt_knobs() -> tuple[Knob, ...]:
         ),
         Knob(prefix + "trt_auxiliary_streams", "int", "branches of the graph side by side", low=-1, high=4, default=-1),
     )
-
-
-def tensorrt_caches() -> dict[str, str]:
-    """Return the options that keep engines and timings in the user's cache folder, where no stranger writes; none where nobody can."""
-    folder = cache_folder() / "tensorrt"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return {}
-    place = str(folder)
-    return {
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": place,
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": place,
-    }

@@ -253,7 +253,7 @@ def shared_tensor(array: Any, spec: TensorSpec, device: int) -> DeviceTensor:
         tensor = ort_value().from_dlpack(array)
     except Exception as error:
         raise UsageError(f"the input {spec.name!r} cannot be taken through DLPack: {words(error)}", advice="make it contiguous") from error
-    wait_for_producers()
+    wait_for_producers(device)
     found = TensorSpec(name=spec.name, dtype=ELEMENT_TYPES.get(tensor.element_type(), "unknown"), shape=tuple(tensor.shape()))
     if found.dtype != spec.dtype or not _fits(found.shape, spec.shape):
         raise UsageError(f"the input {spec} was given as {found}")

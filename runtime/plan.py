@@ -7,20 +7,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from aivmm.errors import BundleError, UsageError
 from aivmm.runtime.config import Config, Setting
 from aivmm.tensors import TensorSpec
 
 SCHEMA = 1
+MOST_EXECUTABLES = 64  # of a stage: its replicas and those of its copies
+MOST_LANES = 1024  # requests in flight
+_SHORTEST_S = 1e-12  # of a call: less is no time at all, and monitors take logarithms
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
 Extent = Annotated[int, Field(ge=0, lt=1 << 48)]
 ModelFile = Annotated[str, Field(pattern=r"\.onnx$")]  # by its suffix a runtime would take it for some other format, and read more files
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Replicas = Annotated[int, Field(ge=1, le=64)]
+Replicas = Annotated[int, Field(ge=1, le=MOST_EXECUTABLES)]
+Callers = Annotated[int, Field(ge=1, le=MOST_LANES)]
 Weight = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Value = Annotated[bool | int | Finite | str, Field(union_mode="smart")]
@@ -88,6 +92,13 @@ class Stage(_Part):
     inputs: list[Tensor]
     outputs: list[Tensor]
 
+    @model_validator(mode="after")
+    def _few_executables(self) -> Stage:
+        count = self.replicas + sum(each.replicas for each in self.copies)
+        if count > MOST_EXECUTABLES:
+            raise ValueError(f"{count} replicas, those of its copies among them, and a stage may have {MOST_EXECUTABLES}")
+        return self
+
     @property
     def compiled_with(self) -> Config:
         """The config, as it was searched; see `Config.compiled_for` for what a target is asked for."""
@@ -130,6 +141,17 @@ class Number(_Part):
     high: Finite | None = None
     source: Literal["measured", "interpolated", "modelled"]
     samples: int = 0
+
+
+def _calls_take_time(expected: dict[str, Number]) -> dict[str, Number]:
+    for name in ("median_s", "p99_s"):  # other times may be 0: what nodes on the CPU cost where there are none
+        number = expected.get(name)
+        if number is not None and min(number.value, number.value if number.high is None else number.high) < _SHORTEST_S:
+            raise ValueError(f"{name} says that a call takes no time, or less")
+    return expected
+
+
+Expected = Annotated[dict[str, Number], AfterValidator(_calls_take_time)]  # metric -> number: "median_s", "throughput_per_s", ...
 
 
 class Accuracy(_Part):
@@ -185,10 +207,10 @@ class Alternative(_Part):
     name: str
     objective: str = ""
     batch: Count | None = None
-    callers: Annotated[int, Field(ge=1, le=1024)] | None = None
+    callers: Callers | None = None
     stages: list[Stage] = Field(min_length=1)
     execution: Execution = Execution()
-    expected: dict[str, Number] = {}
+    expected: Expected = {}
 
 
 class Plan(_Part):
@@ -201,10 +223,10 @@ class Plan(_Part):
     objective: str
     constraints: list[str] = []
     batch: Count
-    callers: Annotated[int, Field(ge=1, le=1024)] = 1  # requests in flight for which the numbers hold
+    callers: Callers = 1  # requests in flight for which the numbers hold
     stages: list[Stage] = Field(min_length=1)
     execution: Execution = Execution()
-    expected: dict[str, Number] = {}  # metric -> number: "latency_s", "throughput_per_s", ...
+    expected: Expected = {}
     accuracy: Accuracy | None = None
     certificate: Certificate | None = None
     environments: list[Conditions] = []
@@ -240,6 +262,16 @@ class Plan(_Part):
                 if each.name not in known:
                     raise ValueError(f"no stage makes the output {each.name!r}")
                 _require_agreement(_at_batch(each.spec, self.batch, batch), known[each.name])
+        return self
+
+    @model_validator(mode="after")
+    def _few_lanes(self) -> Plan:
+        for way in (self, *self.alternatives, *self.fallbacks):
+            copies = max(len(each.kinds()) for each in way.stages)
+            lanes = copies * way.execution.depth * len(way.stages) if way.execution.mode == "pipelined" else copies
+            if lanes > MOST_LANES:
+                text = f"{len(way.stages)} stages with {way.execution.depth} requests for each, in up to {copies} replicas"
+                raise ValueError(f"{text}, are {lanes} requests in flight, and {MOST_LANES} may be")
         return self
 
     def stage_lists(self) -> tuple[Sequence[Stage], ...]:

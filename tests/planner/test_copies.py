@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aivmm.planner.copies import Counts, Pair, Way, best_copies, place_copies, rates
+from aivmm.runtime.plan import MOST_EXECUTABLES
 
 FREE: Mapping[Pair, float] = dict.fromkeys(itertools.product("abc", repeat=2), 1.0)
 
@@ -57,6 +58,11 @@ def test_no_more_replicas_than_the_memory_holds() -> None:
     assert found.counts == {"a": 2}
     assert place_copies(ways, fixed(FREE), capacity={"a": 15.0}) is None
     assert place_copies(ways, fixed(FREE), capacity={"a": 5.0}) is None
+
+
+def test_no_more_replicas_than_a_stage_may_have() -> None:
+    found = place_copies([way("a", 0.01, most=40), way("b", 0.01, most=40)], fixed(FREE))
+    assert found is not None and sum(found.counts.values()) == MOST_EXECUTABLES
 
 
 def test_two_targets_of_one_device_share_its_memory() -> None:

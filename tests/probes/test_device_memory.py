@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from aivmm.errors import Unsupported
-from aivmm.probes import wire
+from aivmm.probes import device_memory, wire
 from aivmm.probes.client import Worker
+from aivmm.probes.device_memory import memory_of
 from aivmm.probes.operations import save_arrays
 from aivmm.probes.race import Contestant
 from aivmm.runtime.config import Config
@@ -85,6 +88,61 @@ def test_a_cpu_has_no_memory_of_its_own_to_count(tmp_path: Path) -> None:
     with Worker("memory") as worker:
         answer = compiled(worker, "m", write_model(tmp_path / "chain.onnx", chain_model()), target, inputs)
     assert "device_memory_bytes" not in answer
+
+
+class _Carded(NullBackend):
+    """A null backend whose card is one of NVIDIA's to whoever counts memory. NVML says what it was seen to say, before and after a load."""
+
+    loads = 0
+
+    def compile(self, model: Path | bytes, target: Target, config: Config) -> Any:
+        self.loads += 1
+        return super().compile(model, target, config)
+
+
+def carded(monkeypatch: pytest.MonkeyPatch, process: Callable[[int], int]) -> tuple[_Carded, Target]:
+    """Return a backend and its card, which 1000 bytes of others are on, and 500 more for each load; `process` is NVML's answer by loads."""
+    backend, card = _Carded(), null_card()
+    monkeypatch.setattr(device_memory, "card_memory_bytes", lambda uid: 1000 + 500 * backend.loads)
+    monkeypatch.setattr(device_memory, "process_memory_bytes", lambda uid, pid: process(backend.loads))
+    return backend, replace(card, device=replace(card.device, uid="GPU-0"))
+
+
+def _not_told(loads: int) -> int:
+    if loads:
+        raise Unsupported("NVML lists no process 7; in a container it knows processes by the host's ids")
+    return 0  # nobody is on the card yet
+
+
+@pytest.mark.parametrize(
+    ("process", "context"),
+    [(_not_told, 500), (lambda loads: 0, 500), (lambda loads: 700 + 500 * loads, 1200)],
+    ids=["by the host's ids", "no process at all", "told"],
+)
+def test_how_to_ask_is_chosen_once_the_process_is_on_the_card(
+    monkeypatch: pytest.MonkeyPatch, process: Callable[[int], int], context: int
+) -> None:
+    backend, card = carded(monkeypatch, process)
+    contexts: dict[Target, int] = {}
+    for _ in range(2):  # the context is taken once, and added each time
+        memory = memory_of(backend, card, contexts)
+        assert memory is not None and contexts == {card: context}
+        backend.loads += 1
+        assert memory.look() == context + 500
+
+
+def test_a_card_that_tells_no_more_costs_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: object) -> int:
+        raise Unsupported("NVML failed")
+
+    backend, card = carded(monkeypatch, _not_told)
+    memory = memory_of(backend, card, {})
+    assert memory is not None and memory.look() == 500
+    monkeypatch.setattr(device_memory, "card_memory_bytes", silent)
+    backend.loads += 1
+    assert memory.look() == 500
+    assert memory_of(backend, card, {}) is None and memory_of(backend, card, {card: 500}) is None
+    assert memory_of(backend, replace(card, device=replace(card.device, kind="cpu", uid="")), {}) is None and backend.loads == 2
 
 
 class _Full:

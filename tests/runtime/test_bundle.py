@@ -11,6 +11,8 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -528,6 +530,47 @@ def test_contents_are_read_while_the_engine_loads_and_told_apart(tmp_path: Path)
     with Engine.load(bundle) as engine:
         stats = engine.stats()
         assert 0 < stats["hash_s"] < 60 and 0 <= stats["hash_wait_s"] <= stats["load_s"]
+
+
+@pytest.mark.parametrize("error", [MemoryError("no\nroom"), RecursionError(), ValueError("odd"), KeyboardInterrupt()], ids=repr)
+def test_a_check_that_ends_before_its_time_never_says_good(bundle: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("aivmm.runtime.bundle.refuse_compiled", fail)
+    with pytest.raises(BundleError, match=f"cannot be checked .{type(error).__name__}") as caught:
+        Bundle.open(bundle)
+    assert caught.value.__cause__ is error and "\n" not in str(caught.value)
+
+
+def test_a_bundle_that_was_closed_while_it_was_read_is_not_found_good(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> None:
+        begun.set()
+        go_on.wait(60)
+
+    monkeypatch.setattr("aivmm.runtime.bundle.check_content", slow)
+    opened = Bundle.open(bundle, read_later=True)
+    assert begun.wait(60) and opened._reading is not None
+    closing = threading.Thread(target=opened.close)
+    closing.start()
+    while not opened._reading._given_up:
+        time.sleep(0.001)
+    go_on.set()
+    closing.join()
+    with pytest.raises(BundleError, match="was closed before all of it was read"):
+        opened.verify()
+
+
+def test_what_a_refused_zip_was_unpacked_to_is_gone(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "unpacked").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "unpacked"))
+    file = next(bundle.glob("segments/*.onnx"))
+    file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(BundleError, match="was changed") as caught:
+        Bundle.open(zipped(bundle, tmp_path / "m.zip"))
+    assert caught.value and not list((tmp_path / "unpacked").iterdir())  # while the error is still held, and all that it refers to
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["compiled", "from the cache"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from onnx import TensorProto, helper
 
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.config import Config
-from aivmm.runtime.cuda import is_pinned, pinned_empty
+from aivmm.runtime.cuda import _check, _library, is_pinned, pinned_empty, wait_for_producers
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.finding import find_named
 from aivmm.runtime.plan import Copy, Execution
@@ -47,6 +48,26 @@ def test_a_changed_array_is_read_anew(tmp_path: Path, settings: Any, rows: int) 
         for seed in range(5):
             array[...] = normal(rows, 64, seed=seed)
             _close(engine.run({"x": array})["y"], reference(model, {"x": array})["y"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1 << 13, 1 << 18, 5 << 18], ids=["64 KiB", "2 MiB", "10 MiB"])
+def test_several_inputs_on_their_way_to_the_card_leave_each_other_alone(tmp_path: Path, rows: int) -> None:
+    """They go through the same page-locked pieces, which the card may still be reading when the next input comes."""
+    names = ["a", "b", "c", "d"]
+    nodes = [
+        helper.make_node("Sub", names[:2], ["x"]),
+        helper.make_node("Sub", names[2:], ["z"]),
+        helper.make_node("Mul", ["x", "z"], ["y"]),
+    ]
+    shape = (rows, 2)
+    model = onnx_model(nodes, [(each, TensorProto.FLOAT, shape) for each in names], [("y", TensorProto.FLOAT, shape)])
+    with _engine(tmp_path, model, Part(CUDA, settings=PINNED)) as engine:
+        for seed in range(20):
+            feed = {name: np.full(shape, (seed + 1) * 10.0**at, dtype=np.float32) for at, name in enumerate(names)}
+            assert not any(map(is_pinned, feed.values()))
+            wanted = (feed["a"] - feed["b"]) * (feed["c"] - feed["d"])
+            np.testing.assert_allclose(engine.run(feed)["y"], wanted, rtol=1e-6)
 
 
 @pytest.mark.gpu
@@ -139,6 +160,23 @@ def test_the_engine_gives_arrays_that_are_read_without_a_copy(tmp_path: Path) ->
         for seed in range(3):
             inputs["x"][...] = normal(512, 64, seed=seed)
             _close(engine.run(inputs)["y"], reference(model, inputs)["y"])
+
+
+@pytest.mark.gpu(count=2)
+def test_a_tensor_on_the_second_card_is_taken_there_and_the_threads_card_stays(tmp_path: Path) -> None:
+    import onnxruntime
+
+    model, array = chain_model(rows=512, width=64), normal(512, 64)
+    with _engine(tmp_path, model, Part("onnxruntime:CUDA:1", settings=PINNED)) as engine:
+        there = onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", 1)
+        for chosen in (0, 1):
+            _check(_library().cudaSetDevice(chosen), "choose a card")
+            _close(engine.run({"x": there})["y"], reference(model, {"x": array})["y"])
+            wait_for_producers(1 - chosen)
+            now = ctypes.c_int(-1)
+            _check(_library().cudaGetDevice(ctypes.byref(now)), "tell its card")
+            assert now.value == chosen
+        _check(_library().cudaSetDevice(0), "choose a card")
 
 
 @pytest.mark.gpu(count=2)

@@ -223,6 +223,13 @@ def test_a_plan_without_a_latency_is_watched_against_its_own_beginning() -> None
     assert event.plan_s is None and "the plan names no latency" in str(event)
 
 
+def test_a_clock_that_sees_nothing_of_a_call_costs_no_request() -> None:
+    watch = monitor()
+    for _ in range(9000):  # as many blocks as a warm-up takes at most, and more
+        watch.add([0] * BLOCK)
+    assert watch.state()["state"] == "inside"
+
+
 def test_many_threads_may_feed_it() -> None:
     watch = DriftMonitor(plan_says(), tell=quiet)
     calls = [int(CALL_S * 1e9)] * BLOCK

@@ -21,6 +21,9 @@ X, Y, Z = ({"name": name, "dtype": "float32", "shape": [1, None]} for name in "x
 DIGEST = "a" * 64
 
 
+COPY = {"model": "segments/a.onnx", "target": "onnxruntime:CPU", "precision": "fp32"}
+
+
 def raw(**changes: Any) -> dict[str, Any]:
     stage = {"model": "segments/a.onnx", "target": "openvino:CPU", "precision": "fp32", "config": {"NUM_STREAMS": 2}, "blocks": [0, 3]}
     return {
@@ -87,6 +90,8 @@ def test_how_stages_are_run_is_part_of_a_plan_and_old_plans_run_one_after_the_ot
     [
         (lambda p: p["stages"][0].update(replicas=0), "stages.0.replicas"),
         (lambda p: p["stages"][0].update(replicas=65), "stages.0.replicas"),
+        (lambda p: p["stages"][1].update(replicas=32, copies=[COPY | {"replicas": 33}]), "stages.1: Value error, 65 replicas"),
+        (lambda p: p["stages"][0].update(copies=[COPY] * 64), "stages.0: Value error, 65 replicas"),
         (lambda p: p.update(execution={"mode": "parallel"}), "execution.mode"),
         (lambda p: p.update(execution={"depth": 0}), "execution.depth"),
         (lambda p: p.update(execution={"batching": {"max_batch": 0}}), "execution.batching.max_batch"),
@@ -120,6 +125,40 @@ def test_what_a_plan_may_not_hold_is_refused_at_its_place(change: Callable[[dict
     change(plan)
     with pytest.raises(BundleError, match=rf"^here: {place}"):
         parse_plan(json.dumps(plan), "here")
+
+
+def ways(**changes: Any) -> list[dict[str, Any]]:
+    """Return plans of which a way to run the model is changed: the plan's own, an alternative, a fallback."""
+    other = {"name": "other", "stages": raw()["stages"], **changes}
+    return [raw(**changes), raw(alternatives=[other]), raw(fallbacks=[other])]
+
+
+@pytest.mark.parametrize("name", ["median_s", "p99_s"])
+@pytest.mark.parametrize(
+    "number", [{"value": 0.0}, {"value": -1.0}, {"value": 1e-320}, {"value": 1.0, "high": -1.0}, {"value": 1.0, "high": 0.0}]
+)
+def test_a_call_that_takes_no_time_is_refused_in_every_way_through_the_plan(name: str, number: dict[str, float]) -> None:
+    """A drift monitor takes the logarithm of it, inside of a request."""
+    for plan in ways(expected={name: {**number, "source": "measured"}}):
+        with pytest.raises(BundleError, match=rf"^here: \S*expected: Value error, {name} says that a call takes no time, or less$"):
+            parse_plan(json.dumps(plan), "here")
+    for plan in ways(expected={name: {"value": 1e-9, "low": 0.0, "source": "measured"}, "stray_s": {"value": 0.0, "source": "measured"}}):
+        parse_plan(json.dumps(plan), "here")
+
+
+def test_as_many_executables_as_a_stage_may_have_and_no_more_requests_in_flight_than_a_plan_may_ask_for() -> None:
+    plan = raw()
+    plan["stages"][1].update(replicas=32, copies=[COPY | {"replicas": 32}])
+    assert len(parse_plan(json.dumps(plan), "here").stages[1].kinds()) == 64
+    for depth in (8, 9):
+        for each in ways(execution={"mode": "pipelined", "depth": depth}, stages=plan["stages"]):
+            if depth == 8:
+                parse_plan(json.dumps(each), "here")
+                continue
+            with pytest.raises(
+                BundleError, match="2 stages with 9 requests for each, in up to 64 replicas, are 1152 requests in flight, and 1024"
+            ):
+                parse_plan(json.dumps(each), "here")
 
 
 def rewired(**stage_edges: tuple[int, str, list[dict[str, Any]]]) -> dict[str, Any]:
