@@ -266,7 +266,8 @@ class Plan(_Part):
 
     @model_validator(mode="after")
     def _few_lanes(self) -> Plan:
-        for way in (self, *self.alternatives, *self.fallbacks):
+        ways: tuple[Plan | Alternative, ...] = (self, *self.alternatives, *self.fallbacks)
+        for way in ways:
             copies = max(len(each.kinds()) for each in way.stages)
             lanes = copies * way.execution.depth * len(way.stages) if way.execution.mode == "pipelined" else copies
             if lanes > MOST_LANES:

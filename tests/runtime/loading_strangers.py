@@ -28,7 +28,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
 _CHANGING = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown"}
 _RUNNING = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "ctypes.dlopen", "socket.connect"}
 _RUNNING |= {"pickle.find_class"}
-_DRIVER = "libnvidia-ml.so.1"  # looked for where a plan names a GPU of that maker
+_DRIVERS = ("libnvidia-ml.so.1", "libcuda.so.1")  # looked for where a plan names a GPU of that maker
 
 
 def absolute(path: Any, folder: Any = -1) -> Path:
@@ -63,7 +63,7 @@ class Watch:
                 path = absolute(arguments[0], arguments[-1] if event in ("os.remove", "os.rmdir", "os.mkdir", "os.chmod") else -1)
                 if self.temporary not in path.parents:
                     self.found.append(f"{event} {path}")
-            elif event in _RUNNING and arguments[0] != _DRIVER:
+            elif event in _RUNNING and arguments[0] not in _DRIVERS:
                 self.found.append(f"{event} {arguments[0]!r:.100}")
         finally:
             self.on = True
