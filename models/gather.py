@@ -16,12 +16,12 @@ from aivmm.models.slice import WeightStore
 
 
 class Gatherer:
-    """Copies segments to `folder`, each under a name made of its content."""
+    """Copies segments to `folder`, each under a name made of its content. `store` takes their weights, by default one of its own there."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, store: WeightStore | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._store = WeightStore(folder / "weights.bin")
+        self._store = store or WeightStore(folder / "weights.bin")
 
     def take(self, segment: Path) -> tuple[Path, tuple[Path, ...]]:
         """Copy the segment at `segment`, its weights beside it, and return the copy with the files of weights that it needs.

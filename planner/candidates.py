@@ -134,6 +134,11 @@ class Draft:
         """What everything is compiled with, in order."""
         return tuple(each.config for piece in self.pieces for each in piece.everywhere())
 
+    @property
+    def lowered(self) -> str | None:
+        """The first lowered form of the model that it runs anywhere, copies included; None where it runs none."""
+        return next((each.lowered for each in self.all_configs if each.lowered), None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:

@@ -64,8 +64,17 @@ def _rate(ways: Sequence[Way], counts: Counts, factors: Mapping[Pair, float]) ->
     return math.fsum(rates(ways, counts, factors).values())
 
 
-def best_copies(ways: Sequence[Way], capacity: Mapping[str, float], factors: Mapping[Pair, float], *, tolerance: float = 0.0) -> Counts:
+def best_copies(
+    ways: Sequence[Way],
+    capacity: Mapping[str, float],
+    factors: Mapping[Pair, float],
+    *,
+    tolerance: float = 0.0,
+    refused: Sequence[Counts] = (),
+) -> Counts:
     """Return the plan of the greatest rate that no device's memory forbids; {} where not one copy fits.
+
+    Plans that hold all copies of a `refused` one are left out: what does not run does not run beside more.
 
     Of plans that are slower than that by no more than `tolerance` (relative) the one of the fewest copies, and of those the fastest:
     factors are measured, and a copy that noise recommends costs memory. Exact where there are few plans; otherwise the copy that adds most
@@ -76,6 +85,8 @@ def best_copies(ways: Sequence[Way], capacity: Mapping[str, float], factors: Map
         used: dict[str, float] = {}
         for way in ways:
             used[way.device] = used.get(way.device, 0.0) + counts.get(way.name, 0) * way.memory_bytes
+        if any(all(counts.get(name, 0) >= number for name, number in each.items()) for each in refused):
+            return False
         few = sum(counts.values()) <= MOST_EXECUTABLES
         return few and all(size <= capacity.get(device, math.inf) for device, size in used.items())
 
@@ -112,24 +123,27 @@ def place_copies(
 ) -> Copies | None:
     """Return the best plan of several copies whose effect on each other was measured; None where one copy is best, or nothing was measured.
 
-    `measure` returns the factors of the copies of a plan, and nothing where they cannot be measured; it is asked at most `most` times.
+    `measure` returns the factors of the copies of a plan, and nothing where they cannot be measured; it is asked at most `most` times. A
+    plan that cannot be measured is no plan, nor is one with more copies; fewer may be.
     `capacity` is the memory of devices, by name; a device that it lacks has no limit. For `tolerance` see `best_copies`.
     """
     factors: dict[Pair, float] = {}
     seen: list[tuple[tuple[str, int], ...]] = []
-    limits, bound = capacity or {}, math.inf
+    refused: list[Counts] = []
+    limits, bound, asked = capacity or {}, math.inf, 0
     while True:
-        counts = best_copies(ways, limits, factors, tolerance=tolerance)
-        bound = _rate(ways, best_copies(ways, limits, factors), factors)
+        counts = best_copies(ways, limits, factors, tolerance=tolerance, refused=refused)
+        bound = _rate(ways, best_copies(ways, limits, factors, refused=refused), factors)
         if sum(counts.values()) < 2:
             break
         pairs = pairs_of(counts)
         if any(pair not in factors for pair in pairs):
-            if len(seen) == most:
+            if asked == most:
                 break
-            known = measure(counts)
+            known, asked = measure(counts), asked + 1
             if any(pair not in known for pair in pairs):
-                break
+                refused.append(counts)
+                continue
             factors |= {pair: max(1.0, known[pair]) for pair in pairs}
         key = tuple(sorted(counts.items()))
         if key in seen:

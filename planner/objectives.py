@@ -11,6 +11,7 @@ from aivmm.errors import UsageError
 from aivmm.planner.candidates import Candidate, Score
 
 _LEAST_ERROR = 1e-7  # of a cosine: below it there is rounding only
+_LEAST = 1e-9  # s, J, bytes: below it no clock and no counter tells anything apart, and some read 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,8 @@ class Objective:
         """Return the loss of a value of the metric, in SI units."""
         if self.name == "accuracy":
             return math.log(max(1.0 - value, _LEAST_ERROR))
-        return math.log(value) if self.better == "less" else -math.log(value)
+        loss = math.log(max(value, _LEAST))
+        return loss if self.better == "less" else -loss
 
 
 OBJECTIVES: Mapping[str, Objective] = {
@@ -65,7 +67,7 @@ def parse_objectives(text: str) -> tuple[Objective, ...]:
     """Return the objectives of `latency` or `latency,throughput`, the first of which decides what the plan is.
 
     Raises:
-        UsageError: one is unknown, named twice, or none is named.
+        UsageError: one is unknown, named twice, or none is named; or two of them cannot be seen of the same calls.
     """
     names = [part.strip() for part in text.split(",")]
     for name in names:
@@ -73,6 +75,9 @@ def parse_objectives(text: str) -> tuple[Objective, ...]:
             raise UsageError(f"unknown objective {name!r}", advice=f"choose from {', '.join(OBJECTIVES)}; several are joined by commas")
     if len(set(names)) < len(names):
         raise UsageError(f"--objective {text!r} names one objective twice", advice="name each once, the one that matters most first")
+    if {"throughput", "p99"} <= set(names):
+        problem = f"--objective {text!r}: p99 is measured of one call at a time, and throughput is tried with several at once"
+        raise UsageError(problem, advice="tune for each alone; the second tuning knows what the first measured")
     return tuple(OBJECTIVES[name] for name in names)
 
 

@@ -358,10 +358,18 @@ def stages(state: State, *, name: str, inputs: str, seconds: float) -> dict[str,
     return {"stages": [{"placed": one, "alone": other} for one, other in zip(placed, alone, strict=True)], "called": called}
 
 
-def outputs(state: State, *, name: str, inputs: str, destination: str) -> dict[str, Any]:
-    """Run once on the arrays in `inputs` and write the outputs to `destination`."""
-    save_arrays(destination, state.runners[name].outputs(load_arrays(inputs)))
-    return {}
+def outputs(state: State, *, name: str, inputs: str, destination: str, everywhere: bool = False) -> dict[str, Any]:
+    """Run once on the arrays in `inputs` and write the outputs to `destination`; returns the `files`.
+
+    With `everywhere`, and stages that have copies, run once through each: the files beyond the first are numbered. Their order is the same
+    in each call.
+    """
+    runner, arrays = state.runners[name], load_arrays(inputs)
+    found = _everywhere(runner, arrays) if everywhere else [runner.outputs(arrays)]
+    files = [destination, *(f"{destination.removesuffix('.npz')}-copy{index}.npz" for index in range(1, len(found)))]
+    for file, each in zip(files, found, strict=True):
+        save_arrays(file, each)
+    return {"files": files}
 
 
 def judge_again(state: State, *, name: str, inputs: str, reference: str) -> dict[str, Any]:
@@ -369,10 +377,13 @@ def judge_again(state: State, *, name: str, inputs: str, reference: str) -> dict
     return _judged_everywhere(state.runners[name], load_arrays(inputs), reference)
 
 
+def _everywhere(runner: Runner, inputs: Mapping[str, Buffer]) -> list[dict[str, Buffer]]:
+    return runner.each_outputs(inputs) if isinstance(runner, EngineRunner) else [runner.outputs(inputs)]
+
+
 def _judged_everywhere(runner: Runner, inputs: Mapping[str, Buffer], reference: str) -> dict[str, Any]:
     """Judge what a runner answers; where it runs in several places, by the worst of them."""
-    found = runner.each_outputs(inputs) if isinstance(runner, EngineRunner) else [runner.outputs(inputs)]
-    judged = [_judged(each, reference) for each in found]
+    judged = [_judged(each, reference) for each in _everywhere(runner, inputs)]
     problem = next((each["problem"] for each in judged if each["problem"]), "")
     return {"accuracy": combined([each["accuracy"] for each in judged]), "problem": problem}
 

@@ -32,14 +32,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     mark = item.get_closest_marker("gpu")
     if mark is not None:
         pattern = mark.args[0] if mark.args else "onnxruntime:CUDA"
-        found, reason = _targets_like(pattern)
+        found, reason = targets_like(pattern)
         wanted = mark.kwargs.get("count", 1)
         if len(found) < wanted:
             pytest.skip(reason if not found else f"{len(found)} of {wanted} {pattern} that it needs are here")
 
 
 @cache
-def _targets_like(pattern: str) -> tuple[tuple[Target, ...], str]:
+def targets_like(pattern: str) -> tuple[tuple[Target, ...], str]:
     """Return the targets of this machine that `pattern` names, and when there are none, why."""
     everything = _targets(pattern.partition(":")[0])
     found = tuple(each for each in everything if isinstance(each, Target) and matches(pattern, str(each)))

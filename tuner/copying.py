@@ -28,6 +28,11 @@ class Known:
     memory_bytes: float = 0.0  # that it was seen to hold on its device; 0 where that is not counted
 
 
+def can_be_copied(candidate: Candidate) -> bool:
+    """Say whether a candidate is a whole model in one place, which may be run in others beside it. AUTO may be anywhere."""
+    return candidate.policy is None and candidate.replicas == 1 and candidate.target.name != "AUTO"
+
+
 @dataclass(slots=True)
 class Copier:
     """Finds the replicated plan worth proving. `memory_bytes` is the room on each device, `replicas` how many copies a target may have."""
@@ -52,7 +57,7 @@ class Copier:
         batch = max(sorted(by_batch), key=lambda batch: self._hope(batch, by_batch[batch]))
         best = by_batch[batch]
         self.found = place_copies(
-            self._ways(best), lambda counts: self._measure(best, counts), capacity=self.memory_bytes, tolerance=_COPY_ADDS
+            self._ways(batch, best), lambda counts: self._measure(best, counts), capacity=self.memory_bytes, tolerance=_COPY_ADDS
         )
         if self.found is None or (best_s is not None and 1 / (self.found.rate_per_s * batch) > _WORTH * best_s):
             return []
@@ -69,14 +74,15 @@ class Copier:
         """Return the samples a second that copies would answer if they left each other alone."""
         return batch * math.fsum(self.replicas.get(name, 1) / each.seconds for name, each in best.items())
 
-    def _ways(self, best: Mapping[str, Known]) -> list[Way]:
+    def _ways(self, batch: int, best: Mapping[str, Known]) -> list[Way]:
         least = min(each.seconds for each in best.values())
+        model_bytes = math.fsum(block_bytes(self.work.subject.structure_at(batch)))
         return [
             Way(
                 name=name,
                 device=self.devices[name],
                 seconds=each.seconds,
-                memory_bytes=max(each.memory_bytes, math.fsum(block_bytes(self.work.subject.structure))),
+                memory_bytes=max(each.memory_bytes, model_bytes),
                 most=self.replicas.get(name, 1),
             )
             for name, each in best.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from aivmm.runtime.plan import Accuracy, Number
 from aivmm.runtime.plan import Certificate as Planned
 from aivmm.runtime.target import Target
 from aivmm.tuner.anatomy import Anatomist
-from aivmm.tuner.copying import Known
+from aivmm.tuner.copying import Known, can_be_copied
 from aivmm.tuner.cutting import CutPlan, Cutter
 from aivmm.tuner.emit import Other, folder_bytes
 from aivmm.tuner.explore import HOPELESS, JUDGED_IN_SEARCH, Explorer
@@ -99,9 +99,9 @@ class Decider:
             if measured.get(candidate.key, least) <= HOPELESS[self.work.options.drive] * least
         }
 
-    def _keeps(self, candidate: Candidate, score: Score) -> bool:
-        """True unless what the search saw of a candidate already breaks a constraint."""
-        metrics = {name: value for name, value in score.metrics.items() if name in JUDGED_IN_SEARCH}
+    def _keeps(self, candidate: Candidate, score: Score, *, without: Collection[str] = ()) -> bool:
+        """True unless what the search saw of a candidate already breaks a constraint, those on the metrics `without` aside."""
+        metrics = {name: value for name, value in score.metrics.items() if name in JUDGED_IN_SEARCH and name not in without}
         return not check(self.work.constraints, metrics, targets=[str(candidate.target)])
 
     def _cuts(self) -> list[Draft]:
@@ -144,19 +144,20 @@ class Decider:
             self.explorer.measurer.counts,
             evidence=self._cutter.evidence if self._cutter is not None else None,
             configs={str(each): self._cut_configs.get(str(each), Config(precision="fp32")) for each in self.work.targets},
-            known=[
-                Known(
-                    candidate=candidate,
-                    seconds=self._expected(candidate, score).seconds,
-                    memory_bytes=score.metrics.get("device_memory", 0.0),
-                )
-                for candidate, score in self.explorer.search.best(_ALL)
-                if _can_be_copied(candidate) and self._keeps(candidate, score)
-            ],
+            known=self.copyable(),
             measure_new=not self.explorer.searched_before,
         )
         self._predicted |= {each.draft.name: each.expected for each in found}
         return [each.draft for each in found]
+
+    def copyable(self) -> list[Known]:
+        """Return what may be a copy among others. A limit on throughput is theirs together: alone none of them may reach it."""
+        return [
+            Known(candidate=each, seconds=self._expected(each, score).seconds, memory_bytes=score.metrics.get("device_memory", 0.0))
+            for each, score in self.explorer.search.best(_ALL)
+            if can_be_copied(each) and not self.explorer.barred(each.target, each.config)
+            if self._keeps(each, score, without=("throughput",))
+        ]
 
     def _reference_s(self) -> float | None:
         """Return what one call of the reference took in the search."""
@@ -274,7 +275,7 @@ class Decider:
         else:
             parts, boundaries_s = (found,), 0.0
         looked = cut.look if cut else self._cutter.cuts.looked if self._cutter else None
-        plain = draft.callers == 1 and draft.batch == self.work.subject.base_batch and not draft.pieces[0].config.lowered
+        plain = draft.callers == 1 and draft.batch == self.work.subject.base_batch and not draft.lowered
         blocks, targets = len(self.work.subject.structure.blocks), len(self.work.targets)
         least = self.work.min_segments
         among = f"placements of {blocks} blocks on {targets} {'target' if targets == 1 else 'targets'}"
@@ -307,7 +308,7 @@ class Decider:
             if accuracy is not None:
                 shown = {name: plan.metrics[name] for name in ("top1_agreement",) if self._classifies and name in plan.metrics}
                 note = accuracy_text(accuracy, samples=judged_on(plan), kind=self.work.subject.kind_of_samples, beside=shown)
-                lowered = next((each.lowered for each in plan.draft.all_configs if each.lowered), None)
+                lowered = plan.draft.lowered
                 if lowered and not self.work.subject.real_data:
                     note += f" {lowered.partition(':')[0]} was also calibrated on synthetic inputs: bring --dataset before you rely on it."
             note = " ".join(filter(None, (self._mixture(plan.draft), note)))
@@ -379,7 +380,7 @@ class Decider:
     def precision_sentence(self, proof: Proof) -> str:
         """Say in one sentence what lower precision gave: `int8 except 3 blocks: 2.9x faster than ..., top-1 agreement 99.6 % ...`."""
         plan = proof.plan
-        lowered = plan.draft.pieces[0].config.lowered if plan else None
+        lowered = plan.draft.lowered if plan else None
         if plan is None or lowered is None:
             return ""
         rival = proof.best_baseline
@@ -408,7 +409,7 @@ class Decider:
 
     def _mixture(self, draft: Draft) -> str:
         """Say which mixture a draft runs; "" where it lowers all that can be, or nothing, which its name says already."""
-        lowered = next((each.lowered for each in draft.all_configs if each.lowered), None)
+        lowered = draft.lowered
         if lowered is None or not self.work.subject.lowerer.recipe(lowered).plain:
             return ""
         return f"It is {self._lowered_name(lowered)}."
@@ -463,11 +464,6 @@ class Decider:
 def _as_checked(config: Config) -> Config:
     """Blocks were timed and checked in fp32: a cut plan does not run them in whatever a runtime's default computes in."""
     return config if config.precision is not None else replace(config, precision="fp32")
-
-
-def _can_be_copied(candidate: Candidate) -> bool:
-    """Say whether a candidate is a whole model in one place, which may be run in others beside it. AUTO may be anywhere."""
-    return candidate.policy is None and candidate.replicas == 1 and candidate.target.name != "AUTO"
 
 
 def _same(candidate: Candidate, draft: Draft) -> bool:

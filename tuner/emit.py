@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from aivmm.runtime.target import Target
 if TYPE_CHECKING:
     from aivmm.models.slice import Segment
 
+AddSegment = Callable[["Segment"], str]  # takes its files into a bundle; returns the name of its model there
 _UNKNOWN_DIGEST = "0" * 64  # replaced by the real one when the bundle is written
 
 
@@ -77,9 +79,11 @@ class Emitter:
     ) -> Plan:
         """Write `draft` as a bundle and return its plan."""
         files: dict[str, Path] = {}
-        stages = [self._stage(piece, files) for piece in draft.pieces]
-        others = [Alternative(name=each.name, stages=[self._stage(piece, files) for piece in each.pieces]) for each in fallbacks]
-        kept = [each.emitter.alternative(each, files) for each in alternatives]
+        add = partial(_add, files)
+        stages = [self._stage(piece, add) for piece in draft.pieces]
+        others = [Alternative(name=each.name, stages=[self._stage(piece, add) for piece in each.pieces]) for each in fallbacks]
+        # Files of another batch have the names of ours, and other bytes where a weight hangs on the batch: ours take in what differs.
+        kept = [each.emitter.alternative(each, add if each.emitter is self else partial(self._take_in, files)) for each in alternatives]
         everyone = (draft, *fallbacks, *(each.draft for each in alternatives))
         used: dict[str, Target] = {str(target): target for each in everyone for target in each.all_targets}
         plan = Plan(
@@ -111,15 +115,15 @@ class Emitter:
         write_bundle(destination, plan, files)
         return parse_plan((destination / PLAN_FILE).read_bytes(), str(destination))  # with the digests of what was written
 
-    def alternative(self, other: Other, files: dict[str, Path]) -> Alternative:
-        """Return a draft for another goal as a plan keeps it, and add its files."""
+    def alternative(self, other: Other, add: AddSegment) -> Alternative:
+        """Return a draft for another goal as a plan keeps it; `add` takes its segments into the bundle."""
         return Alternative(
             name=other.draft.name,
             objective=other.objective,
             batch=other.draft.batch,
             callers=other.draft.callers,
             execution=Execution(mode=other.draft.mode),
-            stages=[self._stage(piece, files) for piece in other.draft.pieces],
+            stages=[self._stage(piece, add) for piece in other.draft.pieces],
             expected=dict(other.expected),
         )
 
@@ -166,17 +170,18 @@ class Emitter:
             raise ValueError(f"blocks {piece.first} to {piece.last} in {lowered}: only whole models are lowered")
         return self._lowered_whole(lowered)
 
-    def _file_of(self, segment: Segment, files: dict[str, Path]) -> str:
-        """Add a segment's files; return the name of its model."""
-        for path in (segment.path, *segment.weights):
-            files[f"segments/{path.name}"] = path
-        return f"segments/{segment.path.name}"
+    def _take_in(self, files: dict[str, Path], segment: Segment) -> str:
+        """Add another emitter's segment, its weights in our own file, where equal ones are there once; return the name of its model."""
+        from aivmm.models.gather import Gatherer
 
-    def _stage(self, piece: Piece, files: dict[str, Path]) -> Stage:
+        path, weights = Gatherer(self._folder, store=self._weights).take(segment.path)
+        return _add(files, replace(segment, path=path, weights=weights))
+
+    def _stage(self, piece: Piece, add: AddSegment) -> Stage:
         segment = self._segment_of(piece, piece.config)
         copies = [
             PlannedCopy(
-                model=self._file_of(self._segment_of(piece, each.config), files),
+                model=add(self._segment_of(piece, each.config)),
                 target=str(each.target),
                 precision=each.config.precision or "default",
                 config=dict(each.config.settings),
@@ -187,7 +192,7 @@ class Emitter:
             for each in piece.copies
         ]
         return Stage(
-            model=self._file_of(segment, files),
+            model=add(segment),
             target=str(piece.target),
             precision=piece.config.precision or "default",
             config=dict(piece.config.settings),
@@ -199,6 +204,19 @@ class Emitter:
             inputs=tensors(segment.inputs),
             outputs=tensors(segment.outputs),
         )
+
+
+def _add(files: dict[str, Path], segment: Segment) -> str:
+    """Add a segment's files to those of a bundle; return the name of its model.
+
+    Raises:
+        ValueError: another file has the name of one of them.
+    """
+    for path in (segment.path, *segment.weights):
+        held = files.setdefault(f"segments/{path.name}", path)
+        if held != path:
+            raise ValueError(f"{held} and {path} would be one file of the bundle")
+    return f"segments/{segment.path.name}"
 
 
 def _conditions(target: Target) -> Conditions:

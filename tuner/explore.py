@@ -94,6 +94,7 @@ class Explorer:
             retry_failed=self.work.options.retry_failed,
             seed=self.work.options.seed,
             counts_energy=any(each.name == "energy" for each in self.work.options.objectives),
+            needs=frozenset(each.metric for each in searched(self.work.options.objectives)),
             cards_only=counts_cards_only(self.work.targets),
             stop=self.work.asked,
         )

@@ -58,7 +58,8 @@ def energy_metrics(racer: _Racer, targets: set[Target], *, seconds: float = SHOR
     period_s = sorted(answer["durations"])[len(answer["durations"]) // 2]  # of one call, or between two completions
     energy = meter.energy
     if energy.watts is not None:
-        return {"power_w": energy.watts, "energy_j": energy.watts * period_s / racer.batch}
+        found = {"power_w": energy.watts, "energy_j": energy.watts * period_s / racer.batch}
+        return found if energy.watts else {}  # 0: no counter ticked
     card_w = sum(joules for name, joules in energy.joules.items() if name.startswith("card")) / energy.seconds
     return {"card_power_w": card_w, "card_energy_j": card_w * period_s / racer.batch} if card_w else {}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aivmm.errors import AivmmError
+from aivmm.planner.constraints import Constraint, beyond
 from aivmm.probes.accuracy import combined, over_limit
 from aivmm.probes.client import WorkerDied, run_limit_s
 
@@ -27,10 +28,21 @@ def judged_on(entrant: Entrant) -> int:
 class Judge:
     """Judges entrants by the default limit and by the user's metric, where there is one."""
 
-    def __init__(self, *, cosine_limit: float | None, metric: Metric | None, further: Callable[[], Further] | None = None) -> None:
-        """`further` gives the held-out samples that the plan alone is judged on; it is called once, and only for a plan that needs them."""
+    def __init__(
+        self,
+        *,
+        cosine_limit: float | None,
+        metric: Metric | None,
+        further: Callable[[], Further] | None = None,
+        constraints: Sequence[Constraint] = (),
+    ) -> None:
+        """`further` gives the held-out samples that the plan alone is judged on; it is called once, and only for a plan that needs them.
+
+        `constraints` say which way the user's metric is better; without one on it, more is.
+        """
         self._cosine_limit = cosine_limit
         self._metric = metric
+        self._limits = [each for each in constraints if each.metric == "metric"]
         self._further = further
         self._found: Further | None = None
         self._asking = threading.Lock()  # two entrants are loaded at a time, and one process holds the user's code
@@ -56,7 +68,7 @@ class Judge:
 
         An fp32 plan is left alone, unless a metric of the user's is to be known: there is nothing more to learn of its outputs.
         """
-        plain = all(piece.config.precision == "fp32" for piece in entrant.draft.pieces)
+        plain = all(each.precision == "fp32" for each in entrant.draft.all_configs)
         if self._further is None or len(entrant.judged) > len(entrant.samples) + 1 or (plain and self._metric is None):
             return False
         if not entrant.samples or len(entrant.extras) not in (0, len(entrant.samples) + 1):
@@ -93,13 +105,21 @@ class Judge:
         return found, problem
 
     def _asked(self, entrant: Entrant, samples: Sequence[Path], extras: Sequence[Path | None]) -> float:
-        """Return what the user's metric says of an entrant's outputs."""
+        """Return what the user's metric says of an entrant's outputs; where it runs in several places, of the worst of them."""
         assert entrant.worker is not None and self._metric is not None
-        outputs = [entrant.bundle.with_name(f"{entrant.bundle.name}.outputs-{index}.npz") for index in range(len(samples))]
-        for sample, path in zip(samples, outputs, strict=True):
-            entrant.worker.call("outputs", limit_s=run_limit_s(), name="engine", inputs=str(sample), destination=str(path))
+        made: list[list[Path]] = []  # sample by sample, of each place
+        for index, sample in enumerate(samples):
+            path = entrant.bundle.with_name(f"{entrant.bundle.name}.outputs-{index}.npz")
+            answer = entrant.worker.call(
+                "outputs", limit_s=run_limit_s(), name="engine", inputs=str(sample), destination=str(path), everywhere=True
+            )
+            made.append([Path(each) for each in answer["files"]])
         with self._asking:
-            return self._metric(samples, extras or [None] * len(outputs), outputs)
+            return self._worst([self._metric(samples, extras or [None] * len(samples), outputs) for outputs in zip(*made, strict=True)])
+
+    def _worst(self, values: Sequence[float]) -> float:
+        """Return the value that is furthest beyond its limits, or nearest to them."""
+        return max(values, key=lambda value: max((beyond(each, value) for each in self._limits), default=-value))
 
     def _over(self, accuracy: Mapping[str, float]) -> str:
         if self._cosine_limit is None:

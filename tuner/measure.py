@@ -63,6 +63,7 @@ class Measurer:
     retry_failed: bool = False
     seed: int = 0
     counts_energy: bool = False  # of each candidate, for seconds each: only where that is an objective
+    needs: frozenset[str] = frozenset()  # metrics of the objectives: without one of them there is nothing to compare
     cards_only: bool = False  # the energy that counts is that of cards: nothing counts the host's
     stop: Callable[[], bool] | None = None  # True: races end as soon as they may
     counts: Counts = field(default_factory=Counts)
@@ -133,8 +134,7 @@ class Measurer:
     def _known(self, candidate: Candidate) -> Score | Rejection | None:
         for outcomes in reversed(self._races.values()):
             mine, reference = outcomes.get(candidate.key), outcomes.get(self.reference.key)
-            counted = mine is not None and (not self.counts_energy or self._energy_name in mine.metrics)
-            if mine is not None and counted and reference is not None:
+            if mine is not None and reference is not None and self._tells_enough(candidate, mine):
                 return self._score(candidate, mine, reference, reused=True)
         old = self._old.get(candidate.key)
         if isinstance(old, Refused):
@@ -142,6 +142,12 @@ class Measurer:
         if isinstance(old, Failed):
             return Rejection(state="failed", reason=old.reason, reused=True)
         return None
+
+    def _tells_enough(self, candidate: Candidate, mine: Measured) -> bool:
+        """Say whether a measurement of an earlier run holds what the objectives need: times outlast the inputs they were judged on."""
+        judged = self.subject.judged_of(candidate.config.lowered)
+        accuracy = "cosine" not in self.needs or f"cosine@{judged}" in mine.metrics or f"unusable@{judged}" in mine.metrics
+        return accuracy and (not self.counts_energy or self._energy_name in mine.metrics)
 
     def measure(
         self,
@@ -351,11 +357,13 @@ class Measurer:
             problem = loaded.problem if loaded and loaded.problem else "its outputs are unusable"
         elif self.cosine_limit is not None and self.subject.deterministic and cosine is not None:
             problem = over_limit(cosine, mine.metrics.get(f"relative_l2@{judged}", 0.0), self.cosine_limit)
-        if not problem and self.counts_energy and self._energy_name not in mine.metrics:
+        if not problem and self.counts_energy and not mine.metrics.get(self._energy_name):  # 0: the counter did not tick
             problem = "its energy could not be counted" + (", only that of cards can here" if self.cards_only else "")
+        metrics = {} if problem else self._limited(candidate, mine, cosine)
+        if not problem and not self.needs <= metrics.keys():
+            problem = f"its {' and '.join(sorted(self.needs - metrics.keys()))} is not known"
         if problem:
             return Rejection(state="pruned", reason=problem, ratio=found.ratio, **shared)  # type: ignore[arg-type]
-        metrics = self._limited(candidate, mine, cosine)
         return Score(ratio=found.ratio, low=found.low, high=found.high, cosine=cosine, metrics=metrics, **shared)  # type: ignore[arg-type]
 
     def _limited(self, candidate: Candidate, mine: Measured, cosine: float | None) -> dict[str, float]:

@@ -134,11 +134,12 @@ def _take_from_proof(rows: list[dict[str, Any]], proof: Proof) -> None:
 
 
 def _mark_plan(rows: list[dict[str, Any]], proof: Proof) -> None:
-    """Mark the form that the plan runs, with settings of its own perhaps; a cut plan runs none of them."""
+    """Mark the forms that the plan runs, with settings of their own perhaps: one for each of its copies. A cut plan runs none of them."""
     if proof.plan is not None and len(proof.plan.draft.pieces) == 1:
         (piece,) = proof.plan.draft.pieces
+        runs = {(str(each.target), each.config.precision) for each in piece.everywhere()}
         for row in rows:
-            row["is_plan"] = row["at"][0] == str(piece.target) and row["at"][1].precision == piece.config.precision
+            row["is_plan"] = (row["at"][0], row["at"][1].precision) in runs
 
 
 def _weigh_others(work: Work, rows: list[dict[str, Any]]) -> None:

@@ -157,7 +157,7 @@ class Prover:
         self._seed = seed
         self._tell = tell
         self._forced = forced
-        self._judge_outputs = Judge(cosine_limit=cosine_limit, metric=metric, further=further)
+        self._judge_outputs = Judge(cosine_limit=cosine_limit, metric=metric, further=further, constraints=constraints)
         self._objectives, self._prefer = objectives, prefer
         wanted = {constraint.metric for constraint in constraints} | {each.metric for each in objectives}
         self._asks_tail, self._asks_energy = "p99" in wanted, not wanted.isdisjoint(ENERGY)

@@ -77,6 +77,26 @@ def test_copies_whose_factors_cannot_be_measured_are_no_plan() -> None:
     assert place_copies([], fixed({})) is None
 
 
+def test_a_plan_that_cannot_be_measured_leaves_those_with_fewer_copies() -> None:
+    """Three copies do not load, as where each takes more memory than was counted; two do."""
+    asked: list[Counts] = []
+
+    def measure(counts: Counts) -> Mapping[Pair, float]:
+        asked.append(counts)
+        return FREE if sum(counts.values()) <= 2 else {}
+
+    found = place_copies([way("a", 0.01, most=2), way("b", 0.02)], measure)
+    assert found is not None
+    assert found.counts == {"a": 2} and asked == [{"a": 2, "b": 1}, {"a": 2}]
+    assert found.bound_per_s == pytest.approx(200)
+
+
+def test_refusals_count_among_the_plans_that_may_be_measured() -> None:
+    asked: list[Counts] = []
+    assert place_copies([way("a", 0.01, most=9)], fixed({}, asked), most=3) is None
+    assert asked == [{"a": 9}, {"a": 8}, {"a": 7}]
+
+
 def test_no_more_plans_are_measured_than_allowed() -> None:
     asked: list[Counts] = []
 

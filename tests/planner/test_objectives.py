@@ -52,6 +52,20 @@ def test_objectives_are_read_in_order_and_refused_by_name() -> None:
     assert [each.name for each in searched(parse_objectives("memory,energy"))] == ["energy"]
 
 
+@pytest.mark.parametrize("text", ["throughput,p99", "p99, throughput"])
+def test_objectives_that_are_not_seen_of_the_same_calls_are_refused_in_a_line(text: str) -> None:
+    with pytest.raises(UsageError, match="p99 is measured of one call at a time") as refused:
+        parse_objectives(text)
+    assert refused.value.advice and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_a_counter_that_reads_nothing_has_a_loss_too(name: str) -> None:
+    objective = OBJECTIVES[name]
+    assert math.isfinite(objective.loss_of(0.0))
+    assert objective.better == "more" or objective.loss_of(0.0) < objective.loss_of(1e-6)
+
+
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_a_better_value_is_a_smaller_loss(name: str) -> None:
     objective = OBJECTIVES[name]

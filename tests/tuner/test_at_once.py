@@ -54,11 +54,11 @@ def installed(folder: Path, *devices: str) -> str:
     return python_path(folder)
 
 
-def tuned(place: Place, *devices: str, budget: str = "5s") -> Any:
+def tuned(place: Place, *devices: str, budget: str = "5s", more: tuple[str, ...] = ()) -> Any:
     """Tune a chain of layers for throughput on these devices alone."""
     model = write_model(place.folder / "chain.onnx", chain_model(width=WIDTH, layers=LAYERS))
     path = installed(place.folder / "plug-ins", *devices)
-    arguments = ("--backend", "cards", "--objective", "throughput", "--batch", "1", "--trials", "2", "--budget", budget, "--json")
+    arguments = ("--backend", "cards", "--objective", "throughput", "--batch", "1", "--trials", "2", "--budget", budget, *more, "--json")
     done = place.aivmm("tune", model, *arguments, PYTHONPATH=path)
     assert done.code == 0, done.err
     return done
@@ -73,6 +73,14 @@ def test_two_cards_take_half_of_the_requests_each(place: Place) -> None:
     best = min(each["median_s"] for each in done.json["baselines"])
     assert done.json["measured"]["throughput_per_s"] * best > 1.5
     assert "at once, in their place" in done.err
+
+
+@pytest.mark.slow
+def test_a_limit_that_no_card_keeps_alone_is_kept_by_two(place: Place) -> None:
+    done = tuned(place, card("GPU.0", 0.02), card("GPU.1", 0.02), more=("--constraint", "throughput>=70/s"))
+    (stage,) = done.json["plan"]["stages"]
+    assert stage["copies"], done.err
+    assert done.json["measured"]["throughput_per_s"] >= 70
 
 
 @pytest.mark.slow

@@ -1,0 +1,177 @@
+"""Copies: what may be one, what is said of a plan of several, and that each of them is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from aivmm.models.graph import analyse
+from aivmm.models.prepare import prepare
+from aivmm.planner.candidates import Candidate, Copy, Draft, Piece, Score
+from aivmm.planner.constraints import parse
+from aivmm.planner.search import Search
+from aivmm.probes.client import Worker
+from aivmm.probes.operations import load_arrays, save_arrays
+from aivmm.runtime.config import Config
+from aivmm.runtime.target import Target
+from aivmm.tuner.copying import Copier, Known
+from aivmm.tuner.decide import Decider
+from aivmm.tuner.emit import Emitter
+from aivmm.tuner.explore import Explorer
+from aivmm.tuner.judging import Judge
+from aivmm.tuner.options import TuneOptions
+from aivmm.tuner.precision_record import _mark_plan
+from aivmm.tuner.prove import Entrant, Proof
+from aivmm.tuner.subject import Further
+from tests.conftest import targets_like
+from tests.making import chain_model, normal, reference, write_model
+from tests.planner.test_search import space, target
+
+FP32, INT8 = Config(precision="fp32"), Config(precision="int8:made")
+
+
+def beside(one: Target, other: Target | None = None, *, last: int = 0) -> Draft:
+    """Return a plan of two copies, the second in int8."""
+    copies = (Copy(target=other or one, config=INT8),)
+    return Draft(name="both", pieces=(Piece(target=one, config=FP32, first=0, last=last, copies=copies),), callers=2)
+
+
+def entrant(draft: Draft, folder: Path, **fields: Any) -> Entrant:
+    paths = {name: folder / f"{name}.npz" for name in ("sample", "reference")}
+    return Entrant(draft=draft, role="candidate", bundle=folder / "both.aivmm", size_bytes=1, **paths, **fields)
+
+
+# --- what may be a copy ---
+
+
+def decider(options: TuneOptions, *scored: tuple[Candidate, Score]) -> Decider:
+    """Return one that knows what a search was told, with the default of each target in bf16."""
+    work = cast(Any, SimpleNamespace(options=options, constraints=options.parsed_constraints()))
+    explorer = Explorer(work, searched_before=False)
+    explorer.search = Search(space(targets=tuple({each.target for each, _ in scored}), objective="throughput"))
+    for each, score in scored:
+        explorer.search.tell(each, score)
+        explorer._default_precisions[str(each.target)] = "bf16"
+    explorer.measurer = cast(Any, SimpleNamespace(reference=scored[0][0]))
+    explorer.known = {}
+    return Decider(work, explorer, cast(Any, None), {})
+
+
+def rated(name: str, config: Config, per_s: float) -> tuple[Candidate, Score]:
+    metrics = {"throughput": per_s, "latency": 1 / per_s}
+    score = Score(ratio=100 / per_s, low=99 / per_s, high=101 / per_s, median_s=1 / per_s, metrics=metrics)
+    return Candidate(target=target(name, "bf16", "fp32"), config=config), score
+
+
+def test_a_limit_on_throughput_is_for_all_copies_together_and_other_limits_for_each() -> None:
+    fast, slow = rated("GPU.0", FP32, 120.0), rated("GPU.1", FP32, 110.0)
+    options = TuneOptions(model="m", objective="throughput", constraints=("throughput>=200/s",))
+    assert [each.candidate for each in decider(options, fast, slow).copyable()] == [fast[0], slow[0]]
+    strict = replace(options, constraints=("throughput>=200/s", "latency<=8.5ms"))
+    assert [each.candidate for each in decider(strict, fast, slow).copyable()] == [fast[0]]
+
+
+def test_no_copy_computes_in_a_precision_that_is_barred() -> None:
+    barred, named, allowed = rated("GPU.0", Config(), 300.0), rated("GPU.0", Config(precision="bf16"), 290.0), rated("GPU.0", FP32, 100.0)
+    options = TuneOptions(model="m", objective="throughput", precisions=("fp32",))
+    assert [each.candidate for each in decider(options, barred, named, allowed).copyable()] == [allowed[0]]
+
+
+def test_copies_take_the_memory_of_their_own_batch() -> None:
+    def structure(batch: int) -> Any:
+        return SimpleNamespace(blocks=[SimpleNamespace(weight_bytes=1000, outputs=[SimpleNamespace(nbytes=10 * batch)])])
+
+    work = cast(Any, SimpleNamespace(subject=SimpleNamespace(structure=structure(1), structure_at=structure)))
+    measured: list[Any] = []
+
+    class Together:
+        def factors(self, draft: Draft, labels: Any) -> dict[Any, float]:
+            measured.append(draft)
+            return {(a, a): 1.0 for a in labels[0]}
+
+    def drafts(capacity: float) -> list[Draft]:
+        known = Known(candidate=Candidate(target=target("GPU.0"), config=FP32, batch=64, callers=2), seconds=0.01)
+        name = str(known.candidate.target)
+        copier = Copier(
+            work=work, together=cast(Any, Together()), devices={name: "GPU.0"}, memory_bytes={"GPU.0": capacity}, replicas={name: 2}
+        )
+        return copier.drafts([known], best_s=None)
+
+    assert len(drafts(2 * 1640.0)) == 1 and measured
+    assert drafts(2 * 1640.0 - 1) == []
+
+
+# --- what is said and judged ---
+
+
+def test_a_plan_marks_the_form_of_each_of_its_copies() -> None:
+    cpu, gpu = target("CPU"), target("GPU.0")
+    places = [(str(cpu), FP32), (str(cpu), INT8), (str(gpu), FP32), (str(gpu), INT8)]
+    rows: list[dict[str, Any]] = [{"at": each} for each in places]
+    _mark_plan(rows, Proof(entrants=[], plan=entrant(beside(cpu, gpu), Path())))
+    assert [row["is_plan"] for row in rows] == [True, False, False, True]
+
+
+def test_the_sentence_on_precision_knows_a_lowered_copy() -> None:
+    recipe = SimpleNamespace(precision="int8", plain=(), whole=None, name="made")
+    subject = SimpleNamespace(kind_of_samples="samples", classifies=False, lowerer=SimpleNamespace(recipe=lambda _: recipe))
+    work, explorer = SimpleNamespace(subject=subject, constraints=()), SimpleNamespace(scout=None)
+    said = Decider(cast(Any, work), cast(Any, explorer), cast(Any, None), {}).precision_sentence(
+        Proof(entrants=[], plan=entrant(beside(target("CPU")), Path(), metrics={"cosine": 0.9991}))
+    )
+    assert said.startswith("int8 (made)") and "0.9991" in said
+
+
+ALONE = Draft.whole("one", Candidate(target=target("CPU"), config=FP32), 1)
+
+
+@pytest.mark.parametrize(("draft", "asked"), [(beside(target("CPU")), True), (ALONE, False)])
+def test_a_plan_with_a_lowered_copy_is_judged_on_all_that_was_held_out(draft: Draft, asked: bool, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def further() -> Further:
+        calls.append(1)
+        return Further(samples=(), references=(), extras=())
+
+    one = entrant(draft, tmp_path, samples=[tmp_path / "first.npz"], judged=[{}, {}])
+    Judge(cosine_limit=0.9, metric=None, further=further).on_all(one, lambda _: None)
+    assert bool(calls) == asked
+
+
+def test_the_users_metric_is_that_of_the_worst_copy(tmp_path: Path) -> None:
+    """The copy in `int8:made` is the model with its last weights doubled: it answers twice as much."""
+    ((cpu, *_), _) = targets_like("onnxruntime:CPU")
+    path, lowered = tmp_path / "model.onnx", tmp_path / "lowered.onnx"
+    model = chain_model(layers=1)
+    facts = prepare(write_model(tmp_path / "source.onnx", model), path)
+    doubled = 2 * np.frombuffer(model.graph.initializer[0].raw_data, np.float32)
+    model.graph.initializer[0].raw_data = doubled.tobytes()
+    prepare(write_model(tmp_path / "doubled.onnx", model), lowered)
+    structure = analyse(path)
+    emitter = Emitter(path, facts, structure, tmp_path / "segments", version="test", lowered=lambda _: lowered)
+    draft = beside(cpu, last=len(structure.blocks) - 1)
+    one = entrant(draft, tmp_path)
+    emitter.write(draft, one.bundle, objective="throughput")
+    emitter.close()
+    x = normal(2, 32)
+    save_arrays(one.sample, {"x": x})
+
+    def most(samples: Sequence[Path], extras: Sequence[Path | None], outputs: Sequence[Path]) -> float:
+        return float(np.max(load_arrays(str(outputs[0]))["y"]))
+
+    with Worker("copies") as worker:
+        one.worker = worker
+        loaded = worker.call("load_bundle", limit_s=120, name="engine", bundle=str(one.bundle), inputs=str(one.sample))
+        loaded |= {"accuracy": {}, "problem": ""}
+        found = {
+            text: Judge(cosine_limit=None, metric=most, constraints=parse(text) if text else ()).proof(one, loaded)[0]["metric"]
+            for text in ("", "metric>=0.1", "metric<=0.1")
+        }
+    plain = float(np.max(reference(chain_model(layers=1), {"x": x})["y"]))
+    assert found == {"": pytest.approx(plain), "metric>=0.1": pytest.approx(plain), "metric<=0.1": pytest.approx(2 * plain)}

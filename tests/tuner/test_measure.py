@@ -1,0 +1,47 @@
+"""What is remembered of candidates, and what of it an objective can use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from aivmm.planner.candidates import Candidate, Rejection, Score
+from aivmm.planner.objectives import OBJECTIVES
+from aivmm.probes.records import Measured, ProbeKey, Samples
+from aivmm.runtime.config import Config
+from aivmm.tuner.measure import Measurer
+from tests.planner.test_search import target
+
+ONE = Candidate(target=target(), config=Config())
+
+
+def remembered(metrics: Mapping[str, float], **fields: Any) -> Score | Rejection | None:
+    """Return what a measurer knows of a candidate whose race an earlier run stored, with these metrics."""
+    subject = SimpleNamespace(judged_of=lambda _: "these inputs", deterministic=True, size_bytes=lambda _: 1000)
+    measurer = Measurer(
+        lab=cast(Any, None), subject=cast(Any, subject), database=cast(Any, None), run_id="", reference=ONE, cosine_limit=None, **fields
+    )
+    key = ProbeKey(kind="model", subject="s", target=str(ONE.target), environment="e", config=ONE.config, batch=1, callers=1)
+    measurer._races["race"] = {ONE.key: Measured(key=key, samples=Samples(timed_s=(0.001, 0.001, 0.001)), metrics=metrics, race="race")}
+    return measurer._known(ONE)
+
+
+def test_a_race_on_other_inputs_tells_the_time_and_not_the_accuracy() -> None:
+    """Times are kept by structure, and accuracy for its content and inputs alone."""
+    assert isinstance(remembered({"cosine@others": 1.0}), Score)
+    assert remembered({"cosine@others": 1.0}, needs=frozenset({"cosine"})) is None
+    known = remembered({"cosine@these inputs": 0.99}, needs=frozenset({"cosine"}))
+    assert isinstance(known, Score)
+    assert OBJECTIVES["accuracy"].loss(ONE, known) > -10
+    unusable = remembered({"unusable@these inputs": 1.0}, needs=frozenset({"cosine"}))
+    assert isinstance(unusable, Rejection)
+
+
+@pytest.mark.parametrize(("metrics", "said"), [({"energy_j": 0.0}, "energy could not be counted"), ({}, "compile is not known")])
+def test_what_an_objective_needs_and_nobody_counted_is_no_score(metrics: Mapping[str, float], said: str) -> None:
+    counts = "energy_j" in metrics
+    outcome = remembered(metrics, counts_energy=counts, needs=frozenset({"energy" if counts else "compile"}))
+    assert isinstance(outcome, Rejection) and said in outcome.reason
