@@ -149,7 +149,7 @@ def place_cuts(
 
 
 def _try_the_graph(evidence: ChainEvidence, targets: Sequence[Target], measure: Measure) -> None:
-    """Learn what the best placement by the graph of the blocks takes, where it promises more than noise."""
+    """Learn what the best placement by the graph of the blocks takes, where it promises more than noise and is not known."""
     problem = problem_of(evidence.structure, targets, evidence.beliefs, evidence.crossing_s)
     try:
         found = solve(problem, "latency", time_limit_s=_GRAPH_S)
@@ -157,7 +157,8 @@ def _try_the_graph(evidence: ChainEvidence, targets: Sequence[Target], measure: 
         return  # the chain says what is in the way
     spans = runs_of(evidence.structure, found.assignment)
     uncut_s = _uncut_s(evidence)
-    if len(spans) > 1 and (uncut_s is None or found.objective <= PROMISE * uncut_s):
+    known = all((first, last) in evidence.beliefs[name].measured for first, last, name in spans)
+    if len(spans) > 1 and not known and (uncut_s is None or found.objective <= PROMISE * uncut_s):
         for (first, last, name), learnt in measure(spans).items():
             evidence.beliefs[name].observe(first, last, learnt)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from aivmm.planner.candidates import Draft, Piece
@@ -60,7 +60,7 @@ class Cutter:
     ) -> None:
         self._work, self._anatomist, self._handovers, self._measurer = work, anatomist, handovers, measurer
         self._reference_s, self._measure_new = reference_s, measure_new
-        self._seen: dict[str, list[InPlace]] = {}  # by the draft's chain
+        self._seen: dict[str, list[list[InPlace]]] = {}  # by the draft's chain: what each measurement of it says of its segments
         self._number = 0
         self._configs: Mapping[str, Config] = {}
         self.cuts = Cuts()
@@ -85,7 +85,8 @@ class Cutter:
         forced = work.min_segments > 1
         began = time.perf_counter()
         if not forced and work.options.drive == "latency" and work.taken_whole and not work.asked():
-            PolicySearch(work, self.evidence, configs, self._measure, self._reference_s, began + _LOOKS_S / 2).run()
+            ends = began + _LOOKS_S / 2
+            PolicySearch(work, self.evidence, configs, self._measure, lambda: self._number, self._reference_s, ends).run()
         ends = began + (_FORCED_S if forced else _LOOKS_S)
         self.cuts = place_cuts(
             self.evidence,
@@ -98,7 +99,7 @@ class Cutter:
         )
         found = [self._plan(name, look) for name, look in self.cuts.worth_proving]
         for each in found:
-            for segment in self._seen.get(_chain(each.draft), []):
+            for segment in _together(self._seen.get(_chain(each.draft), [])):
                 work.note(f"{each.draft.name}, {segment}")
         return found
 
@@ -119,7 +120,8 @@ class Cutter:
     @property
     def engine_s(self) -> float:
         """What a call of the engine takes beyond the segments, on this model's inputs and outputs; 0 where no plan was measured."""
-        return median(known) if (known := [found[0].engine_s for found in self._seen.values() if found]) else 0.0
+        known = [found[0].engine_s for looks in self._seen.values() for found in looks]
+        return median(known) if known else 0.0
 
     def _plan(self, name: str, look: Look) -> CutPlan:
         assert self.evidence is not None
@@ -159,11 +161,18 @@ class Cutter:
         return each.ratio * self._reference_s
 
     def _look_at(self, draft: Draft) -> list[InPlace]:
-        """Return what the segments of a draft take in their place, from the database or by measuring; nothing where neither is possible."""
-        work = self._work
+        """Return what the segments of a draft take in their place, from the database or by measuring; nothing where neither is possible.
+
+        Who asks again in one run is unsure: what was recalled or measured before says no more than it did, so it is measured once more.
+        """
+        work, looks = self._work, self._seen.setdefault(_chain(draft), [])
         structures = [work.emitter(draft.batch).segment(each.first, each.last).structure for each in draft.pieces]
-        found = self._recalled(draft, structures)
-        if not found and self._measure_new:
+        if not looks:
+            looks += self._recalled(draft, structures)
+            if looks:
+                return _together(looks)
+        found: list[InPlace] = []
+        if self._measure_new:
             bundle = work.folder / f"in-place-{self._number}.aivmm"
             self._number += 1
             work.progress.detail(f"cut plans: measuring segments in their place ({self._number})")
@@ -182,9 +191,9 @@ class Cutter:
             if isinstance(answer, str):
                 work.note(f"the segments of {draft.name} could not be timed in their place: {answer}")
             else:
-                found = answer
+                found = [replace(each, look=len(looks) + 1) for each in answer]
                 self._store(draft, structures, found)
-        self._seen[_chain(draft)] = found
+                looks.append(found)
         return found
 
     def _keys(self, index: int, draft: Draft, structures: Sequence[str]) -> tuple[ProbeKey, ProbeKey]:
@@ -199,22 +208,40 @@ class Cutter:
         self._work.database.add_many(outcomes, run_id=self._work.run_id)
         self._measurer.counts.measured += len(outcomes)
 
-    def _recalled(self, draft: Draft, structures: Sequence[str]) -> list[InPlace]:
-        """Return what the database knows of all segments of a draft in this very chain; nothing when one is missing."""
+    def _recalled(self, draft: Draft, structures: Sequence[str]) -> list[list[InPlace]]:
+        """Return what the database knows of all segments of a draft in this very chain, one list for each measurement that belongs to the
+        newest; nothing when a segment is missing."""
         if self._work.options.fresh:
             return []
         keys = [self._keys(index, draft, structures) for index in range(len(draft.pieces))]
-        known = self._work.database.find_many([key for pair in keys for key in pair])
-        outcomes = {key: each for key, each in known.items() if isinstance(each, Measured)}
-        # What an earlier version measured lacks what the engine's call takes, and is measured anew.
-        if any(alone not in outcomes or placed not in outcomes or "engine_s" not in outcomes[placed].metrics for alone, placed in keys):
-            return []
-        self._work.database.link(self._work.run_id, list(outcomes))
-        self._measurer.counts.reused += len(outcomes)
-        return [
-            InPlace.recalled(piece, outcomes[placed].samples, outcomes[alone].samples, outcomes[placed].metrics)
-            for piece, (alone, placed) in zip(draft.pieces, keys, strict=True)
-        ]
+        rows: dict[ProbeKey, list[tuple[str, Measured]]] = {key: [] for pair in keys for key in pair}
+        for entry in self._work.database.entries(kind="segment", subject=sorted({key.subject for key in rows}), all=True):
+            if isinstance(entry.outcome, Measured) and entry.outcome.key in rows:
+                rows[entry.outcome.key].append((entry.id, entry.outcome))
+        # Equal segments of one chain have one key, and a row each in the order of the chain.
+        alike = {pair: keys.count(pair) for pair in keys}
+        newest = rows[keys[0][1]][-1:]
+        count = max((int(each.metrics.get("look", 1)) for _, each in newest), default=0)
+        count = min(count, *(len(rows[key]) // alike[pair] for pair in keys for key in pair))
+        looks: list[list[InPlace]] = []
+        used: list[str] = []
+        for number in range(count):
+            found = []
+            for index, (pair, piece) in enumerate(zip(keys, draft.pieces, strict=True)):
+                place = (number - count) * alike[pair] + keys[:index].count(pair)
+                (alone_id, alone), (placed_id, placed) = (rows[key][place] for key in pair)
+                if "engine_s" not in placed.metrics:
+                    return []  # what an earlier version measured lacks what the engine's call takes, and is measured anew
+                used += [alone_id, placed_id]
+                found.append(InPlace.recalled(piece, placed.samples, alone.samples, placed.metrics))
+            looks.append(found)
+        self._work.database.link(self._work.run_id, used)
+        self._measurer.counts.reused += len(used)
+        return looks
+
+
+def _together(looks: Sequence[Sequence[InPlace]]) -> list[InPlace]:
+    return [InPlace.of_looks(each) for each in zip(*looks, strict=True)]
 
 
 def _chain(draft: Draft) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -31,6 +32,7 @@ class InPlace:
 
     `ratio` is its time in its place over that of the reference executable, measured in turn with it, and `sigma` the standard error of the
     ratio's logarithm; None where there was no reference. `engine_s` is what a call of the engine takes beyond all of the chain's segments.
+    `look` counts the measurements of this chain in one run: rows that belong together are the newest `look` ones.
     """
 
     piece: Piece
@@ -39,6 +41,7 @@ class InPlace:
     ratio: float | None = None
     sigma: float = 0.0
     engine_s: float = 0.0
+    look: int = 1
 
     @property
     def span(self) -> Span:
@@ -53,13 +56,38 @@ class InPlace:
     def metrics(self) -> dict[str, float]:
         """Return what is stored beside the samples in its place; see `recalled`."""
         beside = {} if self.ratio is None else {"reference_ratio": self.ratio, "reference_sigma": self.sigma}
-        return {**beside, "engine_s": self.engine_s}
+        return {**beside, "engine_s": self.engine_s, "look": float(self.look)}
 
     @classmethod
     def recalled(cls, piece: Piece, placed: Samples, alone: Samples, metrics: Mapping[str, float]) -> InPlace:
         """Return what was stored."""
         ratio, sigma = metrics.get("reference_ratio"), metrics.get("reference_sigma", 0.0)
-        return cls(piece=piece, placed=placed, alone=alone, ratio=ratio, sigma=sigma, engine_s=metrics.get("engine_s", 0.0))
+        look = int(metrics.get("look", 1))
+        return cls(piece=piece, placed=placed, alone=alone, ratio=ratio, sigma=sigma, engine_s=metrics.get("engine_s", 0.0), look=look)
+
+    @classmethod
+    def of_looks(cls, looks: Sequence[InPlace]) -> InPlace:
+        """Return what several measurements of one segment say together: all their samples, and the mean ratio by how sure each is.
+
+        Where one does not say how sure it is, the newest counts. `looks` are in the order of time.
+        """
+        newest = looks[-1]
+        if len(looks) == 1:
+            return newest
+        ratio, sigma = newest.ratio, newest.sigma
+        if all(each.ratio and each.sigma for each in looks):
+            weights = [each.sigma**-2 for each in looks]
+            mean = sum(weight * math.log(each.ratio or 1.0) for weight, each in zip(weights, looks, strict=True)) / sum(weights)
+            ratio, sigma = math.exp(mean), sum(weights) ** -0.5
+        return cls(
+            piece=newest.piece,
+            placed=_joined([each.placed for each in looks]),
+            alone=_joined([each.alone for each in looks]),
+            ratio=ratio,
+            sigma=sigma,
+            engine_s=median(each.engine_s for each in looks),
+            look=newest.look,
+        )
 
     @staticmethod
     def keys(index: int, draft: Draft, structures: Sequence[str], reference: str = "") -> tuple[ProbeKey, ProbeKey]:
@@ -168,6 +196,15 @@ def _of_rounds(piece: Piece, rounds: Sequence[tuple[Mapping[str, Sequence[float]
         spread = math.sqrt(fmean((each - fmean(logs)) ** 2 for each in logs) * len(logs) / max(1, len(logs) - 1))
         sigma = 1.2533 * spread / math.sqrt(len(logs))
     return InPlace(piece=piece, placed=samples("placed"), alone=samples("alone"), ratio=ratio, sigma=sigma)
+
+
+def _joined(parts: Sequence[Samples]) -> Samples:
+    """Return the samples of several measurements, their rounds counted on."""
+    rounds: list[int] = []
+    for each in parts:
+        after = max(rounds, default=-1) + 1
+        rounds += [after + number for number in each.rounds]
+    return Samples(timed_s=tuple(chain.from_iterable(each.timed_s for each in parts)), rounds=tuple(rounds))
 
 
 def chain_digest(draft: Draft, structures: Sequence[str], reference: str = "") -> str:

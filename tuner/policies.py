@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,6 +46,7 @@ class PolicySearch:
     evidence: ChainEvidence
     configs: Mapping[str, Config]
     measure: Measure
+    measurements: Callable[[], int]  # how many placements `measure` has had to measure so far; the rest it knew
     reference_s: float | None
     ends: float  # of time.perf_counter: no measurement is begun after it
     _names: list[str] = field(init=False)
@@ -59,7 +60,7 @@ class PolicySearch:
         self._costs = np.array([self._scaled(name) for name in self._names]).T
 
     def run(self) -> int:
-        """Search, and let the evidence learn what was measured; return how many placements were. Nothing where no cut promises anything."""
+        """Search, and let the evidence learn what was measured; return how many had to be. None where no cut promises anything."""
         uncut_s = min((each.seconds for name in self._names if (each := self._whole(name)) is not None), default=math.inf)
         if not self._worth(uncut_s):
             return 0
@@ -73,22 +74,26 @@ class PolicySearch:
             cut_prices=_PRICES,
         )
         search = Search(space=space, seed=self.work.options.seed, runs_as=self._runs_as)
-        measured = 0
+        began, known = self.measurements(), 0
         for _ in range(_ASKS):
             asked = search.ask(1)
             if not asked or self.work.asked():
                 break
-            may = measured < _MOST and time.perf_counter() < self.ends
-            outcome = self._outcome(asked[0], uncut_s, may_measure=may)
-            measured += isinstance(outcome, Score) and asked[0].policy is not None and len(self._spans(asked[0])) > 1
+            why_not = f"{_MOST} others were measured" if self.measurements() - began >= _MOST else ""
+            why_not = why_not or ("there was no time to measure it" if time.perf_counter() >= self.ends else "")
+            before = self.measurements()
+            outcome = self._outcome(asked[0], uncut_s, why_not)
+            known += isinstance(outcome, Score) and len(self._spans(asked[0])) > 1 and self.measurements() == before
             search.tell(asked[0], outcome)
             self.work.database.add_trial(self.work.run_id, search.records[-1], study_name=STUDY)
         front = [each.number for each in search.records if each.value is not None and each.value == _least(search)]
         found = StudyRecord(name=STUDY, objectives=("latency",), front=tuple(front[:1]), importance=tuple(importances(search)))
         self.work.database.end_study(self.work.run_id, found)
-        if measured:
-            count = f"{measured} placement{'s' if measured > 1 else ''}"
-            self.work.note(f"how the model may be cut was searched: {len(search.records)} policies, of which {count} had to be measured")
+        measured = self.measurements() - began
+        if measured or known:
+            count = f"{measured} placement{'' if measured == 1 else 's'} had to be measured"
+            count += f", {known} {'was' if known == 1 else 'were'} known" if known else ""
+            self.work.note(f"how the model may be cut was searched: {len(search.records)} policies, of which {count}")
         return measured
 
     def _worth(self, uncut_s: float) -> bool:
@@ -102,7 +107,7 @@ class PolicySearch:
         cut = len(placed.segments) > 1
         return cut and priced(placed.segments, self._costs, self._prices * _PRICES[0]) <= _NEAR * uncut_s
 
-    def _outcome(self, candidate: Candidate, uncut_s: float, *, may_measure: bool) -> Score | Rejection:
+    def _outcome(self, candidate: Candidate, uncut_s: float, why_not: str) -> Score | Rejection:
         spans = self._spans(candidate)
         if not spans:
             return Rejection(state="pruned", reason="no placement under this policy has room for every block")
@@ -113,9 +118,9 @@ class PolicySearch:
         if thought > _NEAR * uncut_s:
             factor = thought / uncut_s
             return Rejection(state="pruned", reason=f"thought to take {factor:.2f} times as long as the best uncut plan")
-        learnt = self.measure(spans) if may_measure else {}
+        learnt = {} if why_not else self.measure(spans)
         if len(learnt) < len(spans):
-            return Rejection(state="pruned", reason="there was no time to measure it" if not may_measure else "it could not be measured")
+            return Rejection(state="pruned", reason=why_not or "it could not be measured")
         for (first, last, name), each in learnt.items():
             self.evidence.beliefs[name].observe(first, last, each)
         crossings = self._thought_s(spans) - math.fsum(self._inside_s(span) for span in spans)

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from aivmm.db.database import Database
 from aivmm.planner.candidates import Draft, Piece
+from aivmm.planner.partition import ChainEvidence
+from aivmm.planner.records import RunRecord
 from aivmm.probes.operations import save_arrays
+from aivmm.probes.records import Samples
 from aivmm.runtime.config import Config
 from aivmm.runtime.engine import Engine
+from aivmm.runtime.environment import environment_of
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
+from aivmm.tuner.cutting import Cutter
 from aivmm.tuner.inplace import InPlace, chain_digest, probe_in_place
+from aivmm.tuner.measure import Counts
+from tests.db.killing import FACTS
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal
+from tests.planner.test_partition import structure
 
 
 def target(name: str) -> Target:
@@ -66,3 +79,78 @@ def test_the_same_segment_among_other_neighbours_is_another_measurement(draft: D
     assert chain_digest(draft, ["a", "b"]) != chain_digest(swapped, ["a", "b"])
     alone, placed = InPlace.keys(0, draft, ["a", "b"])
     assert alone != placed and alone.subject.startswith("a ") and placed.subject.startswith("a ")  # neither is a block's own key
+
+
+def test_several_looks_are_one_by_how_sure_each_is(draft: Draft) -> None:
+    def look(number: int, ratio: float, sigma: float) -> InPlace:
+        samples = Samples(timed_s=(float(number), float(number)), rounds=(0, 1))
+        return InPlace(piece=draft.pieces[0], placed=samples, alone=samples, ratio=ratio, sigma=sigma, engine_s=1e-6 * number, look=number)
+
+    both = InPlace.of_looks([look(1, 1.0, 0.01), look(2, 1.1, 0.02)])
+    assert both.ratio == pytest.approx(1.1**0.2) and both.sigma == pytest.approx(0.01 * 0.8**0.5)
+    assert (both.placed.timed_s, both.placed.rounds, both.look) == ((1.0, 1.0, 2.0, 2.0), (0, 1, 2, 3), 2)
+    assert InPlace.of_looks([look(1, 1.0, 0.0), look(2, 1.1, 0.02)]).ratio == 1.1  # one says nothing of how sure it is
+
+
+class Tuning:
+    """As much of a tuning as measuring segments takes: a model of two segments that are alike, and a database."""
+
+    def __init__(self, folder: Path, *, fresh: bool = False, measure_new: bool = True) -> None:
+        here, number = target(ONNXRUNTIME), len(list(folder.glob("run-*")))
+        self.folder = folder / f"run-{number}"
+        self.folder.mkdir()
+        self.database, self.counts = Database.open(f"sqlite:///{folder / 't.db'}"), Counts()
+        self.database.remember_environment(environment_of(here))
+        run_id = f"00000000-0000-4000-8000-{number:012}"
+        self.database.start_run(RunRecord(id=run_id, request="r", started_at=datetime.now(UTC), model=FACTS, objective="latency"))
+        sample = self.folder / "sample.npz"
+        save_arrays(sample, {"x": normal(2, 64)})
+        work = SimpleNamespace(
+            targets=(here,),
+            folder=self.folder,
+            database=self.database,
+            run_id=run_id,
+            cosine_limit=None,
+            options=SimpleNamespace(fresh=fresh, objective="latency"),
+            progress=SimpleNamespace(detail=lambda text: None),
+            lab=SimpleNamespace(pids=list),
+            subject=SimpleNamespace(base_batch=1, deterministic=True, at=lambda batch: SimpleNamespace(samples=[sample])),
+            emitter=lambda batch: self,
+        )
+        measurer = SimpleNamespace(load_reference=lambda: None, reference=SimpleNamespace(key="reference"), counts=self.counts)
+        self.cutter = Cutter(cast(Any, work), cast(Any, None), {}, cast(Any, measurer), reference_s=None, measure_new=measure_new)
+        self.cutter.evidence = ChainEvidence(structure=structure(4), beliefs={})
+
+    def segment(self, first: int, last: int) -> Any:
+        return SimpleNamespace(structure="two layers")
+
+    def write(self, draft: Draft, bundle: Path, *, objective: str) -> None:
+        made = make_bundle(self.folder / "made.aivmm", chain_model(width=64), [Part(ONNXRUNTIME, 0, 3), Part(ONNXRUNTIME, 4, 7)])
+        shutil.move(made, bundle)
+        shutil.rmtree(self.folder / "made.aivmm.work")
+
+    def look(self) -> dict[Any, Any]:
+        return self.cutter._measure([(0, 1, ONNXRUNTIME), (2, 3, ONNXRUNTIME)])
+
+    def rows(self) -> int:
+        return len(self.database.entries(kind="segment", all=True))
+
+
+def test_a_second_look_in_one_run_measures_again_and_later_runs_know_both(tmp_path: Path) -> None:
+    first = Tuning(tmp_path)
+    assert len(first.look()) == 2 and (first.rows(), first.counts.measured) == (4, 4)
+    assert len(first.look()) == 2 and (first.rows(), first.counts.measured, first.counts.reused) == (8, 8, 0)
+    again = Tuning(tmp_path, measure_new=False)
+    known = again.look()
+    assert (again.counts.measured, again.counts.reused) == (0, 8)
+    (chain,) = again.cutter._seen.values()
+    assert chain == next(iter(first.cutter._seen.values()))  # each of two equal segments has its own rows
+    merged = [InPlace.of_looks(each) for each in zip(*chain, strict=True)]
+    assert known[0, 1, ONNXRUNTIME].seconds == merged[0].placed.median_s
+    assert again.look() == {}  # what was recalled is no second look, and nothing may be measured
+    fresh = Tuning(tmp_path, fresh=True)
+    fresh.look()
+    assert (fresh.counts.reused, fresh.rows()) == (0, 12)
+    after = Tuning(tmp_path)
+    after.look()
+    assert (after.counts.measured, after.counts.reused) == (0, 4)  # what was measured afresh replaces what was known

@@ -32,6 +32,8 @@ class Chain:
         self.database = Database.open(f"sqlite:///{folder / 't.db'}")
         self.notes: list[str] = []
         self.measured: list[tuple[Span, ...]] = []
+        self.recalled: list[tuple[Span, ...]] = []
+        self.stored: set[tuple[Span, ...]] = set()  # what the database knows
         self.costs, self.cut_s = costs, cut_s
         model = structure(4)
         alone = {(index, name): exactly(each) for name, row in costs.items() for index, each in enumerate(row)}
@@ -51,13 +53,13 @@ class Chain:
 
     def measure(self, spans: Sequence[Span]) -> dict[Span, Estimate]:
         """Say what segments take: their blocks, and behind each boundary what nobody was told."""
-        self.measured.append(tuple(spans))
+        (self.recalled if tuple(spans) in self.stored else self.measured).append(tuple(spans))
         hidden = [0.0] + [self.cut_s] * (len(spans) - 1)
         return {each: exactly(sum(self.costs[each[2]][each[0] : each[1] + 1]) + extra) for each, extra in zip(spans, hidden, strict=True)}
 
     def search(self, *, seconds: float = 60.0, **configs: Config) -> int:
         ends = time.perf_counter() + seconds
-        return PolicySearch(cast(Any, self.work), self.evidence, configs, self.measure, 8 * MS, ends).run()
+        return PolicySearch(cast(Any, self.work), self.evidence, configs, self.measure, lambda: len(self.measured), 8 * MS, ends).run()
 
 
 @pytest.fixture
@@ -100,6 +102,17 @@ def test_without_time_nothing_is_measured_and_the_reason_is_kept(folder: Path) -
     assert chain.search(seconds=-1.0) == 0 and chain.measured == []
     reasons = {each.reason for each in chain.database.trials(RUN) if each.policy is not None and each.state == "pruned"}
     assert "there was no time to measure it" in reasons
+
+
+def test_what_is_recalled_is_not_counted_as_measured(folder: Path) -> None:
+    (folder / "first").mkdir()
+    first = Chain(folder / "first", {str(CPU): CONV, str(GPU): ATTENTION})
+    first.search()
+    chain = Chain(folder, {str(CPU): CONV, str(GPU): ATTENTION})
+    chain.stored = set(first.measured)
+    assert chain.search() == len(chain.measured) and set(chain.recalled) == set(first.measured)
+    count, known = len(chain.measured), len(chain.recalled)
+    assert f"of which {count} placement{'' if count == 1 else 's'} had to be measured, {known} " in chain.notes[0]
 
 
 def test_a_repeated_search_tries_the_same_policies_in_the_same_order(folder: Path) -> None:
