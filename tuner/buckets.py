@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aivmm.errors import AivmmError, UsageError
+from aivmm.planner.constraints import ACCURACY
 from aivmm.probes.accuracy import over_limit
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.lab import Lab
@@ -22,7 +23,7 @@ from aivmm.runtime.bundle import Bundle, check_destination
 from aivmm.runtime.family import Bucket, Crop, Dimension, Family, Served
 from aivmm.runtime.plan import Plan
 from aivmm.runtime.registry import default_backends
-from aivmm.runtime.target import Target, matches
+from aivmm.runtime.target import Target, Unavailable
 from aivmm.tensors import TensorSpec
 from aivmm.tuner.families import combine
 from aivmm.tuner.many import ManyOutcome, Prefixed, report_beside, summed
@@ -163,13 +164,13 @@ class BucketTuner:
             return paddings
         trial = folder / "trial.aivmm"
         combine(trial, self._family(plans, buckets, paddings, ""), bundles, folder / "gathered-trial")
-        why = self._judged(trial, paddings.cases, plans)
+        why = self._judged(trial, paddings.cases)
         if not why:
             return paddings
         none = [replace_padding(each, "none", f"not padded: {why}") for each in paddings.dimensions]
         return Paddings(dimensions=tuple(none))
 
-    def _judged(self, bundle: Path, cases: Sequence[Case], plans: Sequence[Plan]) -> str:
+    def _judged(self, bundle: Path, cases: Sequence[Case]) -> str:
         """Run the samples of `cases` through a bundle in a worker; say why an answer is too far off, or return ""."""
         worker = Worker("other sizes")
         try:
@@ -181,15 +182,26 @@ class BucketTuner:
                 samples=[str(each) for case in cases for each in case.samples],
                 references=[str(each) for case in cases for each in case.references],
             )
-            return _too_far(answer["judged"], cases, self._cosine(plans))
+            return _too_far(answer["judged"], cases, self._cosine())
         except (AivmmError, WorkerDied) as error:
             return error.reason if isinstance(error, WorkerDied) else error.message
         finally:
             worker.close()
 
-    def _cosine(self, plans: Sequence[Plan]) -> float:
-        limits = [each.accuracy.limit for each in plans if each.accuracy is not None and each.accuracy.metric == "cosine"]
-        return min(limits, default=DEFAULT_COSINE)
+    def _cosine(self) -> float:
+        """Return the limit on the cosine that the tuning of each shape has, or the default where accuracy is limited in another way."""
+        limit = Session(self.options, self.progress).cosine_limit
+        return DEFAULT_COSINE if limit is None else limit
+
+    def judged_by(self) -> str:
+        """Say what the answers to other sizes are held to, and which limits on accuracy are not judged there."""
+        constraints = self.options.parsed_constraints()
+        others = [str(each) for each in constraints if each.metric in ACCURACY and each.metric != "cosine"]
+        return f"cosine>={self._cosine():g}" + (f", not by {', '.join(others)}" if others else "")
+
+    def usable(self, found: Sequence[Target], unavailable: Sequence[Unavailable]) -> list[Target]:
+        """Return the targets that options and constraints leave, in the order in which they are tried for other shapes."""
+        return reference_first(Session(self.options, self.progress).allowed(found, unavailable))
 
     def _others(
         self,
@@ -209,12 +221,11 @@ class BucketTuner:
             trial = bundle.parent / "trial.aivmm"
             family = self._family(plans, buckets, paddings, "", others=True)
             combine(trial, family, {**bundles, _OTHERS: bundle}, bundle.parent / "gathered")
-            return self._judged(trial, cases, plans)
+            return self._judged(trial, cases)
 
         with Lab() as lab:
-            found, _ = lab.discover(list(self.options.backends) or list(default_backends()))
+            found, unavailable = lab.discover(list(self.options.backends) or list(default_backends()))
             (folder / "others").mkdir()
-            allowed = [each for each in found if not self.options.targets or any(matches(p, str(each)) for p in self.options.targets)]
             check = PaddingCheck(
                 lab=lab,
                 source=self._source(folder),
@@ -227,11 +238,12 @@ class BucketTuner:
             )
             others = OtherShapes(
                 check=check,
-                targets=reference_first(allowed),
+                targets=self.usable(found, unavailable),
                 dimensions=paddings.dimensions,
                 plan=plans[0],
                 folder=folder / "open",
                 judge=judge,
+                judged_by=self.judged_by(),
             )
             return others.run()
 

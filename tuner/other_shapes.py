@@ -42,6 +42,7 @@ class OtherShapes:
     plan: Plan
     folder: Path
     judge: Judge
+    judged_by: str  # what `judge` holds answers to, in words
 
     def run(self) -> Fallback:
         """Return the first target's that answers as the reference does.
@@ -61,7 +62,8 @@ class OtherShapes:
                 why = error.reason if isinstance(error, WorkerDied) else error.message
             if not why:
                 sizes = "; ".join(_said(each.extents) for each in cases)
-                return Fallback(bundle=bundle, line=f"Other shapes run on {target} with open extents, checked at {sizes}; not tuned.")
+                line = f"Other shapes run on {target} with open extents, checked at {sizes} by {self.judged_by}; not tuned."
+                return Fallback(bundle=bundle, line=line)
             reasons.append(f"{target}: {why}")
         raise _refused("no target answers other shapes rightly (" + "; ".join(reasons) + ")")
 
@@ -70,8 +72,14 @@ class OtherShapes:
         most = {each.name: max(bucket.extents[each.name] for bucket in self.check.buckets) for each in self.dimensions}
         yield {name: extent + extent // 2 + 1 for name, extent in most.items()}
         yield {name: 2 * extent for name, extent in most.items()}
-        if any(each.padding == "none" for each in self.dimensions):
-            yield {name: max(1, extent - 1) for name, extent in most.items()}
+        between = {name: self._below(name, extent) for name, extent in most.items()}
+        if any(each.padding == "none" and between[each.name] < most[each.name] for each in self.dimensions):
+            yield between
+
+    def _below(self, name: str, extent: int) -> int:
+        """Return the largest extent below one that is not listed; itself where all are."""
+        listed = {bucket.extents[name] for bucket in self.check.buckets}
+        return next((each for each in range(extent - 1, 0, -1) if each not in listed), extent)
 
     def _case(self, extents: Mapping[str, int]) -> Case | None:
         return self.check.case(self.check.buckets[0], self.check.shapes[0], extents)

@@ -163,7 +163,7 @@ class Session:
             found, unavailable = discovery.result()
         finally:
             looking.shutdown(wait=False)  # a model that cannot be read is no reason to wait: the workers end with the laboratory
-        targets = self._allowed(found, unavailable)
+        targets = self.allowed(found, unavailable)
         self._require_counters(targets)
         subject.remember_targets(found)
         subject.make_reference(found)
@@ -186,7 +186,7 @@ class Session:
             asked=lambda: self.interrupts.asked,
         )
 
-    def _allowed(self, found: Sequence[Target], unavailable: Sequence[Unavailable]) -> tuple[Target, ...]:
+    def allowed(self, found: Sequence[Target], unavailable: Sequence[Unavailable]) -> tuple[Target, ...]:
         """Return the targets that options and constraints leave.
 
         Raises:

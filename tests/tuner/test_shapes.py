@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,11 @@ from aivmm.runtime.many import ShapedEngine
 from aivmm.runtime.target import Target
 from aivmm.tensors import TensorSpec
 from aivmm.tuner import entry
-from aivmm.tuner.buckets import reference_first
+from aivmm.tuner.buckets import BucketTuner, reference_first
+from aivmm.tuner.options import TuneOptions
+from aivmm.tuner.other_shapes import OtherShapes
 from aivmm.tuner.padding import PaddingCheck, Paddings, dimensions_of
+from aivmm.tuner.progress import Silent
 from aivmm.tuner.shapes import doublings, parse_dim_lists, parse_shape_lists, wanted
 from tests.making import normal, onnx_model, reference, token_model, write_model
 from tests.tuner.harness import ONE_RUNTIME, SMALL, Finished, Place
@@ -309,7 +314,8 @@ def test_other_shapes_run_with_open_extents_where_that_is_asked_for(tmp_path: Pa
     write_model(place.work / "tokens.onnx", token_model("rows"))
     done = place.aivmm("tune", "tokens.onnx", "--dim", "rows=4,8", "--other-shapes", "dynamic", *ONE_RUNTIME, *SMALL, "--json")
     assert done.code == 0, done.err
-    assert "Other shapes run on onnxruntime:CPU with open extents, checked at rows=13; rows=16; not tuned." in done.json["verdict"]
+    checked = "checked at rows=13; rows=16 by cosine>=0.999"
+    assert f"Other shapes run on onnxruntime:CPU with open extents, {checked}; not tuned." in done.json["verdict"]
     with aivmm.load_plan(place.work / "tokens.aivmm") as engine:
         assert isinstance(engine, ShapedEngine)
         for rows in (3, 8, 9, 40):
@@ -319,6 +325,34 @@ def test_other_shapes_run_with_open_extents_where_that_is_asked_for(tmp_path: Pa
                 np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-4)
         stats = engine.stats()
         assert (stats["padded"], stats["fallback"]) == (1, 2)
+
+
+def test_other_shapes_keep_to_the_targets_that_constraints_leave_and_say_which_limits_are_not_judged(lab: Lab) -> None:
+    found, unavailable = lab.discover(["onnxruntime", "openvino"])
+    options = TuneOptions(model="m.onnx", constraints=("targets in (openvino:CPU)", "sqnr>=30dB"))
+    tuner = BucketTuner(options, (), Silent())
+    assert [str(each) for each in tuner.usable(found, unavailable)] == ["openvino:CPU"]  # and not the reference's, which comes first
+    assert tuner.judged_by() == "cosine>=0.999, not by sqnr>=30dB"
+    stricter = replace(options, constraints=("cosine>=0.9999, sqnr>=30dB",), targets=("onnxruntime",))
+    assert [str(each) for each in BucketTuner(stricter, (), Silent()).usable(found, unavailable)] == ["onnxruntime:CPU"]
+    assert BucketTuner(stricter, (), Silent()).judged_by() == "cosine>=0.9999, not by sqnr>=30dB"
+
+
+@pytest.mark.parametrize(
+    ("listed", "padding", "sizes"),
+    [
+        ((4, 8), "none", [13, 16, 7]),
+        ((6, 7, 8), "none", [13, 16, 5]),
+        ((1, 2), "none", [4, 4]),
+        ((4, 8), "zero", [13, 16]),
+    ],
+)
+def test_other_shapes_are_checked_at_none_that_is_listed(listed: tuple[int, ...], padding: Any, sizes: list[int]) -> None:
+    dimension = Dimension(name="rows", places=[("x", 1)], padding=padding)
+    check = SimpleNamespace(buckets=[Bucket(name=str(each), plan="", extents={"rows": each}) for each in listed])
+    others: Any = OtherShapes.__new__(OtherShapes)
+    others.check, others.dimensions = check, [dimension]
+    assert [each["rows"] for each in others._sizes()] == sizes
 
 
 def test_open_extents_are_refused_where_no_list_is_given(place: Place, in_process: Callable[..., Finished]) -> None:
