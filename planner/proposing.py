@@ -108,18 +108,21 @@ class Proposer:
     objectives: Sequence[Objective]
     limits: Sequence[Constraint]
     encoding: Encoding = field(init=False)
-    _fitted: dict[str, tuple[int, Surrogate]] = field(default_factory=dict)
+    _fitted: dict[str, tuple[int, Surrogate]] = field(default_factory=dict)  # by limit, and "" for the one objective
 
     def __post_init__(self) -> None:
         self.encoding = Encoding(self.space)
 
-    def _believe(self, name: str, x: Array, losses: Array, sigma: float) -> Surrogate:
-        """Return what is believed; what matters is learnt anew each time that a tenth more is known, and kept meanwhile."""
+    def _believe(self, name: str, x: Array, losses: Array, sigma: float, *, known: int) -> Surrogate:
+        """Return what is believed; what matters is learnt anew each time that a tenth more is `known`, and kept meanwhile.
+
+        `known` counts all points, of which `x` may be some.
+        """
         count, held = self._fitted.get(name, (0, None))
-        if held is not None and count <= len(x) < count * _ANEW:
+        if held is not None and count <= known < count * _ANEW:
             return held.with_data(x, losses)
         found = Surrogate.fit(x, losses, self.encoding.ordered, sigma=sigma)
-        self._fitted[name] = (len(x), found)
+        self._fitted[name] = (known, found)
         return found
 
     def propose(
@@ -135,21 +138,31 @@ class Proposer:
         scored = [(candidate, score) for candidate, score in known if isinstance(score, Score)]
         if len(scored) < LEAST:
             return []
-        if len(scored) > _MOST:
+        every = len(scored)
+        if every > _MOST:
             first = self.objectives[0]
             best = sorted(range(len(scored)), key=lambda at: first.loss(*scored[at]))[: _MOST // 2]
-            scored = [scored[at] for at in sorted({*best, *range(len(scored) - _MOST // 2, len(scored))})]
+            scored = [scored[at] for at in sorted({*best, *range(every - _MOST // 2, every)})]
         with one_thread():
-            return self._propose(scored, is_new, chance, count)
+            return self._propose(scored, is_new, chance, count, known=every)
 
     def _propose(
-        self, scored: Sequence[tuple[Candidate, Score]], is_new: Callable[[Candidate], bool], chance: np.random.Generator, count: int
+        self,
+        scored: Sequence[tuple[Candidate, Score]],
+        is_new: Callable[[Candidate], bool],
+        chance: np.random.Generator,
+        count: int,
+        *,
+        known: int,
     ) -> list[Params]:
         x = np.array([self.encoding.encode(candidate) for candidate, _ in scored])
         losses = self._weighed(scored, chance)
-        name = "" if len(self.objectives) == 1 else str(len(x))  # what is weighed anew is learnt anew
-        believed = self._believe(name, x, losses, sigma_of([score for _, score in scored]))
-        limits = self._limits(scored, x)
+        sigma = sigma_of([score for _, score in scored])
+        if len(self.objectives) == 1:
+            believed = self._believe("", x, losses, sigma, known=known)
+        else:  # weighed anew, they are other losses: nothing that was learnt of them holds
+            believed = Surrogate.fit(x, losses, self.encoding.ordered, sigma=sigma)
+        limits = self._limits(scored, x, known)
         means, _ = believed.believe(x)
         keeps = np.array([self._keeps(score) for _, score in scored])
         best = float(means[keeps].min()) if keeps.any() else math.inf
@@ -177,14 +190,14 @@ class Proposer:
         found: Array = weighed.max(axis=1) + _WORST_SHARE * weighed.sum(axis=1)
         return found
 
-    def _limits(self, scored: Sequence[tuple[Candidate, Score]], x: Array) -> list[Surrogate]:
+    def _limits(self, scored: Sequence[tuple[Candidate, Score]], x: Array, known: int) -> list[Surrogate]:
         """Return for each limit that something breaks what is believed of how far points lie beyond it."""
         found = []
         for limit in self.limits:
             beyond = np.array([_log_beyond(limit, score) for _, score in scored])
             kept = np.isfinite(beyond)
             if kept.sum() >= LEAST and (beyond[kept] > 0).any():
-                found.append(self._believe(str(limit), x[kept], beyond[kept], _SIGMA))
+                found.append(self._believe(str(limit), x[kept], beyond[kept], _SIGMA, known=known))
         return found
 
     def _keeps(self, score: Score) -> bool:

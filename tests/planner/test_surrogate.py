@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ from scipy.integrate import quad
 from scipy.optimize import approx_fprime
 from scipy.stats import norm
 
+from aivmm.planner.candidates import Candidate, Score
+from aivmm.planner.objectives import parse_objectives
 from aivmm.planner.proposing import Encoding, Proposer
 from aivmm.planner.search import Search
 from aivmm.planner.surrogate import Surrogate, _density, _distance, log_chance_below, log_expected_improvement
 from aivmm.runtime.config import Knob
-from tests.planner.test_objectives import CPU, GPU, cuttable
+from tests.planner.test_objectives import CPU, GPU, LAYOUT, cuttable
 from tests.planner.test_search import LEVEL, THREADS, by_threads, drive, scored, space
 
 CHANCE = np.random.default_rng(5)
@@ -101,3 +104,39 @@ def test_too_little_is_known_to_propose_anything() -> None:
     tried = drive(search, by_threads, trials=3)
     known = [(each, by_threads(each)) for each in tried]
     assert Proposer(search.space, search.objectives, ()).propose(known, lambda each: True, np.random.default_rng(0), count=3) == []
+
+
+WIDE = Knob("threads", "int", "many", low=1, high=64, default=1)
+
+
+def known_points(count: int, *, by_threads: bool = True) -> list[tuple[Candidate, Score]]:
+    """Return points of a space, and how they came out: for latency threads matter (or only kinds do), for energy kinds."""
+    found = []
+    for each in drive(Search(space(WIDE, LEVEL, LAYOUT), seed=3), lambda each: scored(1.0), trials=count):
+        threads, kind = int(each.config.get("threads") or 1), each.config.get("level") or "all"
+        kinds = {"off": 2.0, "basic": 1.0, "all": 1.4}[str(kind)]
+        seconds = 1 + 0.02 * abs(threads - 40) if by_threads else kinds
+        found.append((each, replace(scored(seconds), metrics={"latency": seconds, "energy": kinds * (1 + threads / 200)})))
+    return found
+
+
+def test_what_was_learnt_of_losses_that_were_weighed_otherwise_is_not_believed() -> None:
+    known, goals = known_points(40), parse_objectives("latency,energy")
+    points = space(WIDE, LEVEL, LAYOUT)
+    used = Proposer(points, goals, ())
+    for seed in range(3):
+        fresh = Proposer(points, goals, ())
+        asked = [each.propose(known, lambda each: True, np.random.default_rng(seed), count=3) for each in (used, fresh)]
+        assert asked[0] == asked[1]
+    assert used._fitted == {}
+
+
+def test_what_matters_is_learnt_anew_where_more_is_known_than_is_learnt_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aivmm.planner.proposing._MOST", 20)
+    points, goals = space(WIDE, LEVEL, LAYOUT), parse_objectives("latency")
+    few, many = known_points(60)[:25], known_points(60, by_threads=False)
+    used, fresh = Proposer(points, goals, ()), Proposer(points, goals, ())
+    used.propose(few, lambda each: True, np.random.default_rng(0), count=1)
+    for each in (used, fresh):
+        each.propose(many, lambda each: True, np.random.default_rng(1), count=1)
+    assert used._fitted[""][0] == 60 and (used._fitted[""][1].weights == fresh._fitted[""][1].weights).all()
