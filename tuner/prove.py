@@ -438,7 +438,11 @@ class Prover:
     def _tail(self, entrant: Entrant) -> bool:
         """Run on until there are enough samples for a 99th percentile, where that takes seconds only. False when it died of it."""
         contestant = entrant.contestant
-        if contestant is None or entrant.draft.callers > 1 or entrant.confirmed is None or "p99_s" in entrant.metrics:
+        if contestant is None or entrant.confirmed is None or "p99_s" in entrant.metrics:
+            return True
+        if entrant.draft.callers > 1:
+            if self._asks_tail:
+                entrant.absent["p99"] = f"with {entrant.draft.callers} callers the time between answers is measured, not that of a call"
             return True
         typical = entrant.confirmed.median_s
         # Below 100 µs the durations of a race are means of several calls, and a mean has no tail.

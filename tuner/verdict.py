@@ -81,7 +81,9 @@ def sentence(
     if objective not in ("latency", "throughput"):
         text += f" {first.what}, {time_text(call_s(plan))}"
     clauses = []
-    others = [each for each in proof.entrants if each.role == "baseline" and each is not plan and each.confirmed and each.eligible]
+    # What breaks a limit and is faster gets a sentence of its own; what is slower is compared with, whatever it breaks.
+    known = [each for each in proof.entrants if each.role == "baseline" and each is not plan and each.confirmed and each.eligible]
+    others = [each for each in known if each.draft.name not in proof.violations or _verdict(proof, each) != "slower"]
     for each in _worth_telling(plan, others, proof):
         found = proof.against(each)
         assert found and each.confirmed
@@ -99,6 +101,8 @@ def sentence(
         text += f" {_by_objective(plan, proof, first)}"
     elif plan.role == "baseline":
         text += f" {_why_baseline(plan, proof)}"
+    if objective in ("latency", "throughput"):
+        text += _faster_but_out(plan, proof)
     if len(objectives) > 1:
         text += f" {alternatives_text(proof, objectives, {each.draft.name: describe(each.draft) for each in proof.entrants})}"
     return " ".join(filter(None, (text, accuracy_text, plan.strays)))
@@ -119,6 +123,11 @@ def accuracy_text(accuracy: Accuracy, *, samples: int, kind: str, beside: Mappin
     return f"Outputs match {accuracy.reference}: {accuracy.metric} {accuracy.value:.6f}{more} on {where}."
 
 
+def _verdict(proof: Proof, entrant: Entrant) -> str:
+    found = proof.against(entrant)
+    return found.verdict if found is not None else ""
+
+
 def _why_baseline(plan: Entrant, proof: Proof) -> str:
     """Say why the plan is what a user would have run anyway, and no more than was seen."""
     tried = [each for each in proof.entrants if each.role == "candidate"]
@@ -130,6 +139,20 @@ def _why_baseline(plan: Entrant, proof: Proof) -> str:
         reason = first.problem or proof.violations[first.draft.name][0].sentence
         return f"The baseline won: of what was tried, {describe(first.draft)} is out ({reason})."
     return "The baseline won: the search found nothing that promised to be faster."
+
+
+def _faster_but_out(plan: Entrant, proof: Proof) -> str:
+    """Say of the fastest baseline that beats the plan, and may not be one, what stands against it; "" where there is none."""
+    out = {}
+    for each in proof.entrants:
+        against = each.problem or "; ".join(violation.sentence for violation in proof.violations.get(each.draft.name, ()))
+        found = proof.against(each) if each.role == "baseline" and each is not plan and against else None
+        if found is not None and found.verdict == "slower":
+            out[each.draft.name] = (1 / found.ratio, against)
+    if not out:
+        return ""
+    name, (share, against) = min(out.items(), key=lambda each: each[1][0])
+    return f" {name} takes {share:.2f} of its time, and may not be the plan: {against}."
 
 
 def _by_objective(plan: Entrant, proof: Proof, objective: Objective) -> str:

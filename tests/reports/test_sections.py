@@ -143,6 +143,16 @@ def test_a_hand_over_is_told_by_pair_with_what_it_costs(full: ReportData) -> Non
     assert found.chart is not None and found.missing == ""
 
 
+def test_what_too_few_sizes_were_measured_for_is_no_noise(full: ReportData) -> None:
+    pairs = [each for each in full.outcomes if each.key.kind == "transfer"]
+    rest = tuple(each for each in full.outcomes if each.key.kind != "transfer")
+    few = replace(full, outcomes=(*rest, *pairs[:2]))
+    (pair,) = handovers.account(few, slots(full.targets)).pairs
+    assert pair.fixed_s is None and len(pair.costs) == 2
+    section = render(few).partition('id="transfers"')[2].partition("</section>")[0]
+    assert "below noise" not in section and section.count('<td class="num">–</td>') + section.count('data-v="">–</td>') >= 3
+
+
 def test_no_hand_over_says_why(full: ReportData) -> None:
     rest = tuple(each for each in full.outcomes if each.key.kind != "transfer")
     assert "budget" in handovers.account(replace(full, outcomes=rest), {}).missing

@@ -1,0 +1,59 @@
+"""What a proof is told as, where its numbers are made up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aivmm.planner.candidates import Draft, Piece
+from aivmm.planner.constraints import Violation, parse
+from aivmm.planner.objectives import parse_objectives
+from aivmm.probes.client import Worker
+from aivmm.probes.race import Contestant
+from aivmm.runtime.config import Config
+from aivmm.tuner.prove import Entrant, Proof, Prover
+from aivmm.tuner.verdict import sentence
+from tests.planner.test_search import target
+
+ROUNDS = 40
+
+
+def entrant(name: str, seconds: float, *, role: str = "baseline", problem: str = "", callers: int = 1) -> Entrant:
+    """Return what took so long in each round of a race, give or take a percent."""
+    taken = [seconds * (1 + 0.01 * (number % 3 - 1)) for number in range(ROUNDS)]
+    contestant = Contestant(name, Worker(name), callers=callers, durations=taken, rounds=list(range(ROUNDS)))
+    draft = Draft(name=name, pieces=(Piece(target=target(), config=Config(precision="fp32"), first=0, last=3),), callers=callers)
+    made = Entrant(draft=draft, role=role, bundle=Path(), size_bytes=1, sample=Path(), reference=Path(), problem=problem)
+    made.contestant, made.confirmed = contestant, contestant.samples()
+    made.metrics = {"throughput_per_s": 1 / seconds, "latency_s": seconds * callers}
+    return made
+
+
+def told(proof: Proof, objective: str = "throughput") -> str:
+    return sentence(proof, objectives=parse_objectives(objective), accuracy_text="Right.")
+
+
+def test_a_faster_baseline_that_may_not_be_the_plan_is_told_with_the_reason() -> None:
+    plan = entrant("candidate 1", 10e-3, role="candidate")
+    barred = "it computes in bf16, which is not among --precisions"
+    proof = Proof(entrants=[entrant("toy default", 15e-3), entrant("toy THROUGHPUT hint", 7.1e-3, problem=barred), plan], plan=plan)
+    assert f"1.5x faster than toy default. toy THROUGHPUT hint takes 0.71 of its time, and may not be the plan: {barred}." in told(proof)
+    assert "may not be the plan" not in told(Proof(entrants=[proof.entrants[0], entrant("slow", 20e-3, problem=barred), plan], plan=plan))
+
+
+def test_a_faster_baseline_that_breaks_a_limit_is_told_with_the_reason_and_not_as_a_rival() -> None:
+    plan = entrant("candidate 1", 10e-3, role="candidate")
+    proof = Proof(entrants=[entrant("toy default", 5e-3), entrant("toy slow", 15e-3), plan], plan=plan)
+    (limit,) = parse("memory<1GB")
+    broken = Violation(constraint=limit, value=2e9, percent=100.0, sentence="memory is 2 GB, 100 % above the limit of 1 GB")
+    proof.violations = {"toy default": (broken,)}
+    assert f"toy default takes 0.50 of its time, and may not be the plan: {broken.sentence}." in told(proof)
+    assert "slower than" not in told(proof) and "faster than toy slow" in told(proof)
+
+
+def test_the_tail_of_several_callers_is_unknown_for_another_reason_than_time() -> None:
+    plan = entrant("candidate 1", 10e-3, role="candidate", callers=4)
+    prover = Prover([plan], constraints=parse("p99<1s"), cosine_limit=None, seed=0, tell=lambda what, state: None)
+    prover._decide()
+    (violation,) = prover._proof.violations["candidate 1"]
+    assert "no time" not in violation.sentence
+    assert "p99 is not known (with 4 callers the time between answers is measured, not that of a call)" in violation.sentence
