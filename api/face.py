@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ def load_plan(
     plan can be traded for there.
 
     Raises:
-        UsageError: the plan has no such alternative; the message lists what it has.
+        UsageError: the plan has no such alternative (the message lists what it has), or `timeout_s` is no time to wait.
         BundleError: the bundle is missing, damaged, changed, unsafe, newer than this version, or not signed as required.
         Unsupported: neither the plan nor a fallback of it that `on_mismatch` allows runs on this machine.
     """
@@ -49,7 +49,7 @@ def load_plan(
 
     if not is_family(path):  # what serves several plans takes a tenth of a second to import
         single = Engine.load(path, on_mismatch=on_mismatch, require_signature=require_signature, alternative=alternative)
-        single.on_drift, single.timeout_s = on_drift, timeout_s
+        _set(single, [single], on_drift, timeout_s)
         return single
 
     if alternative is not None:
@@ -58,9 +58,20 @@ def load_plan(
     from aivmm.runtime.many import load, plain
 
     engine = load(path, on_mismatch=on_mismatch, require_signature=require_signature)
-    for each in plain(engine):
-        each.on_drift, each.timeout_s = on_drift, timeout_s
+    _set(engine, plain(engine), on_drift, timeout_s)
     return engine
+
+
+def _set(
+    engine: Engine | ShapedEngine | Engines, plain: Iterable[Engine], on_drift: Callable[[Drift], None] | None, timeout_s: float | None
+) -> None:
+    """Tell the plain engines that `engine` is made of what to do; it is closed where one refuses."""
+    try:
+        for each in plain:
+            each.on_drift, each.timeout_s = on_drift, timeout_s
+    except BaseException:  # not handled, only cleaned up: nobody else could close it
+        engine.close()
+        raise
 
 
 def deploy(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from time import monotonic
 
+from aivmm.errors import UsageError
 from aivmm.runtime.batching import Outputs
+from aivmm.runtime.plan import Execution
 
 Answer = Callable[[], Outputs]  # what answers a request in the place of a stage that hangs, or raises
 
@@ -17,19 +20,31 @@ Answer = Callable[[], Outputs]  # what answers a request in the place of a stage
 class Deadlines:
     """Watches requests on a thread of its own, which ends when nobody refers to this any more. Thread-safe."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, executions: Iterable[Execution] = ()) -> None:
+        """Give requests `timeout_s` seconds each, however they are run of `executions`.
+
+        Raises:
+            UsageError: that is no time to wait, or is over before a request may have found company for its batch.
+        """
+        if not 0 < timeout_s < float("inf"):
+            raise UsageError(f"timeout_s={timeout_s!r} is no time to wait", advice="give seconds above 0, or None")
+        wait_s = max((each.batching.max_wait_s for each in executions if each.batching is not None), default=0.0)
+        if timeout_s <= wait_s:
+            raise UsageError(
+                f"timeout_s={timeout_s:g} is over while requests may still wait {wait_s:g} s for company in their batch", advice="give more"
+            )
         self.timeout_s = timeout_s
         # All wait for as long, so who came first is due first.
         self._due: deque[tuple[float, Future[Outputs], Answer]] = deque()
         self._some = threading.Event()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # for the start alone: no lock is held while an answer is settled, since its callbacks may ask again
         self._thread: threading.Thread | None = None
 
     def watch(self, running: Future[Outputs], instead: Answer) -> Future[Outputs]:
         """Return a future of what `running` brings or, when that takes too long, of what `instead` does, called on a thread of its own."""
         answer: Future[Outputs] = Future()
         answer.set_running_or_notify_cancel()
-        running.add_done_callback(lambda done: self._settle(answer, done))
+        running.add_done_callback(lambda done: _settle(answer, done))
         if not answer.done():
             self._due.append((monotonic() + self.timeout_s, answer, instead))
             self._start()
@@ -38,26 +53,12 @@ class Deadlines:
 
     def late(self, answer: Future[Outputs], instead: Answer) -> None:
         """Answer a request that is due."""
+        found: Future[Outputs] = Future()
         try:
-            outputs = instead()
+            found.set_result(instead())
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is the answer to this request
-            with self._lock:
-                if not answer.done():
-                    answer.set_exception(error)
-            return
-        with self._lock:
-            if not answer.done():
-                answer.set_result(outputs)
-
-    def _settle(self, answer: Future[Outputs], done: Future[Outputs]) -> None:
-        with self._lock:
-            if answer.done():
-                return  # too late
-            error = done.exception()
-            if error is not None:
-                answer.set_exception(error)
-            else:
-                answer.set_result(done.result())
+            found.set_exception(error)
+        _settle(answer, found)
 
     def _start(self) -> None:
         with self._lock:
@@ -69,12 +70,22 @@ class Deadlines:
                 self._thread.start()
 
 
+def _settle(answer: Future[Outputs], done: Future[Outputs]) -> None:
+    """Answer as `done` says, unless the other one was first: the future itself takes one answer and refuses the next."""
+    with suppress(InvalidStateError):
+        error = done.exception()
+        if error is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(done.result())
+
+
 def _look(deadlines: weakref.ref[Deadlines], due: deque[tuple[float, Future[Outputs], Answer]], some: threading.Event) -> None:
     while True:
         if not due:
+            some.clear()  # first: whoever calls after this is seen below, or ends the wait
             if deadlines() is None:
                 return
-            some.clear()
             if not due:
                 some.wait()
             continue

@@ -13,8 +13,6 @@ from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from aivmm.errors import AivmmError, BundleError, Unsupported, UsageError
 from aivmm.runtime.backend import Buffer, DeviceTensor, Executable
 from aivmm.runtime.blobs import BlobCache
@@ -22,6 +20,7 @@ from aivmm.runtime.bundle import Bundle
 from aivmm.runtime.deadline import Deadlines
 from aivmm.runtime.drift import Drift, DriftMonitor
 from aivmm.runtime.finding import find_named
+from aivmm.runtime.inputs import kept
 from aivmm.runtime.lane import Lane
 from aivmm.runtime.plan import Execution, Plan, Stage, agree
 from aivmm.runtime.pool import closed
@@ -145,29 +144,31 @@ class Engine:
             UsageError: as `run`, at once.
         """
         program, deadlines = self._program, self._deadlines
-        kept = {name: np.array(array) for name, array in inputs.items()} if deadlines is not None else {}
+        again = {} if deadlines is None else kept(inputs)
         try:
             running = program.submit(inputs, lambda loaded, error: self._instead(program, loaded, error))
         except (UsageError, Unsupported):
             if self._program is program:
                 raise
             return self.submit(inputs)  # it was waiting in front of one that died
-        return running if deadlines is None else deadlines.watch(running, lambda: self._hangs(program, kept, deadlines.timeout_s))
+        return running if deadlines is None else deadlines.watch(running, lambda: self._hangs(program, again, deadlines.timeout_s))
 
     @property
     def timeout_s(self) -> float | None:
         """How long a request may take from its turn to its answer before its stage is taken to hang; None waits for ever.
 
         Stages then run on threads of the engine's own, which costs two wake-ups a call. What hangs cannot be stopped: it keeps its thread
-        and its memory. Its request is answered by the next fallback or by `Unsupported`. `lend` is not watched.
+        and its memory. Its request is answered by the next fallback or by `Unsupported`, from a copy of its inputs: they have to lie on the
+        host, since a fallback may run elsewhere. `lend` and `run_on_device` are not watched.
+
+        Setting it raises UsageError where requests wait as long for company to be batched with.
         """
         return None if self._deadlines is None else self._deadlines.timeout_s
 
     @timeout_s.setter
     def timeout_s(self, seconds: float | None) -> None:
-        if seconds is not None and not 0 < seconds < float("inf"):
-            raise UsageError(f"timeout_s={seconds!r} is no time to wait", advice="give seconds above 0, or None")
-        self._deadlines = None if seconds is None else Deadlines(seconds)
+        executions = (self._program.execution, *(self._asked or each for _, _, each in self._ways))
+        self._deadlines = None if seconds is None else Deadlines(seconds, executions)
 
     async def arun(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
         """Run once without blocking the event loop. The inputs' arrays must stay as they are until this returns.
@@ -308,9 +309,14 @@ class Engine:
 
         A stage is dead when it fails on what it could answer before, too (or, when it never answered anything, on three requests).
         """
+        if not hangs and self._program is program:
+            # Without the lock: what is asked may hang, and then this request's deadline, and others', need it.
+            own = not isinstance(error, Unsupported) or self._closed or self._beyond_help or program.alive()
+            if own and self._program is program:  # a program that was replaced meanwhile is closed, and says nothing of the error
+                raise error
         with self._failover:
             if self._program is program:
-                if not isinstance(error, Unsupported) or self._closed or self._beyond_help or (not hangs and program.alive()):
+                if not isinstance(error, Unsupported) or self._closed or self._beyond_help:
                     raise error
                 self._event(f"{self._running} {'hangs' if hangs else 'died'}: {error}")
                 self.attempts.append(Attempt(name=self._running, outcome="failed", reason=str(error)))
@@ -321,14 +327,16 @@ class Engine:
                     self._event("nothing is left to run instead" + ("" if refusal is error else f": {refusal}"))
                     raise error from None
                 self._program = replacement
-                if self.tracer is not None:
-                    self.tracer.follow(self, replacement)
+                tracer = self.tracer
+                if tracer is not None:
+                    tracer.follow(self, replacement)
                 self._drift, self._unwatched = self._watch()
                 if hangs:
                     program.give_up(error)  # who waits for a lane of it asks the other one
                 else:
                     threading.Thread(target=program.close, name="aivmm-retire", daemon=True).start()  # it may have to wait for others
-        return self._program.run(inputs)
+        # What takes over may hang as well, and is watched as it was.
+        return self._program.run(inputs) if self._deadlines is None else self.submit(inputs).result()
 
     def _compile(self) -> tuple[Program, Validity]:
         """Compile the plan's stages or, loudly, the first fallback that this machine can take, as `on_mismatch` says."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy as np
 from aivmm.errors import UsageError
 from aivmm.runtime.backend import Buffer
 from aivmm.tensors import TensorSpec
+
+_ON_HOST = (1, 3)  # of DLPack's devices: kDLCPU, kDLCUDAHost
 
 
 def is_numpy(dtype: str) -> bool:
@@ -23,6 +26,32 @@ def is_numpy(dtype: str) -> bool:
 def dtype_of(spec: TensorSpec) -> np.dtype[Any] | None:
     """Return NumPy's type for `spec`, or None for strings and what is unknown: arrays of those are compared by `checked` alone."""
     return None if spec.dtype in ("string", "unknown") else np.dtype(spec.dtype)
+
+
+def elsewhere(array: Any) -> bool:
+    """Say whether an input is a tensor in a device's memory."""
+    where = getattr(array, "__dlpack_device__", None)
+    return where is not None and not isinstance(array, np.ndarray) and int(where()[0]) not in _ON_HOST
+
+
+def kept(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return copies of inputs as they were given, to be asked again: an array of a list would be held to a type that the list has not.
+
+    Raises:
+        UsageError: one lies on a device, or cannot be copied.
+    """
+    copies = {}
+    for name, array in inputs.items():
+        if elsewhere(array):
+            raise UsageError(
+                f"the input {name!r} lies on a device, and requests with a deadline are kept on the host",
+                advice="give an array of the host, use run_on_device, or set timeout_s to None",
+            )
+        try:
+            copies[name] = array.copy() if isinstance(array, np.ndarray) else deepcopy(array)
+        except Exception as error:  # whatever an object of a stranger's raises
+            raise UsageError(f"the input {name!r} cannot be kept for a deadline ({error})", advice="give an array") from error
+    return copies
 
 
 def checked(array: Any, spec: TensorSpec, known: Mapping[str, TensorSpec]) -> Buffer:

@@ -16,7 +16,7 @@ from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.backend import Buffer, DeviceTensor, DeviceTensors, Executable, Request, aligned_empty, host_buffer
 from aivmm.runtime.clocks import StageClock
 from aivmm.runtime.drift import BLOCK
-from aivmm.runtime.inputs import checked, dtype_of, is_numpy, refuse_unknown
+from aivmm.runtime.inputs import checked, dtype_of, elsewhere, is_numpy, refuse_unknown
 from aivmm.runtime.plan import Stage
 from aivmm.tensors import TensorSpec
 
@@ -25,7 +25,6 @@ from aivmm.tensors import TensorSpec
 COPY_LIMIT_BYTES = 32 << 10
 # A caller who fills one array again and again is not asked for a copy each time: after so many calls his array is bound itself.
 _STEADY = 8
-_ON_HOST = (1, 3)  # of DLPack's devices: kDLCPU, kDLCUDAHost
 _FOLD_NS = 50_000_000  # what was timed is counted this often: for calls below half a millisecond in less than one of a hundred
 
 
@@ -91,7 +90,7 @@ class Feed:
             UsageError: it is missing, or of another type or shape.
         """
         if not (type(array) is ndarray and array.dtype is self._dtype and array.shape == self._shape):
-            if _elsewhere(array):
+            if elsewhere(array):
                 self._read_there(array)
                 return
             array = checked(array, self._spec, self._known)
@@ -113,7 +112,7 @@ class Feed:
         Raises:
             UsageError: as `take`.
         """
-        if _elsewhere(array):
+        if elsewhere(array):
             raise UsageError(
                 f"the input {self.name!r} lies on a device, and is to be copied on the host", advice="use run or run_on_device"
             )
@@ -143,12 +142,6 @@ class Feed:
             if not isinstance(executable, DeviceTensors):
                 raise UsageError(f"the input {self.name!r} lies on a device, and is read on the host", advice="give an array of the host")
             request.bind_device(self.name, executable.from_dlpack(array, self._spec))
-
-
-def _elsewhere(array: Any) -> bool:
-    """Say whether an input is a tensor in a device's memory."""
-    where = getattr(array, "__dlpack_device__", None)
-    return where is not None and not isinstance(array, ndarray) and int(where()[0]) not in _ON_HOST
 
 
 class Lane:
@@ -186,6 +179,7 @@ class Lane:
         self._so_far_ns = 0  # of a run that is taken by steps
         self._buffers: dict[str, Buffer] = {}
         self.kept_on_device: dict[str, str] = {}  # tensor between stages -> the memory that it never leaves
+        self._read_again: set[str] = set()  # outputs that a later stage reads, too
         self._late: list[list[tuple[str, StageClock, Request, list[Request]]]] = [[] for _ in stages]
         self._feeds: Sequence[Feed] = tuple(self._feed(each, executables) for each in inputs)
         self._bind_boundaries(stages, executables, {each.name for each in outputs})
@@ -273,8 +267,8 @@ class Lane:
     def wrap(self, wrapped: Callable[[int, Callable[[], None]], Callable[[], None]] | None) -> None:
         """Run each stage by what `wrapped` makes of its number and its run, for a trace; None runs the stages themselves again."""
         runs = [request.run if wrapped is None else wrapped(index, request.run) for index, request in enumerate(self._requests)]
-        # A new list: who is on the way goes by the old one. Closed, it has none.
-        self._steps = [(run, took, late) for run, (_, took, late) in zip(runs, self._steps, strict=True)]
+        # A new list: who is on the way goes by the old one. Closed, it has none; so it may be while this looks.
+        self._steps = [(run, took, late) for run, (_, took, late) in zip(runs, self._steps, strict=False)]
 
     def step(self, index: int) -> None:
         """Run one stage, after those before it."""
@@ -320,8 +314,16 @@ class Lane:
         """Return the outputs of the last run where they are: this lane's next run overwrites them."""
         return dict(self._fixed) | {name: read(name) for name, read in self._readers}
 
+    @property
+    def on_host(self) -> bool:
+        """Whether all of the inputs that were loaded last lie on the host."""
+        for each in self._feeds:  # noqa: SIM110 - `all` with a generator takes three times as long
+            if each.bound is each:
+                return False
+        return True
+
     def loaded(self) -> dict[str, Buffer]:
-        """Return copies of the inputs that were loaded last."""
+        """Return copies of the inputs that were loaded last, without those that lie on a device."""
         return {each.name: np.array(each.bound) for each in self._feeds if each.bound is not each}
 
     def _hand_on(self, late: list[tuple[str, StageClock, Request, list[Request]]]) -> None:
@@ -366,6 +368,8 @@ class Lane:
                 ]
                 consumers = [self._requests[later] for later in reading]
                 around = [executables[each] for each in (index, *reading)]
+                if reading and spec.name in wanted:
+                    self._read_again.add(spec.name)
                 if reading and spec.static and spec.name not in wanted and _one_memory(around):
                     self._keep_there(spec, executable, [self._requests[index], *consumers])
                     continue
@@ -388,13 +392,15 @@ class Lane:
         """Run once and leave the outputs on the devices where they are made, in tensors that are the caller's own.
 
         Raises:
-            UsageError: as `load`, or an output is made where nothing can stay, or has no fixed shape.
+            UsageError: as `load`, or an output is made where nothing can stay, or of no fixed shape, or a later stage reads it on the host.
         """
         made: dict[str, DeviceTensor] = {}
         own = dict(self._fixed)
         for name in (*own, *(name for name, _ in self._readers)):
             if name not in own or not isinstance(self._makers[name][1], DeviceTensors):
                 raise UsageError(f"the output {name!r} is not made in a device's memory, or has no fixed shape", advice="use run")
+            if name in self._read_again:
+                raise UsageError(f"a later stage reads the output {name!r} too, from the host", advice="use run")
         self.load(inputs)
         try:
             for name in own:

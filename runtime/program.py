@@ -68,6 +68,9 @@ class Program:
         self._take, self._give = self.free.lanes.popleft, self.free.lanes.append
         self._threads = StageThreads(self)
         self._lock = threading.Lock()
+        self._asked = threading.Condition(self._lock)
+        self._asking = False  # somebody asks whether it is alive
+        self._one_asks = threading.Lock()
         self._turn = StageClock()  # waits for a free lane
         self._good: Mapping[str, Buffer] | None = None  # the first inputs that were answered
         self._suspicions = 0
@@ -114,26 +117,40 @@ class Program:
     def answered(self, lane: Lane) -> None:
         """Remember what was answered first, to ask it again when a request fails."""
         if self._good is None:
-            self._good = lane.loaded()
+            self._suspicions = 0
+            if lane.on_host:  # a caller's tensor on a device may hold something else by then
+                self._good = lane.loaded()
 
     def alive(self) -> bool:
         """Say whether it still answers what it answered first, asked when a request has failed. Each replica is asked.
 
-        A program that never answered anything is taken for alive twice: the requests may be at fault.
+        A program that never answered anything, or nothing from the host, is taken for alive twice in a row: the requests may be at fault.
+        Closing waits for this, which may take for ever: until the program is given up.
         """
-        with self._lock:
-            if self._closed:
-                return True
-            if self._good is None:
-                self._suspicions += 1
-                return self._suspicions < _SUSPICIONS
-        for index in range(max(map(len, self._executables))):
+        with self._one_asks:  # for memory's sake: a second lane at once may be what has no room
+            with self._lock:
+                if self._closed:
+                    return True
+                if self._good is None:
+                    self._suspicions += 1
+                    return self._suspicions < _SUSPICIONS
+                self._asking = True
             try:
+                return self._answers(self._good)
+            finally:
+                with self._asked:
+                    self._asking = False
+                    self._asked.notify_all()
+
+    def _answers(self, inputs: Mapping[str, Buffer]) -> bool:
+        """Say whether each replica runs on `inputs`."""
+        try:
+            for index in range(max(map(len, self._executables))):
                 lane = self._new_lane(index, [index % len(each) for each in self._executables])
-                lane.run(self._good)
+                lane.run(inputs)
                 lane.close()
-            except Unsupported:
-                return False
+        except Unsupported:
+            return False
         return True
 
     def submit(self, inputs: Mapping[str, Any], rescue: Rescue | None = None) -> Future[Outputs]:
@@ -171,23 +188,33 @@ class Program:
             UsageError, Unsupported: as `run`.
         """
         lane = self.acquire()
+        landed: threading.Event | None = None
         try:
             if self.pipelined:
-                landed = threading.Event()
+                landed = event = threading.Event()
                 lane.take(inputs)
-                self.launch(lane, lambda _: landed.set())
-                landed.wait()
+                self.launch(lane, lambda _: event.set())
+                event.wait()
                 if lane.error is not None:
                     raise lane.error
             else:
+                lane.queued_ns = 0
                 lane.load(inputs)
                 lane.execute()
             self.answered(lane)
             return lane, lane.views()
         except BaseException:  # not handled: the lane goes back first
-            lane.error = None
-            self.free.put(lane)
+            if lane.done is None:
+                self._take_back(lane)
+            else:  # Ctrl-C: stages still work in it, and may do so for ever
+                threading.Thread(target=self._take_back, args=(lane, landed), name="aivmm-landing", daemon=True).start()
             raise
+
+    def _take_back(self, lane: Lane, landed: threading.Event | None = None) -> None:
+        if landed is not None:
+            landed.wait()
+        lane.error = None
+        self.free.put(lane)
 
     def new_inputs(self) -> dict[str, Buffer]:
         """Return arrays for one request's inputs; see `Lane.new_inputs`."""
@@ -199,6 +226,7 @@ class Program:
         """Run once on the caller's thread and return the outputs where they are made; see `Lane.on_device`."""
         lane = self.acquire()
         try:
+            lane.queued_ns = 0
             return lane.on_device(inputs)
         finally:
             self.free.put(lane)
@@ -227,8 +255,7 @@ class Program:
 
     def launch(self, lane: Lane, done: Callable[[Lane], None]) -> None:
         """Send a loaded lane through the stages; `done` gets it behind the last one, with its error, and puts it back into `free`."""
-        lane.done, lane.error = done, None
-        self._threads.send(lane)
+        self._threads.send(lane, done)
 
     def stats(self) -> dict[str, Any]:
         """Return what has run so far: a stage's counts, seconds and bytes over all lanes, and the waits for a free lane."""
@@ -259,6 +286,10 @@ class Program:
             taken = [self.free.get() for _ in self.lanes]
         except AivmmError:  # given up meanwhile: what hangs holds its lane, and what the runtimes hold for it
             return
+        with self._asked:
+            self._asked.wait_for(lambda: not self._asking or self._why is not None)
+            if self._why is not None:
+                return
         self._threads.stop()
         for lane in taken:
             lane.close()
@@ -271,6 +302,7 @@ class Program:
         """Take no more requests, and wait for none: a stage hangs. Who waits for a lane is told `why`, who has one may still finish."""
         with self._lock:
             self._closed, self._at_once, self._why = True, False, why
+            self._asked.notify_all()
         self.free.close(why)
         _running.discard(self)
 
@@ -281,6 +313,8 @@ class Program:
         """Return the targets of the stages that requests in flight are in."""
         free = set(map(id, tuple(self.free.lanes)))
         inside = sorted({lane.at for lane in self.lanes if id(lane) not in free})
+        if not inside and self._asking:  # in lanes of its own
+            inside = list(range(len(self.stages)))
         return " + ".join(self.stages[each].target for each in inside) or "none"
 
     def _new_lane(self, index: int, places: Sequence[int]) -> Lane:
@@ -343,10 +377,11 @@ class StageThreads:
         self._queues: list[list[SimpleQueue[Lane | None]]] = []  # of each step of the way, of each replica there
         self._threads: list[threading.Thread] = []
 
-    def send(self, lane: Lane) -> None:
-        """Put a lane in front of the first stage."""
+    def send(self, lane: Lane, done: Callable[[Lane], None]) -> None:
+        """Put a lane in front of the first stage. It is on its way from when it has `done` until it has lost that."""
         if not self._queues:
             self._start()
+        lane.done, lane.error = done, None
         _put(lane, self._queues, 0)
 
     def carry(self, thread: threading.Thread) -> bool:

@@ -54,6 +54,7 @@ class Trace:
         self._titles: dict[int, str] = {}
         self._threads: dict[int, str] = {}
         self._on = False
+        self._lock = threading.Lock()  # a fallback may take over while the recording ends
 
     def __enter__(self) -> Trace:
         taken = next((each for each in self._engines if each.tracer is not None), None)
@@ -66,23 +67,28 @@ class Trace:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._on = False
-        for engine in self._engines:
-            engine.tracer = None
-        for program in self._programs:
-            for lane in program.lanes:
-                lane.wrap(None)
+        with self._lock:
+            self._on = False
+            for engine in self._engines:
+                engine.tracer = None
+            for program in self._programs:
+                for lane in program.lanes:
+                    lane.wrap(None)
+            self._programs.clear()
 
     def follow(self, engine: Engine, program: Program) -> None:
-        """Record what `program`, which `engine` runs now, does from here on."""
-        number = len(self._programs)
-        self._programs.append(program)
-        self._stages[number] = program.stages
-        running = engine.running
-        self._titles[number] = f"{engine.plan.model.name}, {running}, {program.execution.mode}"
-        queued = program.pipelined or program.execution.batching is not None
-        for lane in program.lanes:
-            lane.wrap(self._recorder(number, lane, queued=queued))
+        """Record what `program`, which `engine` runs now, does from here on; nothing when the recording has ended or has it already."""
+        with self._lock:
+            if not self._on or program in self._programs:
+                return
+            number = len(self._stages)
+            self._programs.append(program)
+            self._stages[number] = program.stages
+            self._titles[number] = f"{engine.plan.model.name}, {engine.running}, {program.execution.mode}"
+            # Requests stand in front of each stage of a pipeline, and in front of the first one where they are batched.
+            queues = len(program.stages) if program.pipelined else int(program.execution.batching is not None)
+            for lane in program.lanes:
+                lane.wrap(self._recorder(number, lane, queues))
 
     def as_json(self) -> dict[str, Any]:
         """Return the recording as an object of the Trace Event Format; times in microseconds from the first event."""
@@ -105,8 +111,8 @@ class Trace:
             raise UsageError(f"cannot write the trace to {path}: {error.strerror or error}", advice="choose another file") from error
         return path
 
-    def _recorder(self, engine: int, lane: Lane, *, queued: bool) -> Callable[[int, Callable[[], None]], Callable[[], None]]:
-        """Return what makes a recording step of a stage's own."""
+    def _recorder(self, engine: int, lane: Lane, queues: int) -> Callable[[int, Callable[[], None]], Callable[[], None]]:
+        """Return what makes a recording step of a stage's own; the first `queues` stages have a queue."""
         request = [0]
         runs, threads, clock = self.runs, self._threads, perf_counter_ns
 
@@ -114,7 +120,7 @@ class Trace:
             def recorded() -> None:
                 if stage == 0:
                     request[0] += 1
-                queued_ns = lane.queued_ns if queued else 0
+                queued_ns = lane.queued_ns if stage < queues else 0
                 started = clock()
                 try:
                     run()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,13 @@ import pytest
 
 import aivmm
 from aivmm.errors import Unsupported, UsageError
+from aivmm.runtime.deadline import _look
 from aivmm.runtime.engine import Engine
+from aivmm.runtime.null import NullRequest
 from aivmm.runtime.plan import Batching, Execution
+from aivmm.runtime.program import _running
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, reference
+from tests.runtime.null_card import There
 
 X = {"x": normal(2, 32)}
 PARTS = [Part(ONNXRUNTIME, 0, 3), Part(OPENVINO, 4)]
@@ -24,9 +30,10 @@ Load = Callable[..., Engine]
 @pytest.fixture
 def load(tmp_path: Path) -> Iterator[Load]:
     engines: list[Engine] = []
+    numbers = itertools.count()
 
-    def make(*, fallbacks: Any = (), timeout_s: float = 0.5, **fields: Any) -> Engine:
-        bundle = make_bundle(tmp_path / f"{len(engines)}.aivmm", chain_model(), PARTS, fallbacks=fallbacks, **fields)
+    def make(*, parts: Any = PARTS, fallbacks: Any = (), timeout_s: float = 0.5, **fields: Any) -> Engine:
+        bundle = make_bundle(tmp_path / f"{next(numbers)}.aivmm", chain_model(), parts, fallbacks=fallbacks, **fields)
         engine = aivmm.load_plan(bundle, timeout_s=timeout_s)
         assert isinstance(engine, Engine)
         engines.append(engine)
@@ -126,3 +133,116 @@ def test_answers_in_time_and_errors_of_their_own_are_as_without_a_deadline(load:
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="no time to wait"):
             engine.timeout_s = bad
+
+
+NULL = [Part("null:CPU")]
+
+
+@pytest.fixture
+def sick(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Engine | None], None]]:
+    """Call it, and null devices hang; but the requests that an engine has already fail at once."""
+    run, go = NullRequest.run, threading.Event()
+    fail: list[Any] = []
+    ill = threading.Event()
+
+    def dying(request: NullRequest) -> None:
+        if any(request is each for each in fail):
+            raise Unsupported("null: device lost")
+        if ill.is_set():
+            go.wait(60)
+        run(request)
+
+    def start(engine: Engine | None = None) -> None:
+        fail.extend(each for lane in (engine._program.lanes if engine else ()) for each in lane._requests)
+        ill.set()
+
+    monkeypatch.setattr(NullRequest, "run", dying)
+    yield start
+    go.set()
+
+
+def test_what_hangs_when_it_is_asked_whether_it_is_alive_costs_the_deadline_and_no_more(load: Load, sick: Any) -> None:
+    engine = load(parts=NULL, fallbacks=[[Part(ONNXRUNTIME)]])
+    assert_right(engine.run(X))
+    sick(engine)
+    assert_right(engine.submit(X).result(30))
+    assert_right(engine.submit(X).result(30))
+
+
+def test_closing_ends_too_when_that_hangs_and_nothing_is_left(load: Load, sick: Any) -> None:
+    engine = load(parts=NULL)
+    assert_right(engine.run(X))
+    sick(engine)
+    future = engine.submit(X)
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    assert isinstance(future.exception(30), Unsupported)
+    closing.join(30)
+    assert not closing.is_alive()
+
+
+def test_a_fallback_that_hangs_as_well_is_given_up_in_its_turn(load: Load, sick: Any) -> None:
+    engine = load(parts=NULL, fallbacks=[NULL, [Part(ONNXRUNTIME)]])
+    assert_right(engine.run(X))
+    sick()
+    assert_right(engine.submit(X).result(30))
+    assert [each.target for each in engine.stages] == [ONNXRUNTIME]
+
+
+def test_a_callback_may_ask_the_engine_again(load: Load) -> None:
+    engine = load(timeout_s=30.0)
+    answers: list[Any] = []
+    both = threading.Event()
+
+    def again(_: Any) -> None:
+        engine.submit(X).add_done_callback(lambda done: (answers.append(done.result()), both.set()))
+
+    engine.submit(X).add_done_callback(again)
+    assert both.wait(20)
+    assert_right(answers[0])
+
+
+def test_the_watch_ends_though_it_is_forgotten_while_it_looks() -> None:
+    some, looked = threading.Event(), threading.Event()
+
+    def deadlines() -> object | None:
+        if looked.is_set():
+            return None
+        looked.set()
+        some.set()  # as the finalizer does, right behind this look
+        return some
+
+    thread = threading.Thread(target=_look, args=(deadlines, deque(), some), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_a_fallback_takes_what_the_plan_took(load: Load, hang: Any) -> None:
+    engine = load(fallbacks=[[Part(ONNXRUNTIME)]])
+    as_list = {"x": X["x"].tolist()}
+    assert_right(engine.run(as_list))
+    hang(engine)
+    assert_right(engine.run(as_list))
+
+
+def test_what_cannot_be_kept_is_refused(load: Load) -> None:
+    engine = load()
+    with pytest.raises(UsageError, match="the input 'x' lies on a device, and requests with a deadline are kept on the host; give"):
+        engine.run({"x": There(X["x"])})
+    with pytest.raises(UsageError, match="the input 'x' cannot be kept for a deadline"):
+        engine.run({"x": (each for each in ())})
+    assert_right(engine.run(X))
+
+
+def test_a_deadline_within_the_wait_for_company_is_refused_and_leaves_nothing_open(load: Load) -> None:
+    waiting = Execution(batching=Batching(max_batch=2, max_wait_s=0.5))
+    before = set(_running)
+    with pytest.raises(UsageError, match="no time to wait"):
+        load(timeout_s=-1.0)
+    assert set(_running) <= before
+    with pytest.raises(UsageError, match=r"timeout_s=0.5 is over while requests may still wait 0.5 s for company"):
+        load(execution=waiting, batch=2)
+    assert set(_running) <= before
+    engine = load(execution=waiting, batch=2, timeout_s=30.0)
+    assert_right(engine.run(X))

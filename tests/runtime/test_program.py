@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import signal
 import subprocess
 import sys
 import threading
@@ -377,6 +378,37 @@ def test_a_request_that_nobody_awaits_any_more_does_no_harm(load: Load) -> None:
         return await engine.arun(x)
 
     assert same(asyncio.run(give_up())["y"], reference(chain_model(), x)["y"])
+
+
+@pytest.mark.parametrize("how", ["run", "lend"])
+def test_ctrl_c_leaves_a_lane_to_the_stages_that_still_work_in_it(load: Load, how: str) -> None:
+    engine = load(chain_model(), [Part(ONNXRUNTIME)], execution=Execution(mode="pipelined", depth=1))
+    (lane,) = engine._program.lanes
+    inside, go = threading.Event(), threading.Event()
+    run, *rest = lane._steps[0]
+    lane._steps = [(lambda: (inside.set(), go.wait(60), run()), *rest)]  # type: ignore[list-item]
+    ask = engine.run if how == "run" else lambda inputs: engine.lend(inputs).__enter__()
+
+    def interrupt() -> None:
+        main = threading.main_thread().ident or 0
+        inside.wait(60)
+        while sys._current_frames()[main].f_code.co_name != "wait":  # a signal in front of a wait does not end it
+            time.sleep(0.01)
+        time.sleep(0.2)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        ask({"x": normal(2, 32)})
+    free = lane in engine._program.free.lanes
+    futures: list[Any] = []
+    later = threading.Thread(target=lambda: futures.extend(engine.submit({"x": x}) for x in samples(3, 2, 32)))
+    later.start()
+    go.set()
+    assert not free
+    later.join(60)
+    for x, future in zip(samples(3, 2, 32), futures, strict=True):
+        assert same(future.result(60)["y"], reference(chain_model(), {"x": x})["y"])
 
 
 UNCLOSED = """

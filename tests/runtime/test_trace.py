@@ -14,7 +14,7 @@ import pytest
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime import onnxruntime
 from aivmm.runtime.engine import Engine
-from aivmm.runtime.plan import Execution
+from aivmm.runtime.plan import Batching, Execution
 from aivmm.runtime.trace import Trace
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal
 from tests.tuner.harness import Shell
@@ -148,3 +148,27 @@ def test_run_and_bench_write_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
             "stage 1: openvino:CPU",
             "stage 2: onnxruntime:CPU",
         }
+
+
+def test_who_comes_to_a_recording_that_has_ended_is_left_alone(load: Callable[..., Engine]) -> None:
+    engine = load()
+    trace = engine.trace()
+    with trace:
+        follow = trace.follow  # a failover that looked just before the end
+    before = [run for lane in engine.lanes() for run, *_ in lane._steps]
+    follow(engine, engine._program)
+    assert [run for lane in engine.lanes() for run, *_ in lane._steps] == before
+    with trace:  # which may begin again
+        engine.run({"x": normal(2, 32)})
+    assert len(trace.runs) == 2
+
+
+def test_batches_wait_in_front_of_the_first_stage_alone_and_what_is_lent_nowhere(load: Callable[..., Engine]) -> None:
+    engine = load(execution=Execution(batching=Batching(max_batch=2)), batch=2)
+    with engine.trace() as trace:
+        engine.run({"x": normal(2, 32)})
+        with engine.lend({"x": normal(2, 32)}):
+            pass
+    assert [(each["name"].split(":")[0], "queued_us" in each["args"]) for each in events(trace, "X")] == [
+        ("stage 1", True), ("stage 2", False), ("stage 1", False), ("stage 2", False)
+    ]  # fmt: skip
