@@ -61,6 +61,7 @@ class Cutter:
         self._work, self._anatomist, self._handovers, self._measurer = work, anatomist, handovers, measurer
         self._reference_s, self._measure_new = reference_s, measure_new
         self._seen: dict[str, list[list[InPlace]]] = {}  # by the draft's chain: what each measurement of it says of its segments
+        self._stored: dict[str, list[tuple[list[InPlace], list[str]]]] = {}  # by chain: looks of the database that were not asked for yet
         self._number = 0
         self._configs: Mapping[str, Config] = {}
         self.cuts = Cuts()
@@ -86,7 +87,8 @@ class Cutter:
         began = time.perf_counter()
         if not forced and work.options.drive == "latency" and work.taken_whole and not work.asked():
             ends = began + _LOOKS_S / 2
-            PolicySearch(work, self.evidence, configs, self._measure, lambda: self._number, self._reference_s, ends).run()
+            measure_new, reference_s = self._measure_new, self._reference_s
+            PolicySearch(work, self.evidence, configs, self._measure, lambda: self._number, reference_s, ends, anew=measure_new).run()
         ends = began + (_FORCED_S if forced else _LOOKS_S)
         self.cuts = place_cuts(
             self.evidence,
@@ -163,14 +165,21 @@ class Cutter:
     def _look_at(self, draft: Draft) -> list[InPlace]:
         """Return what the segments of a draft take in their place, from the database or by measuring; nothing where neither is possible.
 
-        Who asks again in one run is unsure: what was recalled or measured before says no more than it did, so it is measured once more.
+        Who asks again in one run is unsure: what was recalled or measured before says no more than it did. So each look of the database is
+        recalled once, in the order in which they were measured (a repeated run learns what the first one did, when it did), and then it is
+        measured once more.
         """
-        work, looks = self._work, self._seen.setdefault(_chain(draft), [])
+        work, chain = self._work, _chain(draft)
+        looks = self._seen.setdefault(chain, [])
         structures = [work.emitter(draft.batch).segment(each.first, each.last).structure for each in draft.pieces]
-        if not looks:
-            looks += self._recalled(draft, structures)
-            if looks:
-                return _together(looks)
+        if chain not in self._stored:
+            self._stored[chain] = self._recalled(draft, structures)
+        if self._stored[chain]:
+            known, rows = self._stored[chain].pop(0)
+            work.database.link(work.run_id, rows)
+            self._measurer.counts.reused += len(rows)
+            looks.append(known)
+            return known
         found: list[InPlace] = []
         if self._measure_new:
             bundle = work.folder / f"in-place-{self._number}.aivmm"
@@ -208,9 +217,9 @@ class Cutter:
         self._work.database.add_many(outcomes, run_id=self._work.run_id)
         self._measurer.counts.measured += len(outcomes)
 
-    def _recalled(self, draft: Draft, structures: Sequence[str]) -> list[list[InPlace]]:
-        """Return what the database knows of all segments of a draft in this very chain, one list for each measurement that belongs to the
-        newest; nothing when a segment is missing."""
+    def _recalled(self, draft: Draft, structures: Sequence[str]) -> list[tuple[list[InPlace], list[str]]]:
+        """Return what the database knows of all segments of a draft in this very chain, each look that belongs to the newest with the ids
+        of its rows, the first look first; nothing when a segment is missing."""
         if self._work.options.fresh:
             return []
         keys = [self._keys(index, draft, structures) for index in range(len(draft.pieces))]
@@ -223,10 +232,10 @@ class Cutter:
         newest = rows[keys[0][1]][-1:]
         count = max((int(each.metrics.get("look", 1)) for _, each in newest), default=0)
         count = min(count, *(len(rows[key]) // alike[pair] for pair in keys for key in pair))
-        looks: list[list[InPlace]] = []
-        used: list[str] = []
+        looks = []
         for number in range(count):
-            found = []
+            found: list[InPlace] = []
+            used: list[str] = []
             for index, (pair, piece) in enumerate(zip(keys, draft.pieces, strict=True)):
                 place = (number - count) * alike[pair] + keys[:index].count(pair)
                 (alone_id, alone), (placed_id, placed) = (rows[key][place] for key in pair)
@@ -234,9 +243,7 @@ class Cutter:
                     return []  # what an earlier version measured lacks what the engine's call takes, and is measured anew
                 used += [alone_id, placed_id]
                 found.append(InPlace.recalled(piece, placed.samples, alone.samples, placed.metrics))
-            looks.append(found)
-        self._work.database.link(self._work.run_id, used)
-        self._measurer.counts.reused += len(used)
+            looks.append((found, used))
         return looks
 
 

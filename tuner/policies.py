@@ -49,6 +49,7 @@ class PolicySearch:
     measurements: Callable[[], int]  # how many placements `measure` has had to measure so far; the rest it knew
     reference_s: float | None
     ends: float  # of time.perf_counter: no measurement is begun after it
+    anew: bool = True  # False: a finished search is gone through again, so what is recalled counts as it did when it was measured
     _names: list[str] = field(init=False)
     _costs: Array = field(init=False)
     _prices: Array = field(init=False)
@@ -79,7 +80,8 @@ class PolicySearch:
             asked = search.ask(1)
             if not asked or self.work.asked():
                 break
-            why_not = f"{_MOST} others were measured" if self.measurements() - began >= _MOST else ""
+            count = self.measurements() - began + (0 if self.anew else known)
+            why_not = f"{_MOST} others were measured" if count >= _MOST else ""
             why_not = why_not or ("there was no time to measure it" if time.perf_counter() >= self.ends else "")
             before = self.measurements()
             outcome = self._outcome(asked[0], uncut_s, why_not)
@@ -91,9 +93,9 @@ class PolicySearch:
         self.work.database.end_study(self.work.run_id, found)
         measured = self.measurements() - began
         if measured or known:
-            count = f"{measured} placement{'' if measured == 1 else 's'} had to be measured"
-            count += f", {known} {'was' if known == 1 else 'were'} known" if known else ""
-            self.work.note(f"how the model may be cut was searched: {len(search.records)} policies, of which {count}")
+            said = f"{measured} placement{'' if measured == 1 else 's'} had to be measured"
+            said += f", {known} {'was' if known == 1 else 'were'} known" if known else ""
+            self.work.note(f"how the model may be cut was searched: {len(search.records)} policies, of which {said}")
         return measured
 
     def _worth(self, uncut_s: float) -> bool:
