@@ -58,7 +58,7 @@ def factor_text(found: Comparison) -> str:
     """Say how much faster or slower the first is: `1.9x faster`, `4 % faster`; the comparison is plan over other."""
     if found.verdict == "faster":
         factor = 1 / found.ratio
-        return f"{factor:.1f}x faster than" if factor >= 1.3 else f"{(1 - found.ratio) * 100:.0f} % faster than"
+        return f"{factor:.1f}x faster than" if factor >= 1.3 else f"{(factor - 1) * 100:.0f} % faster than"
     if found.verdict == "slower":
         return f"{found.ratio:.1f}x slower than" if found.ratio >= 1.3 else f"{(found.ratio - 1) * 100:.0f} % slower than"
     width = max(found.high - 1, 1 - found.low) * 100

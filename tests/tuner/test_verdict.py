@@ -8,10 +8,11 @@ from aivmm.planner.candidates import Draft, Piece
 from aivmm.planner.constraints import Violation, parse
 from aivmm.planner.objectives import parse_objectives
 from aivmm.probes.client import Worker
+from aivmm.probes.compare import Comparison
 from aivmm.probes.race import Contestant
 from aivmm.runtime.config import Config
 from aivmm.tuner.prove import Entrant, Proof, Prover
-from aivmm.tuner.verdict import sentence
+from aivmm.tuner.verdict import factor_text, sentence
 from tests.planner.test_search import target
 
 ROUNDS = 40
@@ -57,3 +58,9 @@ def test_the_tail_of_several_callers_is_unknown_for_another_reason_than_time() -
     (violation,) = prover._proof.violations["candidate 1"]
     assert "no time" not in violation.sentence
     assert "p99 is not known (with 4 callers the time between answers is measured, not that of a call)" in violation.sentence
+
+
+def test_percent_and_times_say_the_same_of_one_ratio() -> None:
+    near, far = (Comparison(ratio=ratio, low=ratio, high=ratio, pairs=9, verdict="faster") for ratio in (0.8, 0.5))
+    assert factor_text(near) == "25 % faster than"  # the report's 1.25x, and not the 20 % of time that is saved
+    assert factor_text(far) == "2.0x faster than"
