@@ -23,6 +23,7 @@ from aivmm.tuner.joules import counts_cards_only
 from aivmm.tuner.knobs import that_can_matter
 from aivmm.tuner.measure import Measurer
 from aivmm.tuner.precision import Scout
+from aivmm.tuner.told import as_told, point_in, point_of
 from aivmm.tuner.work import Work
 
 SEARCH_UNTIL = 0.62  # the share of the budget by which the search has to end, counted from the start
@@ -52,10 +53,11 @@ class Explorer:
     scout: Scout | None = None  # of the search, where there is one
 
     def __init__(self, work: Work, *, searched_before: bool, earlier: RunRecord | None = None) -> None:
-        """Explore for a run; `earlier` is one of the same request that was killed or interrupted before its search ended."""
+        """Explore for a run; `earlier` is one of the same request: `searched_before` or, if not, cut short before its search ended."""
         self.work = work
         self.searched_before = searched_before
         self.earlier = earlier
+        self._trials = work.database.trials(earlier.id, study_name="search") if earlier is not None else []
         self.study = StudyRecord()
         self.room = Room()
         self._again: dict[str, Score | Rejection] = {}  # what the earlier run asked for, by candidate key
@@ -103,7 +105,7 @@ class Explorer:
         usable = self._first_that_runs(pairs)
         if self.measurer.reference != first:  # scores are ratios to the reference: ask again for those to the new one
             recalled = self.measurer.recall(self._all_measured_targets(pairs))
-        self.known = {candidate.key: (candidate, outcome) for candidate, outcome in recalled}
+        self.known = as_told({candidate.key: (candidate, outcome) for candidate, outcome in recalled}, self._trials)
         usable = self._leave_aliases(usable)
         missing = [candidate for _, candidate in usable if candidate.key not in self.known]
         if missing:
@@ -295,17 +297,14 @@ class Explorer:
         then is answered from memory when it asks for it again (`_again`), so that it comes to the same points as if nothing had happened.
         """
         within = {candidate.key: (candidate, outcome) for candidate, outcome in self.known.values() if _within(candidate, space)}
-        if self.earlier is None:
-            return list(within.values())
-        trials = self.work.database.trials(self.earlier.id, study_name="search")
-        by_point = {_point(str(each.target), each.config, each.batch, each.callers): key for key, (each, _) in within.items()}
-        keys = [(by_point.get(_point(each.target, each.config, each.batch, each.callers)), each.asked) for each in trials]
-        asked = {key for key, was_asked in keys if key is not None and was_asked}
+        by_point = {point_of(each): key for key, (each, _) in within.items()}
+        keys = [(by_point.get(point_in(each)), each.asked and not self.searched_before) for each in self._trials]
+        asked = {key for key, goes_on in keys if key is not None and goes_on}
         self._again = {key: within[key][1] for key in asked}
-        if asked:
+        if asked and self.earlier is not None:
             count = f"{len(asked)} {'trial' if len(asked) == 1 else 'trials'}"
             self.work.note(f"the search goes on where run {self.earlier.id[:8]} stopped: {count} of it are known")
-        first = [key for key, was_asked in keys if key is not None and not was_asked]
+        first = [key for key, goes_on in keys if key is not None and not goes_on]
         rest = [key for key in within if key not in asked]
         return [within[key] for key in dict.fromkeys((*first, *rest))]
 
@@ -322,13 +321,10 @@ class Explorer:
         """Store what the search came to."""
         from aivmm.planner.importance import importances  # here: Optuna's importances load more of it, and this may be the last use
 
-        points = {
-            _point(str(candidate.target), candidate.config, candidate.batch, candidate.callers)
-            for candidate, _ in (search.front() if search.records else ())
-        }
+        points = {point_of(candidate) for candidate, _ in (search.front() if search.records else ())}
         self.study = StudyRecord(
             objectives=tuple(each.name for each in search.objectives),
-            front=tuple(each.number for each in search.records if _point(each.target, each.config, each.batch, each.callers) in points),
+            front=tuple(each.number for each in search.records if point_in(each) in points),
             importance=tuple(importances(search)),
         )
         self.work.database.end_study(self.work.run_id, self.study)
@@ -469,10 +465,6 @@ def _best_loss(search: Search) -> list[float]:
     """Return the least loss so far of each objective."""
     best = [search.best(1, objective) for objective in search.objectives]
     return [math.inf if not found else objective.loss(*found[0]) for objective, found in zip(search.objectives, best, strict=True)]
-
-
-def _point(target: str, config: Config, batch: int, callers: int) -> tuple[str, str, int, int]:
-    return target, config.digest(), batch, callers
 
 
 def _ran(known: tuple[Candidate, Score | Rejection] | None) -> bool:

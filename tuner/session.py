@@ -269,7 +269,7 @@ class Session:
         earlier = None if anew else database.last_run(record.request, ("searched", "complete", "infeasible"))
         self._searched_before = earlier is not None
         cut_short = None if anew or earlier else database.last_run(record.request, ("running", "interrupted", "failed"))
-        self._earlier = cut_short
+        self._earlier = earlier or cut_short
         self._earlier_summary = earlier.summary if earlier is not None else {}
         database.start_run(record, unavailable=work.unavailable, model_id=model_id)
         database.link_environments(record.id, [environment_of(target).fingerprint for target in work.targets])
