@@ -25,6 +25,7 @@ class Suggestion:
     environment: str
     config: Config
     callers: int
+    replicas: int = 1
 
 
 class SimilarStore(RunStore):
@@ -66,6 +67,12 @@ class SimilarStore(RunStore):
         best = {row.model_id: row for row in reversed(rows)}
         ranked = sorted(best.values(), key=lambda row: (-alike[row.model_id], row.model_name, row.model_id))
         return [
-            Suggestion(model=row.model_name, environment=row.fingerprint, config=configs[row.config_digest], callers=row.callers)
+            Suggestion(
+                model=row.model_name,
+                environment=row.fingerprint,
+                config=configs[row.config_digest],
+                callers=row.callers,
+                replicas=int((row.policy or {}).get("replicas", 1)),
+            )
             for row in ranked[:_MOST]
         ]

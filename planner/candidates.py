@@ -10,6 +10,8 @@ from typing import Any, Literal
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Target
 
+MOST_REPLICAS = 4  # of one model on one target that are tried
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
@@ -58,6 +60,12 @@ class Candidate:
         if self.policy is not None or self.depth > 1 or self.replicas > 1:
             parts += [self.policy and self.policy.as_json(), self.depth, self.replicas]
         return json.dumps(parts, sort_keys=True)
+
+    def how(self) -> dict[str, Any] | None:
+        """Return policy, depth and replicas as JSON takes them, as far as they say something; None where they do not."""
+        counts = {"depth": self.depth, "replicas": self.replicas}
+        found = (self.policy.as_json() if self.policy else {}) | {name: count for name, count in counts.items() if count > 1}
+        return found or None
 
     def __str__(self) -> str:
         text = str(self.target) + ("" if self.config == Config() else f" {self.config}") if self.policy is None else str(self.policy)
@@ -112,6 +120,7 @@ class Draft:
     batch: int = 1
     callers: int = 1
     mode: Literal["sequential", "pipelined"] = "sequential"  # pipelined: its stages run at once, each on another request
+    depth: int = 2  # pipelined: requests in flight for each stage and replica
 
     @classmethod
     def whole(cls, name: str, candidate: Candidate, blocks: int) -> Draft:

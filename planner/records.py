@@ -52,8 +52,18 @@ class TrialRecord:
     reason: str = ""  # why refused, failed or pruned
     seconds: float = 0.0
     asked: bool = False  # by the search; else it was known before, a baseline or a row of the database
-    policy: Mapping[str, Any] | None = None  # of a cut model, see `planner.candidates.Policy`
+    policy: Mapping[str, Any] | None = None  # of what is cut (see `planner.candidates.Policy`), replicated, or deeper than 1
     metrics: Mapping[str, float] = field(default_factory=dict)  # by the names that constraints use, in SI units
+
+    @property
+    def replicas(self) -> int:
+        """How many copies of the whole ran side by side."""
+        return int((self.policy or {}).get("replicas", 1))
+
+    @property
+    def depth(self) -> int:
+        """How many requests each stage and replica of a pipeline had in flight."""
+        return int((self.policy or {}).get("depth", 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

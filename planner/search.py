@@ -220,25 +220,29 @@ class Search:
         return {name: value for name, value in judged if not math.isnan(value)}
 
     def _record(self, candidate: Candidate, outcome: Score | Rejection, *, asked: bool) -> None:
-        known: dict[str, Any] = {
-            "number": len(self.records),
-            "target": " + ".join(str(target) for target, _ in candidate.policy.targets) if candidate.policy else str(candidate.target),
-            "config": candidate.config,
-            "batch": candidate.batch,
-            "callers": candidate.callers,
-            "seconds": outcome.seconds,
-            "reused": outcome.reused,
-            "median_s": outcome.median_s,
-            "asked": asked,
-            "policy": candidate.policy.as_json() if candidate.policy else None,
-        }
-        if isinstance(outcome, Score):
-            metrics = {name: value for name, value in outcome.metrics.items() if math.isfinite(value)}
-            known |= {"metrics": metrics, "low": outcome.low, "high": outcome.high}
-            self.records.append(TrialRecord(**known, state="complete", value=outcome.ratio))
-        else:
-            state = outcome.state if outcome.state in ("refused", "failed") else "pruned"
-            self.records.append(TrialRecord(**known, state=state, value=outcome.ratio, reason=outcome.reason))  # type: ignore[arg-type]
+        self.records.append(record_of(len(self.records), candidate, outcome, asked=asked))
+
+
+def record_of(number: int, candidate: Candidate, outcome: Score | Rejection, *, asked: bool = False) -> TrialRecord:
+    """Return what the database keeps of a candidate that came out so."""
+    known: dict[str, Any] = {
+        "number": number,
+        "target": " + ".join(str(target) for target, _ in candidate.policy.targets) if candidate.policy else str(candidate.target),
+        "config": candidate.config,
+        "batch": candidate.batch,
+        "callers": candidate.callers,
+        "seconds": outcome.seconds,
+        "reused": outcome.reused,
+        "median_s": outcome.median_s,
+        "asked": asked,
+        "policy": candidate.how(),
+    }
+    if isinstance(outcome, Score):
+        metrics = {name: value for name, value in outcome.metrics.items() if math.isfinite(value)}
+        known |= {"metrics": metrics, "low": outcome.low, "high": outcome.high}
+        return TrialRecord(**known, state="complete", value=outcome.ratio)
+    state = outcome.state if outcome.state in ("refused", "failed") else "pruned"
+    return TrialRecord(**known, state=state, value=outcome.ratio, reason=outcome.reason)  # type: ignore[arg-type]
 
 
 class _Asking:

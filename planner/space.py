@@ -7,7 +7,7 @@ knobs are parameters of its own, which whole and cut models share; they count on
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
@@ -45,10 +45,14 @@ class Space:
     contiguous: Sequence[bool] = (True, False)
     most_depth: int = 1
     most_replicas: int = 1
+    replicated: Collection[str] | None = None  # by str(target): those that may run in several replicas; by default all
+    placed: Policy | None = None  # what all points run, where the placement is given: how deep is then all there is to search
     defaults: Mapping[str, str] = field(default_factory=dict)  # by str(target): the precision that a runtime left alone computes in
 
     def size(self) -> float:
         """Return how many points there are; infinite when a knob is continuous, or the model may be cut."""
+        if self.placed is not None:
+            return self.most_depth
         if self.cuts:
             return math.inf
         total = 0.0
@@ -56,13 +60,25 @@ class Space:
             points = float(len(self.precisions[str(target)]))
             for knob in self.knobs_of(target):
                 points *= math.inf if knob.kind == "float" else len(knob.choices) or int(knob.high - knob.low + 1)
-            total += points
-        return total * len(self.batches) * self.most_callers * self.most_replicas
+            total += points * self._loads([str(target)])
+        return total * len(self.batches)
 
     @property
     def cuts(self) -> bool:
         """True when there are cut models among the points."""
         return self.most_pieces > 1 and len(self.targets) > 1
+
+    def replicas_of(self, target: Target) -> int:
+        """Return the most replicas of the whole model that a point has on a target."""
+        return self._most_replicas([str(target)])
+
+    def _most_replicas(self, taking: Iterable[str]) -> int:
+        return self.most_replicas if self.replicated is None or set(taking) <= set(self.replicated) else 1
+
+    def _loads(self, taking: Iterable[str]) -> int:
+        """Return how many pairs of callers and replicas there are. Where callers are searched, a replica without one would idle."""
+        most = self._most_replicas(taking)
+        return sum(min(callers, most) for callers in range(1, self.most_callers + 1)) if self.most_callers > 1 else most
 
     def knobs_of(self, target: Target) -> list[Knob]:
         """Return the knobs of a target that serve the objective and have more than one value."""
@@ -71,6 +87,10 @@ class Space:
 
     def point(self, asked: _Asked) -> Candidate:
         """Return the candidate that an answerer's values spell."""
+        if self.placed is not None:
+            (first, config), *_ = self.placed.targets
+            depth = asked.suggest("depth", IntDistribution(1, self.most_depth))
+            return Candidate(target=first, config=config, batch=self.batches[0], policy=self.placed, depth=depth)
         pieces = asked.suggest("pieces", IntDistribution(1, self.most_pieces)) if self.cuts else 1
         names = [str(target) for target in self.targets]
         name = names[0] if len(names) == 1 else asked.suggest("target", CategoricalDistribution(names))
@@ -81,8 +101,10 @@ class Space:
             taking += [each for each in others if len(names) == 2 or asked.suggest(f"with {each}", IntDistribution(0, 1))]
         chosen = {each: self._config(asked, self.targets[names.index(each)]) for each in taking}
         batch = self.batches[asked.suggest("batch index", IntDistribution(0, len(self.batches) - 1))] if len(self.batches) > 1 else 1
-        counts = {"callers": self.most_callers, "replicas": self.most_replicas}
+        counts = {"callers": self.most_callers, "replicas": self._most_replicas(taking)}
         found = {each: asked.suggest(each, IntDistribution(1, most)) if most > 1 else 1 for each, most in counts.items()}
+        if self.most_callers > 1:
+            found["callers"] = max(found.values())
         policy, depth = None, 1
         if pieces > 1:
             policy = self._policy(asked, pieces, chosen)
@@ -123,11 +145,15 @@ class Space:
 
     def params(self, candidate: Candidate) -> Params | None:
         """Return a candidate as parameters, without those that only the library knows; None when it lies outside the space."""
+        if self.placed is not None:
+            inside = candidate.policy == self.placed and candidate.batch in self.batches and 1 <= candidate.depth <= self.most_depth
+            return {"depth": candidate.depth} if inside else None
         names = [str(target) for target in self.targets]
         taking = ((candidate.target, candidate.config),) if candidate.policy is None else candidate.policy.targets
+        most_replicas = self._most_replicas(str(target) for target, _ in taking)
         counted = (
             (candidate.callers, self.most_callers),
-            (candidate.replicas, self.most_replicas),
+            (candidate.replicas, most_replicas),
             (candidate.depth, self.most_depth if candidate.policy else 1),
         )
         if candidate.batch not in self.batches or any(not 1 <= count <= most for count, most in counted):
@@ -146,7 +172,7 @@ class Space:
             params["batch index"] = list(self.batches).index(candidate.batch)
         if self.most_callers > 1:
             params["callers"] = candidate.callers
-        if self.most_replicas > 1:
+        if most_replicas > 1:
             params["replicas"] = candidate.replicas
         return params
 
@@ -191,6 +217,8 @@ class Space:
 
     def every(self) -> dict[str, BaseDistribution]:
         """Return the distributions of all parameters that any point has."""
+        if self.placed is not None:
+            return {"depth": IntDistribution(1, self.most_depth)}
         names = [str(target) for target in self.targets]
         found: dict[str, BaseDistribution] = {}
         if len(names) > 1:

@@ -315,9 +315,18 @@ class Lab:
         return ask(self.worker("user code"), operation, limit_s=_USER_CODE_LIMIT_S, **arguments)
 
     def load(
-        self, model: Path, target: Target, config: Config, *, inputs: Path, reference: Path | None = None, batch: int = 1, callers: int = 1
+        self,
+        model: Path,
+        target: Target,
+        config: Config,
+        *,
+        inputs: Path,
+        reference: Path | None = None,
+        batch: int = 1,
+        callers: int = 1,
+        replicas: int = 1,
     ) -> Loaded:
-        """Compile a model in its runtime's worker and run it once.
+        """Compile a model in its runtime's worker, `replicas` times, and run it once.
 
         Raises:
             Unsupported: the runtime refuses.
@@ -337,6 +346,7 @@ class Lab:
             inputs=str(inputs),
             reference=str(reference) if reference else "",
             callers=callers,
+            replicas=replicas,
         )
         return Loaded(
             contestant=Contestant(

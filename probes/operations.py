@@ -22,7 +22,8 @@ from aivmm.probes.machine import peak_memory_bytes
 from aivmm.probes.timer import BATCH_BELOW_S as BATCH_BELOW_S
 from aivmm.probes.timer import SETTLE_S, held, spinning, time_steps
 from aivmm.probes.user_code import check_metric, dataset, metric
-from aivmm.runtime.backend import Buffer, Executable, ExplainsStrays, Request, aligned_empty, host_buffer
+from aivmm.runtime.backend import Backend, Buffer, Executable, ExplainsStrays, Request, aligned_empty, host_buffer
+from aivmm.runtime.config import Config
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.lane import new_buffer
 from aivmm.runtime.null import METER, NullBackend, SimulatedTime
@@ -54,22 +55,23 @@ class State:
 
 
 class ExecutableRunner:
-    """A compiled model with `callers` requests bound to buffers, as the engine binds them."""
+    """A compiled model with `callers` requests bound to buffers, as the engine binds them; `more` are replicas, which take them in turn."""
 
-    def __init__(self, executable: Executable, inputs: Mapping[str, Buffer], callers: int) -> None:
+    def __init__(self, executable: Executable, inputs: Mapping[str, Buffer], callers: int, *, more: Sequence[Executable] = ()) -> None:
         self.executable = executable
-        self._requests = [self._bound(inputs) for _ in range(callers)]
+        self._all = (executable, *more)
+        self._requests = [self._bound(inputs, self._all[index % len(self._all)]) for index in range(callers)]
         self.steps: Sequence[Callable[[], object]] = [request.run for request in self._requests]
         self.simulated = isinstance(self._requests[0], SimulatedTime)
 
-    def _bound(self, inputs: Mapping[str, Buffer]) -> Request:
-        request = self.executable.new_request()
-        for spec in self.executable.inputs:
+    def _bound(self, inputs: Mapping[str, Buffer], executable: Executable) -> Request:
+        request = executable.new_request()
+        for spec in executable.inputs:
             if spec.name not in inputs:
                 raise UsageError(f"no sample for the input {spec.name!r}")
             request.bind(spec.name, _own(inputs[spec.name], spec))
-        for spec in self.executable.outputs:
-            buffer = host_buffer(self.executable, spec)
+        for spec in executable.outputs:
+            buffer = host_buffer(executable, spec)
             buffer = new_buffer(spec) if buffer is None else buffer
             if buffer is not None:
                 request.bind(spec.name, buffer)
@@ -77,7 +79,7 @@ class ExecutableRunner:
 
     def outputs(self, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
         """Run once on `inputs` with a request of its own."""
-        request = self._bound(inputs)
+        request = self._bound(inputs, self.executable)
         request.run()
         return {spec.name: np.array(request.output(spec.name)) for spec in self.executable.outputs}
 
@@ -85,7 +87,8 @@ class ExecutableRunner:
         """Free the model."""
         self.steps = []
         self._requests = []
-        self.executable.close()
+        for each in self._all:
+            each.close()
 
 
 class EngineRunner:
@@ -222,18 +225,19 @@ def compile_model(
     inputs: str,
     reference: str = "",
     callers: int = 1,
+    replicas: int = 1,
 ) -> dict[str, Any]:
-    """Compile a model, run it once, and judge its outputs against `reference` where one is given."""
+    """Compile a model, `replicas` times, run it once, and judge its outputs against `reference` where one is given."""
     where = wire.target_in(target)
     assert isinstance(where, Target)
     backend = load_backend(where.runtime)
     arrays = load_arrays(inputs)
     memory = memory_of(backend, where, state.contexts)
     started = time.perf_counter()
-    executable = backend.compile(Path(model), where, wire.config_in(config))
+    executable, *more = _compiled(backend, Path(model), where, wire.config_in(config), replicas)
     compiled = time.perf_counter()
     phases.enter(phases.RUN)
-    runner = ExecutableRunner(executable, arrays, callers)
+    runner = ExecutableRunner(executable, arrays, callers, more=more)
     bound = time.perf_counter()
     runner.steps[0]()
     first = time.perf_counter() - bound
@@ -255,6 +259,18 @@ def compile_model(
         answer |= _judged(runner.outputs(arrays), reference)
     state.runners[name] = runner
     return answer
+
+
+def _compiled(backend: Backend, model: Path, target: Target, config: Config, replicas: int) -> list[Executable]:
+    found: list[Executable] = []
+    try:
+        for _ in range(replicas):
+            found.append(backend.compile(model, target, config))
+    except BaseException:  # not handled, only cleaned up: fewer replicas are not what was asked for
+        for each in found:
+            each.close()
+        raise
+    return found
 
 
 def strays(

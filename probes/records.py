@@ -12,6 +12,7 @@ from aivmm.runtime.config import Config, Setting
 
 Source = Literal["measured", "interpolated", "modelled"]
 ProbeKind = Literal["model", "segment", "operator", "transfer"]
+_REPLICAS = re.compile(r"(.+)~x(\d{1,4})")
 _HANDOVER = re.compile(r"(?:(\d+) B|any size) from (.+)@[0-9a-f]+\.[0-9a-f]+")
 
 
@@ -29,6 +30,12 @@ class ProbeKey:
     config: Config  # with its precision
     batch: int = 1
     callers: int = 1  # requests kept in flight; 1 is the latency scenario
+
+    @property
+    def replicas(self) -> int:
+        """How many times the subject was compiled, to share those requests out; see `in_replicas`."""
+        found = _REPLICAS.fullmatch(self.subject)
+        return int(found[2]) if found else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +168,11 @@ class Transfer:
     def keys(self) -> tuple[ProbeKey, ...]:
         """Return the keys of its probes: one for each point, or the one that says why there are none."""
         return tuple(self.key(point.size_bytes) for point in self.points) or (self.key(),)
+
+
+def in_replicas(subject: str, replicas: int) -> str:
+    """Return the subject of a probe of `replicas` copies of `subject`, compiled each for itself, that take requests in turn."""
+    return subject if replicas == 1 else f"{subject}~x{replicas}"
 
 
 def handover_of(key: ProbeKey) -> tuple[int, str] | None:

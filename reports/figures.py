@@ -221,7 +221,13 @@ def knob_effects(trials: Sequence[TrialRecord]) -> list[Effect]:
             continue
         taken: dict[str, Any] = dict(trial.config.settings)
         taken.update(
-            {"target": trial.target, "precision": trial.config.precision or "default", "batch": trial.batch, "callers": trial.callers}
+            {
+                "target": trial.target,
+                "precision": trial.config.precision or "default",
+                "batch": trial.batch,
+                "callers": trial.callers,
+                "replicas": trial.replicas,
+            }
         )
         for name, value in taken.items():
             by_knob.setdefault(name, {}).setdefault(value, []).append(trial)

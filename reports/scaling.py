@@ -92,7 +92,7 @@ def _seen(data: ReportData) -> list[Seen]:
     timed = [
         (each.key.target, each.key.config, each.key.batch, each.key.callers, each.samples.median_s)
         for each in data.outcomes
-        if isinstance(each, Measured) and each.key.kind == "model"
+        if isinstance(each, Measured) and each.key.kind == "model" and each.key.replicas == 1
     ]
     timed += [
         (each.target, each.config, each.batch, each.callers, each.median_s) for each in data.trials if each.median_s and not each.policy

@@ -43,7 +43,8 @@ def lines_of(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "output", str(each.spec)
     batching = plan.execution.batching
     together = f", up to {batching.max_batch} rows together" if batching else ""
-    yield "runs", f"{plan.execution.mode}, batch {plan.batch}, callers {plan.callers}{together}"
+    deep = f", {plan.execution.depth} requests for each stage" if plan.execution.mode == "pipelined" else ""
+    yield "runs", f"{plan.execution.mode}{deep}, batch {plan.batch}, callers {plan.callers}{together}"
     for stage in plan.stages:
         yield "stage", stage_line(stage)
     for other in plan.fallbacks:

@@ -141,12 +141,14 @@ class Decider:
             return []
         found = at_once(
             self.work,
-            self.explorer.measurer.counts,
+            self.explorer.measurer,
             evidence=self._cutter.evidence if self._cutter is not None else None,
             configs={str(each): self._cut_configs.get(str(each), Config(precision="fp32")) for each in self.work.targets},
             known=self.copyable(),
+            reference_s=self._reference_s(),
             measure_new=not self.explorer.searched_before,
         )
+        self.explorer.measurer.release()
         self._predicted |= {each.draft.name: each.expected for each in found}
         return [each.draft for each in found]
 

@@ -101,7 +101,7 @@ class Emitter:
             constraints=list(constraints),
             batch=draft.batch,
             callers=draft.callers,
-            execution=Execution(mode=draft.mode),
+            execution=Execution(mode=draft.mode, depth=draft.depth),
             stages=stages,
             expected=dict(expected or {}),
             accuracy=accuracy,
@@ -122,7 +122,7 @@ class Emitter:
             objective=other.objective,
             batch=other.draft.batch,
             callers=other.draft.callers,
-            execution=Execution(mode=other.draft.mode),
+            execution=Execution(mode=other.draft.mode, depth=other.draft.depth),
             stages=[self._stage(piece, add) for piece in other.draft.pieces],
             expected=dict(other.expected),
         )

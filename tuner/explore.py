@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from aivmm.errors import ModelError
@@ -13,7 +13,7 @@ from aivmm.planner.choice import rank
 from aivmm.planner.objectives import searched
 from aivmm.planner.records import RunRecord, StudyRecord
 from aivmm.planner.room import Room, possible
-from aivmm.planner.search import Search
+from aivmm.planner.search import Search, record_of
 from aivmm.planner.space import Space
 from aivmm.runtime.backend import Baseline
 from aivmm.runtime.config import Config
@@ -23,10 +23,14 @@ from aivmm.tuner.joules import counts_cards_only
 from aivmm.tuner.knobs import that_can_matter
 from aivmm.tuner.measure import Measurer
 from aivmm.tuner.precision import Scout
+from aivmm.tuner.room import most_replicas
+from aivmm.tuner.starts import can_be_replicated, promising, side_by_side
 from aivmm.tuner.told import as_told, point_in, point_of
 from aivmm.tuner.work import Work
 
 SEARCH_UNTIL = 0.62  # the share of the budget by which the search has to end, counted from the start
+_MOST_CALLERS = 32
+_BASELINES_STUDY = "baselines"
 _BASELINES = 0.15  # the share for racing the baselines
 _LEAST_SEARCH = 0.35  # the share that the search has in any case
 _GROUP = 3  # candidates asked for at once: they share a race, and its reference
@@ -37,7 +41,6 @@ HOPELESS = {"latency": 2.0, "throughput": 3.0}  # a target this far behind with 
 _LOWERED_GAIN = 4.0  # so many times faster than fp32 int8 has been seen: a target within this is tried with it
 # Limits that the search can judge; the others need a fresh process, or hundreds of calls, and are for the proof.
 JUDGED_IN_SEARCH = frozenset({"latency", "throughput", "cosine", "energy", "power", "size", "device_memory"})
-_LOADS = ((64, 4), (128, 8), (32, 8), (128, 4))  # (batch, callers) that keep a card busy, in the order to try them
 _HINTED = {"float32": "fp32", "f32": "fp32", "dynamic": "fp32", "bfloat16": "bf16", "float16": "fp16", "f16": "fp16"}
 
 
@@ -58,6 +61,8 @@ class Explorer:
         self.searched_before = searched_before
         self.earlier = earlier
         self._trials = work.database.trials(earlier.id, study_name="search") if earlier is not None else []
+        baselines = work.database.trials(earlier.id, study_name=_BASELINES_STUDY) if earlier is not None else []
+        self._told = [*baselines, *self._trials]
         self.study = StudyRecord()
         self.room = Room()
         self._again: dict[str, Score | Rejection] = {}  # what the earlier run asked for, by candidate key
@@ -105,7 +110,7 @@ class Explorer:
         usable = self._first_that_runs(pairs)
         if self.measurer.reference != first:  # scores are ratios to the reference: ask again for those to the new one
             recalled = self.measurer.recall(self._all_measured_targets(pairs))
-        self.known = as_told({candidate.key: (candidate, outcome) for candidate, outcome in recalled}, self._trials)
+        self.known = as_told({candidate.key: (candidate, outcome) for candidate, outcome in recalled}, self._told)
         usable = self._leave_aliases(usable)
         missing = [candidate for _, candidate in usable if candidate.key not in self.known]
         if missing:
@@ -116,12 +121,20 @@ class Explorer:
                 if candidate.key in found:
                     self.known[candidate.key] = (candidate, found[candidate.key])
         usable += self._twins(usable)
+        self._remember_baselines(candidate for _, candidate in usable)
         for baseline, candidate in usable:
             outcome = self.known.get(candidate.key, (candidate, None))[1]
             if isinstance(outcome, Rejection) and outcome.state != "pruned":
                 self.work.note(f"{baseline.name} cannot run this model: {outcome.reason}")
         ran = [(each, candidate) for each, candidate in usable if _ran(self.known.get(candidate.key))]
         return ran + [pair for pair in self.aliases if any(pair[1].target.runtime == candidate.target.runtime for _, candidate in ran)]
+
+    def _remember_baselines(self, candidates: Iterable[Candidate]) -> None:
+        """Store how the baselines came out, for runs that repeat this one: not all are points of the search, and the reference is in each
+        of its races."""
+        known = (self.known[each.key] for each in candidates if each.key in self.known)
+        for number, (candidate, outcome) in enumerate(known):
+            self.work.database.add_trial(self.work.run_id, record_of(number, candidate, outcome), study_name=_BASELINES_STUDY)
 
     def _known_baselines(self) -> list[Baseline]:
         """Return what a user would run without us for each of the objectives, each once."""
@@ -244,16 +257,19 @@ class Explorer:
         self.work.progress.phase("searching settings")
         precisions = self._worth_searching(baselines)
         targets = list(precisions)
-        batches, callers = self._batches(targets), 1
+        batches, callers, replicated = self._batches(targets), 1, list[Target]()
         if self.work.options.drive == "throughput":
             callers = max(2, *(2 * (target.device.cores or 2) for target in targets))
+            replicated = [target for target in targets if can_be_replicated(target)]
         space = Space(
             targets=targets,
             knobs={str(target): that_can_matter(self.work.lab.knobs(target), target, self.work.subject.structure) for target in targets},
             objective=self.work.options.drive,
             precisions={str(target): found for target, found in precisions.items()},
             batches=batches,
-            most_callers=min(callers, 32),
+            most_callers=min(callers, _MOST_CALLERS),
+            most_replicas=max(map(most_replicas, replicated), default=1),
+            replicated=frozenset(map(str, replicated)),
             defaults={str(target): found for target in targets if (found := self.default_precision(target)) is not None},
         )
         search = Search(
@@ -272,6 +288,7 @@ class Explorer:
             for target in targets
             for precision in dict.fromkeys((precisions[target][0], *self.work.variants.get(str(target), ())))
         )
+        search.enqueue(side_by_side(space, precisions))
         search.enqueue(self._of_similar_models(targets, batches[0]))
         if targets and not self.searched_before and self.work.min_segments == 1:
             self._search_on(search)
@@ -295,17 +312,19 @@ class Explorer:
 
         A search that was killed goes on where it was: what it had been told first is told first again, and what it asked for and measured
         then is answered from memory when it asks for it again (`_again`), so that it comes to the same points as if nothing had happened.
+        A race is stored before its trials are: once there are some, what is known and is none was raced by the group that was being told.
         """
         within = {candidate.key: (candidate, outcome) for candidate, outcome in self.known.values() if _within(candidate, space)}
         by_point = {point_of(each): key for key, (each, _) in within.items()}
         keys = [(by_point.get(point_in(each)), each.asked and not self.searched_before) for each in self._trials]
         asked = {key for key, goes_on in keys if key is not None and goes_on}
-        self._again = {key: within[key][1] for key in asked}
+        told = {key for key, _ in keys if key is not None}
+        self._again = {key: within[key][1] for key in within if key in asked or (asked and key not in told)}
         if asked and self.earlier is not None:
             count = f"{len(asked)} {'trial' if len(asked) == 1 else 'trials'}"
             self.work.note(f"the search goes on where run {self.earlier.id[:8]} stopped: {count} of it are known")
         first = [key for key, goes_on in keys if key is not None and not goes_on]
-        rest = [key for key in within if key not in asked]
+        rest = [key for key in within if key not in self._again]
         return [within[key] for key in dict.fromkeys((*first, *rest))]
 
     def _of_similar_models(self, targets: Sequence[Target], batch: int) -> list[Candidate]:
@@ -315,7 +334,16 @@ class Explorer:
         if found:
             names = ", ".join(dict.fromkeys(each.model for each in found))
             self.work.note(f"the search tries first what was best for {names}")
-        return [Candidate(target=known[each.environment], config=each.config, batch=batch, callers=min(each.callers, 32)) for each in found]
+        return [
+            Candidate(
+                target=known[each.environment],
+                config=each.config,
+                batch=batch,
+                callers=min(each.callers, _MOST_CALLERS),
+                replicas=each.replicas,
+            )
+            for each in found
+        ]
 
     def _end_study(self, search: Search) -> None:
         """Store what the search came to."""
@@ -441,26 +469,6 @@ class Explorer:
         self.work.database.add_trial(self.work.run_id, search.records[-1])
 
 
-def promising(space: Space, precisions: Mapping[Target, Sequence[str | None]], variants: Mapping[str, Sequence[str]]) -> list[Candidate]:
-    """Return where devices with memory of their own are at their best more often than not, to be looked at first.
-
-    That is with all of the knobs' promising values, in each precision, the lowered ones first; for throughput at the larger batches with
-    several callers, whose copies hide behind each other's work.
-    """
-    found = []
-    loads = _LOADS if space.objective == "throughput" else ((space.batches[0], 1),)
-    for batch, callers in loads:
-        for target, known in precisions.items():
-            knobs = [each for each in space.knobs_of(target) if each.promising is not None] if target.device.memory_bytes else []
-            if not knobs or batch not in space.batches or callers > space.most_callers:
-                continue
-            config = {each.name: each.promising for each in knobs if each.promising is not None}
-            lowered = list(variants.get(str(target), ()))
-            ordered = [*lowered, *(each for each in known if each not in lowered)]
-            found += [Candidate(target=target, config=Config.of(config, precision=each), batch=batch, callers=callers) for each in ordered]
-    return found
-
-
 def _best_loss(search: Search) -> list[float]:
     """Return the least loss so far of each objective."""
     best = [search.best(1, objective) for objective in search.objectives]
@@ -474,6 +482,8 @@ def _ran(known: tuple[Candidate, Score | Rejection] | None) -> bool:
 
 def _within(candidate: Candidate, space: Space) -> bool:
     if candidate.target not in space.targets or candidate.batch not in space.batches or candidate.callers > space.most_callers:
+        return False
+    if candidate.replicas > space.replicas_of(candidate.target):
         return False
     return candidate.config.precision in (None, *space.precisions[str(candidate.target)])
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from aivmm.db.database import Database
 from aivmm.errors import ModelError, Unsupported, UsageError
-from aivmm.planner.candidates import Candidate, Rejection, Score
+from aivmm.planner.candidates import MOST_REPLICAS, Candidate, Rejection, Score
 from aivmm.probes import conditions
 from aivmm.probes.accuracy import over_limit
 from aivmm.probes.client import WorkerDied
@@ -17,7 +17,7 @@ from aivmm.probes.compare import cautions, compare
 from aivmm.probes.lab import Lab, Loaded
 from aivmm.probes.machine import BackgroundLoad
 from aivmm.probes.race import Contestant, RaceState, race
-from aivmm.probes.records import Caution, Failed, Measured, Outcome, ProbeKey, Refused
+from aivmm.probes.records import Caution, Failed, Measured, Outcome, ProbeKey, Refused, in_replicas
 from aivmm.runtime.config import Setting
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.target import Target
@@ -78,7 +78,7 @@ class Measurer:
         """Return the database key of a candidate."""
         return ProbeKey(
             kind="model",
-            subject=self.subject.subject_of(candidate.config.lowered),
+            subject=in_replicas(self.subject.subject_of(candidate.config.lowered), candidate.replicas),
             target=str(candidate.target),
             environment=environment_of(candidate.target).fingerprint,
             config=candidate.config,
@@ -93,7 +93,8 @@ class Measurer:
             return []
         by_environment = {environment_of(target).fingerprint: target for target in targets}
         found: dict[str, tuple[Candidate, ProbeKey]] = {}
-        subjects = [self.subject.subject_of(each) for each in self._variants()]
+        plain = [self.subject.subject_of(each) for each in self._variants()]
+        subjects = [in_replicas(each, count) for each in plain for count in range(1, MOST_REPLICAS + 1)]
         outcomes = [
             outcome
             for fingerprint in by_environment
@@ -104,7 +105,7 @@ class Measurer:
             target = by_environment[key.environment]
             if key.target != str(target):
                 continue
-            candidate = Candidate(target=target, config=key.config, batch=key.batch, callers=key.callers)
+            candidate = Candidate(target=target, config=key.config, batch=key.batch, callers=key.callers, replicas=key.replicas)
             if candidate.config.lowered not in self._variants():
                 continue  # of another version
             if self.key(candidate) != key:
@@ -170,7 +171,7 @@ class Measurer:
             if self.reference.key not in field_:
                 self._unload_except(())
                 return _complete(results, candidates)
-            contestants = [_fresh(loaded.contestant) for _, loaded in field_.values()]
+            contestants = [fresh(loaded.contestant) for _, loaded in field_.values()]
             by_name = {each.name: each for each in contestants}
             self._number += 1
             left = max(1.0, budget_s - (time.perf_counter() - started))
@@ -223,6 +224,7 @@ class Measurer:
                 reference=prepared.references[0],
                 batch=candidate.batch,
                 callers=candidate.callers,
+                replicas=candidate.replicas,
             )
         except (Unsupported, UsageError, ModelError) as error:
             return Refused(key=key, reason=error.message)
@@ -427,7 +429,7 @@ def _complete(results: dict[str, Score | Rejection], candidates: Iterable[Candid
     return results
 
 
-def _fresh(contestant: Contestant) -> Contestant:
+def fresh(contestant: Contestant) -> Contestant:
     """Return a contestant for the same loaded model with nothing measured yet."""
     made = Contestant(
         contestant.name,

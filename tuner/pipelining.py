@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from aivmm.planner.candidates import Draft, Piece
 from aivmm.planner.partition import BYTES_PER_S, CUT_S, ChainEvidence
@@ -11,10 +11,11 @@ from aivmm.planner.pipeline import Pair, Pipeline, Replicas, Room, Run, place_pi
 from aivmm.planner.placement import block_bytes
 from aivmm.planner.problem import Move
 from aivmm.runtime.config import Config
+from aivmm.tuner.depths import deep
 from aivmm.tuner.together import Together
 from aivmm.tuner.work import Work
 
-DEPTH = 2  # requests in flight for each stage and replica: double-buffered
+DEPTH = 2  # until `tuner.depths` has looked at others: one request is computed, one is waiting
 _SIZES = (1 << 10, 1 << 20)  # from which the line of a hand-over's cost is drawn
 _WORTH = 0.97  # of the best uncut plan's time per sample: what promises less is not proven
 
@@ -73,14 +74,13 @@ class Pipeliner:
         return Move(fixed=CUT_S + max(0.0, found[0] - per_byte * _SIZES[0]), per_byte=per_byte)
 
     def draft(self, name: str, runs: Sequence[Run], replicas: Replicas) -> Draft:
-        """Return a pipelined draft of runs of blocks, with twice as many requests in flight as it has stages and replicas."""
+        """Return a pipelined draft of runs of blocks, double-buffered: each stage and replica has two requests in flight."""
         by_name = {str(target): target for target in self.work.targets}
         pieces = tuple(
             Piece(target=by_name[each], config=self.configs[each], first=first, last=last, replicas=replicas.get(each, 1))
             for first, last, each in runs
         )
-        draft = Draft(name=name, pieces=pieces, batch=self.work.subject.base_batch, mode="pipelined")
-        return replace(draft, callers=DEPTH * len(pieces) * max(each.replicas for each in pieces))
+        return deep(Draft(name=name, pieces=pieces, batch=self.work.subject.base_batch, mode="pipelined"), DEPTH)
 
     def _measure(self, runs: Sequence[Run], replicas: Replicas) -> dict[Pair, float]:
         return self.together.factors(self.draft("the pipelined plan", runs, replicas), [[name] for _, _, name in runs])

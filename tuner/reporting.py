@@ -137,6 +137,7 @@ def _trial(each: TrialRecord) -> dict[str, Any]:
         "config": each.config.key(),
         "batch": each.batch,
         "callers": each.callers,
+        "replicas": each.replicas,
         "state": each.state,
         "ratio": each.value,
         "ratio_low": each.low,

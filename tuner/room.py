@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
+from aivmm.planner.candidates import MOST_REPLICAS
 from aivmm.planner.placement import device_of
 from aivmm.runtime.target import Target
 from aivmm.tuner.work import Work
-
-_MOST_REPLICAS = 4
 
 
 def memory_of(work: Work) -> dict[str, float]:
@@ -31,4 +30,4 @@ def room_of(work: Work) -> dict[str, float]:
 def most_replicas(target: Target) -> int:
     """Return how many copies of a model a target may have: on a processor, one for each core at most."""
     cores = target.device.cores if target.device.kind == "cpu" else None
-    return min(_MOST_REPLICAS, cores or _MOST_REPLICAS)
+    return min(MOST_REPLICAS, cores or MOST_REPLICAS)

@@ -12,7 +12,8 @@ from aivmm.planner.partition import ChainEvidence
 from aivmm.planner.placement import device_of
 from aivmm.runtime.config import Config
 from aivmm.tuner.copying import Copier, Known
-from aivmm.tuner.measure import Counts
+from aivmm.tuner.depths import DepthSearch
+from aivmm.tuner.measure import Measurer
 from aivmm.tuner.pipelining import Pipeliner
 from aivmm.tuner.room import memory_of, most_replicas
 from aivmm.tuner.together import Together
@@ -31,19 +32,20 @@ class AtOnce:
 
 def at_once(
     work: Work,
-    counts: Counts,
+    measurer: Measurer,
     *,
     evidence: ChainEvidence | None,
     configs: Mapping[str, Config],
     known: Sequence[Known],
+    reference_s: float | None,
     measure_new: bool,
 ) -> list[AtOnce]:
     """Return the pipelined and the replicated plan that promise to beat all that is known, as far as there are such plans.
 
-    `configs` are what stages of a cut model are compiled with; `known` what the search knows of whole models, kept busy. Memory is that of
-    the devices, and of the user's own limits: what has no room there is not considered.
+    `configs` are what stages of a cut model are compiled with; `known` what the search knows of whole models, kept busy, where a call of
+    the reference takes `reference_s`. Memory is that of the devices, and of the user's own limits: what has no room is not considered.
     """
-    together = Together(work=work, counts=counts, measure_new=measure_new)
+    together = Together(work=work, counts=measurer.counts, measure_new=measure_new)
     room = memory_of(work)
     replicas = {str(target): most_replicas(target) for target in work.targets}
     best_s = min((each.seconds / each.candidate.batch for each in known), default=None)
@@ -63,7 +65,12 @@ def at_once(
         for draft in pipeliner.drafts(uncut_s=None if best_s is None else best_s * base):
             assert pipeliner.found is not None
             because = "blocks in proportion to the whole, and what the stages cost each other, measured in place"
-            seconds = pipeliner.found.load_s
-            found.append(AtOnce(draft=draft, expected=Estimate(seconds=seconds, sigma=_PIPELINE_SIGMA, source="modelled", because=because)))
+            expected = Estimate(seconds=pipeliner.found.load_s, sigma=_PIPELINE_SIGMA, source="modelled", because=because)
+            deep, score = DepthSearch(work=work, measurer=measurer, measure_new=measure_new).best(draft)
+            if score is not None and reference_s is not None:
+                seconds = score.ratio * reference_s * draft.batch / measurer.reference.batch
+                sigma = math.log(score.high / score.low) / (2 * 1.96) if 0 < score.low <= score.high else 0.0
+                expected = Estimate(seconds=seconds, sigma=sigma, source="measured", because="the whole pipeline")
+            found.append(AtOnce(draft=deep, expected=expected))
     together.say()
     return found

@@ -10,22 +10,22 @@ from aivmm.planner.records import TrialRecord
 from aivmm.runtime.config import Config
 
 Known = Mapping[str, tuple[Candidate, Score | Rejection]]  # by candidate key
-Point = tuple[str, str, int, int]
+Point = tuple[str, str, int, int, int]
 
 
-def point(target: str, config: Config, batch: int, callers: int) -> Point:
+def point(target: str, config: Config, batch: int, callers: int, replicas: int) -> Point:
     """Return what identifies a point of the search in stored trials."""
-    return target, config.digest(), batch, callers
+    return target, config.digest(), batch, callers, replicas
 
 
 def point_of(candidate: Candidate) -> Point:
     """Return what identifies a candidate in stored trials."""
-    return point(str(candidate.target), candidate.config, candidate.batch, candidate.callers)
+    return point(str(candidate.target), candidate.config, candidate.batch, candidate.callers, candidate.replicas)
 
 
 def point_in(trial: TrialRecord) -> Point:
     """Return what identifies a stored trial."""
-    return point(trial.target, trial.config, trial.batch, trial.callers)
+    return point(trial.target, trial.config, trial.batch, trial.callers, trial.replicas)
 
 
 def as_told(known: Known, trials: Sequence[TrialRecord]) -> dict[str, tuple[Candidate, Score | Rejection]]:

@@ -33,7 +33,7 @@ def describe(draft: Draft) -> str:
         parts.append(" beside ".join(_copy_text(each) for each in piece.everywhere()))
     text = parts[0] if len(parts) == 1 else " -> ".join(parts) + f" ({len(parts)} segments)"
     if draft.mode == "pipelined":
-        text += ", all stages at once"
+        text += ", all stages at once" + (f" with {draft.depth} requests each" if draft.depth > 1 else "")
     extra = [f"batch {draft.batch}"] * (draft.batch > 1) + [f"{draft.callers} callers"] * (draft.callers > 1)
     return ", ".join([text, *extra])
 
@@ -255,7 +255,8 @@ def summary(
     if plan is not None and plan.confirmed is not None:
         low, high = interval_s(plan)
         known = {"path": plan_path, "batch": plan.draft.batch, "callers": plan.draft.callers, "mode": plan.draft.mode}
-        result["plan"] = {**known, "stages": stages_json(plan.draft)}
+        deep = {"depth": plan.draft.depth} if plan.draft.mode == "pipelined" else {}
+        result["plan"] = {**known, **deep, "stages": stages_json(plan.draft)}
         result["measured"] = {
             "median_s": call_s(plan),
             "ci95_s": [low, high],

@@ -149,6 +149,21 @@ def test_a_point_spelled_as_parameters_is_the_same_point(targets: Sequence[objec
         assert known is not None and all(known[name]._contains(known[name].to_internal_repr(value)) for name, value in params.items())
 
 
+def test_replicas_have_a_caller_each_and_are_points_of_their_targets_alone() -> None:
+    points = space(THREADS, targets=(CPU, GPU), most_callers=3, most_replicas=2, replicated=frozenset({str(CPU)}))
+    tried = drive(Search(points, seed=4), lambda each: scored(1.0))
+    assert len(tried) == len({each.key for each in tried}) == points.size() == 8 * (3 + 2) + 8 * 3
+    assert all(each.replicas <= each.callers for each in tried)
+    assert {each.target for each in tried if each.replicas > 1} == {CPU}
+    for each in tried:
+        params = points.params(each)
+        assert params is not None and points.canonical(params) == each
+    assert points.params(Candidate(target=GPU, config=Config(precision="fp32"), callers=2, replicas=2)) is None
+    search = Search(points)
+    search.tell(Candidate(target=CPU, config=Config(precision="fp32"), callers=3, replicas=2), scored(0.5))
+    assert (search.records[0].replicas, search.records[0].policy) == (2, {"replicas": 2})
+
+
 def test_a_known_policy_is_told_and_one_outside_the_space_is_not() -> None:
     search = Search(cuttable())
     every = tuple((each, Config(precision="fp32")) for each in (CPU, GPU, NPU))

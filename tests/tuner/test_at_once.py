@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from aivmm.db.database import Database
+from aivmm.probes.records import Measured
 from tests.making import chain_model, write_model
 from tests.probes.conftest import python_path
 from tests.tuner.harness import Place
@@ -14,6 +16,7 @@ from tests.tuner.harness import Place
 LAYERS, WIDTH = 8, 64
 FLOPS = 2 * 2 * WIDTH * WIDTH * LAYERS  # of the matrix products, for two rows
 WEIGHTS = 4 * LAYERS * WIDTH * WIDTH
+THROUGHPUT = ("--backend", "cards", "--objective", "throughput", "--batch", "1", "--trials", "2")
 PLUG_IN = """
 from aivmm.runtime.null import NullBackend, NullDevice
 
@@ -58,8 +61,7 @@ def tuned(place: Place, *devices: str, budget: str = "5s", more: tuple[str, ...]
     """Tune a chain of layers for throughput on these devices alone."""
     model = write_model(place.folder / "chain.onnx", chain_model(width=WIDTH, layers=LAYERS))
     path = installed(place.folder / "plug-ins", *devices)
-    arguments = ("--backend", "cards", "--objective", "throughput", "--batch", "1", "--trials", "2", "--budget", budget, *more, "--json")
-    done = place.aivmm("tune", model, *arguments, PYTHONPATH=path)
+    done = place.aivmm("tune", model, *THROUGHPUT, "--budget", budget, *more, "--json", PYTHONPATH=path)
     assert done.code == 0, done.err
     return done
 
@@ -73,6 +75,31 @@ def test_two_cards_take_half_of_the_requests_each(place: Place) -> None:
     best = min(each["median_s"] for each in done.json["baselines"])
     assert done.json["measured"]["throughput_per_s"] * best > 1.5
     assert "at once, in their place" in done.err
+
+
+def test_replicas_with_fewer_threads_each_are_found_by_the_search_and_run(place: Place) -> None:
+    """Half of the work is on one thread whatever a call is given, and a compiled model answers one call at a time."""
+    cpu = card("CPU", 0.04, kind="cpu", cores=2, serial=0.5, thread_overhead=0.0)
+    done = tuned(place, cpu, more=("--trials", "4"))
+    (stage,) = done.json["plan"]["stages"]
+    assert (stage["replicas"], stage["config"]["threads"]) == (2, 1), done.err
+    (baseline,) = [each for each in done.json["baselines"] if each["median_s"]]
+    assert done.json["measured"]["throughput_per_s"] * baseline["median_s"] > 1.3  # 1.5 by the formula
+    with Database.open(place.db) as database:
+        run = database.run(None)
+        trials = database.trials(run.id, study_name="search")
+        measured = [each for each, _ in database.run_outcomes(run.id) if isinstance(each, Measured) and each.key.kind == "model"]
+        assert database.check() == []
+    assert {each.replicas for each in trials if each.asked} >= {1, 2}
+    assert {each.key.replicas for each in measured} >= {1, 2}
+    page = (place.work / done.json["report"]).read_text(encoding="utf-8")
+    assert "in 2 replicas" in page
+    environment = {"PYTHONPATH": python_path(place.folder / "plug-ins")}
+    again = place.aivmm("tune", place.folder / "chain.onnx", *THROUGHPUT, "--budget", "5s", "--trials", "4", "--json", **environment)
+    assert again.code == 0, again.err
+    assert again.json["probes"]["measured"] == 0 and again.json["plan"]["stages"][0]["replicas"] == 2
+    shown = place.aivmm("bench", again.json["plan"]["path"], "--duration", "1s", "--json", **environment)
+    assert shown.code == 0, shown.err
 
 
 @pytest.mark.slow

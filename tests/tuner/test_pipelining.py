@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from aivmm.planner.candidates import Draft
 from aivmm.planner.evidence import Estimate
 from aivmm.planner.partition import ChainEvidence
+from aivmm.planner.records import TrialRecord
 from aivmm.planner.segments import Segments
 from aivmm.runtime.config import Config
 from aivmm.runtime.engine import Engine
+from aivmm.tuner.depths import STUDY, DepthSearch
 from aivmm.tuner.explore import Explorer
 from aivmm.tuner.measure import Counts
 from aivmm.tuner.options import TuneOptions
@@ -46,8 +50,6 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TuneOptions:
 
 
 def test_stages_are_measured_at_once_and_remembered_and_the_plan_runs_them_at_once(options: TuneOptions, tmp_path: Path) -> None:
-    seen: list[str] = []
-
     def look(work: Work, explorer: Explorer) -> None:
         assert len(work.subject.structure.blocks) >= 2
         configs = {name: Config(precision="fp32") for name in (OPENVINO, ONNXRUNTIME)}
@@ -70,15 +72,34 @@ def test_stages_are_measured_at_once_and_remembered_and_the_plan_runs_them_at_on
         assert again.together.seen == first.together.seen
         assert pipeliner(measure_new=False).drafts(uncut_s=1e-9) == []
         draft = first.draft("p", [(0, 0, OPENVINO), (1, len(work.subject.structure.blocks) - 1, ONNXRUNTIME)], {})
-        work.emitter(draft.batch).write(draft, tmp_path / "p.aivmm", objective="throughput")
-        seen.append("looked")
+        work.emitter(draft.batch).write(replace(draft, depth=3), tmp_path / "p.aivmm", objective="throughput")
+        _search_depth(work, explorer, draft, measure_new=True)
         raise _EnoughError
 
-    with pytest.raises(_EnoughError):
-        Session(options, Silent(), look=look).run()
-    assert seen == ["looked"]
+    def look_again(work: Work, explorer: Explorer) -> None:
+        _search_depth(work, explorer, drafts[0], measure_new=False)
+        raise _EnoughError
+
+    drafts: list[Draft] = []
+    found: list[tuple[Draft, list[TrialRecord]]] = []
+
+    def _search_depth(work: Work, explorer: Explorer, draft: Draft, *, measure_new: bool) -> None:
+        drafts.append(draft)
+        deeper, score = DepthSearch(work=work, measurer=explorer.measurer, measure_new=measure_new).best(draft)
+        assert score is not None and score.reused is not measure_new
+        found.append((deeper, work.database.trials(work.run_id, study_name=STUDY)))
+
+    for each in (look, look_again):
+        with pytest.raises(_EnoughError):
+            Session(options, Silent(), look=each).run()
+    (first, trials), (second, others) = found
+    assert first == second and first.callers == 2 * first.depth
+    assert sorted(each.depth for each in trials) == [1, 2, 3, 4]
+    assert [(each.depth, each.value) for each in others] == [(each.depth, each.value) for each in trials]
+    chosen = next(each.value for each in trials if each.depth == first.depth)
+    assert chosen is not None and chosen <= 1.02 * min(each.value for each in trials if each.value)
     with Engine.load(tmp_path / "p.aivmm") as engine:
-        assert engine.plan.execution.mode == "pipelined"
+        assert (engine.plan.execution.mode, engine.plan.execution.depth) == ("pipelined", 3)
         assert engine.plan.callers == DEPTH * 2
         inputs = [{"x": normal(2, 64, seed=seed)} for seed in range(6)]
         for feeds, found in zip(inputs, engine.stream(inputs), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from aivmm.planner.space import Space
 from aivmm.probes import wire
 from aivmm.runtime.ort_options import cpu_knobs, cuda_knobs
 from aivmm.runtime.target import Device, Target
-from aivmm.tuner.explore import promising
+from aivmm.tuner.starts import can_be_replicated, promising, side_by_side
 
 CARD = Target(runtime="onnxruntime", name="CUDA:0", device=Device(kind="gpu", model="a card", memory_bytes=1 << 36), runtime_version="1")
 CPU = Target(runtime="onnxruntime", name="CPU", device=Device(kind="cpu", model="a CPU"), runtime_version="1")
@@ -33,6 +34,25 @@ def test_a_card_is_looked_at_first_where_its_promising_settings_stand_together(o
     assert ("provider.enable_cuda_graph" in settings) == (objective == "latency")  # a graph runs one call at a time
     assert [(each.batch, each.callers) for each in found[::2]] == ([(64, 4), (32, 8)] if objective == "throughput" else [(1, 1)])
     assert all(space.params(each) is not None for each in found)  # points of the space, like any other
+
+
+def test_replicas_that_divide_the_cores_are_looked_at_early_and_only_on_processors() -> None:
+    cpu = replace(CPU, device=replace(CPU.device, cores=8))
+    space = Space(
+        targets=[cpu, CARD],
+        knobs=KNOBS,
+        objective="throughput",
+        precisions={str(cpu): ["fp32"], str(CARD): ["fp32"]},
+        most_callers=16,
+        most_replicas=4,
+        replicated=frozenset({str(cpu)}),
+    )
+    (found,) = side_by_side(space, {cpu: ["fp32"], CARD: ["fp32"]})
+    assert (found.target, found.replicas, found.callers, found.config.get("intra_op_num_threads")) == (cpu, 4, 4, 2)
+    assert space.params(found) is not None
+    assert can_be_replicated(cpu) and not can_be_replicated(CARD)
+    assert not can_be_replicated(replace(cpu, device=replace(cpu.device, cores=1)))  # nothing to divide
+    assert not can_be_replicated(replace(cpu, runtime="null"))  # a call takes as long there whatever runs beside it
 
 
 def test_what_is_promising_crosses_to_the_worker_and_back() -> None:

@@ -1,0 +1,58 @@
+"""Where a search looks first: at what is often best on a kind of device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from aivmm.planner.candidates import Candidate
+from aivmm.planner.space import Space
+from aivmm.runtime.config import Config
+from aivmm.runtime.null import NullBackend
+from aivmm.runtime.target import Target
+from aivmm.tuner.room import most_replicas
+
+_LOADS = ((64, 4), (128, 8), (32, 8), (128, 4))  # (batch, callers) that keep a card busy, in the order to try them
+_THREADS = frozenset({"INFERENCE_NUM_THREADS", "intra_op_num_threads", "threads"})
+
+
+def promising(space: Space, precisions: Mapping[Target, Sequence[str | None]], variants: Mapping[str, Sequence[str]]) -> list[Candidate]:
+    """Return where devices with memory of their own are at their best more often than not, to be looked at first.
+
+    That is with all of the knobs' promising values, in each precision, the lowered ones first; for throughput at the larger batches with
+    several callers, whose copies hide behind each other's work.
+    """
+    found = []
+    loads = _LOADS if space.objective == "throughput" else ((space.batches[0], 1),)
+    for batch, callers in loads:
+        for target, known in precisions.items():
+            knobs = [each for each in space.knobs_of(target) if each.promising is not None] if target.device.memory_bytes else []
+            if not knobs or batch not in space.batches or callers > space.most_callers:
+                continue
+            config = {each.name: each.promising for each in knobs if each.promising is not None}
+            lowered = list(variants.get(str(target), ()))
+            ordered = [*lowered, *(each for each in known if each not in lowered)]
+            found += [Candidate(target=target, config=Config.of(config, precision=each), batch=batch, callers=callers) for each in ordered]
+    return found
+
+
+def can_be_replicated(target: Target) -> bool:
+    """Say whether replicas of a whole model on a target are points of the search: on a processor, whose cores they share.
+
+    On a card a replica costs memory and minutes of compiling; there `tuner.copying` decides, by what copies were seen to cost each other.
+    Null devices take as long for a call whatever runs beside it.
+    """
+    return target.device.kind == "cpu" and target.name == "CPU" and target.runtime != NullBackend.name and most_replicas(target) > 1
+
+
+def side_by_side(space: Space, precisions: Mapping[Target, Sequence[str | None]]) -> list[Candidate]:
+    """Return replicas that divide a processor's cores among them, as many as may be: what one call cannot use, several can."""
+    found = []
+    for target, known in precisions.items():
+        replicas = min(space.replicas_of(target), space.most_callers)
+        threads = next((each for each in space.knobs_of(target) if each.name in _THREADS), None)
+        if replicas < 2 or threads is None:
+            continue
+        share = max(int(threads.low), 1, (target.device.cores or replicas) // replicas)
+        config = Config.of({threads.name: share}, precision=known[0])
+        found.append(Candidate(target=target, config=config, batch=space.batches[0], callers=replicas, replicas=replicas))
+    return found
