@@ -53,7 +53,8 @@ class DepthSearch:
         outcomes = self._outcomes(draft, [each.depth for each in asked])
         for each in asked:
             search.tell(each, outcomes[each.depth])
-            self.work.database.add_trial(self.work.run_id, search.records[-1], study_name=STUDY)
+            record = replace(search.records[-1], callers=deep(draft, each.depth).callers)
+            self.work.database.add_trial(self.work.run_id, record, study_name=STUDY)
         scored = {candidate.depth: score for candidate, score in search.best(MOST_DEPTH)}
         best = min((score.ratio for score in scored.values()), default=math.inf)
         chosen = min((depth for depth, score in scored.items() if score.ratio <= best * (1 + _ADDS)), default=None)
