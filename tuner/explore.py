@@ -282,6 +282,8 @@ class Explorer:
             search.tell(candidate, outcome)
             self._record(search)
             self.room.learn(candidate, outcome)
+        # From here on what is measured is asked for: who goes on with this run has to know.
+        self.work.database.end_study(self.work.run_id, StudyRecord(objectives=tuple(each.name for each in search.objectives)))
         search.enqueue(promising(space, precisions, self.work.variants))
         search.enqueue(
             Candidate(target=target, config=Config(precision=precision), batch=batches[0])
@@ -312,14 +314,17 @@ class Explorer:
 
         A search that was killed goes on where it was: what it had been told first is told first again, and what it asked for and measured
         then is answered from memory when it asks for it again (`_again`), so that it comes to the same points as if nothing had happened.
-        A race is stored before its trials are: once there are some, what is known and is none was raced by the group that was being told.
+        A race is stored before its trials are: once the search had begun to ask, what is known and is no trial was raced by the group that
+        was being told.
         """
         within = {candidate.key: (candidate, outcome) for candidate, outcome in self.known.values() if _within(candidate, space)}
         by_point = {point_of(each): key for key, (each, _) in within.items()}
         keys = [(by_point.get(point_in(each)), each.asked and not self.searched_before) for each in self._trials]
         asked = {key for key, goes_on in keys if key is not None and goes_on}
+        studies = self.work.database.studies(self.earlier.id) if self.earlier is not None and not self.searched_before else []
+        begun = any(each.name == "search" and each.objectives for each in studies)
         told = {key for key, _ in keys if key is not None}
-        self._again = {key: within[key][1] for key in within if key in asked or (asked and key not in told)}
+        self._again = {key: within[key][1] for key in within if key in asked or (begun and key not in told)}
         if asked and self.earlier is not None:
             count = f"{len(asked)} {'trial' if len(asked) == 1 else 'trials'}"
             self.work.note(f"the search goes on where run {self.earlier.id[:8]} stopped: {count} of it are known")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -91,6 +92,28 @@ def test_a_search_that_was_killed_goes_on_to_the_same_points(place: Place, whole
     with Database.open(place.db) as database:
         assert database.check() == []
         assert database.run(None).status == "complete"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recorded", [0, 1])
+def test_what_was_raced_and_not_recorded_before_the_kill_is_asked_for_again(
+    place: Place, whole: tuple[Place, Finished], recorded: int
+) -> None:
+    """The moment between the row of a race and those of its trials, which no kill from outside hits: the file is made to look like it."""
+    assert whole[1].code == 0, whole[1].err
+    shutil.copy(whole[0].db, place.db)
+    with closing(sqlite3.connect(place.db)) as connection, connection:
+        connection.execute(
+            "DELETE FROM trial WHERE asked AND id NOT IN (SELECT id FROM trial WHERE asked ORDER BY number LIMIT ?)", [recorded]
+        )
+        connection.execute("UPDATE run SET status = 'running', finished_at = NULL, summary = '{}'")
+        connection.execute("UPDATE study SET front = NULL, importance = NULL")
+        for table in ("proof", "plan"):
+            connection.execute(f"DELETE FROM {table}")
+    done = place.aivmm("tune", write_tiny(place.work / "tiny.onnx"), *ARGUMENTS)
+    assert done.code == 0, done.err
+    assert asked(place) == asked(whole[0])
+    assert done.json["probes"]["measured"] == 0
 
 
 @pytest.mark.slow
