@@ -344,8 +344,11 @@ def agree(a: TensorSpec, b: TensorSpec) -> bool:
 
 
 def _at_batch(spec: TensorSpec, batch: int, other: int) -> TensorSpec:
-    """Return what is known of a tensor at another batch than the plan's: its first extent may be any."""
-    return spec if other == batch or not spec.shape else replace(spec, shape=(None, *spec.shape[1:]))
+    """Return what is known of a tensor at another batch than the plan's: its first extent may be any, and so may those that are the
+    plan's batch: the state of a recurrent model is [layers, batch, width]."""
+    if other == batch:
+        return spec
+    return replace(spec, shape=tuple(None if at == 0 or extent == batch else extent for at, extent in enumerate(spec.shape)))
 
 
 def _require_agreement(a: TensorSpec, b: TensorSpec) -> None:

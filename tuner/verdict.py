@@ -84,6 +84,7 @@ def sentence(
     # What breaks a limit and is faster gets a sentence of its own; what is slower is compared with, whatever it breaks.
     known = [each for each in proof.entrants if each.role == "baseline" and each is not plan and each.confirmed and each.eligible]
     others = [each for each in known if each.draft.name not in proof.violations or _verdict(proof, each) != "slower"]
+    others = [each for each in others if objective != "latency" or _driven_alike(plan, each)]
     for each in _worth_telling(plan, others, proof):
         found = proof.against(each)
         assert found and each.confirmed
@@ -102,7 +103,7 @@ def sentence(
     elif plan.role == "baseline":
         text += f" {_why_baseline(plan, proof)}"
     if objective in ("latency", "throughput"):
-        text += _faster_but_out(plan, proof)
+        text += _faster_but_out(plan, proof, alike=objective == "latency")
     if len(objectives) > 1:
         text += f" {alternatives_text(proof, objectives, {each.draft.name: describe(each.draft) for each in proof.entrants})}"
     return " ".join(filter(None, (text, accuracy_text, plan.strays)))
@@ -141,10 +142,20 @@ def _why_baseline(plan: Entrant, proof: Proof) -> str:
     return "The baseline won: the search found nothing that promised to be faster."
 
 
-def _faster_but_out(plan: Entrant, proof: Proof) -> str:
-    """Say of the fastest baseline that beats the plan, and may not be one, what stands against it; "" where there is none."""
+def _driven_alike(plan: Entrant, other: Entrant) -> bool:
+    """Say whether the time of a call compares: where throughput is an objective too, some answer more samples or more callers at once."""
+    return (plan.draft.batch, plan.draft.callers) == (other.draft.batch, other.draft.callers)
+
+
+def _faster_but_out(plan: Entrant, proof: Proof, *, alike: bool) -> str:
+    """Say of the fastest baseline that beats the plan, and may not be one, what stands against it; "" where there is none.
+
+    With `alike` only those that are driven as the plan is.
+    """
     out = {}
     for each in proof.entrants:
+        if alike and not _driven_alike(plan, each):
+            continue
         against = each.problem or "; ".join(violation.sentence for violation in proof.violations.get(each.draft.name, ()))
         found = proof.against(each) if each.role == "baseline" and each is not plan and against else None
         if found is not None and found.verdict == "slower":

@@ -47,6 +47,28 @@ def test_a_plan_survives_the_round_trip_through_its_text() -> None:
     assert plan.targets() == ("openvino:CPU", "onnxruntime:CPU")
 
 
+@pytest.mark.parametrize(("layers", "fits"), [(2, True), (3, False)])
+def test_an_alternative_at_another_batch_may_have_it_at_any_extent_that_was_the_batch(layers: int, fits: bool) -> None:
+    """The state of a recurrent model is [layers, batch, width]."""
+
+    def state(*shape: int | None) -> dict[str, Any]:
+        return {"name": "state", "dtype": "float32", "shape": list(shape)}
+
+    plan = raw()
+    plan["model"]["inputs"] = [X, state(None, 1, layers)]
+    plan["stages"][0]["inputs"] = [X, state(None, 1, layers)]
+    mine = [{**each, "inputs": [{**X, "shape": [8, None]}, state(2, 8, 2)]} for each in plan["stages"][:1]]
+    mine[0]["outputs"] = [{**Y, "shape": [8, None]}]
+    rest = {**plan["stages"][1], "inputs": [{**Y, "shape": [8, None]}], "outputs": [{**Z, "shape": [8, None]}]}
+    plan["alternatives"] = [{"name": "eight", "objective": "throughput", "batch": 8, "stages": [*mine, rest]}]
+    if fits:
+        chosen = parse_plan(json.dumps(plan), "plan.json").for_goal("throughput")
+        assert [each.shape for each in chosen.model.inputs] == [[8, None], [2, 8, 2]]
+    else:
+        with pytest.raises(BundleError, match="elsewhere in the plan"):
+            parse_plan(json.dumps(plan), "plan.json")
+
+
 def test_a_stage_tells_what_to_compile_it_with() -> None:
     first = parse_plan(json.dumps(raw()), "plan.json").stages[0]
     assert first.compiled_with == Config.of({"NUM_STREAMS": 2}, precision="fp32")

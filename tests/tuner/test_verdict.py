@@ -64,3 +64,11 @@ def test_percent_and_times_say_the_same_of_one_ratio() -> None:
     near, far = (Comparison(ratio=ratio, low=ratio, high=ratio, pairs=9, verdict="faster") for ratio in (0.8, 0.5))
     assert factor_text(near) == "25 % faster than"  # the report's 1.25x, and not the 20 % of time that is saved
     assert factor_text(far) == "2.0x faster than"
+
+
+def test_where_a_call_counts_one_of_several_callers_is_no_rival_whatever_it_answers_in_a_second() -> None:
+    plan = entrant("toy default", 10e-3)
+    busy = entrant("toy THROUGHPUT hint", 2e-3, callers=8)  # five times as many answers, each after 16 ms
+    proof = Proof(entrants=[plan, entrant("toy slow", 15e-3), busy], plan=plan)
+    assert "slower than" not in told(proof, "latency,throughput") and "faster than toy slow" in told(proof, "latency,throughput")
+    assert "slower than toy THROUGHPUT hint" in told(proof, "throughput")
