@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,14 @@ def test_a_model_that_fits_on_no_card_is_a_pipeline_over_two(place: Place) -> No
         assert stage["target"] == "cards:CPU" or last - first + 1 <= 5
     (baseline,) = [each for each in done.json["baselines"] if each["median_s"]]
     assert done.json["measured"]["throughput_per_s"] * baseline["median_s"] > 1.5
+    with Database.open(place.db) as database:
+        trials = database.trials(database.run(None).id, study_name="pipeline")
+    assert sorted(each.depth for each in trials) == [1, 2, 3, 4]
+    values = {each.depth: each.value for each in trials if each.value is not None}
+    assert values[plan["depth"]] <= 1.02 * min(values.values())
+    stored = json.loads((place.work / plan["path"] / "plan.json").read_text(encoding="utf-8"))
+    assert stored["execution"] == {"mode": "pipelined", "depth": plan["depth"], "batching": None}
+    assert "requests at once for each stage of the pipeline" in done.err
 
 
 @pytest.mark.slow
