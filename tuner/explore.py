@@ -290,7 +290,9 @@ class Explorer:
             for target in targets
             for precision in dict.fromkeys((precisions[target][0], *self.work.variants.get(str(target), ())))
         )
-        search.enqueue(side_by_side(space, precisions))
+        ratios, _ = self._best_ratios(baselines)
+        quickest = sorted(precisions, key=ratios.__getitem__)[:1]  # one is a hint; the search asks for more where they pay
+        search.enqueue(side_by_side(space, {target: precisions[target] for target in quickest}))
         search.enqueue(self._of_similar_models(targets, batches[0]))
         if targets and not self.searched_before and self.work.min_segments == 1:
             self._search_on(search)
