@@ -123,19 +123,40 @@ def _just_past(value: float, metric: str, *, up: bool, digits: int) -> str:
 
 
 def alternatives(options: Mapping[K, Option], plan: K, objectives: Sequence[Objective]) -> list[K]:
-    """Return the Pareto front over the objectives, without the plan and without what is nowhere better than it by more than tolerance."""
-    known = {key: option for key, option in options.items() if all(_known(option, each) for each in objectives)}
-    losses = {key: [each.loss_of(option.metrics[each.metric]) for each in objectives] for key, option in known.items()}
+    """Return the Pareto front over the objectives, without the plan, and without what is nowhere better than the plan, or than another
+    that is kept, by more than tolerance. What is best in an objective is kept before what is between."""
+    losses = _losses(options, objectives)
     keys = list(losses)
-    found = [keys[at] for at in front(list(losses.values()))]
-    if plan not in losses:
-        return [key for key in found if key != plan]
+    found = [key for at in front(list(losses.values())) if (key := keys[at]) != plan]
     margins = [math.log1p(each.tolerance) for each in objectives]
 
-    def better(key: K) -> bool:
-        return any(mine < theirs - margin for mine, theirs, margin in zip(losses[key], losses[plan], margins, strict=True))
+    def better(key: K, than: K) -> bool:
+        return any(mine < theirs - margin for mine, theirs, margin in zip(losses[key], losses[than], margins, strict=True))
 
-    return [key for key in found if key != plan and better(key)]
+    first = [min(found, key=lambda key: (losses[key][at], math.fsum(losses[key]))) for at in range(len(objectives)) if found]
+    kept: list[K] = []
+    for key in dict.fromkeys((*first, *found)):
+        if all(better(key, other) for other in (*kept, *([plan] if plan in losses else []))):
+            kept.append(key)
+    return [key for key in found if key in kept]
+
+
+def best_in(options: Mapping[K, Option], plan: K, key: K, objectives: Sequence[Objective]) -> list[str]:
+    """Return the objectives in which `key` is better than the plan by more than tolerance, and the best of all options; of equals the
+    first one is."""
+    found = []
+    for each in objectives:
+        losses = {name: loss for name, (loss,) in _losses(options, [each]).items()}
+        beaten = plan not in losses or losses.get(key, math.inf) < losses[plan] - math.log1p(each.tolerance)
+        if beaten and key == min(losses, key=losses.__getitem__, default=None):
+            found.append(each.name)
+    return found
+
+
+def _losses(options: Mapping[K, Option], objectives: Sequence[Objective]) -> dict[K, list[float]]:
+    """Return the losses of the options of which all objectives are known."""
+    known = {key: option for key, option in options.items() if all(_known(option, each) for each in objectives)}
+    return {key: [each.loss_of(option.metrics[each.metric]) for each in objectives] for key, option in known.items()}
 
 
 def _known(option: Option, objective: Objective) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from aivmm.planner.candidates import Candidate, Draft, Rejection, Score
 from aivmm.planner.certificate import Certificate, certify
-from aivmm.planner.choice import distance, rank, relaxed
+from aivmm.planner.choice import Option, best_in, distance, rank, relaxed
 from aivmm.planner.constraints import ACCURACY, AGREEMENT, check
 from aivmm.planner.evidence import Estimate, shares, total
 from aivmm.probes.transfers import TransferFit
@@ -371,13 +371,12 @@ class Decider:
 
     def best_in(self, entrant: Entrant, proof: Proof) -> str:
         """Return the objectives in which nothing of the front is better, joined; "" for what is a compromise."""
-        shown = [constraint_metrics(each) for each in (*filter(None, [proof.plan]), *proof.alternatives)]
-        mine, best = constraint_metrics(entrant), []
-        for each in self.work.options.objectives:
-            losses = [each.loss_of(metrics[each.metric]) for metrics in shown if each.metric in metrics]
-            if each.metric in mine and losses and each.loss_of(mine[each.metric]) <= min(losses):
-                best.append(each.name)
-        return ",".join(best)
+        shown = {each.draft.name: Option(metrics=constraint_metrics(each), targets=()) for each in proof.alternatives}
+        plan = ""
+        if proof.plan is not None:
+            plan = proof.plan.draft.name
+            shown = {plan: Option(metrics=constraint_metrics(proof.plan), targets=())} | shown
+        return ",".join(best_in(shown, plan, entrant.draft.name, self.work.options.objectives))
 
     def precision_sentence(self, proof: Proof) -> str:
         """Say in one sentence what lower precision gave: `int8 except 3 blocks: 2.9x faster than ..., top-1 agreement 99.6 % ...`."""

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aivmm.planner.choice import Option, alternatives, as_good, choose, distance, misfit, preferred, rank, relaxed, violated
+from aivmm.planner.choice import Option, alternatives, as_good, best_in, choose, distance, misfit, preferred, rank, relaxed, violated
 from aivmm.planner.constraints import Constraint, beyond, check, parse
-from aivmm.planner.objectives import OBJECTIVES
+from aivmm.planner.objectives import OBJECTIVES, parse_objectives
 
 LATENCY = OBJECTIVES["latency"]
 TARGETS = st.sampled_from(["openvino:CPU", "openvino:GPU.0", "openvino:NPU", "onnxruntime:CPU"])
@@ -113,6 +113,26 @@ def test_alternatives_beat_the_plan_somewhere_by_more_than_noise_and_are_beaten_
 
     options = {"plan": option(1.0, 1.0), "batched": option(4.0, 3.0), "beaten": option(5.0, 2.0), "same": option(1.001, 1.01)}
     assert alternatives(options, "plan", [OBJECTIVES["latency"], OBJECTIVES["throughput"]]) == ["batched"]
+
+
+def test_alternatives_differ_from_each_other_and_each_is_named_by_what_it_is_best_in() -> None:
+    """Seen on a recommender: cosines that differ in the fourteenth digit, and sizes that differ by 23 bytes."""
+
+    def option(throughput: float, cosine: float, size: float) -> Option:
+        return Option(metrics={"throughput": throughput, "cosine": cosine, "size": size}, targets=())
+
+    goals = parse_objectives("throughput,accuracy,size")
+    options = {
+        "plan": option(489_000, 1.0, 6_455_340),
+        "one at a time": option(56_000, 1.0, 6_455_317),
+        "another": option(300_000, 0.99999999999999, 6_455_339),
+        "small": option(400_000, 0.9991, 1_700_000),
+        "small too": option(399_000, 0.9991, 1_699_990),
+    }
+    assert alternatives(options, "plan", goals) == ["small"]  # and not what is within noise of it
+    assert best_in({name: options[name] for name in ("plan", "small")}, "plan", "small", goals) == ["size"]
+    assert best_in(options, "plan", "one at a time", goals) == []
+    assert best_in({**options, "exact": option(1, 1.0, 9e6), "plan": options["small"]}, "plan", "one at a time", goals) == ["accuracy"]
 
 
 @pytest.mark.parametrize("text", ["latency<10ms", "throughput>=5/s", "metric<0.5", "sqnr>0dB"])

@@ -73,6 +73,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, Finished]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several tunes of a minute and more, on a machine that others keep busy
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("least", [3, 6])
 def test_a_search_that_was_killed_goes_on_to_the_same_points(place: Place, whole: tuple[Place, Finished], least: int) -> None:
@@ -95,6 +96,7 @@ def test_a_search_that_was_killed_goes_on_to_the_same_points(place: Place, whole
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several tunes of a minute and more, on a machine that others keep busy
 @pytest.mark.parametrize("recorded", [0, 1])
 def test_what_was_raced_and_not_recorded_before_the_kill_is_asked_for_again(
     place: Place, whole: tuple[Place, Finished], recorded: int
@@ -117,6 +119,7 @@ def test_what_was_raced_and_not_recorded_before_the_kill_is_asked_for_again(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several tunes of a minute and more, on a machine that others keep busy
 def test_the_same_seed_gives_the_same_trials_on_another_day_and_another_seed_others(place: Place, whole: tuple[Place, Finished]) -> None:
     assert whole[1].code == 0, whole[1].err
     model = write_tiny(place.work / "tiny.onnx")
@@ -129,6 +132,7 @@ def test_the_same_seed_gives_the_same_trials_on_another_day_and_another_seed_oth
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several tunes of a minute and more, on a machine that others keep busy
 def test_a_search_starts_from_what_was_best_for_a_similar_model_and_says_so(place: Place) -> None:
     first, second = write_tiny(place.work / "tiny.onnx"), write_tiny(place.work / "wider.onnx", layers=4, width=48)
     done = place.aivmm("tune", first, *ARGUMENTS)
@@ -144,6 +148,7 @@ def test_a_search_starts_from_what_was_best_for_a_similar_model_and_says_so(plac
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several tunes of a minute and more, on a machine that others keep busy
 def test_two_goals_leave_an_alternative_that_can_be_loaded(place: Place) -> None:
     model = write_tiny(place.work / "tiny.onnx")
     goals = ("--objective", "latency,throughput", "--targets", "null:CPU", "--budget", "120s", "--trials", "30", "--top", "1", "--json")

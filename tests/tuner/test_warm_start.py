@@ -12,6 +12,7 @@ GOAL = ("--objective", "throughput", "--batch", "1", "--targets", "onnxruntime",
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_what_was_best_for_one_convolutional_network_is_tried_first_for_another(place: Place) -> None:
     done = place.aivmm("tune", "demo:squeezenet", *GOAL, "--trials", "9")
     assert done.code == 0, done.err
