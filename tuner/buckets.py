@@ -25,6 +25,7 @@ from aivmm.runtime.plan import Plan
 from aivmm.runtime.registry import default_backends
 from aivmm.runtime.target import Target, Unavailable
 from aivmm.tensors import TensorSpec
+from aivmm.tuner.asked import allowed
 from aivmm.tuner.families import combine
 from aivmm.tuner.many import ManyOutcome, Prefixed, report_beside, summed
 from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
@@ -201,7 +202,7 @@ class BucketTuner:
 
     def usable(self, found: Sequence[Target], unavailable: Sequence[Unavailable]) -> list[Target]:
         """Return the targets that options and constraints leave, in the order in which they are tried for other shapes."""
-        return reference_first(Session(self.options, self.progress).allowed(found, unavailable))
+        return reference_first(allowed(self.options, found, unavailable))
 
     def _others(
         self,

@@ -27,7 +27,7 @@ from aivmm.tuner.finalists import Selection
 from aivmm.tuner.judging import judged_on
 from aivmm.tuner.options import DEFAULT_COSINE
 from aivmm.tuner.precision_record import kept_plain
-from aivmm.tuner.prove import Entrant, Proof, call_s, constraint_metrics, interval_s
+from aivmm.tuner.proof import Entrant, Proof, call_s, constraint_metrics, interval_s
 from aivmm.tuner.subject import Prepared
 from aivmm.tuner.throughput import at_once
 from aivmm.tuner.verdict import accuracy_text, describe, factor_text, sentence

@@ -12,9 +12,9 @@ from aivmm.errors import AivmmError
 from aivmm.planner.constraints import Constraint, beyond
 from aivmm.probes.accuracy import combined, over_limit
 from aivmm.probes.client import WorkerDied, run_limit_s
+from aivmm.tuner.proof import Entrant
 
 if TYPE_CHECKING:
-    from aivmm.tuner.prove import Entrant
     from aivmm.tuner.subject import Further
 
 Metric = Callable[[Sequence[Path], Sequence[Path | None], Sequence[Path]], float]  # samples, extras, outputs

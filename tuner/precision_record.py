@@ -16,7 +16,7 @@ from aivmm.runtime.target import Target
 from aivmm.tuner.explore import Explorer
 from aivmm.tuner.joules import energy_metrics
 from aivmm.tuner.precision import Scout
-from aivmm.tuner.prove import Proof
+from aivmm.tuner.proof import Proof
 from aivmm.tuner.work import Work
 
 _WEIGHING_S = 10.0  # forms that were not in the proof are loaded in fresh processes for so long

@@ -5,27 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
-from statistics import median
-from typing import Any
 
 from aivmm.errors import AivmmError
-from aivmm.planner.candidates import Draft
-from aivmm.planner.choice import Misfit, Option, alternatives, as_good, misfit, preferred
-from aivmm.planner.constraints import ACCURACY, Constraint, Violation, check, unjudged
+from aivmm.planner.choice import Option, alternatives, as_good, misfit, preferred
+from aivmm.planner.constraints import Constraint, Violation, check, unjudged
 from aivmm.planner.objectives import OBJECTIVES, Objective
-from aivmm.planner.records import ProofRecord
 from aivmm.probes import conditions
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
-from aivmm.probes.compare import Comparison, cautions, compare, median_interval, round_medians
 from aivmm.probes.machine import BackgroundLoad, measuring, wait_until_quiet
 from aivmm.probes.operations import BATCH_BELOW_S
-from aivmm.probes.race import Contestant, RaceState, block_s, by_of, leader_of, race, runs_single, versus
-from aivmm.probes.records import Caution, Samples
+from aivmm.probes.race import Contestant, RaceState, block_s, leader_of, race, runs_single
+from aivmm.probes.records import Samples
 from aivmm.runtime.target import Target
 from aivmm.tuner.joules import ENERGY, absent, counts_cards_only, device_memory, energy_metrics, why_no_energy
 from aivmm.tuner.judging import Judge, Metric
+from aivmm.tuner.proof import Entrant, Proof, by_rounds, constraint_metrics, sample_s, targets_of, unbeaten
 from aivmm.tuner.strays import explained, read_stages
 from aivmm.tuner.subject import Further
 
@@ -38,98 +32,6 @@ TAIL_SAMPLES = 500  # below this a 99th percentile is not given
 TAIL_S = 3.0
 _LOAD_AGAIN_S = 5.0  # the proof may take 30 s: what loads slower is not loaded again to see what a cache saves
 TAIL_ASKED_S = 40.0  # when a constraint asks for it
-
-
-@dataclass(slots=True)
-class Entrant:
-    """A written bundle in the proof."""
-
-    draft: Draft
-    role: str  # "candidate" or "baseline"
-    bundle: Path
-    size_bytes: int
-    sample: Path
-    reference: Path
-    samples: Sequence[Path] = ()
-    references: Sequence[Path] = ()
-    extras: Sequence[Path | None] = ()  # what the user's data set says of `samples`, and then of `sample`
-    judged: list[dict[str, float]] = field(default_factory=list)  # accuracy, sample by sample
-    worker: Worker | None = None
-    contestant: Contestant | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    problem: str = ""  # why it cannot be the plan; "" when nothing is against it
-    fatal: bool = False  # it could not run at all
-    choosing: Samples | None = None  # of the first race
-    confirmed: Samples | None = None  # of the second, which chose nothing
-    absent: dict[str, str] = field(default_factory=dict)  # what could not be measured of it, and why
-    cards_only: bool = False  # the energy that counts is that of its cards: nothing counts the host's
-    strays: str = ""  # which nodes its accelerators leave to the CPU, and what they cost; "" where there are none
-    ends: tuple[str, ...] = ()  # objectives in which nothing that was searched is better: proven whatever its speed
-
-    @property
-    def running(self) -> bool:
-        """True while it can be measured."""
-        return self.contestant is not None and self.contestant.failed is None
-
-    @property
-    def eligible(self) -> bool:
-        """True when it may be the plan, as far as accuracy goes."""
-        return self.running and not self.problem
-
-
-@dataclass(slots=True)
-class Proof:
-    """What the proof found. `plan` is what to emit; None when nothing meets the constraints."""
-
-    entrants: list[Entrant]
-    plan: Entrant | None = None
-    best_baseline: Entrant | None = None
-    beaten: bool = False  # a candidate of the search beat the best eligible baseline beyond noise
-    challenger: Comparison | None = None  # the best candidate against the best baseline
-    violations: dict[str, tuple[Violation, ...]] = field(default_factory=dict)  # by draft name
-    cautions: tuple[Caution, ...] = ()
-    absent: dict[str, str] = field(default_factory=dict)  # what could not be measured of the plan, and why
-    alternatives: list[Entrant] = field(default_factory=list)  # what the plan is traded for where another objective counts
-    misfit: Misfit | None = None  # why there is no plan, where limits are the reason
-
-    def records(self) -> list[ProofRecord]:
-        """Return what the database keeps."""
-        return [self._record(each) for each in self.entrants]
-
-    def against(self, entrant: Entrant) -> Comparison | None:
-        """Compare the plan's time per sample with an entrant's; what one process and another differ by counts as noise."""
-        if self.plan is None or self.plan.confirmed is None or entrant.confirmed is None:
-            return None
-        assert self.plan.contestant and entrant.contestant
-        everyone = [each.contestant for each in self.entrants if each.contestant is not None and each.confirmed is not None]
-        return versus(self.plan.contestant, entrant.contestant, field=everyone)
-
-    def _record(self, entrant: Entrant) -> ProofRecord:
-        found = self.against(entrant) if entrant is not self.plan else None
-        first = entrant.draft.pieces[0]
-        against = "; ".join(each.sentence for each in self.violations.get(entrant.draft.name, ()))
-        known: dict[str, Any] = {}
-        if found is not None:
-            # The other way round: how many times the plan's time this one takes.
-            known = {"ratio": 1 / found.ratio, "ratio_low": 1 / found.high, "ratio_high": 1 / found.low, "verdict": found.verdict}
-        return ProofRecord(
-            name=entrant.draft.name,
-            role="plan" if entrant is self.plan else "baseline" if entrant.role == "baseline" else "candidate",
-            target=entrant.draft.targets,
-            config=first.config,
-            batch=entrant.draft.batch,
-            callers=entrant.draft.callers,
-            eligible=entrant.eligible and not against,
-            why_not=entrant.problem or against or (entrant.contestant.dropped if entrant.contestant else ""),
-            samples=entrant.confirmed or entrant.choosing,
-            metrics=entrant.metrics,
-            cautions=(
-                *(cautions(entrant.confirmed) if entrant.confirmed else ()),
-                *(entrant.contestant.cautions if entrant.contestant else ()),
-                *self.cautions,
-            ),
-            **known,
-        )
 
 
 class Prover:
@@ -205,7 +107,7 @@ class Prover:
             "size_bytes": float(entrant.size_bytes),
             **accuracy,
         }
-        held, why = device_memory(entrant.worker.pid, _targets_of(entrant))
+        held, why = device_memory(entrant.worker.pid, targets_of(entrant))
         if held is not None:
             entrant.metrics["device_memory_bytes"] = float(held)
         else:
@@ -221,7 +123,7 @@ class Prover:
             callers=entrant.draft.callers,
             expected_s=expected,
             keep=entrant.role == "baseline",
-            single=runs_single(_targets_of(entrant), entrant.draft.all_configs),
+            single=runs_single(targets_of(entrant), entrant.draft.all_configs),
         )
 
     def _race(self, contestants: list[Contestant]) -> None:
@@ -248,7 +150,7 @@ class Prover:
         self._proof.cautions = (*conditions.cautions(before, after, load_cores=load_cores), *cards.cautions())
         for entrant in self._proof.entrants:
             if entrant.worker is not None and "device_memory_bytes" in entrant.metrics:  # arenas grow while they run
-                held, _ = device_memory(entrant.worker.pid, _targets_of(entrant)) if entrant.running else (None, "")
+                held, _ = device_memory(entrant.worker.pid, targets_of(entrant)) if entrant.running else (None, "")
                 entrant.metrics["device_memory_bytes"] = max(entrant.metrics["device_memory_bytes"], float(held or 0))
         around = {**before.metrics("before"), **cards.metrics(), **after.metrics("after")}
         for entrant in self._proof.entrants:
@@ -262,7 +164,7 @@ class Prover:
             self._measure(entrant, entrant.confirmed)
 
     def _targets(self) -> set[Target]:
-        return {target for each in self._proof.entrants for target in _targets_of(each)}
+        return {target for each in self._proof.entrants for target in targets_of(each)}
 
     def _choose(self, finalists: Sequence[Entrant]) -> int:
         """Race the finalists, and drop all but the fastest of those that keep the constraints; return the next round's number."""
@@ -338,7 +240,7 @@ class Prover:
                 self._count_energy(beside)
             self._load_again(plan)
             self._explain_strays(plan)
-            self._proof.absent |= plan.absent | absent(_targets_of(plan), plan.metrics)
+            self._proof.absent |= plan.absent | absent(targets_of(plan), plan.metrics)
 
     def _holds_on_all(self, plan: Entrant) -> bool:
         """Judge the plan on all that was held out; False where it is over a limit there, or died of it."""
@@ -362,12 +264,12 @@ class Prover:
         if answer["found"]:
             plan.metrics["load_cached_s"] = answer["load_s"]
         else:
-            targets = ", ".join(sorted(map(str, _targets_of(plan))))
+            targets = ", ".join(sorted(map(str, targets_of(plan))))
             plan.absent["load from cache"] = "; ".join(answer["problems"]) or f"nothing compiled for {targets} can be kept"
 
     def _explain_strays(self, plan: Entrant) -> None:
         """Find out what the nodes cost that the plan's accelerators leave to the CPU. What goes wrong costs this figure."""
-        if all(target.device.kind == "cpu" for target in _targets_of(plan)):
+        if all(target.device.kind == "cpu" for target in targets_of(plan)):
             return
         assert plan.worker is not None
         try:
@@ -394,7 +296,7 @@ class Prover:
         if entrant.contestant is None or any("energy_j" in name for name in entrant.metrics):
             return True
         try:
-            entrant.metrics |= energy_metrics(entrant.contestant, _targets_of(entrant))
+            entrant.metrics |= energy_metrics(entrant.contestant, targets_of(entrant))
         except (WorkerDied, AivmmError) as error:
             entrant.problem, entrant.fatal = str(error), True
             entrant.contestant.failed = WorkerDied(entrant.problem)
@@ -407,7 +309,7 @@ class Prover:
         for missing in unjudged(self._constraints, metrics, targets=targets):
             why = "there is no output that is a classifier's" if "agreement" in missing.metric else "there was no time to measure it"
             if missing.metric in ENERGY:
-                why = why_no_energy(_targets_of(entrant)) or why
+                why = why_no_energy(targets_of(entrant)) or why
             why = entrant.absent.get(missing.metric, why)
             sentence = f"{missing.metric} is not known ({why}), so {missing} is not shown to hold"
             found = (*found, Violation(constraint=missing, value=math.nan, percent=math.inf, sentence=sentence))
@@ -419,19 +321,19 @@ class Prover:
         allowed = self._serving([each for each in proof.entrants if self._may_be_plan(each)])
         baselines = [each for each in allowed if each.role == "baseline"]
         candidates = [each for each in allowed if each.role == "candidate"]
-        best = min(candidates, key=_time, default=None)
+        best = min(candidates, key=sample_s, default=None)
         if self._forced:
             return best  # a cut was asked for: an uncut plan is no answer, however fast
-        proof.best_baseline = _unbeaten(baselines)
+        proof.best_baseline = unbeaten(baselines)
         proof.challenger, proof.beaten = None, False
         if best is not None and proof.best_baseline is not None:
-            proof.challenger = _versus(best, proof.best_baseline)
+            proof.challenger = by_rounds(best, proof.best_baseline)
             proof.beaten = proof.challenger.verdict == "faster" and proof.challenger.ratio <= _WORTH_CHANGING
         if best is not None and (proof.best_baseline is None or proof.beaten):
             return best
         # A device that only OpenVINO resolves at load is the last choice among equals: a plan should say where it runs.
-        named = _unbeaten([each for each in baselines if not each.draft.targets.endswith(":AUTO")])
-        if named is not None and proof.best_baseline is not None and _versus(named, proof.best_baseline).verdict != "slower":
+        named = unbeaten([each for each in baselines if not each.draft.targets.endswith(":AUTO")])
+        if named is not None and proof.best_baseline is not None and by_rounds(named, proof.best_baseline).verdict != "slower":
             return named
         return proof.best_baseline
 
@@ -468,63 +370,6 @@ class Prover:
         return True
 
 
-def constraint_metrics(entrant: Entrant) -> dict[str, float]:
-    """Return an entrant's metrics under the names that constraints use."""
-    names = {
-        "latency": "latency_s",
-        "p99": "p99_s",
-        "throughput": "throughput_per_s",
-        "memory": "peak_memory_bytes",
-        "device_memory": "device_memory_bytes",
-        "energy": "card_energy_j" if entrant.cards_only else "energy_j",
-        "power": "power_w",
-        "size": "size_bytes",
-        "compile": "compile_s",
-        "first_inference": "first_inference_s",
-        **dict(zip(ACCURACY, ACCURACY, strict=True)),
-    }
-    return {ours: entrant.metrics[theirs] for ours, theirs in names.items() if theirs in entrant.metrics}
-
-
-def _targets_of(entrant: Entrant) -> set[Target]:
-    return set(entrant.draft.all_targets)
-
-
 def _racing_s(contestants: Sequence[Contestant]) -> float:
     """Return how long to race: so many rounds as make an interval, within limits that keep the whole proof below 30 s."""
     return min(_MOST_S, max(_LEAST_S, _ROUNDS * sum(block_s(each.expected_s, each.callers) + _SWITCH_S for each in contestants)))
-
-
-def call_s(entrant: Entrant) -> float:
-    """Return the median duration of one call: with several callers the time between two completions holds one of each."""
-    assert entrant.confirmed
-    return entrant.confirmed.median_s * entrant.draft.callers
-
-
-def interval_s(entrant: Entrant) -> tuple[float, float]:
-    """Return the 95 % interval of the median duration of one call."""
-    assert entrant.confirmed
-    low, high = median_interval(entrant.confirmed)
-    return low * entrant.draft.callers, high * entrant.draft.callers
-
-
-def _time(entrant: Entrant) -> float:
-    """Return seconds per sample: the median over rounds. A slow round holds fewer calls, and must not weigh less for that."""
-    assert entrant.confirmed
-    return float(median(round_medians(entrant.confirmed).values())) / entrant.draft.batch
-
-
-def _versus(a: Entrant, b: Entrant) -> Comparison:
-    """Compare by the noise of rounds alone.
-
-    This decides what is emitted, while `Proof.against` says what may be claimed: of two that a few percent set apart the one that was
-    faster in round after round is the better bet, even where another pair of processes might turn them around.
-    """
-    assert a.confirmed and b.confirmed and a.contestant and b.contestant
-    return compare(a.confirmed, b.confirmed, scale=b.draft.batch / a.draft.batch, by=by_of(a.contestant, b.contestant))
-
-
-def _unbeaten(entrants: Sequence[Entrant]) -> Entrant | None:
-    """Return the fastest of those that no other one beats when compared round by round."""
-    unbeaten = [each for each in entrants if not any(_versus(each, other).verdict == "slower" for other in entrants if other is not each)]
-    return min(unbeaten or entrants, key=_time, default=None)

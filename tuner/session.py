@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -21,32 +19,30 @@ from pathlib import Path
 from typing import Any
 
 from aivmm.db.database import Database
-from aivmm.errors import UsageError
 from aivmm.planner.constraints import ACCURACY, Constraint
 from aivmm.planner.levels import SERVICE_LEVELS
-from aivmm.planner.precision import converts
 from aivmm.planner.records import RunRecord
 from aivmm.probes.lab import Lab
 from aivmm.probes.race import RaceState
 from aivmm.probes.records import Outcome, ProbeKey
 from aivmm.probes.transfers import TransferFit
 from aivmm.runtime.bundle import check_destination
-from aivmm.runtime.config import LOWERED
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.registry import default_backends
-from aivmm.runtime.target import Target, Unavailable, matches, select
+from aivmm.runtime.target import matches
 from aivmm.tuner.anatomy import Anatomist
+from aivmm.tuner.asked import allowed, assumed, request, require_counters
 from aivmm.tuner.decide import Decider, as_planned, expected
 from aivmm.tuner.explore import Explorer
 from aivmm.tuner.handover import HandoverProber
 from aivmm.tuner.interrupt import Interrupts
-from aivmm.tuner.joules import ENERGY, counts_cards_only, why_no_energy
 from aivmm.tuner.layout import cut_around_refused, cut_around_wrong, cut_as_asked
 from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
 from aivmm.tuner.piecewise import refer_in_pieces
 from aivmm.tuner.precision_record import precision_record
 from aivmm.tuner.progress import Progress
-from aivmm.tuner.prove import Proof, Prover
+from aivmm.tuner.proof import Proof
+from aivmm.tuner.prove import Prover
 from aivmm.tuner.refusals import as_laid_out_before
 from aivmm.tuner.reporting import write_report
 from aivmm.tuner.subject import Subject
@@ -163,8 +159,8 @@ class Session:
             found, unavailable = discovery.result()
         finally:
             looking.shutdown(wait=False)  # a model that cannot be read is no reason to wait: the workers end with the laboratory
-        targets = self.allowed(found, unavailable)
-        self._require_counters(targets)
+        targets = allowed(self.options, found, unavailable)
+        require_counters(self.options, targets)
         subject.remember_targets(found)
         subject.make_reference(found)
         if self.options.metric is not None:
@@ -186,62 +182,15 @@ class Session:
             asked=lambda: self.interrupts.asked,
         )
 
-    def allowed(self, found: Sequence[Target], unavailable: Sequence[Unavailable]) -> tuple[Target, ...]:
-        """Return the targets that options and constraints leave.
-
-        Raises:
-            UsageError: none is left, or none runs a precision that was asked for.
-        """
-        if not found:
-            reasons = "; ".join(map(str, unavailable)) or "no runtime is installed"
-            raise UsageError(f"there is no target to run on: {reasons}")
-        targets = select(found, list(self.options.targets) or ["*"], unavailable)
-        for constraint in (each for each in self.constraints if each.metric == "targets"):
-            keep = select(found, constraint.names, unavailable)
-            targets = tuple(target for target in targets if target in keep)
-        if not targets:
-            raise UsageError("--targets and the constraint on targets leave nothing to run on", advice="drop one of them")
-        for each in self.options.precisions:
-            if each not in LOWERED and not any(each in target.precisions or converts(target, each) for target in targets):
-                known = sorted({precision for target in targets for precision in target.precisions})
-                raise UsageError(f"no target here runs {each} natively", advice=f"--precisions can be: {', '.join((*known, *LOWERED))}")
-        return targets
-
-    def _assumed(self, work: Work) -> list[str]:
-        """Return what was not asked for and holds all the same, as a user would have written it."""
-        options, found = self.options, []
-        if options.assumed_objective:
-            found.append(f"--objective {options.objective}")
-        if not any(each.metric in ACCURACY for each in self.constraints):
-            found.append(f'--constraint "cosine>={DEFAULT_COSINE:g}"')
-        if not options.precisions:
-            known = list(dict.fromkeys(str(each) for target in work.targets for each in work.precisions(target)))
-            found.append(f"--precisions {','.join(known)}" + ("" if "int8" in known else " (int8 joins when named, or with --dataset)"))
-        if not options.batches:
-            found.append(f"--batch {','.join(map(str, work.batches()))}")
-        if not options.targets:
-            found.append(f"--targets {','.join(map(str, work.targets))}")
-        return found
-
     def _say_what_is_assumed(self, work: Work) -> None:
-        assumed = self._assumed(work)
-        if assumed:
-            work.note(f"not asked for, and so assumed: {', '.join(assumed)}")
+        unsaid = assumed(work)
+        if unsaid:
+            work.note(f"not asked for, and so assumed: {', '.join(unsaid)}")
         for pattern in self.options.prefer:
             if not any(matches(pattern, str(target)) for target in work.targets):
                 absent = next((each for each in work.unavailable if matches(pattern, each.target)), None)
                 why = absent.reason if absent else "there is no such target"
                 work.note(f"{pattern} is preferred, and not to be had here ({why}): the next in order is taken")
-
-    def _require_counters(self, targets: Sequence[Target]) -> None:
-        """Raise UsageError when energy is an objective, or limited as power may be, and none of the targets' can be counted here."""
-        asked = next((each for each in self.constraints if each.metric in ENERGY), None)
-        reasons = [why_no_energy({target}) for target in targets]
-        if all(reasons) and any(each.name in ENERGY for each in self.options.objectives) and not counts_cards_only(targets):
-            advice = "choose another objective, or tune where energy can be counted"
-            raise UsageError(f"energy is no objective here: {reasons[0]}", advice=advice)
-        if asked is not None and all(reasons):
-            raise UsageError(f"{asked.metric} cannot be limited: {reasons[0]}", advice=f"drop {asked}, or tune where energy can be counted")
 
     def _begin(self, work: Work) -> RunRecord:
         """Store what the run is about."""
@@ -255,7 +204,7 @@ class Session:
         model_id = database.remember_model(subject.facts, subject.structure)
         record = RunRecord(
             id=work.run_id,
-            request=self._request(work),
+            request=request(work),
             started_at=datetime.now(UTC),
             model=subject.facts,
             objective=self.options.objective,
@@ -274,31 +223,6 @@ class Session:
         database.start_run(record, unavailable=work.unavailable, model_id=model_id)
         database.link_environments(record.id, [environment_of(target).fingerprint for target in work.targets])
         return record
-
-    def _request(self, work: Work) -> str:
-        """Return the digest of all that decides what is searched."""
-        options = self.options
-        what = {
-            "content": work.subject.structure.content,
-            "batch": work.subject.base_batch,
-            "inputs": None if options.inputs is None else hashlib.sha256(options.inputs.read_bytes()).hexdigest(),
-            "objective": options.objective,
-            "constraints": sorted(options.constraints),
-            "environments": sorted(environment_of(target).fingerprint for target in work.targets),
-            "precisions": sorted(options.precisions),
-            "lowered": sorted(work.subject.subject_of(each) for each in work.subject.ways()),
-            "metric": options.metric,
-            "data": work.subject.data_digest,
-            "batches": list(options.batches),
-            "min_segments": options.min_segments,
-            "cut_around": sorted(options.cut_around),
-            **({"input_contract": options.input_contract} if options.input_contract != "model" else {}),
-            "budget_s": options.budget_s,
-            "trials": options.trials,
-            "seed": options.seed,
-            "aivmm": version("aivmm"),
-        }
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def _tune(self, work: Work, record: RunRecord) -> TuneOutcome:
         if work.subject.refusals:
@@ -458,7 +382,7 @@ class Session:
             nearest=decider.nearest(proof),
             study=decider.explorer.study,
             best={each.draft.name: decider.best_in(each, proof) for each in proof.alternatives},
-            assumed=self._assumed(work),
+            assumed=assumed(work),
         )
         result["precision"] = self._precision(decider, proof)
         # The same request again continues a search that was cut short, and only proves one that was not.

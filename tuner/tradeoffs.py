@@ -11,7 +11,7 @@ from aivmm.planner.choice import relaxed
 from aivmm.planner.constraints import TARGETS, human
 from aivmm.planner.objectives import Objective
 from aivmm.planner.records import StudyRecord
-from aivmm.tuner.prove import Entrant, Proof, constraint_metrics
+from aivmm.tuner.proof import Entrant, Proof, constraint_metrics
 
 _SHOWN_KNOBS = 3
 

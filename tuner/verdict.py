@@ -13,7 +13,7 @@ from aivmm.planner.records import StudyRecord
 from aivmm.probes.compare import Comparison
 from aivmm.runtime.plan import Accuracy
 from aivmm.tuner.measure import Counts
-from aivmm.tuner.prove import Entrant, Proof, call_s, constraint_metrics, interval_s
+from aivmm.tuner.proof import Entrant, Proof, call_s, constraint_metrics, interval_s
 from aivmm.tuner.tradeoffs import alternatives_text, figure, nearest_json, tradeoffs_json
 
 _FAR = 0.05  # between the ratio of a comparison and that of the medians: beyond it the sentence says which it means

@@ -27,7 +27,7 @@ from aivmm.tuner.explore import Explorer
 from aivmm.tuner.judging import Judge
 from aivmm.tuner.options import TuneOptions
 from aivmm.tuner.precision_record import _mark_plan
-from aivmm.tuner.prove import Entrant, Proof
+from aivmm.tuner.proof import Entrant, Proof
 from aivmm.tuner.subject import Further
 from tests.conftest import targets_like
 from tests.making import chain_model, normal, reference, write_model

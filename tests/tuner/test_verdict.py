@@ -11,7 +11,8 @@ from aivmm.probes.client import Worker
 from aivmm.probes.compare import Comparison
 from aivmm.probes.race import Contestant
 from aivmm.runtime.config import Config
-from aivmm.tuner.prove import Entrant, Proof, Prover
+from aivmm.tuner.proof import Entrant, Proof
+from aivmm.tuner.prove import Prover
 from aivmm.tuner.verdict import factor_text, sentence
 from tests.planner.test_search import target
 
