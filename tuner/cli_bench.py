@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +14,7 @@ from rich.text import Text
 
 from aivmm.errors import UsageError
 from aivmm.planner.constraints import Constraint, check, human, parse
+from aivmm.tuner.command import Inputs, Json, Plan, Quiet, Trace, print_json
 from aivmm.tuner.options import parse_budget
 from aivmm.tuner.scenarios import SCENARIOS, Result
 from aivmm.tuner.text import printable
@@ -29,7 +28,7 @@ _OPPOSITE = {">=": "<", ">": "<=", "<=": ">", "<": ">="}
 
 
 def bench(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan bundle.")],
+    plan: Plan,
     scenario: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="`single` (the default), `offline`, `server`, or `all`. Repeatable.")
     ] = None,
@@ -41,7 +40,7 @@ def bench(
         str | None,
         typer.Option(metavar="TIME", help="`server`: what the 99th percentile may take, such as `20ms`; default: the plan's own limit."),
     ] = None,
-    inputs: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Inputs by name; default: random ones.")] = None,
+    inputs: Inputs = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="The model, where the bundle holds several.")] = None,
     bucket: Annotated[str | None, typer.Option(metavar="NAME", help="The shape, where the plan has several; default: the first.")] = None,
     fail_if: Annotated[
@@ -49,12 +48,9 @@ def bench(
         typer.Option(metavar="EXPR", help=f"Exit with {FAILED} if this holds: `p99>20ms`, `latency>5ms`, `throughput<100/s`. Repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the arrivals.")] = 0,
-    trace: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.json", help="Record which stage ran when, on which thread, for ui.perfetto.dev."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Make standard output exactly one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    trace: Trace = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Load a plan as production does and measure it under load.
 
@@ -87,7 +83,7 @@ def bench(
     found = run_scenarios(plan, request, tell=_silent if quiet else _tell)
     met = [each for result in found.results for each in _met(gates, result)]
     if as_json:
-        print(json.dumps(found.as_json() | {"failed": met}, allow_nan=False))
+        print_json(found.as_json() | {"failed": met})
     else:
         _print(found.engine, found.results, found.events)
     for sentence in met:

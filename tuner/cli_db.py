@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aivmm.errors import UsageError
+from aivmm.tuner.command import App, Backends, Db, Json, print_json
 from aivmm.tuner.db_table import print_frame
 from aivmm.tuner.text import printable
 
@@ -24,18 +25,11 @@ if TYPE_CHECKING:
 
     from aivmm.db.query import Filter
 
-app = typer.Typer(
+app = App(
     name="db",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
     help="The performance database: ask it, export and import it, merge those of other machines, keep it small and sound.",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Make standard output exactly one JSON object.")]
-Db = Annotated[
-    str | None, typer.Option("--db", metavar="PATH|URL", help="Performance database; default: the user's data folder.", envvar="AIVMM_DB")
-]
 Model = Annotated[
     str | None, typer.Option(metavar="NAME|HASH", help="A model's name or hash: the whole, its parts, and what its runs rest on.")
 ]
@@ -56,7 +50,7 @@ def path(db: Db = None, as_json: Json = False) -> None:
 
     place = Location.of(db)
     exists = None if place.path is None else place.path.exists()
-    _print_json({"schema": 1, "path": place.shown, "exists": exists}) if as_json else print(place.shown)
+    print_json({"schema": 1, "path": place.shown, "exists": exists}) if as_json else print(place.shown)
 
 
 @app.command()
@@ -71,7 +65,7 @@ def stats(db: Db = None, as_json: Json = False) -> None:
     with Database.open(db, make=False) as database:
         found = statistics(database)
     if as_json:
-        _print_json({**found, "schema": 1, "revision": found["schema"]})
+        print_json({**found, "schema": 1, "revision": found["schema"]})
         return
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     states = ", ".join(f"{count:,} {state}" for state, count in found["probes"]["state"].items())
@@ -93,12 +87,12 @@ def stats(db: Db = None, as_json: Json = False) -> None:
 
 @app.command()
 def query(
-    kind: Annotated[str | None, typer.Option(help="`model`, `segment`, `operator` or `transfer`.")] = None,
+    kind: Annotated[str | None, typer.Option(metavar="KIND", help="`model`, `segment`, `operator` or `transfer`.")] = None,
     model: Model = None,
     target: Target = None,
     op_type: Annotated[str | None, typer.Option(metavar="TYPE", help="Operators of this type: `Conv`, `MatMul`, ...")] = None,
-    precision: Annotated[str | None, typer.Option(help="`fp32`, `bf16`, ...; `default` where none was asked for.")] = None,
-    state: Annotated[str | None, typer.Option(help="`measured`, `refused` or `failed`.")] = None,
+    precision: Annotated[str | None, typer.Option(metavar="NAME", help="`fp32`, `bf16`, ...; `default` where none was asked for.")] = None,
+    state: Annotated[str | None, typer.Option(metavar="STATE", help="`measured`, `refused` or `failed`.")] = None,
     since: Since = None,
     environment: Annotated[
         str, typer.Option(metavar="all|this|FINGERPRINT", help="`this` is this machine as it is now (its devices are asked).")
@@ -107,11 +101,11 @@ def query(
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help=f"The newest N; default {_TABLE_ROWS} in a table, else all.")
     ] = None,
-    form: Annotated[str, typer.Option("--format", help="`table`, `csv`, `json` or `parquet`.")] = "table",
+    form: Annotated[str, typer.Option("--format", metavar="NAME", help="`table`, `csv`, `json` or `parquet`.")] = "table",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write there; a known suffix is the format.")
     ] = None,
-    backend: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
+    backend: Backends = None,
     db: Db = None,
     as_json: Json = False,
 ) -> None:
@@ -147,7 +141,7 @@ def query(
     if output is not None:
         _write_frame(frame, form, output)
         told = {"schema": 1, "output": str(output), "format": form, "rows": len(frame), "total": found.total}
-        _print_json(told) if as_json else print(f"{len(frame)} of {found.total} written to {output}", file=sys.stderr)
+        print_json(told) if as_json else print(f"{len(frame)} of {found.total} written to {output}", file=sys.stderr)
     elif form == "table":
         if found.total:
             print_frame(frame)
@@ -158,7 +152,7 @@ def query(
     elif form == "csv":
         frame.to_csv(sys.stdout, index=False, lineterminator="\n")
     else:
-        _print_json({"schema": 1, "total": found.total, "probes": _records(frame)})
+        print_json({"schema": 1, "total": found.total, "probes": _records(frame)})
 
 
 @app.command("export")
@@ -185,7 +179,7 @@ def export_(
         manifest = export(database, place, None if wanted == Filter(every=True) else wanted)
     rows = {name: each["rows"] for name, each in manifest["tables"].items()}
     if as_json:
-        _print_json({"schema": 1, "path": str(place), "revision": manifest["schema"], "rows": rows})
+        print_json({"schema": 1, "path": str(place), "revision": manifest["schema"], "rows": rows})
     else:
         print(f"{_count(rows['probe'], 'probe')} and {_count(rows['run'], 'run')} written to {place}")
 
@@ -210,9 +204,7 @@ def import_(
 
 @app.command()
 def merge(
-    others: Annotated[
-        list[str], typer.Argument(metavar="OTHER...", help="Databases of other machines: files or URLs. They are only read.")
-    ],
+    others: Annotated[list[str], typer.Argument(metavar="OTHER", help="Databases of other machines: files or URLs. They are only read.")],
     db: Db = None,
     as_json: Json = False,
 ) -> None:
@@ -242,7 +234,7 @@ def prune(
     keep_newest: Annotated[int | None, typer.Option(metavar="N", help="Only what is not among the newest N of its kind.")] = None,
     runs: Annotated[bool, typer.Option("--runs", help="The runs too that fit --older-than, --model and --environment.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
-    backend: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
+    backend: Backends = None,
     db: Db = None,
     as_json: Json = False,
 ) -> None:
@@ -265,7 +257,7 @@ def prune(
     with Database.open(db, make=False) as database:
         pruned = prune_(database, wanted, dry_run=dry_run)
     if as_json:
-        _print_json({"schema": 1, "dry_run": dry_run, **asdict(pruned)})
+        print_json({"schema": 1, "dry_run": dry_run, **asdict(pruned)})
         return
     what = f"{_count(pruned.probes, 'probe')} and {_count(pruned.runs, 'run')}"
     print(f"{what} would go" if dry_run else f"{what} removed, {_bytes(pruned.freed_bytes)} freed")
@@ -287,7 +279,7 @@ def check(db: Db = None, as_json: Json = False) -> None:
         problems = database.check()
         location = database.location
     if as_json:
-        _print_json({"schema": 1, "path": location, "problems": problems})
+        print_json({"schema": 1, "path": location, "problems": problems})
     else:
         for problem in problems:
             print(printable(problem))
@@ -392,7 +384,7 @@ def _minute(text: str | None) -> str:
 
 def _tell_added(told: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        _print_json({"schema": 1, "sources": told})
+        print_json({"schema": 1, "sources": told})
         return
     for each in told:
         added = each["added"]
@@ -400,7 +392,3 @@ def _tell_added(told: list[dict[str, Any]], as_json: bool) -> None:
         if not some and any(added.values()):
             some = _count(sum(added.values()), "row")  # devices, blocks, configs, ...
         print(f"{each['source']}: {f'new: {some}' if some else 'nothing is new'}")
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, allow_nan=False))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from aivmm.tuner.command import Backends, Db, Json, print_json
 from aivmm.tuner.text import printable
 
 if TYPE_CHECKING:
@@ -20,12 +20,9 @@ _STYLES = {"ok": "green", "absent": "dim", "missing": "yellow", "warning": "yell
 
 
 def doctor(
-    db: Annotated[
-        str | None,
-        typer.Option("--db", metavar="PATH|URL", help="Performance database; default: the user's data folder.", envvar="AIVMM_DB"),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Make standard output exactly one JSON object.")] = False,
-    backend: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
+    db: Db = None,
+    as_json: Json = False,
+    backend: Backends = None,
 ) -> None:
     """Say what works here, what is missing for each class of device, and how to get it.
 
@@ -42,7 +39,7 @@ def doctor(
 
     findings = examination.examine(db, backend)
     if as_json:
-        print(json.dumps(examination.as_json(findings), allow_nan=False))
+        print_json(examination.as_json(findings))
     else:
         _print(findings)
     if not examination.usable(findings):

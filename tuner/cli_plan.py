@@ -12,18 +12,14 @@ from rich.console import Console
 from rich.text import Text
 
 from aivmm.errors import UsageError
+from aivmm.tuner.command import App, Json, Keys, Plan, print_json
 from aivmm.tuner.text import printable
 
-app = typer.Typer(
+app = App(
     name="plan",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
     help="Plan bundles: show, verify, compare, export, sign.",
 )
 
-Plan = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan bundle: a folder or a zip of one.")]
-Json = Annotated[bool, typer.Option("--json", help="Make standard output exactly one JSON object.")]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="Where to write: a `.zip`, or else a folder.")]
 
 
@@ -39,7 +35,7 @@ def show(plan: Plan, as_json: Json = False) -> None:
     with opened(plan) as bundle:
         found, plans = shown(bundle), dict(bundle.plans)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     signed = f", signed by {', '.join(each[:16] for each in found['signed_by'])} (not verified)" if found["signed_by"] else ", not signed"
     _line("bundle", f"{plan}: {found['files']} files, {found['size_bytes'] / 1e6:.3g} MB{signed}")
@@ -54,9 +50,7 @@ def show(plan: Plan, as_json: Json = False) -> None:
 @app.command()
 def verify(
     plan: Plan,
-    key: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE.pem", help="Require a signature by this public key. Repeatable: any of them.")
-    ] = None,
+    key: Keys = None,
     as_json: Json = False,
 ) -> None:
     """Check every file of a bundle, its signature where a key is given, and how far it is valid on this machine.
@@ -73,7 +67,7 @@ def verify(
 
     found = verified(plan, list(key) if key else None)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     signed = "signed as required" if found["signature_checked"] else "signatures not checked" if found["signed_by"] else "not signed"
     _line("bundle", f"{plan}: {found['files']} files, all as listed; {signed}")
@@ -96,7 +90,7 @@ def diff(
 
     found = differences(first, second)
     if as_json:
-        _print_json({"schema": 1, "first": str(first), "second": str(second), "differences": found})
+        print_json({"schema": 1, "first": str(first), "second": str(second), "differences": found})
     elif not found:
         print("no difference")
     else:
@@ -119,7 +113,7 @@ def export(plan: Plan, output: Output, as_json: Json = False) -> None:
     from aivmm.runtime.packing import export_folder, export_zip
 
     written = export_zip(plan, output) if output.suffix.lower() == ".zip" else export_folder(plan, output)
-    _print_json({"schema": 1, "path": str(written)}) if as_json else print(written)
+    print_json({"schema": 1, "path": str(written)}) if as_json else print(written)
 
 
 @app.command()
@@ -144,7 +138,7 @@ def sign(
         except OSError as error:
             raise UsageError(f"{passphrase_file} cannot be read ({error.strerror or error})") from error
     name = sign_bundle(plan, key, passphrase=passphrase)
-    _print_json({"schema": 1, "path": str(plan), "key": name}) if as_json else print(f"{plan} is signed by key {name[:16]}")
+    print_json({"schema": 1, "path": str(plan), "key": name}) if as_json else print(f"{plan} is signed by key {name[:16]}")
 
 
 @app.command()
@@ -167,7 +161,7 @@ def key(
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror or error}", advice="choose another name") from error
     if as_json:
-        _print_json({"schema": 1, "private": str(paths[0]), "public": str(paths[1])})
+        print_json({"schema": 1, "private": str(paths[0]), "public": str(paths[1])})
         return
     print(f"private key  {paths[0]} (keep it secret)\npublic key   {paths[1]}")
 
@@ -179,7 +173,3 @@ def _line(heading: str, text: str) -> None:
 
 def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, allow_nan=False))

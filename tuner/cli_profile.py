@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from aivmm.planner.constraints import human
 from aivmm.probes.records import Measured
+from aivmm.tuner.command import Backends, Db, Json, Quiet, print_json
 from aivmm.tuner.options import TuneOptions, parse_batches, parse_budget, parse_dims, parse_list, parse_shapes
 from aivmm.tuner.text import printable
 
@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 
 def profile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="An ONNX file, or `demo:NAME`.")],
-    db: Annotated[
-        str | None,
-        typer.Option("--db", metavar="PATH|URL", help="Performance database; default: the user's data folder.", envvar="AIVMM_DB"),
-    ] = None,
+    db: Db = None,
     targets: Annotated[list[str] | None, typer.Option(metavar="PATTERNS", help="Targets to measure on: `openvino`, `*:CPU`, ...")] = None,
     shape: Annotated[list[str] | None, typer.Option(metavar="NAME=1x3x224x224", help="The shape of an input. Repeatable.")] = None,
     dim: Annotated[list[str] | None, typer.Option(metavar="NAME=N", help="The extent of a named dimension. Repeatable.")] = None,
@@ -39,9 +36,9 @@ def profile(
     rows: Annotated[int, typer.Option(metavar="N", min=0, help="How many operators the table shows; 0 shows all.")] = 25,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure all again; the database keeps what it has.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what crashed or hung here before.")] = False,
-    backend: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
-    in_json: Annotated[bool, typer.Option("--json", help="Make standard output exactly one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    backend: Backends = None,
+    in_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure the operators and blocks of a model alone, and say what limits each: compute, memory, or overhead.
 
@@ -73,7 +70,7 @@ def profile(
     finally:
         progress.close()
     if in_json:
-        print(json.dumps(as_json(found), allow_nan=False))
+        print_json(as_json(found))
         return
     _print(found, rows)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aivmm.errors import UsageError
+from aivmm.tuner.command import Db, Json, print_json
 
 if TYPE_CHECKING:
     from aivmm.db.database import Database
@@ -21,7 +22,7 @@ def report(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN|PLAN|MODEL]...",
+            metavar="RUN|PLAN|MODEL",
             help="A run's id (or the beginning of it), a plan bundle, or a model's name; default: the newest run.",
         ),
     ] = None,
@@ -36,11 +37,8 @@ def report(
         str | None, typer.Option(metavar="csv|parquet|json", help="Write the run's tables in this format to `-o DIR` instead.")
     ] = None,
     open_it: Annotated[bool, typer.Option("--open", help="Open what was written in the browser.")] = False,
-    db: Annotated[
-        str | None,
-        typer.Option("--db", metavar="PATH|URL", help="Performance database; default: the user's data folder.", envvar="AIVMM_DB"),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Make standard output exactly one JSON object.")] = False,
+    db: Db = None,
+    as_json: Json = False,
 ) -> None:
     """Render a run's report again from the database, compare runs, or make pages of all of them.
 
@@ -78,7 +76,7 @@ def report(
             written = _write(output or Path(name), text)
     if open_it:
         typer.launch(str(written.absolute()))
-    print(json.dumps({"schema": 1, "run": run_id, "report": str(written)})) if as_json else print(written)
+    print_json({"schema": 1, "run": run_id, "report": str(written)}) if as_json else print(written)
 
 
 def _check(wanted: list[Any], output: Path | None, *, compare: bool, everything: bool, kind: str, tables: str | None) -> None:

@@ -49,7 +49,8 @@ def _command(command: Any, names: tuple[str, ...]) -> Iterator[str]:
     if len(names) > 1 and (arguments or options):
         yield "| | | |\n|---|---|---|"
         for each in arguments:
-            yield f"| `{each.metavar or each.name.upper()}` | | {_cell(each.help)} |"
+            several = "..." if each.nargs != 1 else ""
+            yield f"| `{each.metavar or each.name.upper()}{several}` | | {_cell(each.help)} |"
         for each in options:
             value = "" if each.is_flag else f"`{each.metavar or 'VALUE'}`"
             default = (

@@ -49,6 +49,7 @@ def test_help_fits_eighty_columns(names: tuple[str, ...], command: Any, tmp_path
     lines = found.out.splitlines()
     assert found.code == 0 and lines and max(map(len, lines)) <= 80
     assert "…" not in found.out, "something does not fit"
+    assert re.findall(r"<(?:bool|str|int|float|path|list\[\w+\])>", found.out) == [], "a type of Python's is no word for a value"
 
 
 def test_the_way_from_a_model_to_production_comes_first() -> None:
