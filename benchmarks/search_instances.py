@@ -20,7 +20,8 @@ from aivmm.planner.constraints import Constraint, check
 from aivmm.planner.policy import place_under
 from aivmm.planner.space import Space
 from aivmm.runtime.config import Config
-from aivmm.runtime.null import NullBackend, NullDevice
+from aivmm.runtime.null import NullBackend
+from aivmm.runtime.null_device import NullDevice
 from aivmm.runtime.target import Target
 
 BATCHES = (1, 2, 4, 8)

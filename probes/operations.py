@@ -26,7 +26,8 @@ from aivmm.runtime.backend import Backend, Buffer, Executable, ExplainsStrays, R
 from aivmm.runtime.config import Config
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.lane import new_buffer
-from aivmm.runtime.null import METER, NullBackend, SimulatedTime
+from aivmm.runtime.null import NullBackend, SimulatedTime
+from aivmm.runtime.null_device import METER
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
 from aivmm.tensors import TensorSpec

@@ -20,7 +20,8 @@ from aivmm.planner.candidates import Candidate, Rejection, Score
 from aivmm.planner.search import Search
 from aivmm.planner.space import Space, distribution
 from aivmm.runtime.config import Config, Knob
-from aivmm.runtime.null import NullBackend, NullDevice
+from aivmm.runtime.null import NullBackend
+from aivmm.runtime.null_device import NullDevice
 from aivmm.runtime.target import Device, Target
 
 Outcome: TypeAlias = Score | Rejection

@@ -20,7 +20,8 @@ from onnx import TensorProto, helper
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.backend import Backend
 from aivmm.runtime.config import Config
-from aivmm.runtime.null import FakeClock, NullBackend, NullDevice, SimulatedTime
+from aivmm.runtime.null import NullBackend, SimulatedTime
+from aivmm.runtime.null_device import FakeClock, NullDevice
 from aivmm.runtime.null_work import load, work_of
 from aivmm.runtime.target import Target, Unavailable
 from tests.contracts import BackendContract, buffer_like, one_node, onnx_model, relu_model

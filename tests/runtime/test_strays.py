@@ -10,7 +10,8 @@ from onnx import TensorProto, helper
 
 from aivmm.runtime.backend import ExplainsStrays
 from aivmm.runtime.config import Config
-from aivmm.runtime.null import NullBackend, NullDevice
+from aivmm.runtime.null import NullBackend
+from aivmm.runtime.null_device import NullDevice
 from aivmm.runtime.onnxruntime import OnnxRuntime
 from aivmm.runtime.ort_strays import strays_of
 from aivmm.runtime.target import Target

@@ -19,7 +19,8 @@ FLOPS = 2 * 2 * WIDTH * WIDTH * LAYERS  # of the matrix products, for two rows
 WEIGHTS = 4 * LAYERS * WIDTH * WIDTH
 THROUGHPUT = ("--backend", "cards", "--objective", "throughput", "--batch", "1", "--trials", "2")
 PLUG_IN = """
-from aivmm.runtime.null import NullBackend, NullDevice
+from aivmm.runtime.null import NullBackend
+from aivmm.runtime.null_device import NullDevice
 
 class Cards(NullBackend):
     name = "cards"
