@@ -14,9 +14,8 @@ type, dynamic shapes) it may refuse with `Unsupported`, and the test is then ski
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,47 +28,10 @@ from aivmm.errors import AivmmError, Unsupported
 from aivmm.runtime.backend import Backend, Buffer, Executable, Request, aligned_empty
 from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.target import Target, Unavailable
-from aivmm.tensors import TensorSpec
+from tests.contract_models import Arrays, Case, buffer_like, element_types, one_node, onnx_model, perceptron, relu_model, spoilt_models
 
 # What `bind` may raise when it is given something else than it asks for. Which of them is the backend's choice; taking it is not.
 REFUSALS = (ValueError, TypeError, KeyError, RuntimeError, AivmmError)
-
-Arrays = Mapping[str, np.ndarray[Any, Any]]
-Tensor = tuple[str, int, Sequence[int | str]]  # name, element type, shape; a string is a dynamic extent
-
-
-def onnx_model(
-    nodes: Sequence[onnx.NodeProto], inputs: Sequence[Tensor], outputs: Sequence[Tensor], weights: Arrays | None = None
-) -> onnx.ModelProto:
-    """Return a model that every runtime of the last years reads: opset 17, IR 8."""
-    graph = helper.make_graph(
-        list(nodes),
-        "contract",
-        [helper.make_tensor_value_info(*each) for each in inputs],
-        [helper.make_tensor_value_info(*each) for each in outputs],
-        [numpy_helper.from_array(array, name) for name, array in (weights or {}).items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    model.ir_version = 8
-    onnx.checker.check_model(model)
-    return model
-
-
-def one_node(op_type: str, inputs: Sequence[Tensor], output: Tensor, **attributes: Any) -> onnx.ModelProto:
-    """Return the model of a single operator that takes all inputs."""
-    return onnx_model([helper.make_node(op_type, [each[0] for each in inputs], [output[0]], **attributes)], inputs, [output])
-
-
-def relu_model(*shape: int | str) -> bytes:
-    """Return y = max(x, 0) in float32."""
-    return one_node("Relu", [("x", TensorProto.FLOAT, shape)], ("y", TensorProto.FLOAT, shape)).SerializeToString()
-
-
-def buffer_like(array: np.ndarray[Any, Any]) -> Buffer:
-    """Return an aligned copy of `array`, as the engine would bind it."""
-    buffer = aligned_empty(TensorSpec(name="", dtype=array.dtype.name, shape=array.shape))
-    np.copyto(buffer, array)
-    return buffer
 
 
 def run_once(executable: Executable, feeds: Arrays) -> dict[str, Buffer]:
@@ -82,151 +44,6 @@ def run_once(executable: Executable, feeds: Arrays) -> dict[str, Buffer]:
             request.bind(spec.name, aligned_empty(spec))
     request.run()
     return {spec.name: np.array(request.output(spec.name)) for spec in executable.outputs}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, what to feed it, and what it must answer."""
-
-    name: str
-    model: onnx.ModelProto
-    feeds: Arrays
-    answers: Arrays
-
-
-def _element_types() -> list[Case]:
-    """Return one small model for each kind of tensor that real models carry besides float32 images."""
-    integers = np.array([[1, -2, 3], [40_000, -50_000, 60_000]])
-    truths = np.array([True, False, True])
-    half = np.array([0.5, -1.5, 2.0], dtype=np.float16)
-    table = np.arange(12, dtype=np.float32).reshape(4, 3)
-    indices = np.array([3, 0, 3], dtype=np.int64)
-    return [
-        Case(
-            f"{dtype} arithmetic",
-            one_node("Add", [("a", kind, (2, 3)), ("b", kind, (2, 3))], ("y", kind, (2, 3))),
-            {"a": integers.astype(dtype), "b": integers.astype(dtype)},
-            {"y": (integers * 2).astype(dtype)},
-        )
-        for dtype, kind in (("int64", TensorProto.INT64), ("int32", TensorProto.INT32))
-    ] + [
-        Case(
-            "bool",
-            one_node("And", [("a", TensorProto.BOOL, (3,)), ("b", TensorProto.BOOL, (3,))], ("y", TensorProto.BOOL, (3,))),
-            {"a": truths, "b": ~truths | truths},
-            {"y": truths},
-        ),
-        Case(
-            "uint8 to float",
-            one_node("Cast", [("x", TensorProto.UINT8, (3,))], ("y", TensorProto.FLOAT, (3,)), to=TensorProto.FLOAT),
-            {"x": np.array([0, 7, 255], dtype=np.uint8)},
-            {"y": np.array([0, 7, 255], dtype=np.float32)},
-        ),
-        Case(
-            "float16",
-            one_node("Relu", [("x", TensorProto.FLOAT16, (3,))], ("y", TensorProto.FLOAT16, (3,))),
-            {"x": half},
-            {"y": np.maximum(half, 0)},
-        ),
-        Case(
-            "scalar",
-            one_node("Add", [("a", TensorProto.FLOAT, ()), ("b", TensorProto.FLOAT, ())], ("y", TensorProto.FLOAT, ())),
-            {"a": np.array(1.5, dtype=np.float32), "b": np.array(-4.0, dtype=np.float32)},
-            {"y": np.array(-2.5, dtype=np.float32)},
-        ),
-        Case(
-            "no elements at all",
-            one_node("Relu", [("x", TensorProto.FLOAT, (0, 3))], ("y", TensorProto.FLOAT, (0, 3))),
-            {"x": np.zeros((0, 3), dtype=np.float32)},
-            {"y": np.zeros((0, 3), dtype=np.float32)},
-        ),
-        Case(
-            "indices into a table",
-            onnx_model(
-                [helper.make_node("Gather", ["table", "i"], ["y"])],
-                [("i", TensorProto.INT64, (3,))],
-                [("y", TensorProto.FLOAT, (3, 3))],
-                {"table": table},
-            ),
-            {"i": indices},
-            {"y": table[indices]},
-        ),
-        Case(
-            "a pass-through",
-            one_node("Identity", [("x", TensorProto.FLOAT, (2, 2))], ("y", TensorProto.FLOAT, (2, 2))),
-            {"x": np.array([[1, 2], [3, 4]], dtype=np.float32)},
-            {"y": np.array([[1, 2], [3, 4]], dtype=np.float32)},
-        ),
-        Case(
-            "outputs of sizes known only after the run beside one that is known, alike in no order",
-            onnx_model(
-                [
-                    helper.make_node("NonZero", ["x"], ["places"]),
-                    helper.make_node("Relu", ["x"], ["plain"]),
-                    helper.make_node("Cast", ["places"], ["floats"], to=TensorProto.FLOAT),
-                    helper.make_node("Neg", ["floats"], ["negated"]),
-                ],
-                [("x", TensorProto.FLOAT, (2, 3))],
-                [
-                    ("negated", TensorProto.FLOAT, (2, "n")),
-                    ("plain", TensorProto.FLOAT, (2, 3)),
-                    ("places", TensorProto.INT64, (2, "n")),
-                    ("floats", TensorProto.FLOAT, (2, "n")),
-                ],
-            ),
-            {"x": np.array([[1, 0, 3], [0, 5, 0]], dtype=np.float32)},
-            {
-                "negated": np.array([[0, 0, -1], [0, -2, -1]], dtype=np.float32),
-                "plain": np.array([[1, 0, 3], [0, 5, 0]], dtype=np.float32),
-                "places": np.array([[0, 0, 1], [0, 2, 1]], dtype=np.int64),
-                "floats": np.array([[0, 0, 1], [0, 2, 1]], dtype=np.float32),
-            },
-        ),
-        Case(
-            "names with slashes and colons, inputs not in order of use, a tensor that is output and used on",
-            onnx_model(
-                [helper.make_node("Sub", ["b/in:0", "a:0"], ["mid/out:1"]), helper.make_node("Relu", ["mid/out:1"], ["z;end"])],
-                [("a:0", TensorProto.FLOAT, (2,)), ("b/in:0", TensorProto.FLOAT, (2,))],
-                [("z;end", TensorProto.FLOAT, (2,)), ("mid/out:1", TensorProto.FLOAT, (2,))],
-            ),
-            {"a:0": np.array([5, 1], dtype=np.float32), "b/in:0": np.array([2, 3], dtype=np.float32)},
-            {"z;end": np.array([0, 2], dtype=np.float32), "mid/out:1": np.array([-3, 2], dtype=np.float32)},
-        ),
-    ]
-
-
-def _perceptron() -> Case:
-    """Return two dense layers with a batch norm's worth of fusible operators between them."""
-    random = np.random.default_rng(7)
-    first, second = random.normal(size=(16, 32)).astype(np.float32), random.normal(size=(32, 4)).astype(np.float32)
-    bias = random.normal(size=32).astype(np.float32)
-    x = random.normal(size=(3, 16)).astype(np.float32)
-    nodes = [
-        helper.make_node("MatMul", ["x", "first"], ["m"]),
-        helper.make_node("Add", ["m", "bias"], ["s"]),
-        helper.make_node("Relu", ["s"], ["r"]),
-        helper.make_node("MatMul", ["r", "second"], ["y"]),
-    ]
-    weights = {"first": first, "bias": bias, "second": second}
-    model = onnx_model(nodes, [("x", TensorProto.FLOAT, (3, 16))], [("y", TensorProto.FLOAT, (3, 4))], weights)
-    return Case("two dense layers", model, {"x": x}, {"y": np.maximum(x @ first + bias, 0) @ second})
-
-
-def _spoilt_models() -> dict[str, bytes]:
-    good = _perceptron().model.SerializeToString()
-    alien = helper.make_graph(
-        [helper.make_node("Teleport", ["x"], ["y"], domain="no.such.domain")],
-        "alien",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (2,))],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (2,))],
-    )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("no.such.domain", 1)]
-    return {
-        "empty": b"",
-        "text": b"<html>this is not a model</html>",
-        "truncated": good[: len(good) // 2],
-        "unknown operator": helper.make_model(alien, opset_imports=opsets, ir_version=8).SerializeToString(),
-    }
 
 
 def _values(knob: Knob) -> tuple[Setting, ...]:
@@ -374,7 +191,7 @@ class BackendContract:
                 backend.compile(relu_model(4), target, Config.of({knob.name: "no-such-value"})).close()
 
     def test_each_precision_offered_runs(self, backend: Backend, target: Target) -> None:
-        case = _perceptron()
+        case = perceptron()
         for precision in target.precisions:
             executable = backend.compile(case.model.SerializeToString(), target, exact(target, precision))
             answer = run_once(executable, case.feeds)["y"]
@@ -402,7 +219,7 @@ class BackendContract:
         assert [str(each) for each in executable.inputs] == ["second: int64[2, 1]", "first: float32[2, 3]"]
         assert [str(each) for each in executable.outputs] == ["sum: float32[2, 3]", "cast: float32[2, 1]"]
 
-    @pytest.mark.parametrize("case", [_perceptron(), *_element_types()], ids=lambda case: case.name)
+    @pytest.mark.parametrize("case", [perceptron(), *element_types()], ids=lambda case: case.name)
     def test_what_it_takes_it_computes_rightly(self, compiled: Callable[..., Executable], case: Case) -> None:
         try:
             executable = compiled(case.model.SerializeToString())
@@ -415,23 +232,23 @@ class BackendContract:
             np.testing.assert_allclose(answers[name], expected, rtol=1e-4, atol=1e-4)
 
     def test_a_file_and_its_bytes_are_the_same_model(self, compiled: Callable[..., Executable], tmp_path: Path) -> None:
-        case = _perceptron()
+        case = perceptron()
         file = tmp_path / "a model.onnx"
         onnx.save(case.model, str(file))
         for model in (file, file.read_bytes()):
             np.testing.assert_allclose(run_once(compiled(model), case.feeds)["y"], case.answers["y"], rtol=1e-4, atol=1e-4)
 
     def test_weights_may_lie_beside_the_file(self, compiled: Callable[..., Executable], tmp_path: Path) -> None:
-        case = _perceptron()
+        case = perceptron()
         model = onnx.ModelProto.FromString(case.model.SerializeToString())
         file = tmp_path / "model.onnx"
         onnx.save(model, str(file), save_as_external_data=True, location="weights.bin", size_threshold=0)
         assert (tmp_path / "weights.bin").is_file()
         np.testing.assert_allclose(run_once(compiled(file), case.feeds)["y"], case.answers["y"], rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("spoilt", _spoilt_models())
+    @pytest.mark.parametrize("spoilt", spoilt_models())
     def test_a_model_it_cannot_take_is_refused_in_words(self, backend: Backend, target: Target, spoilt: str, tmp_path: Path) -> None:
-        data = _spoilt_models()[spoilt]
+        data = spoilt_models()[spoilt]
         file = tmp_path / "spoilt.onnx"
         file.write_bytes(data)
         for model in (data, file):
@@ -456,7 +273,7 @@ class BackendContract:
     # --- placement ---
 
     def test_placement_says_which_device_runs_it(self, compiled: Callable[..., Executable]) -> None:
-        placement = compiled(_perceptron().model.SerializeToString()).placement
+        placement = compiled(perceptron().model.SerializeToString()).placement
         assert placement.devices, "the runtime names the devices that execute"
         assert all(placement.devices)
         assert set(placement.nodes) <= set(placement.devices)
@@ -537,7 +354,7 @@ class BackendContract:
             assert y.tolist() == [-max(value, 0) for value in values]
 
     def test_requests_in_flight_from_several_threads_answer_rightly(self, compiled: Callable[..., Executable]) -> None:
-        case = _perceptron()
+        case = perceptron()
         executable = compiled(case.model.SerializeToString())
         weights = {each.name: numpy_helper.to_array(each) for each in case.model.graph.initializer}
         callers, start = 3, threading.Barrier(3)

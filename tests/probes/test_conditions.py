@@ -20,7 +20,7 @@ from aivmm.runtime.config import Config
 from aivmm.runtime.nvml import CardState, card_state, nvidia_devices
 from aivmm.runtime.onnxruntime import OnnxRuntime
 from aivmm.runtime.target import Device, Target
-from tests.contracts import onnx_model
+from tests.contract_models import onnx_model
 
 CALM = Conditions(
     at_s=0.0, speed=1000.0, cpu_mhz=3000.0, capped_mhz=4000.0, most_mhz=4000.0, thermal_events=5, cores=8, periods=100, throttled=7

@@ -25,7 +25,7 @@ from aivmm.runtime.null import NullBackend
 from aivmm.runtime.nvml import process_memory_bytes
 from aivmm.runtime.onnxruntime import OnnxRuntime
 from aivmm.runtime.target import Target
-from tests.contracts import onnx_model
+from tests.contract_models import onnx_model
 from tests.making import chain_model, normal, write_model
 
 

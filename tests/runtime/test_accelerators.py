@@ -18,7 +18,8 @@ from aivmm.runtime.nvml import nvidia_devices
 from aivmm.runtime.onnxruntime import OnnxRuntime
 from aivmm.runtime.openvino import OpenVino
 from aivmm.runtime.target import Target
-from tests.contracts import BackendContract, relu_model, run_once
+from tests.contract_models import relu_model
+from tests.contracts import BackendContract, run_once
 
 
 def target_of(backend: OnnxRuntime | OpenVino, name: str) -> Target:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,30 +19,15 @@ from aivmm.runtime import onnxruntime
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.plan import Batching, Execution
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, onnx_model, reference
+from tests.runtime.engines import Load
 
 F, I64 = TensorProto.FLOAT, TensorProto.INT64
-Load = Callable[..., Engine]
 CUT = [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4)]
 MODES = pytest.mark.parametrize("mode", ["sequential", "pipelined"])
 
 
 def batched(most: int, wait_s: float = 0.0, mode: Any = "sequential") -> Execution:
     return Execution(mode=mode, batching=Batching(max_batch=most, max_wait_s=wait_s))
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Iterator[Load]:
-    """Write a bundle and load it; closed at the end of the test."""
-    engines: list[Engine] = []
-    numbers = itertools.count()
-
-    def make(model: Any, parts: Sequence[Part], **fields: Any) -> Engine:
-        engines.append(Engine.load(make_bundle(tmp_path / f"{next(numbers)}.aivmm", model, parts, **fields)))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
 
 
 def rowwise(rows: int, width: int = 32) -> Any:

@@ -1,77 +1,28 @@
-"""Bundles on disk: written whole or not at all, and not believed before they are checked."""
+"""Bundles on disk: not believed before they are checked."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import stat
 import struct
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aivmm.errors import AivmmError, BundleError, UsageError
-from aivmm.runtime.bundle import Bundle, check_destination, file_sha256, write_bundle
-from aivmm.runtime.plan import Plan
+from aivmm.errors import AivmmError, BundleError
+from aivmm.runtime.bundle import Bundle, file_sha256
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle
-
-links = pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege on Windows")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    parts = [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4)]
-    return make_bundle(tmp_path_factory.mktemp("made") / "m.aivmm", chain_model(width=16), parts, conditions=False)
-
-
-@pytest.fixture
-def bundle(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "m.aivmm"))
-
-
-def zipped(folder: Path, destination: Path, *, compression: int = zipfile.ZIP_DEFLATED) -> Path:
-    with zipfile.ZipFile(destination, "w", compression) as archive:
-        for each in sorted(folder.rglob("*")):
-            archive.write(each, each.relative_to(folder).as_posix())
-    return destination
-
-
-def refused(path: Path, match: str | None = None) -> None:
-    before = snapshot(path.parent)
-    with pytest.raises(BundleError, match=match) as caught:
-        Bundle.open(path).close()
-    assert "\n" not in str(caught.value)
-    assert snapshot(path.parent) == before
-
-
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    return {str(each): each.read_bytes() if each.is_file() else None for each in sorted(folder.rglob("*"))}
-
-
-def edit_plan(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    plan = json.loads((bundle / "plan.json").read_text())
-    change(plan)
-    (bundle / "plan.json").write_text(json.dumps(plan))
-
-
-def list_as(bundle: Path, name: str) -> None:
-    """List one more file, with the digest of a file that does exist."""
-    edit_plan(bundle, lambda plan: plan["files"].update({name: next(iter(plan["files"].values()))}))
-
+from tests.runtime.bundles import edit_plan, links, list_as, refused, snapshot, zipped
 
 # --- what opens ---
 
@@ -381,139 +332,7 @@ def test_a_damaged_zip_opens_or_is_refused(data: st.DataObject, made: Path, tmp_
     opens_or_is_refused(tmp_path / "m.zip")
 
 
-# --- writing ---
-
-
-@pytest.fixture
-def plan(made: Path) -> Plan:
-    with Bundle.open(made) as opened:
-        return opened.plan
-
-
-@pytest.fixture
-def files(made: Path, plan: Plan) -> dict[str, Path]:
-    return {name: made / name for name in plan.files}
-
-
-def test_what_is_written_opens_and_leaves_nothing_beside(tmp_path: Path, plan: Plan, files: dict[str, Path]) -> None:
-    write_bundle(tmp_path / "new.aivmm", plan, files)
-    with Bundle.open(tmp_path / "new.aivmm") as opened:
-        assert opened.plan == plan
-    assert [each.name for each in tmp_path.iterdir()] == ["new.aivmm"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
-def test_a_bundle_can_be_read_by_others(tmp_path: Path, plan: Plan, files: dict[str, Path]) -> None:
-    assert stat.S_IMODE(write_bundle(tmp_path / "new.aivmm", plan, files).stat().st_mode) == 0o755
-
-
-def test_an_earlier_bundle_is_replaced_whole(bundle: Path, plan: Plan, files: dict[str, Path]) -> None:
-    (bundle / "report.html").write_text("old")
-    (bundle / "segments" / "weights.bin").unlink()  # a damaged one may be replaced as well
-    write_bundle(bundle, plan.model_copy(update={"verdict": "new"}), files)
-    with Bundle.open(bundle) as opened:
-        assert opened.plan.verdict == "new"
-    assert not (bundle / "report.html").exists()
-    assert list(bundle.parent.iterdir()) == [bundle]
-
-
-def test_a_bundle_of_a_newer_version_may_be_replaced(bundle: Path, plan: Plan, files: dict[str, Path]) -> None:
-    edit_plan(bundle, lambda raw: raw.update(schema=7, unknown={}))
-    write_bundle(bundle, plan, files)
-    Bundle.open(bundle).close()
-
-
-def test_an_empty_folder_may_be_written_to_also_by_a_relative_name(
-    tmp_path: Path, plan: Plan, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path)
-    write_bundle(Path("here"), plan, {name: path.absolute() for name, path in files.items()})
-    Bundle.open(tmp_path / "here").close()
-
-
-@pytest.mark.parametrize(
-    "plan_text", [None, "{}", '{"format_version": "1.2", "files": {}}', '{"schema": 1, "files": {"a": "b"}}', "not json", "[]"]
-)
-def test_a_folder_that_is_not_a_bundle_is_left_alone(tmp_path: Path, plan: Plan, files: dict[str, Path], plan_text: str | None) -> None:
-    folder = tmp_path / "thesis"
-    folder.mkdir()
-    (folder / "chapter.tex").write_text("years of work")
-    if plan_text is not None:
-        (folder / "plan.json").write_text(plan_text)
-    before = snapshot(tmp_path)
-    with pytest.raises(UsageError, match="holds other things; choose another with -o DIR"):
-        write_bundle(folder, plan, files)
-    assert snapshot(tmp_path) == before
-
-
-def test_a_bundle_with_a_users_file_in_it_is_left_alone(bundle: Path, plan: Plan, files: dict[str, Path]) -> None:
-    (bundle / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="holds other things"):
-        write_bundle(bundle, plan, files)
-    assert (bundle / "notes.txt").read_text() == "mine"
-
-
-def test_a_file_in_the_way_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "m.aivmm").write_text("x")
-    with pytest.raises(UsageError, match="exists and is not a folder"):
-        check_destination(tmp_path / "m.aivmm")
-
-
-@links
-def test_a_link_in_the_way_is_left_alone(bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(bundle)
-    with pytest.raises(UsageError, match="not a folder"):
-        check_destination(tmp_path / "link")
-
-
-def test_a_missing_parent_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="missing does not exist"):
-        check_destination(tmp_path / "missing" / "m.aivmm")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_an_unwritable_parent_is_named() -> None:
-    with pytest.raises(UsageError, match="choose another with -o DIR"):
-        check_destination(Path("/proc/m.aivmm"))
-
-
-def test_a_write_that_fails_leaves_the_earlier_bundle_and_nothing_else(bundle: Path, plan: Plan, files: dict[str, Path]) -> None:
-    before = snapshot(bundle.parent)
-    with pytest.raises(UsageError, match="cannot write the plan"):
-        write_bundle(bundle, plan, files | {"segments/weights.bin": bundle / "missing"})
-    with pytest.raises(BundleError, match="not a plain path"):
-        write_bundle(bundle, plan, files | {"../out": next(iter(files.values()))})
-    with pytest.raises(BundleError, match="not listed in files"):
-        write_bundle(bundle, plan, {})
-    assert snapshot(bundle.parent) == before
-
-
-READER = """
-import sys, aivmm
-from aivmm.runtime.bundle import Bundle
-print("ready", flush=True)
-seen, missing, broken = set(), 0, 0
-import select
-while not select.select([sys.stdin], [], [], 0)[0]:
-    try:
-        with Bundle.open(sys.argv[1]) as bundle:
-            seen.add(bundle.plan.verdict)
-    except aivmm.BundleError as error:
-        missing += 1
-print(len(seen))
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not replace what others read")
-def test_a_reader_sees_the_old_bundle_or_the_new_one_and_never_a_mixture(bundle: Path, plan: Plan, files: dict[str, Path]) -> None:
-    with subprocess.Popen([sys.executable, "-c", READER, str(bundle)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
-        assert reader.stdout and reader.stdout.readline() == "ready\n"
-        for number in range(30):
-            write_bundle(bundle, plan.model_copy(update={"verdict": str(number)}), files)
-        out, _ = reader.communicate("stop\n", timeout=30)
-    assert reader.returncode == 0
-    assert int(out) > 1
+# --- while it is read ---
 
 
 def test_a_zip_reads_the_same_from_memory_as_from_disk(bundle: Path, tmp_path: Path) -> None:

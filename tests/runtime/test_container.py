@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle
-from tests.runtime.test_engine import TUNING
+from tests.runtime.test_engine_loading import TUNING
 
 ROOT = Path(__file__).parent.parent.parent
 DOCKERFILE = (ROOT / "docs" / "Dockerfile").read_text(encoding="utf-8")

@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-import aivmm
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.deadline import _look
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.null import NullRequest
 from aivmm.runtime.plan import Batching, Execution
 from aivmm.runtime.program import _running
-from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, reference
+from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, normal, reference
+from tests.runtime.engines import Load
 from tests.runtime.null_card import There
 
 X = {"x": normal(2, 32)}
 PARTS = [Part(ONNXRUNTIME, 0, 3), Part(OPENVINO, 4)]
-Load = Callable[..., Engine]
 
 
 @pytest.fixture
-def load(tmp_path: Path) -> Iterator[Load]:
-    engines: list[Engine] = []
-    numbers = itertools.count()
-
-    def make(*, parts: Any = PARTS, fallbacks: Any = (), timeout_s: float = 0.5, **fields: Any) -> Engine:
-        bundle = make_bundle(tmp_path / f"{next(numbers)}.aivmm", chain_model(), parts, fallbacks=fallbacks, **fields)
-        engine = aivmm.load_plan(bundle, timeout_s=timeout_s)
-        assert isinstance(engine, Engine)
-        engines.append(engine)
-        return engine
-
-    yield make
-    for each in engines:
-        each.close()
+def load_watched(load: Load) -> Load:
+    """Load the chain with a deadline for its requests."""
+    return lambda *, parts=PARTS, timeout_s=0.5, **fields: load(chain_model(), parts, timeout_s=timeout_s, **fields)
 
 
 class Hang:
@@ -75,8 +61,8 @@ MODES = pytest.mark.parametrize("execution", [Execution(), Execution(mode="pipel
 
 
 @MODES
-def test_the_fallback_answers_what_hangs_and_all_that_comes_later(load: Load, hang: Any, execution: Execution) -> None:
-    engine = load(fallbacks=[[Part(ONNXRUNTIME)]], execution=execution, batch=2)
+def test_the_fallback_answers_what_hangs_and_all_that_comes_later(load_watched: Load, hang: Any, execution: Execution) -> None:
+    engine = load_watched(fallbacks=[[Part(ONNXRUNTIME)]], execution=execution, batch=2)
     assert_right(engine.run(X))
     hang(engine)
     waiting = [engine.submit(X) for _ in range(2)]
@@ -89,8 +75,10 @@ def test_the_fallback_answers_what_hangs_and_all_that_comes_later(load: Load, ha
 
 
 @MODES
-def test_without_a_fallback_the_request_is_told_in_time_and_so_is_who_comes_later(load: Load, hang: Any, execution: Execution) -> None:
-    engine = load(execution=execution, batch=2)
+def test_without_a_fallback_the_request_is_told_in_time_and_so_is_who_comes_later(
+    load_watched: Load, hang: Any, execution: Execution
+) -> None:
+    engine = load_watched(execution=execution, batch=2)
     assert_right(engine.run(X))
     hang(engine)
     with pytest.raises(Unsupported, match=r"no answer within 0.5 s: a stage hangs \(on openvino:CPU\); load the plan again"):
@@ -100,8 +88,8 @@ def test_without_a_fallback_the_request_is_told_in_time_and_so_is_who_comes_late
     engine.close()  # and does not wait for it
 
 
-def test_the_late_answer_of_what_hung_goes_to_nobody(load: Load, hang: Any) -> None:
-    engine = load(fallbacks=[[Part(ONNXRUNTIME)]])
+def test_the_late_answer_of_what_hung_goes_to_nobody(load_watched: Load, hang: Any) -> None:
+    engine = load_watched(fallbacks=[[Part(ONNXRUNTIME)]])
     engine.run(X)
     stuck = hang(engine)
     future = engine.submit(X)
@@ -111,8 +99,8 @@ def test_the_late_answer_of_what_hung_goes_to_nobody(load: Load, hang: Any) -> N
     assert_right(engine.run(X))
 
 
-def test_closing_while_something_hangs_ends_at_its_deadline(load: Load, hang: Any) -> None:
-    engine = load()
+def test_closing_while_something_hangs_ends_at_its_deadline(load_watched: Load, hang: Any) -> None:
+    engine = load_watched()
     engine.run(X)
     hang(engine)
     future = engine.submit(X)
@@ -124,8 +112,8 @@ def test_closing_while_something_hangs_ends_at_its_deadline(load: Load, hang: An
     assert not closing.is_alive()
 
 
-def test_answers_in_time_and_errors_of_their_own_are_as_without_a_deadline(load: Load) -> None:
-    engine = load(timeout_s=60.0)
+def test_answers_in_time_and_errors_of_their_own_are_as_without_a_deadline(load_watched: Load) -> None:
+    engine = load_watched(timeout_s=60.0)
     for each in engine.stream(X for _ in range(20)):
         assert_right(each)
     with pytest.raises(UsageError, match="'x'"):
@@ -161,16 +149,16 @@ def sick(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Engine | None], 
     go.set()
 
 
-def test_what_hangs_when_it_is_asked_whether_it_is_alive_costs_the_deadline_and_no_more(load: Load, sick: Any) -> None:
-    engine = load(parts=NULL, fallbacks=[[Part(ONNXRUNTIME)]])
+def test_what_hangs_when_it_is_asked_whether_it_is_alive_costs_the_deadline_and_no_more(load_watched: Load, sick: Any) -> None:
+    engine = load_watched(parts=NULL, fallbacks=[[Part(ONNXRUNTIME)]])
     assert_right(engine.run(X))
     sick(engine)
     assert_right(engine.submit(X).result(30))
     assert_right(engine.submit(X).result(30))
 
 
-def test_closing_ends_too_when_that_hangs_and_nothing_is_left(load: Load, sick: Any) -> None:
-    engine = load(parts=NULL)
+def test_closing_ends_too_when_that_hangs_and_nothing_is_left(load_watched: Load, sick: Any) -> None:
+    engine = load_watched(parts=NULL)
     assert_right(engine.run(X))
     sick(engine)
     future = engine.submit(X)
@@ -181,16 +169,16 @@ def test_closing_ends_too_when_that_hangs_and_nothing_is_left(load: Load, sick: 
     assert not closing.is_alive()
 
 
-def test_a_fallback_that_hangs_as_well_is_given_up_in_its_turn(load: Load, sick: Any) -> None:
-    engine = load(parts=NULL, fallbacks=[NULL, [Part(ONNXRUNTIME)]])
+def test_a_fallback_that_hangs_as_well_is_given_up_in_its_turn(load_watched: Load, sick: Any) -> None:
+    engine = load_watched(parts=NULL, fallbacks=[NULL, [Part(ONNXRUNTIME)]])
     assert_right(engine.run(X))
     sick()
     assert_right(engine.submit(X).result(30))
     assert [each.target for each in engine.stages] == [ONNXRUNTIME]
 
 
-def test_a_callback_may_ask_the_engine_again(load: Load) -> None:
-    engine = load(timeout_s=30.0)
+def test_a_callback_may_ask_the_engine_again(load_watched: Load) -> None:
+    engine = load_watched(timeout_s=30.0)
     answers: list[Any] = []
     both = threading.Event()
 
@@ -218,16 +206,16 @@ def test_the_watch_ends_though_it_is_forgotten_while_it_looks() -> None:
     assert not thread.is_alive()
 
 
-def test_a_fallback_takes_what_the_plan_took(load: Load, hang: Any) -> None:
-    engine = load(fallbacks=[[Part(ONNXRUNTIME)]])
+def test_a_fallback_takes_what_the_plan_took(load_watched: Load, hang: Any) -> None:
+    engine = load_watched(fallbacks=[[Part(ONNXRUNTIME)]])
     as_list = {"x": X["x"].tolist()}
     assert_right(engine.run(as_list))
     hang(engine)
     assert_right(engine.run(as_list))
 
 
-def test_what_cannot_be_kept_is_refused(load: Load) -> None:
-    engine = load()
+def test_what_cannot_be_kept_is_refused(load_watched: Load) -> None:
+    engine = load_watched()
     with pytest.raises(UsageError, match="the input 'x' lies on a device, and requests with a deadline are kept on the host; give"):
         engine.run({"x": There(X["x"])})
     with pytest.raises(UsageError, match="the input 'x' cannot be kept for a deadline"):
@@ -235,14 +223,14 @@ def test_what_cannot_be_kept_is_refused(load: Load) -> None:
     assert_right(engine.run(X))
 
 
-def test_a_deadline_within_the_wait_for_company_is_refused_and_leaves_nothing_open(load: Load) -> None:
+def test_a_deadline_within_the_wait_for_company_is_refused_and_leaves_nothing_open(load_watched: Load) -> None:
     waiting = Execution(batching=Batching(max_batch=2, max_wait_s=0.5))
     before = set(_running)
     with pytest.raises(UsageError, match="no time to wait"):
-        load(timeout_s=-1.0)
+        load_watched(timeout_s=-1.0)
     assert set(_running) <= before
     with pytest.raises(UsageError, match=r"timeout_s=0.5 is over while requests may still wait 0.5 s for company"):
-        load(execution=waiting, batch=2)
+        load_watched(execution=waiting, batch=2)
     assert set(_running) <= before
-    engine = load(execution=waiting, batch=2, timeout_s=30.0)
+    engine = load_watched(execution=waiting, batch=2, timeout_s=30.0)
     assert_right(engine.run(X))

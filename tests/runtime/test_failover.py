@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,27 +14,11 @@ from aivmm.errors import Unsupported
 from aivmm.runtime import onnxruntime
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.plan import Execution
-from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, onnx_model, reference
+from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, normal, onnx_model, reference
+from tests.runtime.engines import Load
 
-Load = Callable[..., Engine]
 CUT = [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4)]
 MODES = pytest.mark.parametrize("execution", [Execution(), Execution(mode="pipelined")], ids=lambda each: each.mode)
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Iterator[Load]:
-    """Write a bundle and load it; closed at the end of the test."""
-    engines: list[Engine] = []
-    numbers = itertools.count()
-
-    def make(model: Any, parts: Sequence[Part], **fields: Any) -> Engine:
-        options = {name: fields.pop(name) for name in ("on_mismatch",) if name in fields}
-        engines.append(Engine.load(make_bundle(tmp_path / f"{next(numbers)}.aivmm", model, parts, **fields), **options))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ from aivmm.runtime.null import NullBackend, SimulatedTime
 from aivmm.runtime.null_device import FakeClock, NullDevice
 from aivmm.runtime.null_work import load, work_of
 from aivmm.runtime.target import Target, Unavailable
-from tests.contracts import BackendContract, buffer_like, one_node, onnx_model, relu_model
+from tests.contract_models import buffer_like, one_node, onnx_model, relu_model
+from tests.contracts import BackendContract
 
 # One thread does 1 GFLOP/s, memory moves 1 GB/s, and nothing else costs anything: times can be done in the head.
 PLAIN = NullDevice(flops_per_s=1e9, bytes_per_s=1e9, launch_s=0.0, cores=1, serial=0.0, thread_overhead=0.0, stream_overhead=0.0)

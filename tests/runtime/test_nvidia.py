@@ -15,7 +15,7 @@ from aivmm.runtime.nvml import nvidia_devices
 from aivmm.runtime.onnxruntime import OnnxRuntime
 from aivmm.runtime.ort_options import NVIDIA, PROVIDERS
 from aivmm.runtime.target import Target, Unavailable
-from tests.contracts import relu_model
+from tests.contract_models import relu_model
 
 
 @pytest.mark.parametrize(

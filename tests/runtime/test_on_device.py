@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,8 @@ from onnx import TensorProto, helper
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.null import NullRequest
-from tests.making import ONNXRUNTIME, Part, make_bundle, normal, onnx_model
+from tests.making import ONNXRUNTIME, Part, normal, onnx_model
+from tests.runtime.engines import Load
 from tests.runtime.null_card import There, give_memory
 
 CARD = "null:CPU"
@@ -22,20 +21,16 @@ X, SHAPE = normal(2, 4), (2, 4)
 
 
 @pytest.fixture
-def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
+def load_null(monkeypatch: pytest.MonkeyPatch, load: Load) -> Load:
     """Load y = -relu(x) with the stages that are given, on null devices with memory of their own; `outputs` beside y."""
     give_memory(monkeypatch)
-    engines: list[Engine] = []
 
     def make(*parts: Part, outputs: tuple[str, ...] = ("y",), **fields: Any) -> Engine:
         nodes = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Neg", ["r"], ["y"])]
         model = onnx_model(nodes, [("x", TensorProto.FLOAT, SHAPE)], [(name, TensorProto.FLOAT, SHAPE) for name in outputs])
-        engines.append(Engine.load(make_bundle(tmp_path / f"{len(engines)}.aivmm", model, parts, **fields)))
-        return engines[-1]
+        return load(model, parts, **fields)
 
-    yield make
-    for each in engines:
-        each.close()
+    return make
 
 
 @pytest.fixture
@@ -56,24 +51,24 @@ def assert_right(found: Any, x: Any = X) -> None:
     np.testing.assert_array_equal(found, -np.maximum(x, 0))
 
 
-def test_outputs_stay_where_they_are_made(load: Callable[..., Engine]) -> None:
-    engine = load(Part(CARD, 0, 0), Part(CARD, 1))
+def test_outputs_stay_where_they_are_made(load_null: Load) -> None:
+    engine = load_null(Part(CARD, 0, 0), Part(CARD, 1))
     made = engine.run_on_device({"x": There(X)})["y"]
     assert isinstance(made, There)
     assert_right(engine.run({"x": X + 1})["y"], X + 1)
     assert_right(made.array)  # the caller's own
 
 
-def test_an_output_that_a_later_stage_reads_on_the_host_cannot_stay(load: Callable[..., Engine]) -> None:
-    engine = load(Part(CARD, 0, 0), Part(CARD, 1), outputs=("r", "y"))
+def test_an_output_that_a_later_stage_reads_on_the_host_cannot_stay(load_null: Load) -> None:
+    engine = load_null(Part(CARD, 0, 0), Part(CARD, 1), outputs=("r", "y"))
     assert_right(engine.run({"x": X + 1})["y"], X + 1)
     with pytest.raises(UsageError, match="a later stage reads the output 'r' too, from the host; use run"):
         engine.run_on_device({"x": X})
     assert_right(engine.run({"x": X})["y"])
 
 
-def test_a_first_request_from_a_device_leaves_failover_as_it_is(load: Callable[..., Engine], lost: threading.Event) -> None:
-    engine = load(Part(CARD), fallbacks=[[Part(ONNXRUNTIME)]])
+def test_a_first_request_from_a_device_leaves_failover_as_it_is(load_null: Load, lost: threading.Event) -> None:
+    engine = load_null(Part(CARD), fallbacks=[[Part(ONNXRUNTIME)]])
     assert_right(engine.run({"x": There(X)})["y"])
     assert_right(engine.run({"x": X})["y"])
     lost.set()
@@ -81,10 +76,8 @@ def test_a_first_request_from_a_device_leaves_failover_as_it_is(load: Callable[.
     assert [each.target for each in engine.stages] == [ONNXRUNTIME]
 
 
-def test_where_nothing_came_from_the_host_the_third_failure_in_a_row_is_a_dead_stage(
-    load: Callable[..., Engine], lost: threading.Event
-) -> None:
-    engine = load(Part(CARD), fallbacks=[[Part(ONNXRUNTIME)]])
+def test_where_nothing_came_from_the_host_the_third_failure_in_a_row_is_a_dead_stage(load_null: Load, lost: threading.Event) -> None:
+    engine = load_null(Part(CARD), fallbacks=[[Part(ONNXRUNTIME)]])
     for _ in range(2):
         lost.clear()
         assert_right(engine.run({"x": There(X)})["y"])

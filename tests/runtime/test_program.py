@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from aivmm.runtime.engine import Engine
 from aivmm.runtime.lane import COPY_LIMIT_BYTES
 from aivmm.runtime.plan import Execution
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, onnx_model, reference
+from tests.runtime.engines import Load
 
 F, I64 = TensorProto.FLOAT, TensorProto.INT64
-Load = Callable[..., Engine]
 PIPELINED = Execution(mode="pipelined")
 WAYS = {
     "sequential": (Execution(), 1, 1),
@@ -36,21 +36,6 @@ WAYS = {
     "pipelined, one slot a stage": (Execution(mode="pipelined", depth=1), 1, 1),
     "pipelined, two replicas": (PIPELINED, 2, 1),
 }
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Iterator[Load]:
-    """Write a bundle and load it; closed at the end of the test."""
-    engines: list[Engine] = []
-    numbers = itertools.count()
-
-    def make(model: Any, parts: Sequence[Part], **fields: Any) -> Engine:
-        engines.append(Engine.load(make_bundle(tmp_path / f"{next(numbers)}.aivmm", model, parts, **fields)))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
 
 
 @pytest.fixture(params=WAYS)

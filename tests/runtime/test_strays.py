@@ -15,7 +15,7 @@ from aivmm.runtime.null_device import NullDevice
 from aivmm.runtime.onnxruntime import OnnxRuntime
 from aivmm.runtime.ort_strays import strays_of
 from aivmm.runtime.target import Target
-from tests.contracts import onnx_model
+from tests.contract_models import onnx_model
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 # One call of a model of Relu, MatMul, Det, Mul, Det, Mul, as its profile lists it: name, operator, provider, microseconds.

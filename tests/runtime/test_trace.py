@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ import pytest
 
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime import onnxruntime
-from aivmm.runtime.engine import Engine
 from aivmm.runtime.plan import Batching, Execution
 from aivmm.runtime.trace import Trace
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal
+from tests.runtime.engines import Load
 from tests.tuner.harness import Shell
 
 CUT = [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4)]
@@ -24,24 +23,17 @@ PIPELINED = Execution(mode="pipelined")
 
 
 @pytest.fixture
-def load(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
-    engines: list[Engine] = []
-
-    def make(**fields: Any) -> Engine:
-        engines.append(Engine.load(make_bundle(tmp_path / f"{len(engines)}.aivmm", chain_model(), CUT, **fields)))
-        return engines[-1]
-
-    yield make
-    for each in engines:
-        each.close()
+def load_cut(load: Load) -> Load:
+    """Load the chain cut in two, with more fields of its plan."""
+    return lambda **fields: load(chain_model(), CUT, **fields)
 
 
 def events(trace: Trace, kind: str) -> list[dict[str, Any]]:
     return [each for each in trace.as_json()["traceEvents"] if each["ph"] == kind]
 
 
-def test_a_pipelined_plan_shows_each_stage_on_its_own_thread_and_at_once(load: Callable[..., Engine], tmp_path: Path) -> None:
-    engine = load(execution=PIPELINED)
+def test_a_pipelined_plan_shows_each_stage_on_its_own_thread_and_at_once(load_cut: Load, tmp_path: Path) -> None:
+    engine = load_cut(execution=PIPELINED)
     with engine.trace() as trace:
         list(engine.stream({"x": normal(2, 32, seed=seed)} for seed in range(200)))
     stored = json.loads(trace.write(tmp_path / "trace.json").read_text())
@@ -73,8 +65,8 @@ def test_a_pipelined_plan_shows_each_stage_on_its_own_thread_and_at_once(load: C
     assert all(each["args"]["queued_us"] >= 0 for each in slices)
 
 
-def test_a_requests_stages_are_joined_in_their_order(load: Callable[..., Engine]) -> None:
-    engine = load()
+def test_a_requests_stages_are_joined_in_their_order(load_cut: Load) -> None:
+    engine = load_cut()
     with engine.trace() as trace:
         for seed in range(5):
             engine.run({"x": normal(2, 32, seed=seed)})
@@ -86,8 +78,8 @@ def test_a_requests_stages_are_joined_in_their_order(load: Callable[..., Engine]
     assert "queued_us" not in events(trace, "X")[0]["args"]  # nobody queues in a sequential plan
 
 
-def test_off_the_engine_runs_what_it_ran_before(load: Callable[..., Engine]) -> None:
-    engine = load()
+def test_off_the_engine_runs_what_it_ran_before(load_cut: Load) -> None:
+    engine = load_cut()
     (lane,) = engine.lanes()
     before = [run for run, *_ in lane._steps]
     with engine.trace() as trace:
@@ -102,8 +94,8 @@ def test_off_the_engine_runs_what_it_ran_before(load: Callable[..., Engine]) -> 
         pass
 
 
-def test_a_recording_is_bounded(load: Callable[..., Engine]) -> None:
-    engine = load()
+def test_a_recording_is_bounded(load_cut: Load) -> None:
+    engine = load_cut()
     with Trace([engine], limit=3) as trace:
         for _ in range(4):
             engine.run({"x": normal(2, 32)})
@@ -111,8 +103,8 @@ def test_a_recording_is_bounded(load: Callable[..., Engine]) -> None:
     assert trace.as_json()["otherData"]["left out"] == 5
 
 
-def test_a_fallback_that_takes_over_is_recorded_too(load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, lost, run = load(fallbacks=[[Part(OPENVINO)]]), threading.Event(), onnxruntime.BoundRequest.run
+def test_a_fallback_that_takes_over_is_recorded_too(load_cut: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, lost, run = load_cut(fallbacks=[[Part(OPENVINO)]]), threading.Event(), onnxruntime.BoundRequest.run
 
     def dying(request: Any) -> None:
         if lost.is_set():
@@ -129,8 +121,8 @@ def test_a_fallback_that_takes_over_is_recorded_too(load: Callable[..., Engine],
     assert any(each["pid"] == 2 and each["name"] == "stage 1: openvino:CPU" for each in events(trace, "X"))
 
 
-def test_nothing_recorded_is_still_a_trace_and_a_file_that_cannot_be_written_is_said(load: Callable[..., Engine], tmp_path: Path) -> None:
-    with load().trace() as trace:
+def test_nothing_recorded_is_still_a_trace_and_a_file_that_cannot_be_written_is_said(load_cut: Load, tmp_path: Path) -> None:
+    with load_cut().trace() as trace:
         pass
     assert [each["ph"] for each in trace.as_json()["traceEvents"]] == ["M"]
     with pytest.raises(UsageError, match="cannot write the trace"):
@@ -150,8 +142,8 @@ def test_run_and_bench_write_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
         }
 
 
-def test_who_comes_to_a_recording_that_has_ended_is_left_alone(load: Callable[..., Engine]) -> None:
-    engine = load()
+def test_who_comes_to_a_recording_that_has_ended_is_left_alone(load_cut: Load) -> None:
+    engine = load_cut()
     trace = engine.trace()
     with trace:
         follow = trace.follow  # a failover that looked just before the end
@@ -163,8 +155,8 @@ def test_who_comes_to_a_recording_that_has_ended_is_left_alone(load: Callable[..
     assert len(trace.runs) == 2
 
 
-def test_batches_wait_in_front_of_the_first_stage_alone_and_what_is_lent_nowhere(load: Callable[..., Engine]) -> None:
-    engine = load(execution=Execution(batching=Batching(max_batch=2)), batch=2)
+def test_batches_wait_in_front_of_the_first_stage_alone_and_what_is_lent_nowhere(load_cut: Load) -> None:
+    engine = load_cut(execution=Execution(batching=Batching(max_batch=2)), batch=2)
     with engine.trace() as trace:
         engine.run({"x": normal(2, 32)})
         with engine.lend({"x": normal(2, 32)}):
