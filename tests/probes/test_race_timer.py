@@ -39,7 +39,7 @@ class Spin:
 
 @pytest.mark.parametrize("step_s", [0.5e-6, 5e-6, 30e-6])
 def test_short_steps_are_timed_in_batches_long_enough_for_the_clock(step_s: float) -> None:
-    timing = time_steps([Spin(step_s)], seconds=0.01)
+    timing = time_steps([Spin(step_s)], seconds=0.01, settle=9)  # one of them may stand still for a while
     assert timing.inner > 1
     assert min(timing.durations) * timing.inner >= 0.5 * BATCH_BELOW_S
     assert step_s <= min(timing.durations)
@@ -158,7 +158,7 @@ def load_wild(wild: Path, tmp_path: Path) -> Callable[[Worker], None]:
 
 def frozen(workers: Sequence[Worker]) -> int:
     """Return how many are stopped, once one runs: a signal takes a moment to reach all threads of a process."""
-    end = time.monotonic() + (1.0 if sys.platform == "linux" else 0.0)
+    end = time.monotonic() + (20.0 if sys.platform == "linux" else 0.0)
     while True:
         count = sum(psutil.Process(each.pid).status() == psutil.STATUS_STOPPED for each in workers)
         if count == len(workers) - 1 or time.monotonic() > end:
@@ -179,7 +179,7 @@ def test_copies_take_turns_and_only_one_worker_runs_at_a_time(load_wild: Callabl
 
             def call(operation: str, *, worker: Worker = each, ask: Any = each.call, **arguments: Any) -> Any:
                 asked.append((len(asked), worker.name))
-                stopped.append(frozen(workers))
+                stopped.append(frozen(workers) if len(asked) > len(workers) else 0)  # in the round to warm up they run as they like
                 return ask(operation, **arguments)
 
             each.call = call  # type: ignore[method-assign]

@@ -70,7 +70,7 @@ def test_what_hangs_is_stopped_at_its_limit(compile_wild: Compile, worker: Worke
     started = time.perf_counter()
     with pytest.raises(WorkerDied, match="took longer than 1 s and was stopped"):
         compile_wild(how, limit_s=1.0)
-    assert 0.9 < time.perf_counter() - started < 5
+    assert 0.9 < time.perf_counter() - started < 60  # what hangs does so for an hour
     assert not psutil.pid_exists(pid)
     assert works(worker)
 
@@ -146,8 +146,9 @@ def test_an_interrupted_question_is_not_answered_to_the_next(compile_wild: Compi
 
 def test_a_worker_killed_between_calls_is_replaced(worker: Worker) -> None:
     works(worker)
-    psutil.Process(worker.pid).kill()
-    time.sleep(0.2)
+    pid = worker.pid
+    psutil.Process(pid).kill()
+    assert gone(pid)
     assert works(worker)
     assert worker.generation == 2
 
@@ -198,7 +199,7 @@ workers[0].call("compile", limit_s=60, name="m", model="x", target=wire.target_o
 """
 
 
-def gone(pid: int, within_s: float = 5.0) -> bool:
+def gone(pid: int, within_s: float = 30.0) -> bool:
     end = time.perf_counter() + within_s
     while time.perf_counter() < end:
         if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
@@ -233,7 +234,7 @@ def test_ctrl_c_reaches_the_parent_and_not_its_workers() -> None:
             print("ready", flush=True)  # within the try: an interrupt that comes between the two would be nobody's
             time.sleep(60)
         except KeyboardInterrupt:
-            print(*(worker.call("memory", limit_s=10)["peak_bytes"] > 0 for worker in workers), *(worker.generation for worker in workers))
+            print(*(worker.call("memory", limit_s=60)["peak_bytes"] > 0 for worker in workers), *(worker.generation for worker in workers))
     """)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
         assert parent.stdout
@@ -350,8 +351,9 @@ def test_a_bundle_is_timed_as_a_user_runs_it(tmp_path: Path, worker: Worker) -> 
     save_arrays(tmp_path / "x.npz", {"x": normal(2, 32)})
     answer = worker.call("load_bundle", limit_s=60, name="b", bundle=str(bundle), inputs=str(tmp_path / "x.npz"))
     assert answer["events"] == [] and answer["load_s"] >= answer["compile_s"] > 0
+    started = time.perf_counter()
     (duration,) = worker.call("timed", limit_s=60, name="b", seconds=0.1)["durations"]
-    assert 1e-6 < duration < 0.1
+    assert 1e-6 < duration < time.perf_counter() - started
 
 
 @posix

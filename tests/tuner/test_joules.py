@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aivmm.probes import wire
+from aivmm.probes import energy, wire
 from aivmm.probes.client import Worker
 from aivmm.probes.operations import save_arrays
 from aivmm.probes.race import Contestant
@@ -30,26 +29,22 @@ def target() -> Target:
 
 @contextmanager
 def package(root: Path) -> Iterator[Path]:
-    """A package that draws 20 W for as long as this is open."""
+    """A package that draws 20 W for as long as this is open: its counter stands where it would whenever it is read."""
     folder = root / "intel-rapl:0"
     folder.mkdir(parents=True)
     (folder / "name").write_text("package-0\n")
     (folder / "max_energy_range_uj").write_text("262143328850\n")
-    counter, fresh, stop, began = folder / "energy_uj", folder / "new", threading.Event(), time.perf_counter()
+    counter, began, read = folder / "energy_uj", time.perf_counter(), energy._micro
     counter.write_text("0\n")
 
-    def draw() -> None:
-        while not stop.wait(0.005):
-            fresh.write_text(f"{int(1e6 * WATTS * (time.perf_counter() - began))}\n")
-            fresh.replace(counter)  # a reader sees the old value or the new one
+    def counted(path: Path) -> float:
+        if path == counter:
+            counter.write_text(f"{int(1e6 * WATTS * (time.perf_counter() - began))}\n")
+        return read(path)
 
-    thread = threading.Thread(target=draw)
-    thread.start()
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(energy, "_micro", counted)
         yield root
-    finally:
-        stop.set()
-        thread.join()
 
 
 def test_a_sample_costs_the_power_times_its_share_of_the_time(tmp_path: Path, target: Target) -> None:

@@ -20,7 +20,7 @@ from aivmm.db.database import Database
 from aivmm.probes.records import Measured
 from aivmm.runtime.bundle import file_sha256
 from tests.tuner.conftest import Tuned
-from tests.tuner.harness import ONE_RUNTIME, TINY, Finished, Place, assert_as_promised, default_precision, listing, reference, run
+from tests.tuner.harness import LIMIT_S, ONE_RUNTIME, TINY, Finished, Place, assert_as_promised, default_precision, listing, reference, run
 
 VERDICTS = {"faster", "slower", "same", "ambiguous"}
 
@@ -60,7 +60,7 @@ def test_the_json_of_a_tune_has_the_keys_and_types_that_the_design_promises(tune
     assert found["predicted"]["reference"] in {each["name"] for each in found["baselines"]}
     assert all(is_number(found["probes"][name]) for name in ("measured", "reused", "refused", "failed"))
     assert found["accuracy"] == {"metric": "cosine", "value": pytest.approx(1.0, abs=1e-4), "limit": 0.999, "data": "synthetic"}
-    assert 0 < found["wall_s"] < 240
+    assert 0 < found["wall_s"] < LIMIT_S
     assert "\n" not in found["verdict"] and found["verdict"].startswith(found["plan"]["stages"][0]["target"])
     # A runtime's default may compute in bf16 without a word; the verdict has that word.
     silent = any(each["precision"] == "default" and default_precision(each["target"]) != "fp32" for each in found["plan"]["stages"])
@@ -215,7 +215,6 @@ def test_the_same_command_again_measures_nothing_but_the_proof(tuned: Tuned, aga
     assert len(stored) == tuned.summary["probes"]["measured"]
     assert again.json["measured"]["samples"] > 0
     assert again.json["model"] == tuned.summary["model"]
-    assert again.json["wall_s"] < 60  # within 20 s on a machine that does nothing else
 
 
 def test_quiet_says_nothing_on_standard_error(again: Finished) -> None:
