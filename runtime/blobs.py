@@ -14,13 +14,13 @@ import contextlib
 import hashlib
 import json
 import logging
+import mmap
 import os
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -33,11 +33,12 @@ from aivmm.runtime.target import Target
 
 log = logging.getLogger("aivmm.blobs")
 
-_FORMAT = 1
+_FORMAT = 2
 _MAGIC = b"aivmm compiled stage\n"
 _PAGE = 4096
 _WORDS = _PAGE // 8
 MOST_BYTES = 8 << 30  # the cache's size, beyond which the files that were not used for longest are removed
+_SMALL_BYTES = 1 << 20  # up to here SHA-256 is as fast as getting ready for anything else
 _ABANDONED_S = 3600.0  # a file half written that is older than this was left by a process that died
 
 
@@ -56,21 +57,34 @@ class BlobCache:
         except RuntimeError:  # a user whom the password file does not know, as containers have them
             self._problem("there is no home folder; set AIVMM_CACHE to a folder to keep compiled stages in")
 
-    def load(self, backend: Backend, model: Path, target: Target, config: Config, *, verified: Callable[[], None]) -> Executable:
+    def load(
+        self,
+        backend: Backend,
+        model: Path,
+        target: Target,
+        config: Config,
+        *,
+        verified: Callable[[], None],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Executable:
         """Return the stage from the cache, or compile it and keep it there. `verified` waits until the bundle's files are known to be good.
+
+        `meanwhile` starts what can go on while the runtime takes back what was in the cache.
 
         Raises:
             BundleError: `verified` did.
             Unsupported: as `Backend.compile`.
         """
-        if not isinstance(backend, ImportsBlob) or self._root is None or not backend.keeps_blobs(target):
+        keeper = _keeper(backend, target)
+        if self._root is None or keeper is None:
             verified()
             return backend.compile(model, target, config)
         path = self._path(model, target, config)
         blob = self._read(path)
         if blob is not None:
+            meanwhile()
             try:
-                executable = backend.import_blob(blob, model, target, config)
+                executable = keeper.import_blob(blob, model, target, config)
             except Unsupported as refusal:
                 self._problem(f"compiled again: {refusal}")
             else:
@@ -78,7 +92,7 @@ class BlobCache:
                 return executable
         verified()  # a stranger's file goes to no runtime before that
         try:
-            executable = backend.compile_to_export(model, target, config)
+            executable = keeper.compile_to_export(model, target, config)
         except Unsupported:
             return backend.compile(model, target, config)  # and if it was not for the export, this says so
         if isinstance(executable, ExportsBlob):
@@ -132,6 +146,8 @@ class BlobCache:
                 _require_ours(folder.lstat(), folder, stat.S_ISDIR)
             except _Odd as error:
                 raise OSError(str(error)) from error
+        import tempfile  # here: where all stages are kept nothing is written
+
         descriptor, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)  # mode 0600
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -148,6 +164,14 @@ class BlobCache:
     def _problem(self, text: str) -> None:
         self.problems.append(text)
         log.info("cache of compiled stages: %s", text)
+
+
+def _keeper(backend: Backend, target: Target) -> ImportsBlob | None:
+    """Return the backend where it keeps compiled stages of a target. Not by `isinstance`, which takes 40 µs when it is first asked."""
+    if not hasattr(backend, ImportsBlob.keeps_blobs.__name__):
+        return None
+    keeper = cast(ImportsBlob, backend)
+    return keeper if keeper.keeps_blobs(target) else None
 
 
 class _Odd(Exception):
@@ -184,17 +208,19 @@ def _mapped(file: Any, name: str) -> Buffer:
     if facts.get("name") != name or size <= 0 or os.fstat(file.fileno()).st_size != _PAGE + size:
         raise _Odd(f"{name} is damaged: {size} bytes were written")
     # Private: OpenVINO takes only what may be written to, and what it writes must not reach the file.
-    payload = np.memmap(file, dtype=np.uint8, mode="c", offset=_PAGE, shape=(size,))
+    payload = np.frombuffer(mmap.mmap(file.fileno(), _PAGE + size, access=mmap.ACCESS_COPY), dtype=np.uint8, offset=_PAGE)
     if _check_sum(payload) != expected:
         raise _Odd(f"{name} is damaged: its check sum is another")
     return payload
 
 
 def _check_sum(payload: Buffer) -> str:
-    """Return a digest that any flipped bit, lost or moved page changes, at the speed of memory: SHA-256 over the sums of the pages.
+    """Return a digest that any flipped bit, lost or moved page changes, at the speed of memory: SHA-256, of large ones over pages' sums.
 
     Not for strangers, who could make two pages of one sum: what a stranger may have written is not read at all.
     """
+    if len(payload) <= _SMALL_BYTES:
+        return hashlib.sha256(payload.data).hexdigest()
     whole = payload[: len(payload) // _PAGE * _PAGE].view(np.uint64).reshape(-1, _WORDS)
     digest = hashlib.sha256(np.add.reduce(whole, axis=1, dtype=np.uint64).tobytes())
     digest.update(payload[whole.size * 8 :].tobytes())

@@ -6,28 +6,27 @@ may be unlisted, since people put it there to read and the engine never opens it
 
 from __future__ import annotations
 
+import _thread
 import hashlib
 import json
-import lzma
 import mmap
 import os
 import re
-import shutil
 import stat
-import struct
-import tempfile
 import threading
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from time import perf_counter
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from aivmm.errors import BundleError, UsageError
 from aivmm.runtime.onnx_arity import short_of_inputs
 from aivmm.runtime.plan import Plan, parse_plan
 from aivmm.runtime.signing import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, Key, require_signature
+
+if TYPE_CHECKING:
+    from tempfile import TemporaryDirectory
 
 PLAN_FILE = "plan.json"
 FAMILY_FILE = "family.json"  # in its place where a bundle holds several plans; see `aivmm.runtime.family`
@@ -35,12 +34,8 @@ REPORT_FILE = "report.html"
 UNLISTED = frozenset({REPORT_FILE, SIGNATURE_FILE})  # may lie beside the plan without being listed in it
 _COMPILED = b"EPContext"  # the operator of ONNX Runtime that carries blobs, or reads them from a path of its own
 _MAX_PLAN_BYTES = 64 << 20
-_MAX_ZIP_RATIO = 200  # weights barely compress; a ratio beyond this is a bomb
-_MAX_ZIP_FILES = 10_000
-# What `zipfile` raises for damaged archives besides its own BadZipFile: it lets those of its decompressors and of `struct` through.
-_UNPACKING = (
-    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, ValueError, LookupError, RuntimeError, OverflowError,
-)  # fmt: skip
+_LARGE_BYTES = 32 << 20  # takes 20 ms to hash, or more
+_PIECE_BYTES = 1 << 20  # hashed at a time; before and after each, the interpreter's lock is taken from who loads the plan meanwhile
 
 
 class Bundle:
@@ -51,7 +46,7 @@ class Bundle:
         folder: Path,
         plan: Plan,
         *,
-        unpacked: tempfile.TemporaryDirectory[str] | None = None,
+        unpacked: TemporaryDirectory[str] | None = None,
         reading: Reading | None = None,
         text: bytes | None = None,
         shared: bool = False,
@@ -73,7 +68,7 @@ class Bundle:
     def open(cls, path: str | Path, *, signed_by: Key | Sequence[Key] | None = None, read_later: bool = False) -> Bundle:
         """Open and check the bundle at `path`. `signed_by`: public keys (PEM), one of which must have signed it.
 
-        With `read_later` the contents of the files are checked on a thread meanwhile: no file may be used before `verify` returned.
+        With `read_later` the contents of the files are not checked yet, and no file may be used before `verify` returned.
 
         Raises:
             BundleError: missing, damaged, changed, unsafe, newer than this version, or not signed as required.
@@ -98,8 +93,9 @@ class Bundle:
         try:
             text = read_root(folder, PLAN_FILE, path, signed_by=signed_by)
             plan = parse_plan(text, str(path / PLAN_FILE))
-            check_listing(folder, plan.files, root=PLAN_FILE, shown=path)
-            return cls(folder, plan, unpacked=unpacked, reading=Reading(folder, plan.files, plan.model_files(), path), text=text)
+            size = check_listing(folder, plan.files, root=PLAN_FILE, shown=path)
+            reading = Reading(folder, plan.files, plan.model_files(), path, size=size)
+            return cls(folder, plan, unpacked=unpacked, reading=reading, text=text)
         except BaseException:  # not handled, only cleaned up: nothing else knows of the folder
             if unpacked is not None:
                 unpacked.cleanup()
@@ -110,6 +106,11 @@ class Bundle:
         if name not in self.plan.files:
             raise BundleError(f"{name!r} is not a file of this bundle")
         return self.folder / PurePosixPath(name)
+
+    def start_reading(self) -> None:
+        """Have the contents of the files checked on a thread meanwhile, unless that has begun."""
+        if self._reading is not None:
+            self._reading.start()
 
     def verify(self) -> None:
         """Return when all files are known to be those that the plan lists.
@@ -146,33 +147,20 @@ def is_family(path: str | Path) -> bool:
     path = Path(path)
     if path.is_dir():
         return (path / FAMILY_FILE).is_file()
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return FAMILY_FILE in archive.namelist()
-    except (OSError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile):
-        return False  # whatever is wrong with it, opening it will say
+    from aivmm.runtime.unzip import holds  # here, as below: a folder need not wait for what zips need
+
+    return holds(path, FAMILY_FILE)
 
 
-def unpack(path: Path) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
+def unpack(path: Path) -> tuple[Path, TemporaryDirectory[str] | None]:
     """Return the folder of the bundle at `path`, nothing in it checked yet, and the temporary one that it is when `path` is a zip."""
     if path.is_dir():
         return path, None
     if not path.exists():
         raise BundleError(f"{path} does not exist", advice="make one with aivmm-tune MODEL -o PATH")
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        raise BundleError(f"{path} is neither a bundle folder nor a zip of one")
-    try:
-        unpacked = tempfile.TemporaryDirectory(prefix="aivmm-")
-    except OSError as error:
-        raise BundleError(
-            f"{path} is a zip, and there is no folder to unpack it to ({error.strerror or error})",
-            advice="set TMPDIR to a folder that may be written, or unpack it beforehand: aivmm plan export PLAN -o FOLDER",
-        ) from error
-    try:
-        _unzip(path, Path(unpacked.name))
-    except BaseException:  # not handled, only cleaned up: nothing else knows of the folder
-        unpacked.cleanup()
-        raise
+    from aivmm.runtime.unzip import unzip
+
+    unpacked = unzip(path, check_name=_check_name)
     return Path(unpacked.name), unpacked
 
 
@@ -188,17 +176,22 @@ def read_root(folder: Path, root: str, shown: Path, *, signed_by: Key | Sequence
     return text
 
 
-def check_listing(folder: Path, files: Mapping[str, str], *, root: str, shown: Path) -> None:
-    """Raise BundleError unless `folder` holds the file `root` and what `files` lists, and nothing else; contents are not looked at."""
+def check_listing(folder: Path, files: Mapping[str, str], *, root: str, shown: Path) -> int:
+    """Return the size in bytes of the files in `folder`; contents are not looked at.
+
+    Raises:
+        BundleError: it does not hold the file `root` and what `files` lists, and nothing else.
+    """
     for name in files:
         _check_name(name, shown)
     present = _walk(folder, shown, free=frozenset({REPORT_FILE}) - set(files))
-    unlisted = sorted(name for name in present - set(files) - {root} if not _may_be_unlisted(name, root))
+    unlisted = sorted(name for name in present.keys() - set(files) - {root} if not _may_be_unlisted(name, root))
     if unlisted:
         raise BundleError(f"{shown} holds {unlisted[0]!r}, which its plan does not list", advice="remove it, or tune again")
-    missing = sorted(set(files) - present)
+    missing = sorted(set(files) - present.keys())
     if missing:
         raise BundleError(f"{shown} lacks {missing[0]!r}", advice="copy the bundle again, whole")
+    return sum(present.values())
 
 
 def check_content(folder: Path, name: str, expected: str, shown: Path) -> None:
@@ -212,17 +205,31 @@ def check_content(folder: Path, name: str, expected: str, shown: Path) -> None:
 class Reading:
     """The check of a bundle's contents, on a thread of its own: hashing and loading leave the interpreter to each other."""
 
-    def __init__(self, folder: Path, files: Mapping[str, str], models: Iterable[str], shown: Path) -> None:
-        """Start to read `files` (digests by name) in `folder`; some are `models`. `shown` is what its user calls it, maybe a zip."""
+    def __init__(self, folder: Path, files: Mapping[str, str], models: Iterable[str], shown: Path, *, size: int) -> None:
+        """Prepare to read `files` (digests by name) in `folder`; some are `models`. `shown` is what its user calls it, maybe a zip.
+
+        What has a large `size` in bytes is begun at once. Reading and loading would take turns with the interpreter, so that what is small
+        waits until the runtimes begin their own work, beside which it is done soon.
+        """
         self.seconds = 0.0
         self.waited_s = 0.0  # by those who had nothing else to do meanwhile
         # Until all is read and found good, and whatever ends the thread before.
         self._error: BundleError | None = BundleError(f"{shown} was closed before all of it was read")
         self._given_up = False
-        self._thread = threading.Thread(
-            target=self._read, args=(folder, dict(files), frozenset(models), shown), name="aivmm-hash", daemon=True
-        )
-        self._thread.start()
+        self._starting = threading.Lock()
+        self._started = False
+        self._ended = threading.Event()
+        self._what = (folder, files, frozenset(models), shown)
+        if size >= _LARGE_BYTES:
+            self.start()
+
+    def start(self) -> None:
+        """Start to read, unless that was done before."""
+        with self._starting:
+            if not self._started:
+                # Not `threading.Thread`, whose `start` waits until the new thread runs: half a millisecond in which nothing is loaded.
+                _thread.start_new_thread(self._read, self._what)
+                self._started = True
 
     def wait(self) -> None:
         """Return when all is read and found good.
@@ -231,7 +238,8 @@ class Reading:
             BundleError: a file is not what the plan says.
         """
         started = perf_counter()
-        self._thread.join()
+        self.start()
+        self._ended.wait()
         self.waited_s += perf_counter() - started
         if self._error is not None:
             raise self._error
@@ -239,7 +247,9 @@ class Reading:
     def end(self) -> None:
         """Return when nothing is read any more, be it checked or not."""
         self._given_up = True
-        self._thread.join()
+        with self._starting:
+            if self._started:
+                self._ended.wait()
 
     def _read(self, folder: Path, files: Mapping[str, str], models: frozenset[str], shown: Path) -> None:
         started = perf_counter()
@@ -260,6 +270,7 @@ class Reading:
             self._error.__cause__ = error
         finally:
             self.seconds = perf_counter() - started
+            self._ended.set()
 
 
 def unlisted_in(folder: Path, root: str) -> list[str]:
@@ -287,9 +298,13 @@ def refuse_compiled(model: Path, shown: Path) -> None:
 def _read_beside(folder: Path, name: str, most: int, shown: Path) -> bytes | None:
     """Return the bytes of `plan.json` or `signature.json`, or None where it is no plain file. Read once: what is checked is used."""
     path = folder / name
-    if path.is_symlink() or not path.is_file():
+    try:
+        status = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    if path.stat().st_nlink > 1:
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    if status.st_nlink > 1:
         raise BundleError(f"{shown} holds {name!r}, which is hard-linked from elsewhere", advice="copy the bundle instead of linking it")
     with path.open("rb") as file:
         text = file.read(most + 1)
@@ -308,18 +323,21 @@ def _check_name(name: str, shown: Path) -> None:
         raise BundleError(f"{shown} lists {name!r}, which is not a plain path inside the bundle")
 
 
-def _walk(folder: Path, shown: Path, *, free: frozenset[str]) -> set[str]:
-    """Return the files below `folder`. Links of both kinds are refused: the runtimes read hard-linked external data without a question.
+def _walk(folder: Path, shown: Path, *, free: frozenset[str]) -> dict[str, int]:
+    """Return the files below `folder` with their sizes in bytes.
 
+    Links of both kinds are refused: the runtimes read hard-linked external data without a question.
     Those that are `free` are opened by nobody, so they may be hard links.
     """
-    found: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=False):
-        for each in (*folders, *files):
-            path = Path(root) / each
-            status = path.lstat()
-            name = path.relative_to(folder).as_posix()
+    found: dict[str, int] = {}
+    pending = [""]
+    while pending:
+        inside = pending.pop()
+        for entry in list(os.scandir(folder / inside)):
+            name = inside + entry.name
+            status = os.lstat(entry.path)  # an entry's own has no count of links on Windows
             if stat.S_ISDIR(status.st_mode):
+                pending.append(f"{name}/")
                 continue
             if not stat.S_ISREG(status.st_mode):
                 raise BundleError(f"{shown} holds {name!r}, which is a link or a special file")
@@ -327,46 +345,18 @@ def _walk(folder: Path, shown: Path, *, free: frozenset[str]) -> set[str]:
                 raise BundleError(
                     f"{shown} holds {name!r}, which is hard-linked from elsewhere", advice="copy the bundle instead of linking it"
                 )
-            found.add(name)
+            found[name] = status.st_size
     return found
-
-
-def _unzip(archive: Path, folder: Path) -> None:
-    try:
-        with zipfile.ZipFile(archive) as zipped:
-            members = [each for each in zipped.infolist() if not each.is_dir()]
-            if len(members) > _MAX_ZIP_FILES:
-                raise BundleError(f"{archive} holds {len(members)} files, more than {_MAX_ZIP_FILES}")
-            packed = max(1, archive.stat().st_size)
-            total = sum(each.file_size for each in members)
-            if total > packed * _MAX_ZIP_RATIO:
-                raise BundleError(f"{archive} would unpack to more than {_MAX_ZIP_RATIO} times its size")
-            if total > (free := shutil.disk_usage(folder).free):
-                problem = f"{archive} unpacks to {total >> 20} MiB, and the folder for that has {free >> 20} MiB left"
-                raise BundleError(problem, advice="set TMPDIR to a folder with more room")
-            for member in members:
-                _check_name(member.filename, archive)
-                target = folder / PurePosixPath(member.filename)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with zipped.open(member) as source, target.open("xb") as sink:
-                    _copy_at_most(source, sink, member.file_size, archive)
-    except _UNPACKING as error:
-        raise BundleError(f"{archive} cannot be unpacked ({error})") from error
-
-
-def _copy_at_most(source: object, sink: object, size: int, archive: Path) -> None:
-    left = size
-    while chunk := source.read(1 << 20):  # type: ignore[attr-defined]
-        left -= len(chunk)
-        if left < 0:  # the header lied about the size
-            raise BundleError(f"{archive} holds more data than it declares")
-        sink.write(chunk)  # type: ignore[attr-defined]
 
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file, mmap.mmap(-1, _PIECE_BYTES) as room, memoryview(room) as piece:
+        while size := file.readinto(piece):
+            with piece[:size] as read:
+                digest.update(read)
+    return digest.hexdigest()
 
 
 def write_bundle(destination: Path, plan: Plan, files: Mapping[str, Path]) -> Path:
@@ -379,7 +369,7 @@ def write_bundle(destination: Path, plan: Plan, files: Mapping[str, Path]) -> Pa
     """
 
     def texts(listed: dict[str, str]) -> dict[str, str]:
-        text = plan.model_copy(update={"files": listed}).to_json()
+        text = plan.replaced(files=listed).to_json()
         parse_plan(text, PLAN_FILE)  # what we write, we can read
         return {PLAN_FILE: text}
 
@@ -399,6 +389,9 @@ def write_folder(destination: Path, files: Mapping[str, Path], texts: Callable[[
 
 
 def _write(destination: Path, files: Mapping[str, Path], texts: Callable[[dict[str, str]], Mapping[str, str]]) -> Path:
+    import shutil  # here, as below: who loads a plan writes none
+    import tempfile
+
     staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
     try:
         listed: dict[str, str] = {}
@@ -424,6 +417,9 @@ def _swap_in(staging: Path, destination: Path) -> None:
     if not destination.exists():
         staging.rename(destination)
         return
+    import shutil
+    import tempfile
+
     # A sibling, since a folder that may not be written can be renamed where it is but not moved into another.
     retired = Path(tempfile.mkdtemp(prefix=f".{destination.name}-old-", dir=destination.parent))
     retired.rmdir()
@@ -438,6 +434,8 @@ def _swap_in(staging: Path, destination: Path) -> None:
 
 def check_destination(destination: Path) -> None:
     """Raise UsageError unless a bundle can be written at `destination`; asked before an hour is spent on measuring."""
+    import tempfile
+
     parent = destination.absolute().parent
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise UsageError(f"cannot write the plan to {destination}: it exists and is not a folder", advice="choose another with -o DIR")

@@ -8,8 +8,6 @@ import platform
 from functools import cache
 from pathlib import Path
 
-import psutil
-
 from aivmm.runtime.target import Device
 
 # The ones that decide which kernels a runtime picks; hundreds of others would only make fingerprints brittle.
@@ -25,37 +23,51 @@ def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/
     Reads version 2 (`cpu.max` of the group and of each of its parents: the tightest counts) and version 1 (`cpu.cfs_quota_us`).
     """
     try:
-        lines = membership.read_text().splitlines()
+        lines = (_start_of(str(membership)) or "").splitlines()
     except OSError:
         return None
     quotas: list[float] = []
     for line in lines:
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
-        base = root if not controllers else root / controllers
         if not path or (controllers and "cpu" not in controllers.split(",")):
             continue
-        group = base / path.lstrip("/")
         # Inside a container the group's path may name the host's tree; its own limits are then at the root of the mount.
-        for folder in (group, *group.parents, base):
-            if folder != base and base not in folder.parents:
-                continue
+        folder = f"{root}/{controllers}" if controllers else str(root)
+        for name in ("", *filter(None, path.split("/"))):
+            folder = f"{folder}/{name}" if name else folder
             quota = _quota_of(folder)
             if quota is not None:
                 quotas.append(quota)
     return min(quotas, default=None)
 
 
-def _quota_of(folder: Path) -> float | None:
+def _quota_of(folder: str) -> float | None:
     try:
-        if (folder / "cpu.max").exists():
-            limit, period = (folder / "cpu.max").read_text().split()
-        else:
-            limit = (folder / "cpu.cfs_quota_us").read_text().strip()
-            period = (folder / "cpu.cfs_period_us").read_text().strip()
+        text = _start_of(f"{folder}/cpu.max")
+        if text is None and (text := _start_of(f"{folder}/cpu.cfs_quota_us")) is not None:
+            text = f"{text} {_start_of(f'{folder}/cpu.cfs_period_us')}"
+        if text is None:
+            return None
+        limit, period = text.split()
         cores = None if limit in ("max", "-1") else float(limit) / float(period)
     except (OSError, ValueError, ZeroDivisionError):
         return None
     return cores if cores is not None and cores > 0 else None
+
+
+def _start_of(path: str, until: bytes = b"") -> str | None:
+    """Return a file of the kernel's as far as the first `until`, or None where there is none. Some write a page for each core there is."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    text = b""
+    try:
+        while not (until and until in text) and (piece := os.read(descriptor, 4096)):
+            text += piece
+    finally:
+        os.close(descriptor)
+    return (text.partition(until)[0] if until else text).decode(errors="replace")
 
 
 def usable_cores() -> int:
@@ -94,13 +106,14 @@ def _instruction_sets() -> tuple[str, ...]:
 @cache
 def _cpuinfo() -> dict[str, str]:
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = _start_of("/proc/cpuinfo", until=b"\n\n") or ""
     except OSError:
         return {}
-    first, _, _ = text.partition("\n\n")
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
 
 
 def host_memory_bytes() -> int:
     """Return the host's physical memory in bytes."""
+    import psutil  # here: who runs a plan need not wait for it
+
     return int(psutil.virtual_memory().total)

@@ -344,7 +344,7 @@ class Engine:
         self._ways = [(_PLAN, plan.stages, plan.execution)]
         for each in plan.fallbacks:  # what requests may look like stays as it is
             batching = each.execution.batching or plan.execution.batching
-            self._ways.append((each.name, each.stages, each.execution.model_copy(update={"batching": batching})))
+            self._ways.append((each.name, each.stages, each.execution.replaced(batching=batching)))
         if self._on_mismatch == "error":
             self._ways = self._ways[:1]
         first = self._mismatch()
@@ -427,7 +427,9 @@ class Engine:
             self._bundle.verify()
             executable = backend.compile(model, target, config)
         else:
-            executable = self._blobs.load(backend, model, target, config, verified=self._bundle.verify)
+            executable = self._blobs.load(
+                backend, model, target, config, verified=self._bundle.verify, meanwhile=self._bundle.start_reading
+            )
         try:
             _check_interface(stage, executable)
         except BundleError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from aivmm.runtime.target import Target
 
@@ -26,11 +26,15 @@ class Environment:
     @property
     def fingerprint(self) -> str:
         """32 hexadecimal digits of the SHA-256 of the canonical JSON of all fields."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:32]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return all fields. Not by `dataclasses.asdict`, whose deep copies a plan that is loaded would wait for."""
+        return {each: getattr(self, each) for each in self.__slots__}
 
     def differences(self, other: Environment) -> dict[str, tuple[object, object]]:
         """Return each field that differs, as (here, there)."""
-        mine, theirs = asdict(self), asdict(other)
+        mine, theirs = self.as_dict(), other.as_dict()
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
 

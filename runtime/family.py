@@ -7,30 +7,27 @@ file of its own, whose paths count from the bundle's root, so that buckets share
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from msgspec import Meta, field
 
 from aivmm.errors import BundleError
 from aivmm.runtime.bundle import FAMILY_FILE, Bundle, Reading, check_content, check_listing, read_root, unpack, write_folder
-from aivmm.runtime.plan import Count, Digest, Extent, Finite, Model, Number, Plan, parse_plan
+from aivmm.runtime.plan import Model, Number, Plan, parse_plan
 from aivmm.runtime.signing import Key
+from aivmm.runtime.strict import Count, Digest, Extent, Reader, Strict
 
 SCHEMA = 1
-Axis = Annotated[int, Field(ge=0, lt=64)]
+Axis = Annotated[int, Meta(ge=0, lt=64)]
 Padding = Literal["none", "zero", "edge"]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Dimension(_Part):
+class Dimension(Strict, frozen=True, kw_only=True):
     """An extent in which buckets differ, at every place where inputs have it.
 
     `padding` is how an input that is smaller than its bucket is filled up behind its end: with zeros (False, ""), with its last element
@@ -38,12 +35,12 @@ class Dimension(_Part):
     """
 
     name: str
-    places: list[tuple[str, Axis]] = Field(min_length=1)  # (input, axis)
+    places: Annotated[list[tuple[str, Axis]], Meta(min_length=1)]  # (input, axis)
     padding: Padding = "none"
     why: str = ""
 
 
-class Crop(_Part):
+class Crop(Strict, frozen=True, kw_only=True):
     """What is cut off an output behind padding: along `axis` it keeps `times` the extent that the inputs have in `dimension`."""
 
     output: str
@@ -52,7 +49,7 @@ class Crop(_Part):
     times: Count = 1
 
 
-class Bucket(_Part):
+class Bucket(Strict, frozen=True, kw_only=True):
     """A shape with a plan of its own."""
 
     name: str  # "seq=128"; "" for the only one
@@ -60,28 +57,28 @@ class Bucket(_Part):
     extents: dict[str, Extent] = {}  # by dimension
 
 
-class Promise(_Part):
+class Promise(Strict, frozen=True, kw_only=True):
     """What a workload asks for a model and what was seen with all of its models running at once."""
 
     priority: Count = 1  # 1 is served first
-    latency_s: Finite | None = None  # the most that the median from arrival to answer may take
-    p99_s: Finite | None = None  # as much for the 99th percentile
-    rate_per_s: Finite | None = None  # requests arriving; None: the next one comes when the last one is answered
+    latency_s: float | None = None  # the most that the median from arrival to answer may take
+    p99_s: float | None = None  # as much for the 99th percentile
+    rate_per_s: float | None = None  # requests arriving; None: the next one comes when the last one is answered
     seen: dict[str, Number] = {}  # "latency_s", "p99_s", "rate_per_s"
 
 
-class Served(_Part):
+class Served(Strict, frozen=True, kw_only=True):
     """A model of the bundle, and how it is run."""
 
     name: str
-    buckets: list[Bucket] = Field(min_length=1)
+    buckets: Annotated[list[Bucket], Meta(min_length=1)]
     dimensions: list[Dimension] = []
     crops: list[Crop] = []
     fallback: str | None = None  # the plan of open extents that takes what fits no bucket; without one that is refused
     promise: Promise | None = None
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Served:
+    def __post_init__(self) -> None:
+        """Raise ValueError where its parts do not fit together."""
         _require_once("bucket", [each.name for each in self.buckets])
         _require_once("dimension", [each.name for each in self.dimensions])
         _require_once("place", [str(place) for each in self.dimensions for place in each.places])
@@ -93,28 +90,25 @@ class Served(_Part):
             if crop.dimension not in known:
                 raise ValueError(f"output {crop.output!r} is cropped by {crop.dimension!r}, which is no dimension")
         _require_once("crop", [f"{each.output}[{each.axis}]" for each in self.crops])
-        return self
 
     def plan_files(self) -> list[str]:
         """Return the plan files of the model: those of the buckets, and the fallback's."""
         return [*(each.plan for each in self.buckets), *([self.fallback] if self.fallback is not None else [])]
 
 
-class Family(_Part):
+class Family(Strict, frozen=True, kw_only=True):
     """The content of `family.json`."""
 
-    schema_version: int = Field(alias="schema", default=SCHEMA, ge=1, le=SCHEMA)
+    schema_version: Annotated[int, Meta(ge=1, le=SCHEMA)] = field(name="schema", default=SCHEMA)
     kind: Literal["shapes", "workload"]
     created_by: str
     created_at: str  # ISO 8601, UTC
-    models: list[Served] = Field(min_length=1)
+    models: Annotated[list[Served], Meta(min_length=1)]
     verdict: str = ""
     files: dict[str, Digest]
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Family:
+    def __post_init__(self) -> None:
+        """Raise ValueError where its parts do not fit together."""
         if self.kind == "shapes" and len(self.models) > 1:
             raise ValueError("a bundle of shapes holds one model")
         _require_once("model", [each.name for each in self.models])
@@ -122,11 +116,6 @@ class Family(_Part):
         unlisted = next((name for each in self.models for name in each.plan_files() if name not in self.files), None)
         if unlisted is not None:
             raise ValueError(f"plan {unlisted!r} is not listed in files")
-        return self
-
-    def to_json(self) -> str:
-        """Return the text of `family.json`."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=True) + "\n"
 
 
 def _require_once(kind: str, names: Sequence[str]) -> None:
@@ -135,35 +124,16 @@ def _require_once(kind: str, names: Sequence[str]) -> None:
         raise ValueError(f"{kind} {twice!r} is there twice")
 
 
+_READER = Reader(Family, newest=SCHEMA, remedy="tune again")
+
+
 def parse_family(text: str | bytes, where: str) -> Family:
     """Check the text of a `family.json`.
 
     Raises:
         BundleError: not JSON, newer than this version, or not a family; one line, with the place.
     """
-    try:
-        raw = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{where} is not valid JSON ({error})") from error
-    schema = raw.get("schema") if isinstance(raw, dict) else None
-    if not isinstance(schema, int) or isinstance(schema, bool):
-        raise BundleError(f"{where} names no schema", advice="is this a file that aivmm-tune wrote?")
-    if schema > SCHEMA:
-        raise BundleError(
-            f"{where} has schema {schema}; this aivmm knows up to {SCHEMA}", advice="upgrade aivmm, or tune again with this one"
-        )
-    try:
-        return Family.model_validate_json(json.dumps(raw))
-    except RecursionError as error:
-        raise BundleError(f"{where} is nested too deeply") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(each) if str(each).isidentifier() or isinstance(each, int) else repr(str(each)[:80]) for each in first["loc"])
-        raise BundleError(f"{where}: {place or 'the family'}: {first['msg']}") from error
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a number a bundle may hold")
+    return _READER.read(text, where)
 
 
 @dataclass(slots=True)
@@ -220,7 +190,7 @@ def open_family(path: str | Path, *, signed_by: Key | Sequence[Key] | None = Non
 
 def _opened(path: Path, folder: Path, unpacked: TemporaryDirectory[str] | None, signed_by: Key | Sequence[Key] | None) -> OpenFamily:
     family = parse_family(read_root(folder, FAMILY_FILE, path, signed_by=signed_by), str(path / FAMILY_FILE))
-    check_listing(folder, family.files, root=FAMILY_FILE, shown=path)
+    size = check_listing(folder, family.files, root=FAMILY_FILE, shown=path)
     plans: dict[str, Plan] = {}
     for served in family.models:
         for name in served.plan_files():
@@ -231,7 +201,7 @@ def _opened(path: Path, folder: Path, unpacked: TemporaryDirectory[str] | None, 
                 raise BundleError(f"{path / name} lists {strange!r} otherwise than {FAMILY_FILE} does", advice="tune again")
         _require_one_interface(served, plans, path)
     models = [name for plan in plans.values() for name in plan.model_files()]
-    return OpenFamily(path, folder, family, plans, Reading(folder, family.files, models, path), unpacked)
+    return OpenFamily(path, folder, family, plans, Reading(folder, family.files, models, path, size=size), unpacked)
 
 
 def _require_one_interface(served: Served, plans: Mapping[str, Plan], path: Path) -> None:
@@ -267,7 +237,7 @@ class Part:
     """A plan of the family that is to be written: where its bundle's files lie now, by their names in the family."""
 
     plan: Plan  # its stages name files of `files`
-    files: Mapping[str, Path] = field(default_factory=dict)
+    files: Mapping[str, Path] = dataclass_field(default_factory=dict)
 
 
 def write_family(destination: Path, family: Family, parts: Mapping[str, Part]) -> Path:
@@ -281,10 +251,10 @@ def write_family(destination: Path, family: Family, parts: Mapping[str, Part]) -
     def texts(listed: dict[str, str]) -> dict[str, str]:
         plans: dict[str, str] = {}
         for name, part in parts.items():
-            plans[name] = part.plan.model_copy(update={"files": {each: listed[each] for each in part.files}}).to_json()
+            plans[name] = part.plan.replaced(files={each: listed[each] for each in part.files}).to_json()
             parse_plan(plans[name], name)  # what we write, we can read
         digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in plans.items()}
-        text = family.model_copy(update={"files": listed | digests}).to_json()
+        text = family.replaced(files=listed | digests).to_json()
         parse_family(text, FAMILY_FILE)
         return {**plans, FAMILY_FILE: text}
 

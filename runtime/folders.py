@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-
-import platformdirs
 
 
 def data_folder() -> Path:
     """Return the folder for data worth keeping for years (the database). Not created here."""
+    import platformdirs  # here and below: who names the folders need not wait for it
+
     return Path(platformdirs.user_data_dir("aivmm", appauthor=False))
 
 
 def cache_folder() -> Path:
     """Return the folder for what can be made again (compiled blobs). `AIVMM_CACHE` overrides it. Not created here."""
-    return Path(os.environ.get("AIVMM_CACHE") or platformdirs.user_cache_dir("aivmm", appauthor=False))
+    named = os.environ.get("AIVMM_CACHE")
+    if named:
+        return Path(named)
+    if sys.platform == "linux":  # what platformdirs says there, which takes as long to import as a plan to open
+        named = os.environ.get("XDG_CACHE_HOME", "")
+        return (Path(named) if named.startswith("/") else Path.home() / ".cache") / "aivmm"
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("aivmm", appauthor=False))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -41,6 +40,9 @@ from aivmm.runtime.ort_strays import read_strays
 from aivmm.runtime.target import Device, Target, Unavailable
 from aivmm.runtime.tensorrt_cache import tensorrt_caches
 from aivmm.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from tempfile import TemporaryDirectory
 
 # A model of one Relu on float32[4] (onnx.helper, opset 17, IR 8): what a trial compile compiles.
 TRIAL = (
@@ -144,7 +146,9 @@ class OnnxRuntime:
 
     def strays(self, model: Path, target: Target, config: Config, inputs: Mapping[str, Buffer]) -> Strays:
         """Profile some calls; see `ExplainsStrays.strays`."""
-        with tempfile.TemporaryDirectory(prefix="aivmm-") as folder:
+        from tempfile import TemporaryDirectory  # here, as below: who runs a plan that is cached writes none
+
+        with TemporaryDirectory(prefix="aivmm-") as folder:
             besides = {"enable_profiling": True, "profile_file_prefix": str(Path(folder) / "calls")}
             executable = self._session(str(model), target, config, besides)
             try:
@@ -163,8 +167,10 @@ class OnnxRuntime:
 
     def compile_to_export(self, model: Path, target: Target, config: Config) -> _Executable:
         """Compile `model`, and let the session write its optimized graph meanwhile: it cannot be asked for it afterwards."""
+        from tempfile import TemporaryDirectory
+
         try:
-            folder = tempfile.TemporaryDirectory(prefix="aivmm-")
+            folder = TemporaryDirectory(prefix="aivmm-")
         except OSError as error:
             raise Unsupported(f"there is no folder for the optimized graph ({error.strerror or error})") from error
         try:
@@ -319,7 +325,7 @@ class _Executable:
         self._session = session
         self._target = target
         self._asked = config
-        self.written: tuple[Path, tempfile.TemporaryDirectory[str]] | None = None  # the optimized graph, until it is asked for
+        self.written: tuple[Path, TemporaryDirectory[str]] | None = None  # the optimized graph, until it is asked for
         self.inputs: Sequence[TensorSpec] = tuple(_spec(each) for each in session.get_inputs())
         self.outputs: Sequence[TensorSpec] = tuple(_spec(each) for each in session.get_outputs())
 

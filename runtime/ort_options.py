@@ -10,8 +10,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import psutil
-
 from aivmm.runtime.config import Knob
 from aivmm.runtime.cpu import usable_cores
 from aivmm.runtime.nvidia import EXTRA_ADVICE, TENSORRT_ADVICE
@@ -146,6 +144,8 @@ EXECUTION_MODES = {"sequential": "ORT_SEQUENTIAL", "parallel": "ORT_PARALLEL"}
 
 def cpu_knobs() -> tuple[Knob, ...]:
     """Return the knobs of the CPU provider: those of the session."""
+    import psutil  # here: who runs a plan need not wait for it
+
     cores = usable_cores()
     physical = psutil.cpu_count(logical=False)
     # The library's own default: one thread a physical core, whatever a quota says.

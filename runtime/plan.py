@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from msgspec import Meta, field
 
-from aivmm.errors import BundleError, UsageError
+from aivmm.errors import UsageError
 from aivmm.runtime.config import Config, Setting
+from aivmm.runtime.strict import Count, Digest, Extent, Reader, Strict
 from aivmm.tensors import TensorSpec
 
 SCHEMA = 1
@@ -18,25 +18,16 @@ MOST_EXECUTABLES = 64  # of a stage: its replicas and those of its copies
 MOST_LANES = 1024  # requests in flight
 _SHORTEST_S = 1e-12  # of a call: less is no time at all, and monitors take logarithms
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=1 << 20)]
-Extent = Annotated[int, Field(ge=0, lt=1 << 48)]
-ModelFile = Annotated[str, Field(pattern=r"\.onnx$")]  # by its suffix a runtime would take it for some other format, and read more files
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Replicas = Annotated[int, Field(ge=1, le=MOST_EXECUTABLES)]
-Callers = Annotated[int, Field(ge=1, le=MOST_LANES)]
-Weight = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Value = Annotated[bool | int | Finite | str, Field(union_mode="smart")]
+# By its suffix a runtime would take it for some other format, and read more files; `$` would also match before a line feed at the end.
+ModelFile = Annotated[str, Meta(pattern=r"\.onnx(?![\s\S])")]
+Replicas = Annotated[int, Meta(ge=1, le=MOST_EXECUTABLES)]
+Callers = Annotated[int, Meta(ge=1, le=MOST_LANES)]
+Weight = Annotated[float, Meta(gt=0, le=1e9)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Value = bool | int | float | str
 
 
-class _Part(BaseModel):
-    """Strict: a wrong type is an error and not a guess; an unknown field is an error and not ignored; values cannot be changed."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Tensor(_Part):
+class Tensor(Strict, frozen=True, kw_only=True):
     """A tensor at the edge of the model or of a stage. A null extent is known only after the run."""
 
     name: str
@@ -54,7 +45,7 @@ class Tensor(_Part):
         return TensorSpec(name=self.name, dtype=self.dtype, shape=tuple(self.shape))
 
 
-class Model(_Part):
+class Model(Strict, frozen=True, kw_only=True):
     """The model that the plan runs."""
 
     name: str
@@ -65,7 +56,7 @@ class Model(_Part):
     outputs: list[Tensor]
 
 
-class Copy(_Part):
+class Copy(Strict, frozen=True, kw_only=True):
     """A stage's blocks again, on another target or with another config: it runs beside the stage and takes its part of the requests."""
 
     model: ModelFile
@@ -77,7 +68,7 @@ class Copy(_Part):
     share: Share | None = None
 
 
-class Stage(_Part):
+class Stage(Strict, frozen=True, kw_only=True):
     """A segment on a target. With `copies` it is also elsewhere, and each request goes through one of them."""
 
     model: ModelFile  # a file of the bundle: "segments/<hash>.onnx"
@@ -87,17 +78,16 @@ class Stage(_Part):
     replicas: Replicas = 1  # copies of the stage, compiled each for itself, that take requests in turn
     weight: Weight = 1.0  # each replica's part of the requests in flight, beside those of `copies`
     share: Share | None = None  # its part of the requests answered, all replicas together, by the rates that were measured
-    copies: Annotated[list[Copy], Field(max_length=64)] = []
+    copies: Annotated[list[Copy], Meta(max_length=64)] = []
     blocks: tuple[int, int]  # first and last block of the model, both included
     inputs: list[Tensor]
     outputs: list[Tensor]
 
-    @model_validator(mode="after")
-    def _few_executables(self) -> Stage:
+    def __post_init__(self) -> None:
+        """Raise ValueError for more executables than a stage may have."""
         count = self.replicas + sum(each.replicas for each in self.copies)
         if count > MOST_EXECUTABLES:
             raise ValueError(f"{count} replicas, those of its copies among them, and a stage may have {MOST_EXECUTABLES}")
-        return self
 
     @property
     def compiled_with(self) -> Config:
@@ -106,8 +96,8 @@ class Stage(_Part):
 
     def everywhere(self) -> tuple[Stage, ...]:
         """Return the stage and its copies, each as a stage of its own."""
-        alone = self.model_copy(update={"copies": []})
-        return (alone, *(alone.model_copy(update={name: getattr(each, name) for name in Copy.model_fields}) for each in self.copies))
+        alone = self.replaced(copies=[])
+        return (alone, *(alone.replaced(**{name: getattr(each, name) for name in Copy.__struct_fields__}) for each in self.copies))
 
     def weights(self) -> list[float]:
         """Return the weight of each executable: the replicas of the stage, then those of its copies."""
@@ -118,53 +108,52 @@ class Stage(_Part):
         return [kind for kind, each in enumerate(self.everywhere()) for _ in range(each.replicas)]
 
 
-class Batching(_Part):
+class Batching(Strict, frozen=True, kw_only=True):
     """Dynamic batching: rows of several requests run together, and a request may have any number of rows (decision 0017)."""
 
     max_batch: Count  # rows that run together at most; where the stages have a fixed batch, that at most
-    max_wait_s: Annotated[float, Field(ge=0, le=60, allow_inf_nan=False)] = 0.0  # how long the first of them waits for company
+    max_wait_s: Annotated[float, Meta(ge=0, le=60)] = 0.0  # how long the first of them waits for company
 
 
-class Execution(_Part):
+class Execution(Strict, frozen=True, kw_only=True):
     """How the stages are run. Replicas are the stages' own."""
 
     mode: Literal["sequential", "pipelined"] = "sequential"  # pipelined: each stage on a thread of its own
-    depth: Annotated[int, Field(ge=1, le=64)] = 2  # pipelined: requests in flight for each stage and replica; 2 is double-buffered
+    depth: Annotated[int, Meta(ge=1, le=64)] = 2  # pipelined: requests in flight for each stage and replica; 2 is double-buffered
     batching: Batching | None = None
 
 
-class Number(_Part):
+class Number(Strict, frozen=True, kw_only=True):
     """A number, its 95 % interval, and where it comes from."""
 
-    value: Finite
-    low: Finite | None = None
-    high: Finite | None = None
+    value: float
+    low: float | None = None
+    high: float | None = None
     source: Literal["measured", "interpolated", "modelled"]
     samples: int = 0
 
 
-def _calls_take_time(expected: dict[str, Number]) -> dict[str, Number]:
+def _require_calls_that_take_time(expected: dict[str, Number]) -> None:
     for name in ("median_s", "p99_s"):  # other times may be 0: what nodes on the CPU cost where there are none
         number = expected.get(name)
         if number is not None and min(number.value, number.value if number.high is None else number.high) < _SHORTEST_S:
-            raise ValueError(f"{name} says that a call takes no time, or less")
-    return expected
+            raise ValueError(f"expected: {name} says that a call takes no time, or less")
 
 
-Expected = Annotated[dict[str, Number], AfterValidator(_calls_take_time)]  # metric -> number: "median_s", "throughput_per_s", ...
+Expected = dict[str, Number]  # metric -> number: "median_s", "throughput_per_s", ...
 
 
-class Accuracy(_Part):
+class Accuracy(Strict, frozen=True, kw_only=True):
     """How close the plan's outputs are to the fp32 reference."""
 
     metric: str
-    value: Finite
-    limit: Finite
+    value: float
+    limit: float
     data: Literal["real", "synthetic"]
     reference: str
 
 
-class Certificate(_Part):
+class Certificate(Strict, frozen=True, kw_only=True):
     """How good the plan was known to be before it was proven, as `sentence` says to a reader. Seconds are of one call.
 
     `bound_s` is what no other plan of the kind was expected to go below; null where nothing bounds it. `rests_on` are shares of
@@ -172,20 +161,20 @@ class Certificate(_Part):
     """
 
     objective: str
-    objective_s: Finite
-    interval_s: tuple[Finite, Finite]  # 95 %
-    bound_s: Finite | None = None
-    gap: Finite | None = None
+    objective_s: float
+    interval_s: tuple[float, float]  # 95 %
+    bound_s: float | None = None
+    gap: float | None = None
     proven: bool
-    rests_on: dict[Literal["measured", "interpolated", "modelled"], Finite]
-    segments_measured: Annotated[int, Field(ge=0)]
-    segments_possible: Annotated[int, Field(ge=0)]
-    planning_s: Finite
-    solves: Annotated[int, Field(ge=0)]
+    rests_on: dict[Literal["measured", "interpolated", "modelled"], float]
+    segments_measured: Annotated[int, Meta(ge=0)]
+    segments_possible: Annotated[int, Meta(ge=0)]
+    planning_s: float
+    solves: Annotated[int, Meta(ge=0)]
     sentence: str
 
 
-class Conditions(_Part):
+class Conditions(Strict, frozen=True, kw_only=True):
     """The environment of one target in which the numbers were measured."""
 
     target: str
@@ -194,11 +183,11 @@ class Conditions(_Part):
     runtime_version: str
     instruction_sets: list[str]
     usable_cores: int | None
-    power_limit_w: Finite | None
+    power_limit_w: float | None
     system: str
 
 
-class Alternative(_Part):
+class Alternative(Strict, frozen=True, kw_only=True):
     """Another way to run the model: kept as a fallback, or for another goal.
 
     `objective` names the goal in which it beats the plan. Its batch and callers are the plan's where they are null.
@@ -208,15 +197,19 @@ class Alternative(_Part):
     objective: str = ""
     batch: Count | None = None
     callers: Callers | None = None
-    stages: list[Stage] = Field(min_length=1)
+    stages: Annotated[list[Stage], Meta(min_length=1)]
     execution: Execution = Execution()
     expected: Expected = {}
 
+    def __post_init__(self) -> None:
+        """Raise ValueError where calls are said to take no time."""
+        _require_calls_that_take_time(self.expected)
 
-class Plan(_Part):
+
+class Plan(Strict, frozen=True, kw_only=True):
     """A decision, with everything needed to run it and to believe it."""
 
-    schema_version: int = Field(alias="schema", default=SCHEMA, ge=1, le=SCHEMA)
+    schema_version: Annotated[int, Meta(ge=1, le=SCHEMA)] = field(name="schema", default=SCHEMA)
     created_by: str  # "aivmm 0.1.0"
     created_at: str  # ISO 8601, UTC
     model: Model
@@ -224,7 +217,7 @@ class Plan(_Part):
     constraints: list[str] = []
     batch: Count
     callers: Callers = 1  # requests in flight for which the numbers hold
-    stages: list[Stage] = Field(min_length=1)
+    stages: Annotated[list[Stage], Meta(min_length=1)]
     execution: Execution = Execution()
     expected: Expected = {}
     accuracy: Accuracy | None = None
@@ -235,10 +228,13 @@ class Plan(_Part):
     verdict: str = ""
     files: dict[str, Digest]  # every other file of the bundle: path with forward slashes -> SHA-256
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+    def __post_init__(self) -> None:
+        """Raise ValueError where the parts of the plan do not fit together."""
+        _require_calls_that_take_time(self.expected)
+        self._require_stages_that_connect()
+        self._require_few_lanes()
 
-    @model_validator(mode="after")
-    def _stages_connect(self) -> Plan:
+    def _require_stages_that_connect(self) -> None:
         batches = (self.batch, *(each.batch or self.batch for each in (*self.alternatives, *self.fallbacks)))
         for stages, batch in zip(self.stage_lists(), batches, strict=True):
             known = {each.name: _at_batch(each.spec, self.batch, batch) for each in self.model.inputs}
@@ -262,10 +258,8 @@ class Plan(_Part):
                 if each.name not in known:
                     raise ValueError(f"no stage makes the output {each.name!r}")
                 _require_agreement(_at_batch(each.spec, self.batch, batch), known[each.name])
-        return self
 
-    @model_validator(mode="after")
-    def _few_lanes(self) -> Plan:
+    def _require_few_lanes(self) -> None:
         ways: tuple[Plan | Alternative, ...] = (self, *self.alternatives, *self.fallbacks)
         for way in ways:
             copies = max(len(each.kinds()) for each in way.stages)
@@ -273,7 +267,6 @@ class Plan(_Part):
             if lanes > MOST_LANES:
                 text = f"{len(way.stages)} stages with {way.execution.depth} requests for each, in up to {copies} replicas"
                 raise ValueError(f"{text}, are {lanes} requests in flight, and {MOST_LANES} may be")
-        return self
 
     def stage_lists(self) -> tuple[Sequence[Stage], ...]:
         """Return each way to run the model that the plan holds: its own, the alternatives', the fallbacks'."""
@@ -301,20 +294,18 @@ class Plan(_Part):
             "outputs": [made.get(each.name, each) for each in self.model.outputs],
         }
         batch = chosen.batch or self.batch
-        return self.model_copy(
-            update={
-                "model": self.model.model_copy(update=edges),
-                "objective": chosen.objective or self.objective,
-                "batch": batch,
-                "callers": chosen.callers or self.callers,
-                "stages": chosen.stages,
-                "execution": chosen.execution,
-                "expected": chosen.expected,
-                "accuracy": None,
-                "certificate": None,
-                "alternatives": [],
-                "fallbacks": [each for each in self.fallbacks if (each.batch or self.batch) == batch],
-            }
+        return self.replaced(
+            model=self.model.replaced(**edges),
+            objective=chosen.objective or self.objective,
+            batch=batch,
+            callers=chosen.callers or self.callers,
+            stages=chosen.stages,
+            execution=chosen.execution,
+            expected=chosen.expected,
+            accuracy=None,
+            certificate=None,
+            alternatives=[],
+            fallbacks=[each for each in self.fallbacks if (each.batch or self.batch) == batch],
         )
 
     def fallback_targets(self) -> tuple[str, ...]:
@@ -328,10 +319,6 @@ class Plan(_Part):
     def targets(self) -> tuple[str, ...]:
         """Return the stages' targets, each once, in order."""
         return tuple(dict.fromkeys(each.target for stage in self.stages for each in stage.everywhere()))
-
-    def to_json(self) -> str:
-        """Return the text of `plan.json`."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=True) + "\n"
 
 
 def agree(a: TensorSpec, b: TensorSpec) -> bool:
@@ -356,44 +343,16 @@ def _require_agreement(a: TensorSpec, b: TensorSpec) -> None:
         raise ValueError(f"{a} is {b} elsewhere in the plan")
 
 
+_READER = Reader(Plan, newest=SCHEMA, remedy="tune again")
+
+
 def parse_plan(text: str | bytes, where: str) -> Plan:
     """Check the text of a `plan.json`.
 
     Raises:
         BundleError: not JSON, newer than this version, or not a plan; one line, with the place.
     """
-    try:
-        raw = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{where} is not valid JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise BundleError(f"{where} holds {type(raw).__name__}, not an object")
-    if "schema" not in raw:
-        raise BundleError(f"{where} names no schema", advice="is this a file that aivmm-tune wrote?")
-    schema = raw["schema"]
-    if isinstance(schema, int) and not isinstance(schema, bool) and schema > SCHEMA:
-        raise BundleError(
-            f"{where} has schema {schema}; this aivmm knows up to {SCHEMA}", advice="upgrade aivmm, or tune again with this one"
-        )
-    try:
-        # Strict mode takes lists for tuples only from JSON, so the checked text goes in again, now known to be finite numbers.
-        return Plan.model_validate_json(json.dumps(raw))
-    except RecursionError as error:
-        raise BundleError(f"{where} is nested too deeply to be a plan") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(_shown(each) for each in first["loc"]) or "the plan"
-        raise BundleError(f"{where}: {place}: {first['msg']}") from error
-
-
-def _shown(place: int | str) -> str:
-    """Return a part of a place as one short line: keys come from the file."""
-    text = str(place)
-    return text if text.isidentifier() or text.isdigit() else repr(text[:80])
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a number a plan may hold")
+    return _READER.read(text, where)
 
 
 def settings(config: Config) -> dict[str, Setting]:

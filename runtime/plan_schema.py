@@ -11,18 +11,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from msgspec.json import schema
 
 from aivmm.runtime.family import Family
 from aivmm.runtime.plan import Plan
 from aivmm.runtime.signing import Signatures
+from aivmm.runtime.strict import Strict
 
-SCHEMAS: dict[str, type[BaseModel]] = {"plan.schema.json": Plan, "family.schema.json": Family, "signature.schema.json": Signatures}
+SCHEMAS: dict[str, type[Strict]] = {"plan.schema.json": Plan, "family.schema.json": Family, "signature.schema.json": Signatures}
 
 
 def json_schema(name: str) -> dict[str, Any]:
     """Return one of `SCHEMAS`, in JSON Schema 2020-12."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **SCHEMAS[name].model_json_schema(by_alias=True)}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema(SCHEMAS[name])}
 
 
 def text_of(name: str) -> str:

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from msgspec import Meta, field
 
 from aivmm.errors import BundleError, UsageError
+from aivmm.runtime.strict import Digest, Reader, Strict
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -28,27 +29,22 @@ _MAX_KEY_BYTES = 64 << 10
 Key = str | bytes | Path  # a PEM file's path, or PEM text
 
 
-class Signature(BaseModel):
+class Signature(Strict, frozen=True, kw_only=True):
     """One signature: by which key, and the 64 bytes of it, in hexadecimal."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
     algorithm: Literal["ed25519"]
-    key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256 of the 32 bytes of the public key
-    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+    key: Digest  # SHA-256 of the 32 bytes of the public key
+    signature: Annotated[str, Meta(pattern=r"^[0-9a-f]{128}(?![\s\S])")]
 
 
-class Signatures(BaseModel):
+class Signatures(Strict, frozen=True, kw_only=True):
     """What `signature.json` holds: at most one signature of each key."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=True)
+    schema_version: Literal[1] = field(name="schema", default=1)
+    signatures: Annotated[list[Signature], Meta(min_length=1, max_length=16)]
 
-    schema_version: Literal[1] = Field(alias="schema", default=1)
-    signatures: list[Signature] = Field(min_length=1, max_length=16)
 
-    def to_json(self) -> str:
-        """Return the text of `signature.json`."""
-        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+_READER = Reader(Signatures, newest=1, remedy="sign the plan again")
 
 
 def parse_signatures(text: bytes, where: str) -> Signatures:
@@ -57,12 +53,7 @@ def parse_signatures(text: bytes, where: str) -> Signatures:
     Raises:
         BundleError: it is not one; one line.
     """
-    try:
-        return Signatures.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(each)[:80] for each in first["loc"]) or "the file"
-        raise BundleError(f"{where}: {place}: {first['msg']}", advice="sign the plan again with aivmm plan sign") from error
+    return _READER.read(text, where)
 
 
 def sign(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from aivmm.errors import UsageError
@@ -13,6 +13,7 @@ from aivmm.runtime.target import Target
 
 Grade = Literal["exact", "compatible", "retune"]
 OnMismatch = Literal["warn", "error", "fallback"]
+_POLICIES: tuple[OnMismatch, ...] = get_args(OnMismatch)
 
 _SHOWN = 3  # differences named in a sentence; `Validity.differences` has all
 
@@ -53,10 +54,10 @@ def check_policy(on_mismatch: str) -> OnMismatch:
     Raises:
         UsageError: it is not.
     """
-    for known in get_args(OnMismatch):
+    for known in _POLICIES:
         if on_mismatch == known:
-            return known  # type: ignore[no-any-return]
-    raise UsageError(f"on_mismatch={on_mismatch!r} is unknown", advice=f"choose from {', '.join(get_args(OnMismatch))}")
+            return known
+    raise UsageError(f"on_mismatch={on_mismatch!r} is unknown", advice=f"choose from {', '.join(_POLICIES)}")
 
 
 def grade_stages(stages: Sequence[Stage], recorded: Iterable[Conditions], targets: Mapping[str, Target]) -> Validity:
@@ -65,8 +66,8 @@ def grade_stages(stages: Sequence[Stage], recorded: Iterable[Conditions], target
     differences: dict[str, tuple[object, object]] = {}
     retune = False
     for name in dict.fromkeys(each.target for stage in stages for each in stage.everywhere()):
-        here = asdict(environment_of(targets[name]))
-        there = conditions[name].model_dump() if name in conditions else {}
+        here = environment_of(targets[name]).as_dict()
+        there = conditions[name].as_json() if name in conditions else {}
         for key, value in here.items():
             value = list(value) if isinstance(value, tuple) else value
             if value != there.get(key):

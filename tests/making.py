@@ -204,7 +204,7 @@ def _stage(part: Part, segment: Segment) -> Stage:
         config=dict(part.settings),
         replicas=part.replicas,
         weight=part.weight,
-        copies=[each.model_copy(update={"model": f"segments/{segment.path.name}"}) for each in part.copies],
+        copies=[each.replaced(model=f"segments/{segment.path.name}") for each in part.copies],
         blocks=(segment.first, segment.last),
         inputs=tensors(segment.inputs),
         outputs=tensors(segment.outputs),

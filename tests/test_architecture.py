@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle
+
 ROOT = Path(__file__).parent.parent
 
 # Folder -> the folders it may import, besides itself and the two leaves `aivmm.errors` and `aivmm.tensors`.
@@ -46,6 +48,7 @@ HEAVY = {
     "jinja2": {"reports"},
     "cryptography": {"runtime/signing.py"},
     "typer": {"tuner"},
+    "pydantic": {"planner"},
     "rich": {"tuner"},
     "openvino": {"runtime", "models", "probes"},
     "onnxruntime": {"runtime", "models", "probes"},
@@ -186,15 +189,28 @@ def test_relative_imports_are_resolved_in_packages_too() -> None:
     assert imported("from . import b\nfrom .c import d", "aivmm.a", package=True) == {"aivmm.a", "aivmm.a.b", "aivmm.a.c", "aivmm.a.c.d"}
 
 
-def loaded_after(statement: str) -> set[str]:
-    """Return the top-level modules in a fresh process after `statement`."""
-    code = f"import sys\n{statement}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+def modules_after(statement: str) -> set[str]:
+    """Return the modules that a fresh process has more after `statement`, NumPy and what it needs left out."""
+    code = f"import sys, numpy\nbefore = set(sys.modules)\n{statement}\nprint(*(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.splitlines()[-1].split())
 
 
+def loaded_after(statement: str) -> set[str]:
+    """Return the top-level ones of `modules_after`."""
+    return {each.partition(".")[0] for each in modules_after(statement)}
+
+
 def test_importing_aivmm_is_light() -> None:
-    assert not loaded_after("import aivmm; dir(aivmm); aivmm.__doc__") & {*HEAVY, "pydantic", "psutil"}
+    assert not loaded_after("import aivmm; dir(aivmm); aivmm.__doc__") & {*HEAVY, "msgspec", "psutil"}
+
+
+def test_loading_a_plan_imports_nothing_that_it_can_do_without(tmp_path: Path) -> None:
+    """Each process in production waits for its imports: these take as long as opening a plan does, or many times as long."""
+    bundle = make_bundle(tmp_path / "m.aivmm", chain_model(), [Part(ONNXRUNTIME)])
+    modules = modules_after(f"import aivmm\nwith aivmm.load_plan({str(bundle)!r}): pass\nassert 'onnxruntime' in sys.modules")
+    slow = {"pydantic", "psutil", "platformdirs", "zipfile", "importlib.metadata", "asyncio", "aivmm.runtime.many", "aivmm.runtime.trace"}
+    assert not modules & slow
 
 
 def test_importing_all_of_the_runtime_loads_nothing_that_only_tuning_needs() -> None:

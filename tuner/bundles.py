@@ -26,8 +26,8 @@ def shown(bundle: Opened) -> dict[str, Any]:
         "files": len(bundle.all_files),
         "size_bytes": bundle.size_bytes,
         "signed_by": bundle.signers,
-        "family": None if bundle.family is None else bundle.family.model_dump(mode="json", by_alias=True),
-        "plans": {name: plan.model_dump(mode="json", by_alias=True) for name, plan in bundle.plans.items()},
+        "family": None if bundle.family is None else bundle.family.as_json(),
+        "plans": {name: plan.as_json() for name, plan in bundle.plans.items()},
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -481,7 +480,7 @@ def _same(candidate: Candidate, draft: Draft) -> bool:
 
 def as_planned(certificate: Certificate | None) -> Planned | None:
     """Return a certificate as the plan holds it."""
-    return None if certificate is None else Planned.model_validate_json(json.dumps(certificate.as_json()))
+    return None if certificate is None else Planned.from_json(certificate.as_json())
 
 
 def expected(plan: Entrant) -> dict[str, Number]:

@@ -51,22 +51,16 @@ def _models(plan: Plan) -> list[str]:
 def _renamed(plan: Plan, renamed: Mapping[str, str], files: Mapping[str, Path]) -> Plan:
     def stages(given: list[Stage]) -> list[Stage]:
         return [
-            each.model_copy(
-                update={
-                    "model": renamed[each.model],
-                    "copies": [copy.model_copy(update={"model": renamed[copy.model]}) for copy in each.copies],
-                }
-            )
+            each.replaced(model=renamed[each.model], copies=[copy.replaced(model=renamed[copy.model]) for copy in each.copies])
             for each in given
         ]
 
     def others(given: list[Alternative]) -> list[Alternative]:
-        return [each.model_copy(update={"stages": stages(each.stages)}) for each in given]
+        return [each.replaced(stages=stages(each.stages)) for each in given]
 
-    update = {
-        "stages": stages(plan.stages),
-        "alternatives": others(plan.alternatives),
-        "fallbacks": others(plan.fallbacks),
-        "files": dict.fromkeys(files, "0" * 64),  # the real ones come when the family is written
-    }
-    return plan.model_copy(update=update)
+    return plan.replaced(
+        stages=stages(plan.stages),
+        alternatives=others(plan.alternatives),
+        fallbacks=others(plan.fallbacks),
+        files=dict.fromkeys(files, "0" * 64),  # the real ones come when the family is written
+    )

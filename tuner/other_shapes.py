@@ -104,20 +104,18 @@ class OtherShapes:
             outputs=_listed(outputs),
         )
         files = {f"segments/{each.name}": each for each in (made.path, *made.weights)}
-        plan = self.plan.model_copy(
-            update={
-                "model": self.plan.model.model_copy(update={"inputs": _listed(inputs), "outputs": _listed(outputs)}),
-                "stages": [stage],
-                "execution": Execution(),
-                "expected": {},
-                "accuracy": None,
-                "certificate": None,
-                "environments": [Conditions(**{**fields, "instruction_sets": list(fields["instruction_sets"])})],
-                "alternatives": [],
-                "fallbacks": [],
-                "verdict": "for shapes that were not tuned",
-                "files": dict.fromkeys(files, "0" * 64),
-            }
+        plan = self.plan.replaced(
+            model=self.plan.model.replaced(inputs=_listed(inputs), outputs=_listed(outputs)),
+            stages=[stage],
+            execution=Execution(),
+            expected={},
+            accuracy=None,
+            certificate=None,
+            environments=[Conditions(**{**fields, "instruction_sets": list(fields["instruction_sets"])})],
+            alternatives=[],
+            fallbacks=[],
+            verdict="for shapes that were not tuned",
+            files=dict.fromkeys(files, "0" * 64),
         )
         return write_bundle(folder / "open.aivmm", plan, files)
 

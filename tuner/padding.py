@@ -259,4 +259,4 @@ class PaddingCheck:
 
 def replace_padding(dimension: Dimension, padding: Padding, why: str) -> Dimension:
     """Return `dimension` with another padding."""
-    return dimension.model_copy(update={"padding": padding, "why": why})
+    return dimension.replaced(padding=padding, why=why)

@@ -28,7 +28,7 @@ def find_run(database: Database, wanted: str | None) -> RunRecord:
         from aivmm.runtime.bundle import Bundle
 
         with Bundle.open(wanted) as bundle:
-            found = database.run_of_plan(bundle.plan.model_dump(mode="json", by_alias=True))
+            found = database.run_of_plan(bundle.plan.as_json())
         if found is None:
             raise UsageError(
                 f"the run that wrote {wanted} is not stored in {database.location}", advice="give the --db that it was tuned with"

@@ -330,10 +330,10 @@ def _adjusted(option: Option, seen: Seen | None, verdict: str) -> Callable[[Plan
     """Return what gives a plan its replicas, its callers, and what was seen of it in company."""
 
     def adjust(plan: Plan) -> Plan:
-        stages = [each.model_copy(update={"replicas": option.replicas}) for each in plan.stages]
+        stages = [each.replaced(replicas=option.replicas) for each in plan.stages]
         update: dict[str, Any] = {"stages": stages, "callers": option.replicas, "verdict": verdict}
         if seen is not None and seen.latency_s < math.inf:
             update["expected"] = dict(promise_of(Demand(name=option.model), seen).seen)
-        return plan.model_copy(update=update)
+        return plan.replaced(**update)
 
     return adjust

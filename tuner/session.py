@@ -358,7 +358,7 @@ class Session:
                 verdict=verdict,
             )
             shown_plan = self.output if self._shown is None else self._shown[0]
-            work.database.save_plan(record.id, plan.model_dump(mode="json", by_alias=True), str(shown_plan))
+            work.database.save_plan(record.id, plan.as_json(), str(shown_plan))
         result = summary(
             facts=work.subject.facts,
             given=self.options.model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from aivmm.planner.constraints import human
 from aivmm.probes import wire
 from aivmm.probes.client import Worker, compile_limit_s, run_limit_s
 from aivmm.probes.records import Caution
-from aivmm.runtime.plan import Stage
+from aivmm.runtime.bundle import PLAN_FILE
+from aivmm.runtime.plan import Stage, parse_plan
 from aivmm.runtime.target import Target
 
 _NAMED = 4  # how many are named in a sentence
@@ -80,4 +80,4 @@ def _named(names: Sequence[str], count: int | None = None) -> str:
 
 def read_stages(bundle: Path) -> list[Stage]:
     """Return the stages of a bundle that we have written."""
-    return [Stage.model_validate_json(json.dumps(each)) for each in json.loads((bundle / "plan.json").read_text())["stages"]]
+    return parse_plan((bundle / PLAN_FILE).read_bytes(), str(bundle / PLAN_FILE)).stages

@@ -253,7 +253,7 @@ def test_a_newer_schema_and_a_nested_plan_are_refused(bundle: Path) -> None:
     edit_plan(bundle, lambda plan: plan.update(schema=99))
     refused(bundle, "upgrade aivmm")
     (bundle / "plan.json").write_text("[" * 100_000)
-    refused(bundle, "not valid JSON")
+    refused(bundle, "Expected `object`, got `array`")
 
 
 @pytest.mark.parametrize("name", ["segments/a.xml", "segments/a.pb", "segments/a.ort", "segments/a.onnx.blob", "onnx"])
@@ -351,6 +351,16 @@ def test_contents_are_read_while_the_engine_loads_and_told_apart(tmp_path: Path)
         assert 0 < stats["hash_s"] < 60 and 0 <= stats["hash_wait_s"] <= stats["load_s"]
 
 
+def test_what_is_small_is_read_beside_the_runtime_and_what_is_large_at_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+    monkeypatch.setattr("aivmm.runtime.bundle.check_content", lambda *_: begun.set())
+    with Bundle.open(bundle, read_later=True):
+        assert not begun.wait(0.2)
+    monkeypatch.setattr("aivmm.runtime.bundle._LARGE_BYTES", 1000)
+    with Bundle.open(bundle, read_later=True):
+        assert begun.wait(60)
+
+
 @pytest.mark.parametrize("error", [MemoryError("no\nroom"), RecursionError(), ValueError("odd"), KeyboardInterrupt()], ids=repr)
 def test_a_check_that_ends_before_its_time_never_says_good(bundle: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail(*_: object) -> None:
@@ -371,6 +381,7 @@ def test_a_bundle_that_was_closed_while_it_was_read_is_not_found_good(bundle: Pa
 
     monkeypatch.setattr("aivmm.runtime.bundle.check_content", slow)
     opened = Bundle.open(bundle, read_later=True)
+    opened.start_reading()
     assert begun.wait(60) and opened._reading is not None
     closing = threading.Thread(target=opened.close)
     closing.start()

@@ -258,7 +258,7 @@ def model_of(raw: dict[str, Any]) -> Any:
     [
         ("family.json", lambda raw: raw.update(schema=2), "schema 2"),
         ("family.json", lambda raw: raw.pop("schema"), "no schema"),
-        ("family.json", lambda raw: raw.update(schema=True), "no schema"),
+        ("family.json", lambda raw: raw.update(schema=True), "schema: Expected `int`"),
         ("family.json", lambda raw: raw.update(more=1), "more"),
         ("family.json", lambda raw: raw.update(kind="other"), "kind"),
         ("family.json", lambda raw: raw.update(models=[]), "models"),

@@ -72,7 +72,7 @@ def test_an_alternative_at_another_batch_may_have_it_at_any_extent_that_was_the_
 def test_a_stage_tells_what_to_compile_it_with() -> None:
     first = parse_plan(json.dumps(raw()), "plan.json").stages[0]
     assert first.compiled_with == Config.of({"NUM_STREAMS": 2}, precision="fp32")
-    assert first.model_copy(update={"precision": "default"}).compiled_with.precision is None
+    assert first.replaced(precision="default").compiled_with.precision is None
     assert stage_settings(first.compiled_with) == {"NUM_STREAMS": 2}
 
 
@@ -92,7 +92,7 @@ def test_tensors_become_specs_again() -> None:
 
 def test_a_plan_cannot_be_changed() -> None:
     plan = parse_plan(json.dumps(raw()), "plan.json")
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(AttributeError, match="immutable"):
         plan.batch = 2
 
 
@@ -112,8 +112,8 @@ def test_how_stages_are_run_is_part_of_a_plan_and_old_plans_run_one_after_the_ot
     [
         (lambda p: p["stages"][0].update(replicas=0), "stages.0.replicas"),
         (lambda p: p["stages"][0].update(replicas=65), "stages.0.replicas"),
-        (lambda p: p["stages"][1].update(replicas=32, copies=[COPY | {"replicas": 33}]), "stages.1: Value error, 65 replicas"),
-        (lambda p: p["stages"][0].update(copies=[COPY] * 64), "stages.0: Value error, 65 replicas"),
+        (lambda p: p["stages"][1].update(replicas=32, copies=[COPY | {"replicas": 33}]), "stages.1: 65 replicas"),
+        (lambda p: p["stages"][0].update(copies=[COPY] * 64), "stages.0: 65 replicas"),
         (lambda p: p.update(execution={"mode": "parallel"}), "execution.mode"),
         (lambda p: p.update(execution={"depth": 0}), "execution.depth"),
         (lambda p: p.update(execution={"batching": {"max_batch": 0}}), "execution.batching.max_batch"),
@@ -129,14 +129,14 @@ def test_how_stages_are_run_is_part_of_a_plan_and_old_plans_run_one_after_the_ot
         (lambda p: p.update(stages=[]), "stages"),
         (lambda p: p.update(stages={}), "stages"),
         (lambda p: p["stages"][0].update(blocks=[0]), "stages.0.blocks"),
-        (lambda p: p["stages"][0]["config"].update(X=None), "stages.0.config.X"),
-        (lambda p: p["stages"][0]["config"].update(X=[1]), "stages.0.config.X"),
+        (lambda p: p["stages"][0]["config"].update(X=None), r"stages\.0\.config\.\*"),
+        (lambda p: p["stages"][0]["config"].update(X=[1]), r"stages\.0\.config\.\*"),
         (lambda p: p["model"]["inputs"][0].update(shape=[-1]), "model.inputs.0.shape.0"),
         (lambda p: p["model"]["inputs"][0].update(shape=[2**62]), "model.inputs.0.shape.0"),
         (lambda p: p["model"].update(sha256="A" * 64), "model.sha256"),
         (lambda p: p["files"].update({"segments/a.onnx": DIGEST + "\n"}), "files"),
         (lambda p: p.pop("model"), "model"),
-        (lambda p: p["expected"]["latency_s"].update(source="guessed"), "expected.latency_s.source"),
+        (lambda p: p["expected"]["latency_s"].update(source="guessed"), r"expected\.\*\.source"),
         (lambda p: p.update(schema=0), "schema"),
         (lambda p: p.update(schema="1"), "schema"),
         (lambda p: p.update(schema=True), "schema"),
@@ -162,7 +162,7 @@ def ways(**changes: Any) -> list[dict[str, Any]]:
 def test_a_call_that_takes_no_time_is_refused_in_every_way_through_the_plan(name: str, number: dict[str, float]) -> None:
     """A drift monitor takes the logarithm of it, inside of a request."""
     for plan in ways(expected={name: {**number, "source": "measured"}}):
-        with pytest.raises(BundleError, match=rf"^here: \S*expected: Value error, {name} says that a call takes no time, or less$"):
+        with pytest.raises(BundleError, match=rf"^here: (\S+: )?expected: {name} says that a call takes no time, or less; "):
             parse_plan(json.dumps(plan), "here")
     for plan in ways(expected={name: {"value": 1e-9, "low": 0.0, "source": "measured"}, "stray_s": {"value": 0.0, "source": "measured"}}):
         parse_plan(json.dumps(plan), "here")
@@ -301,7 +301,7 @@ def test_a_plan_with_anything_put_anywhere_is_read_or_refused(data: st.DataObjec
 
 
 def test_the_fields_of_a_tensor_are_those_of_the_spec() -> None:
-    assert set(Tensor.model_fields) == {"name", "dtype", "shape"}
+    assert set(Tensor.__struct_fields__) == {"name", "dtype", "shape"}
 
 
 def test_the_text_is_ascii_with_unix_line_ends(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aivmm.errors import BundleError
 from aivmm.runtime.engine import Engine
-from aivmm.runtime.plan import Copy, Execution, Plan
+from aivmm.runtime.plan import Copy, Execution, parse_plan
 from aivmm.runtime.sharing import shared_out
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, reference
 
@@ -82,7 +82,7 @@ def test_a_plan_of_copies_survives_its_file_and_an_unlisted_model_file_is_refuse
     bundle = make_bundle(tmp_path / "m.aivmm", chain_model(), [Part(OPENVINO, copies=(copy_on(ONNXRUNTIME, weight=0.5),))])
     with Engine.load(bundle) as engine:
         plan = engine.plan
-    assert Plan.model_validate_json(plan.to_json()) == plan
+    assert parse_plan(plan.to_json(), "plan.json") == plan
     text = (bundle / "plan.json").read_text()
     model = plan.stages[0].copies[0].model
     after = f'",\n          "target": "{ONNXRUNTIME}"'

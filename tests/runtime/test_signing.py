@@ -118,9 +118,9 @@ def test_a_signature_moved_to_another_plan_is_refused(signed: Path, keys: tuple[
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        (b"", "signature.json: the file"),
+        (b"", "signature.json is not valid JSON"),
         (b"[]", "signature.json"),
-        (b'{"schema": 2, "signatures": []}', "signature.json: schema"),
+        (b'{"schema": 2, "signatures": []}', "signature.json has schema 2; .* upgrade aivmm, or sign the plan again with this one"),
         (b'{"schema": 1, "signatures": [{"algorithm": "none", "key": "", "signature": ""}]}', r"signature.json: signatures\.0\.algorithm"),
         (b"[" * 50_000, "signature.json"),
         (b" " * (65 << 10), "larger than 64 KiB"),
