@@ -17,7 +17,7 @@ from aivmm.db.migrate import revision_of
 from aivmm.db.schema import config, lowering, metadata, model, model_block, model_operator, operator, probe, run, run_probe
 from aivmm.db.store import chunks
 from aivmm.errors import UsageError
-from aivmm.probes.records import ProbeKind
+from aivmm.probes.records import ProbeKind, replicas_of
 from aivmm.runtime.target import matches
 
 KINDS: tuple[str, ...] = ("model", "segment", "operator", "transfer")
@@ -148,7 +148,8 @@ def names_of(connection: Connection, subjects: Iterable[str]) -> Mapping[str, st
         for single in connection.execute(select(operator.c.signature, operator.c.description).where(operator.c.signature.in_(some))):
             known[single.signature] = single.description
     known |= {base: base for base in bases.values() if " from " in base}  # a transfer's is for people already (`Transfer.key`)
-    return {subject: known.get(base, subject) for subject, base in bases.items()}
+    names = {subject: known.get(base, subject) for subject, base in bases.items()}
+    return {subject: f"{name} in {count} replicas" if (count := replicas_of(subject)) > 1 else name for subject, name in names.items()}
 
 
 def statistics(database: Database) -> dict[str, Any]:

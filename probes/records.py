@@ -34,8 +34,7 @@ class ProbeKey:
     @property
     def replicas(self) -> int:
         """How many times the subject was compiled, to share those requests out; see `in_replicas`."""
-        found = _REPLICAS.fullmatch(self.subject)
-        return int(found[2]) if found else 1
+        return replicas_of(self.subject)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +172,12 @@ class Transfer:
 def in_replicas(subject: str, replicas: int) -> str:
     """Return the subject of a probe of `replicas` copies of `subject`, compiled each for itself, that take requests in turn."""
     return subject if replicas == 1 else f"{subject}~x{replicas}"
+
+
+def replicas_of(subject: str) -> int:
+    """Return the replicas that `in_replicas` wrote; 1 where it wrote none."""
+    found = _REPLICAS.fullmatch(subject)
+    return int(found[2]) if found else 1
 
 
 def handover_of(key: ProbeKey) -> tuple[int, str] | None:

@@ -16,7 +16,7 @@ from aivmm.db.query import Filter, find, statistics
 from aivmm.errors import UsageError
 from aivmm.models.records import ModelFacts, Structure
 from aivmm.planner.records import RunRecord
-from aivmm.probes.records import Measured
+from aivmm.probes.records import Measured, in_replicas
 from tests.db.filling import Filled, contents, fill
 
 Make = Callable[..., Measured]
@@ -77,6 +77,14 @@ def test_a_subject_with_more_behind_its_hash_is_still_of_its_model(database: Dat
     assert find(database, Filter(op_type="Relu")).total == 3
     assert find(database, Filter(model="squeezenet")).total == 4
     assert set(evidence(database, op_type="Relu")["name"]) == {"Relu 1x8"}
+
+
+def test_replicas_of_a_model_are_its_own_and_told_apart(database: Database, filled: Filled, measured: Make, structure: Structure) -> None:
+    one = dataclasses.replace(measured().key, kind="model", subject=structure.structure, callers=2)
+    two = dataclasses.replace(one, subject=in_replicas(one.subject, 2))
+    database.add_many([dataclasses.replace(measured(), key=key) for key in (one, two)])
+    assert (one.replicas, two.replicas) == (1, 2)
+    assert {"squeezenet", "squeezenet in 2 replicas"} <= set(evidence(database, kind="model")["name"])
 
 
 def test_what_is_unknown_is_said_with_what_is_known(database: Database, filled: Filled) -> None:
