@@ -13,6 +13,7 @@ whatever is there. What is compared takes turns in one process or in one race, i
 - overhead: `engine.run` against bare ONNX Runtime with I/O binding and the same options on the same input, one caller.
 - boundaries: copies between host and card, and between cards, by size.
 - two: one card against two (copies that share the requests, and a pipeline), precision and options the same, fed from the host.
+- two_tuned, beside, pixels, requests (when named): see `benchmarks.gpu_tuned`. `benchmarks.card_session` runs everything in turn.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -258,10 +260,10 @@ def boundaries(folder: Path, shared: Path) -> dict[str, Any]:
     from aivmm.tensors import TensorSpec
 
     found: dict[str, Any] = {}
-    cards = len(_cards())
+    count = len(cards())
     for size in (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 27):
         spec = TensorSpec(name="x", dtype="uint8", shape=(size,))
-        here: list[Any] = [device_tensor(spec, index) for index in range(min(2, cards))]
+        here: list[Any] = [device_tensor(spec, index) for index in range(min(2, count))]
         stream, page, pinned = Stream(0), np.ones(size, np.uint8), pinned_empty(spec)
         pinned[...] = 1
         card, host, locked = here[0].data_ptr(), page.ctypes.data, pinned.ctypes.data
@@ -291,7 +293,7 @@ def two(folder: Path, shared: Path) -> dict[str, Any]:
     from aivmm.runtime.plan import Copy, Execution
     from tests.making import Part, write_model
 
-    if len(_cards()) < 2:
+    if len(cards()) < 2:
         return {"refused": "one card only"}
     rates: dict[str, Any] = {}
     for name, batch, settings in (("bert", 32, PLAIN), ("resnet50", 64, FAST)):
@@ -356,10 +358,12 @@ def tune(folder: Path, shared: Path, *, models: Sequence[str], goals: Sequence[s
                 (keep / f"{name}-{objective}-{precision}.html").write_bytes(report.read_bytes())
 
 
-def _cards() -> list[str]:
-    asked = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit", "--format=csv,noheader"], capture_output=True, text=True
-    )
+def cards() -> list[str]:
+    """Return a line for each card: its name, driver, memory and power limit."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit", "--format=csv,noheader"]
+    if shutil.which(query[0]) is None:
+        return []
+    asked = subprocess.run(query, capture_output=True, text=True)
     return asked.stdout.strip().splitlines()
 
 
@@ -371,7 +375,7 @@ def environment() -> dict[str, Any]:
     from aivmm.runtime.cpu import cpu_device
 
     return {
-        "cards": _cards(),
+        "cards": cards(),
         "cpu": cpu_device().model,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -380,6 +384,13 @@ def environment() -> dict[str, Any]:
         "openvino": openvino.__version__,
         "at": time.strftime("%Y-%m-%d %H:%M"),
     }
+
+
+def _section(name: str) -> Callable[[Path, Path], dict[str, Any]]:
+    from benchmarks import gpu_tuned as more  # here: it is made of what is above
+
+    own = {"throughput": throughput, "overhead": overhead, "boundaries": boundaries, "two": two}
+    return {**own, "two_tuned": more.two_tuned, "beside": more.beside, "pixels": more.pixels, "requests": more.requests}[name]
 
 
 def main() -> None:
@@ -408,8 +419,7 @@ def main() -> None:
             models, goals = asked.models.split(","), asked.goals.split(",")
             tune(asked.folder, asked.shared, models=models, goals=goals, budget=asked.budget, state=asked.state, keep=asked.state)
             continue
-        section = {"throughput": throughput, "overhead": overhead, "boundaries": boundaries, "two": two}[name]
-        found = section(asked.folder, asked.shared)
+        found = _section(name)(asked.folder, asked.shared)
         (asked.state / f"{name}.json").write_text(json.dumps(found))
         print(f"{name}: {time.monotonic() - began:.0f} s", json.dumps(found)[:1500], flush=True)
 

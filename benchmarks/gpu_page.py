@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.gpu import GOALS, MODELS
+from benchmarks.gpu_tuned import page_rates, page_requests, page_two_tuned
 
 
 def page(state: Path) -> str:
@@ -20,6 +21,10 @@ def page(state: Path) -> str:
         ("throughput", "ResNet-50, fp32 input, images a second", _throughput),
         ("two", "One card and two, samples a second, fed from the host, fp16", _two),
         ("overhead", "The engine beside bare ONNX Runtime with I/O binding (µs, batch 1)", _overhead),
+        ("requests", "Kinds of requests beside bare I/O binding (µs, batch 1)", page_requests),
+        ("two_tuned", "One card and two, as tuned", page_two_tuned),
+        ("beside", "The CPU beside a card, by hand", page_rates),
+        ("pixels", "ResNet-50 in fp16, by the type of its input", page_rates),
         ("boundaries", "Copies of one caller", _boundaries),
     ):
         if name in found:
@@ -27,6 +32,12 @@ def page(state: Path) -> str:
     tunes = {key: value for key, value in found.items() if key.startswith("tune.")}
     if tunes:
         lines += ["", "## Plans against the defaults of every target", "", *_tunes(tunes)]
+    tests = {key.removeprefix("session."): value for key, value in found.items() if key.startswith("session.tests")}
+    if tests:
+        lines += ["", "## Tests with the marker `gpu`", ""]
+        lines += [
+            f"- {name}, {each['at']}: {(each['tails'][0].strip().splitlines() or ['nothing was said'])[-1]}" for name, each in tests.items()
+        ]
     failed = sorted(state.glob("*.failed"))
     if failed:
         lines += ["", "## Not finished", "", *(f"- {each.stem}: {_last(each)}" for each in failed)]

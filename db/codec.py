@@ -15,7 +15,7 @@ from json.encoder import encode_basestring_ascii as _quote
 from math import isfinite
 from typing import Any
 
-from aivmm.models.records import Category, CutPoint, ModelFacts
+from aivmm.models.records import Category, CutPoint, ModelFacts, taken_in
 from aivmm.probes.records import Caution, ProbeKey, Samples
 from aivmm.runtime.environment import Environment
 from aivmm.runtime.target import Device, Unavailable
@@ -154,7 +154,8 @@ def facts_to_json(facts: ModelFacts) -> dict[str, Any]:
 def facts_from_json(value: Mapping[str, Any]) -> ModelFacts:
     """Invert `facts_to_json`."""
     specs = {side: tuple(map(spec_from_json, value[side])) for side in ("inputs", "outputs")}
-    return ModelFacts(**{**value, **specs, "category": Category(**value["category"]), "notes": tuple(value["notes"])})
+    taken = tuple(map(taken_in, value.get("taken", ())))  # rows from before inputs could be taken in fewer bits lack it
+    return ModelFacts(**{**value, **specs, "category": Category(**value["category"]), "notes": tuple(value["notes"]), "taken": taken})
 
 
 def cut_point_to_json(cut: CutPoint) -> list[Any]:

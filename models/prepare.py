@@ -12,6 +12,7 @@ from onnx_ir.passes import common
 
 from aivmm.errors import ModelError, UsageError
 from aivmm.models.category import detect
+from aivmm.models.input_contract import InputContract
 from aivmm.models.intake_infer import infer_shapes
 from aivmm.models.intake_interface import keep_tensors
 from aivmm.models.intake_native import described
@@ -35,15 +36,15 @@ def prepare(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     dims: Mapping[str, int] | None = None,
     batch: int = 1,
-    narrow: bool = False,
+    contract: InputContract | None = None,
 ) -> ModelFacts:
     """Write the prepared form of the model at `source` to `destination`, and say what it is and what was changed.
 
     Weights that do not fit into one file go to `<destination>.data`. Outputs that are inputs are left to whoever runs the model, since no
     runtime writes them; the facts still list them. `shapes` binds whole inputs, `dims` symbolic dimensions, `batch` what
-    is left open of the batch; `narrow` takes wide floats as float16. Raises `ModelError` for a file that cannot be used, `UsageError` for
-    a shape that does not fit, for extents that must be given, and for a destination that cannot be written. Runs native code (shape
-    inference, trial runs): call it in a worker.
+    is left open of the batch; `contract` says which inputs are taken in fewer bits, none if None. Raises `ModelError` for a file that
+    cannot be used, `UsageError` for a shape that does not fit, for extents that must be given, for inputs that cannot be taken so, and for
+    a destination that cannot be written. Runs native code (shape inference, trial runs): call it in a worker.
     """
     notes: list[str] = []
     loaded = load_model(source)
@@ -53,11 +54,12 @@ def prepare(
     interface = [value.name or "" for value in model.graph.outputs]
     _note_interface(model, notes)
     plain_model(model, notes)
-    if narrow:
-        narrow_inputs(model, notes)
+    given = [_open_input(value) for value in model.graph.inputs]  # as the model has them: pixels stay images
+    taken = narrow_inputs(model, contract or InputContract(), shapes=shapes or {}, notes=notes)
+    if taken:
         _name_nodes(model)
     bound = bind(
-        [_open_input(value) for value in model.graph.inputs],
+        given,
         shapes=shapes or {},
         dims=dims or {},
         batch=batch,
@@ -82,6 +84,7 @@ def prepare(
         batch=bound.batch,
         batchable=bound.batchable,
         notes=tuple(notes),
+        taken=taken,
     )
 
 

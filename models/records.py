@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from aivmm.models.input_contract import Normalisation
 from aivmm.models.repeats import Repeat, stretches
 from aivmm.tensors import TensorSpec
 
@@ -81,6 +82,33 @@ class Structure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """An input that is taken in fewer bits than the model has it, and turned into its numbers inside, since the user asked for that."""
+
+    name: str
+    model_dtype: str  # what the model itself has: "float32"
+    dtype: str  # what callers give: "float16", "uint8"
+    normalisation: Normalisation | None = None  # of pixels; None: none is added, they are only cast
+
+    def __str__(self) -> str:
+        if self.dtype == "float16":
+            return f"{self.name} as float16"
+        how = "only cast inside" if self.normalisation is None else f"normalised inside: {self.normalisation}"
+        return f"{self.name} as {self.dtype}, 0 to 255 ({how})"
+
+
+def normalisation_in(raw: Mapping[str, Any]) -> Normalisation:
+    """Return the normalisation whose `asdict` went through JSON."""
+    return Normalisation(mean=tuple(raw["mean"]), scale=tuple(raw["scale"]))
+
+
+def taken_in(raw: Mapping[str, Any]) -> Taken:
+    """Return the input whose `asdict` went through JSON."""
+    normalisation = raw["normalisation"]
+    return Taken(**{**raw, "normalisation": None if normalisation is None else normalisation_in(normalisation)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
     """A prepared model: what the file was, what was done to it, and what it expects."""
 
@@ -95,6 +123,7 @@ class ModelFacts:
     batch: int  # the batch bound here
     batchable: bool  # True when another batch could be bound
     notes: tuple[str, ...]  # what was changed on the way in: "opset 1 raised to 17"
+    taken: tuple[Taken, ...] = ()  # inputs that the user wanted to give in fewer bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

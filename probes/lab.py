@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from aivmm.errors import AivmmError
+from aivmm.models.input_contract import InputContract
 from aivmm.models.records import ModelFacts
 from aivmm.probes import wire
 from aivmm.probes.accuracy import combined
@@ -164,7 +165,7 @@ class Lab:
         shapes: Mapping[str, tuple[int, ...]],
         dims: Mapping[str, int],
         batch: int,
-        narrow: bool = False,
+        contract: InputContract | None = None,
     ) -> ModelFacts:
         """Prepare a model file in a worker: shape inference is native code."""
         answer = self.worker("models").call(
@@ -175,7 +176,7 @@ class Lab:
             shapes={name: list(shape) for name, shape in shapes.items()},
             dims=dict(dims),
             batch=batch,
-            narrow=narrow,
+            contract=wire.contract_out(contract or InputContract()),
         )
         return wire.facts_in(answer["facts"])
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from aivmm.errors import UsageError
-from aivmm.probes import conformance, contention, fusion, operator_probes, phases, serving, transfers, wire
+from aivmm.probes import conformance, contention, copies, fusion, operator_probes, phases, serving, transfers, wire
 from aivmm.probes.accuracy import combined, judge, narrowed
 from aivmm.probes.device_memory import MemoryOf, memory_of
 from aivmm.probes.lowering import lower, noise, rebatch, sensitivity
@@ -188,13 +188,21 @@ def baselines(state: State, *, targets: list[dict[str, Any]], objective: str, ba
 
 
 def prepare(
-    state: State, *, source: str, destination: str, shapes: dict[str, list[int]], dims: dict[str, int], batch: int, narrow: bool = False
+    state: State,
+    *,
+    source: str,
+    destination: str,
+    shapes: dict[str, list[int]],
+    dims: dict[str, int],
+    batch: int,
+    contract: dict[str, Any],
 ) -> dict[str, Any]:
     """Prepare a model file; see `models.prepare`."""
     from aivmm.models.prepare import prepare as prepare_model
 
     bound = {name: tuple(shape) for name, shape in shapes.items()}
-    return {"facts": wire.facts_out(prepare_model(Path(source), Path(destination), shapes=bound, dims=dims, batch=batch, narrow=narrow))}
+    asked = wire.contract_in(contract)
+    return {"facts": wire.facts_out(prepare_model(Path(source), Path(destination), shapes=bound, dims=dims, batch=batch, contract=asked))}
 
 
 def demo(state: State, *, name: str, folder: str) -> dict[str, Any]:
@@ -562,6 +570,7 @@ OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     **conformance.OPERATIONS,
     **operator_probes.OPERATIONS,
     **transfers.OPERATIONS,
+    **copies.OPERATIONS,
     **fusion.OPERATIONS,
     **serving.OPERATIONS,
     **contention.OPERATIONS,

@@ -2,7 +2,8 @@
 
 Between targets of one host nothing is copied: the second stage reads the buffer that the first one wrote, as in the engine. What a boundary
 costs is then what the stages take together beyond what they take alone: the caches are cold for the second, and threads of one runtime spin
-while the other computes. Where a device has memory of its own, the copies are in it too. It can be negative within the noise.
+while the other computes. Where a device has memory of its own, each stage alone copies from and to the host; what is saved where the tensor
+between them stays there is in the cost too. So it can be negative, as it can within the noise. `aivmm.probes.copies` measures copies alone.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from aivmm.probes import phases, wire
 from aivmm.probes.machine import wait_until_quiet
 from aivmm.probes.records import Samples, Transfer, TransferPoint
-from aivmm.runtime.backend import Buffer, Executable, aligned_empty
+from aivmm.runtime.backend import Buffer, DeviceRequest, DeviceTensor, DeviceTensors, Executable, Request, aligned_empty, host_buffer
+from aivmm.runtime.null import SimulatedTime
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
 from aivmm.tensors import TensorSpec
@@ -171,41 +173,65 @@ def boundary(
                 model = stage_model(size, reads=reads, writes=writes)
                 executables.append(load_backend(target.runtime).compile(model, target, config))
             phases.enter(phases.RUN)
-            found.append({"size_bytes": size, **_measure(*_chained(executables, size))})
+            found.append({"size_bytes": size, **measured(chained(executables, size))})
         finally:
             for each in executables:
                 each.close()
     return {"boundaries": found}
 
 
-def _chained(executables: Sequence[Executable], size: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Return the two steps, bound to one shared buffer between them as `aivmm.runtime.lane` binds them."""
-    count = size // 4
-    buffers: dict[str, Buffer] = {name: aligned_empty(TensorSpec(name=name, dtype="float32", shape=(count,))) for name in ("a", "b", "c")}
-    for buffer in buffers.values():
-        buffer[...] = 1.0
-    requests = []
-    for executable in executables:
-        request = executable.new_request()
-        for spec in (*executable.inputs, *executable.outputs):
-            request.bind(spec.name, buffers[spec.name])
-        requests.append(request)
-    return requests[0].run, requests[1].run
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Two stages that hand a tensor over: at `between`, where both can keep it in one device's memory, else in a buffer that they share."""
+
+    requests: tuple[Request, Request]
+    shared: Buffer
+    between: DeviceTensor | None
+
+    def bind(self, *, together: bool) -> None:
+        """Let the tensor be where the engine has it when the stages run one after the other, or where it is when each runs alone."""
+        for request in self.requests:
+            if together and self.between is not None:
+                cast(DeviceRequest, request).bind_device("b", self.between)
+            else:
+                request.bind("b", self.shared)
 
 
-def _measure(first: Callable[[], object], second: Callable[[], object]) -> dict[str, Any]:
-    def both() -> None:
-        first()
-        second()
+def chained(executables: Sequence[Executable], size: int) -> Chain:
+    """Bind two stages as the engine does (`aivmm.runtime.lane`), "a" to "b" on the first of `executables` and "b" to "c" on the second.
 
-    steps: dict[str, Callable[[], object]] = {"both": both, "source": first, "destination": second}
+    A buffer of the host is of the kind that the executables want: page-locked for a card that asks for it.
+    """
+    maker, reader = executables
+    spec = TensorSpec(name="b", dtype="float32", shape=(size // 4,))
+    first, second = maker.new_request(), reader.new_request()
+    first.bind("a", _filled(replace(spec, name="a"), maker))
+    second.bind("c", _filled(replace(spec, name="c"), reader))
+    one_memory = isinstance(maker, DeviceTensors) and isinstance(reader, DeviceTensors) and maker.memory == reader.memory
+    between = maker.device_tensor(spec) if one_memory and isinstance(maker, DeviceTensors) else None
+    chain = Chain((first, second), _filled(spec, maker, reader), between)
+    chain.bind(together=True)
+    return chain
+
+
+def _filled(spec: TensorSpec, *executables: Executable) -> Buffer:
+    """Return a buffer of the kind that the first of the executables which wants any wants."""
+    wanted = (host_buffer(each, spec) for each in executables)
+    buffer = next((each for each in wanted if each is not None), None)
+    buffer = aligned_empty(spec) if buffer is None else buffer
+    buffer[...] = 1.0
+    return buffer
+
+
+def measured(chain: Chain) -> dict[str, Any]:
+    """Time both in sequence and each alone, as `boundary` returns it; requests whose time is arithmetic are asked for it."""
+    steps = {"both": chain.requests, "source": chain.requests[:1], "destination": chain.requests[1:]}
     kept: dict[str, list[list[float]]] = {name: [] for name in steps}
     order = list(steps)
     for _ in range(_ROUNDS):
         for name in order:
-            # Whatever ran before must not spin any more; its data leaves the caches during the warm-up.
-            wait_until_quiet(os.getpid())
-            kept[name].append(_times(steps[name]))
+            chain.bind(together=name == "both")
+            kept[name].append(_durations(steps[name]))
         order = order[1:] + order[:1]
     costs = [median(a) - median(b) - median(c) for a, b, c in zip(kept["both"], kept["source"], kept["destination"], strict=True)]
     return {
@@ -214,6 +240,22 @@ def _measure(first: Callable[[], object], second: Callable[[], object]) -> dict[
         "destination_s": median(each for times in kept["destination"] for each in times),
         "cost_s": median(costs),
     }
+
+
+def _durations(requests: Sequence[Request]) -> list[float]:
+    """Return how long runs of these requests, one after the other, took; of requests whose time is arithmetic, one."""
+    runs = [each.run for each in requests]
+
+    def in_turn() -> None:
+        for run in runs:
+            run()
+
+    if all(isinstance(each, SimulatedTime) for each in requests):
+        in_turn()
+        return [sum(cast(SimulatedTime, each).last_s for each in requests)]
+    # Whatever ran before must not spin any more; its data leaves the caches during the warm-up.
+    wait_until_quiet(os.getpid())
+    return _times(runs[0] if len(runs) == 1 else in_turn)
 
 
 def _times(step: Callable[[], object]) -> list[float]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from aivmm.models.records import Category, ModelFacts
+from aivmm.models.input_contract import InputContract
+from aivmm.models.records import Category, ModelFacts, normalisation_in, taken_in
 from aivmm.runtime.config import Config, Knob
 from aivmm.runtime.target import Device, Target, Unavailable
 from aivmm.tensors import TensorSpec
@@ -66,8 +67,19 @@ def facts_in(raw: Mapping[str, Any]) -> ModelFacts:
             "inputs": specs_in(raw["inputs"]),
             "outputs": specs_in(raw["outputs"]),
             "notes": tuple(raw["notes"]),
+            "taken": tuple(map(taken_in, raw["taken"])),
         }
     )
+
+
+def contract_out(contract: InputContract) -> dict[str, Any]:
+    """Return how inputs are to be taken as JSON takes it."""
+    return asdict(contract)
+
+
+def contract_in(raw: Mapping[str, Any]) -> InputContract:
+    """Return the contract that `contract_out` wrote."""
+    return InputContract(kind=raw["kind"], normalise={name: normalisation_in(each) for name, each in raw["normalise"].items()})
 
 
 def knob_out(knob: Knob) -> dict[str, Any]:

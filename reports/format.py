@@ -27,6 +27,15 @@ def shorten(text: str, limit: int) -> str:
     return f"{line[:head]}…{end[-tail:] if tail else ''}"
 
 
+def binary(value: float) -> str:
+    """Return a power of two in bytes: `4 KiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:g} {unit}"
+        value /= 1024
+    return f"{value:g} GiB"
+
+
 def seconds(value: float | None) -> str:
     """Return a duration with three significant digits: `2.71 ms`, `41.3 µs`, `2 min 5 s`."""
     if value is None:

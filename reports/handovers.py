@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from matplotlib.ticker import FuncFormatter
 
+from aivmm.probes.copies import is_copy
 from aivmm.probes.records import Measured, handover_of
 from aivmm.probes.transfers import TransferFit, fit_boundaries
 from aivmm.reports import format as fmt
@@ -40,13 +41,33 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryCopy:
+    """Copies along one route, outside any model: what each size takes."""
+
+    source: str
+    destination: str
+    times: tuple[tuple[int, float], ...]  # (bytes, seconds)
+
+    def said(self, size: int) -> tuple[str, str]:
+        """Return the time and the rate at one size, empty where it was not measured."""
+        seconds = dict(self.times).get(size)
+        return ("–", "") if seconds is None else (fmt.seconds(seconds), f"{size / seconds / 1e9:.3g} GB/s")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Handovers:
     """The section, ready to be written."""
 
     pairs: tuple[Pair, ...]
+    copies: tuple[MemoryCopy, ...]
     chart: Chart | None
     missing: str  # why there are none; "" where there are
     sizes: tuple[int, ...] = _SHOWN_BYTES
+
+    @property
+    def copied_sizes(self) -> list[int]:
+        """The sizes of copies, ascending."""
+        return sorted({size for each in self.copies for size, _ in each.times})
 
 
 def account(data: ReportData, colours: Mapping[str, int]) -> Handovers:
@@ -56,14 +77,22 @@ def account(data: ReportData, colours: Mapping[str, int]) -> Handovers:
         place = handover_of(outcome.key)
         if place is not None and isinstance(outcome, Measured):
             found.setdefault((place[1], outcome.key.target), []).append((place[0], outcome))
-    pairs = tuple(_pair(*ends, sorted(points, key=lambda each: each[0]), colours) for ends, points in sorted(found.items()))
-    return Handovers(pairs=pairs, chart=_chart(pairs), missing="" if pairs else _missing(data))
+    of_memory = {ends: points for ends, points in found.items() if is_copy(*ends)}
+    pairs = tuple(
+        _pair(*ends, sorted(points, key=lambda each: each[0]), colours) for ends, points in sorted(found.items()) if ends not in of_memory
+    )
+    copies = tuple(
+        MemoryCopy(source=ends[0], destination=ends[1], times=tuple((size, each.samples.median_s) for size, each in points))
+        for ends, points in sorted(of_memory.items())
+    )
+    return Handovers(pairs=pairs, copies=copies, chart=_chart(pairs), missing="" if pairs else _missing(data))
 
 
 def _missing(data: ReportData) -> str:
     if len({each.target for each in data.environments}) < 2:
         return "One target took part, so nothing is handed over."
-    if any(handover_of(each.key) for each in data.outcomes):
+    handed = ((place, each.key.target) for each in data.outcomes if (place := handover_of(each.key)) is not None)
+    if any(not is_copy(place[1], target) for place, target in handed):
         return "No hand-over between targets could be measured; the reasons are below, under refused and failed."
     return "No hand-over between targets was measured in this run: the budget was spent before, or no cut was in question."
 
@@ -106,7 +135,7 @@ def _chart(pairs: Sequence[Pair]) -> Chart | None:
         axes.set_ylim(min(times) / 1.6, max(times) * 1.6)
         axes.set_xticks([each for each in (2.0**power for power in range(8, 31, 4 if wide else 6)) if min(sizes) <= each <= max(sizes)])
         axes.set_yticks(log_ticks(min(times) / 1.6, max(times) * 1.6))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda each, _: binary(each)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda each, _: fmt.binary(each)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda each, _: fmt.tick(fmt.seconds(each))))
         axes.minorticks_off()
         axes.set_xlabel("size of what is handed over")
@@ -120,15 +149,6 @@ def _chart(pairs: Sequence[Pair]) -> Chart | None:
         for index, (pair, _) in enumerate(drawn)
     )
     return Chart(wide=wide, narrow=narrow, legend=legend)
-
-
-def binary(value: float) -> str:
-    """Return a power of two in bytes: `4 KiB`."""
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:g} {unit}"
-        value /= 1024
-    return f"{value:g} GiB"
 
 
 def _svg_dashes(style: object) -> str:

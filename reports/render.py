@@ -146,6 +146,7 @@ def templates() -> Templates:
             "label": _label,
             "seconds": fmt.seconds,
             "bytes": fmt.size,
+            "binary": fmt.binary,
             "flops": fmt.flops,
             "ratio": fmt.ratio,
             "percent": fmt.percent,

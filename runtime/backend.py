@@ -145,6 +145,58 @@ class CountsMemory(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyRoute:
+    """A way that bytes take from one memory to another, outside any model. None is the host's memory, on one end at most."""
+
+    source: Target | None
+    destination: Target | None
+    pinned: bool = False  # the host's end is page-locked
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """The names of both ends, as they are stored and shown: `host pinned`, `onnxruntime:CUDA:0 memory`."""
+        host = "host pinned" if self.pinned else "host pageable"
+        source, destination = (host if each is None else f"{each} memory" for each in (self.source, self.destination))
+        return source, destination
+
+
+def routes_of(cards: Sequence[Target]) -> tuple[CopyRoute, ...]:
+    """Return the ways between the host and each of `cards`, within each, and from each to each other."""
+    host = [(None, card, pinned) for card in cards for pinned in (False, True)]
+    ends = [*host, *((card, None, pinned) for _, card, pinned in host), *((one, other, False) for one in cards for other in cards)]
+    return tuple(CopyRoute(source=source, destination=destination, pinned=pinned) for source, destination, pinned in ends)
+
+
+class Copier(Protocol):
+    """Memory on both ends of a route, allocated once."""
+
+    def run(self) -> None:
+        """Copy all of it, and return when it has arrived.
+
+        Raises:
+            Unsupported: a device has failed, in the runtime's words.
+        """
+
+    def close(self) -> None:
+        """Free the memory. Closing twice is closing once."""
+
+
+@runtime_checkable
+class CopiesMemory(Protocol):
+    """A backend that can copy between the host and its devices' own memory, and within and between devices, so that this is measured."""
+
+    def routes(self, targets: Sequence[Target]) -> Sequence[CopyRoute]:
+        """List the routes that begin or end on one of `targets`; none for targets that compute in the host's memory."""
+
+    def copier(self, route: CopyRoute, size_bytes: int) -> Copier:
+        """Allocate `size_bytes` on both ends.
+
+        Raises:
+            Unsupported: there is no such memory, or not so much of it, in the runtime's words.
+        """
+
+
 @runtime_checkable
 class ExplainsStrays(Protocol):
     """A backend that tells what the nodes cost which it leaves on another device."""

@@ -104,6 +104,24 @@ def pinned_empty(spec: TensorSpec) -> Buffer:
     return array
 
 
+def card_memory(device: int, size: int) -> int:
+    """Return the address of `size` uninitialised bytes on the card with CUDA's index `device`; `free_card_memory` gives them back.
+
+    Raises:
+        Unsupported: CUDA refuses, in its own words.
+    """
+    address = ctypes.c_void_p()
+    with _on(device):
+        _check(_library().cudaMalloc(ctypes.byref(address), ctypes.c_size_t(size)), f"have {size} bytes on device {device}")
+    return address.value or 0
+
+
+def free_card_memory(device: int, address: int) -> None:
+    """Give back what `card_memory` returned."""
+    with _on(device):
+        _check(_library().cudaFree(ctypes.c_void_p(address)), "free a card's memory")
+
+
 def is_pinned(array: Buffer) -> bool:
     """Say whether an array lies in memory that `pinned_empty` locked."""
     owner: Any = array

@@ -71,9 +71,10 @@ def checked(array: Any, spec: TensorSpec, known: Mapping[str, TensorSpec]) -> Bu
     elif value.dtype != np.dtype(spec.dtype):
         plain = not isinstance(array, np.ndarray)  # Python numbers and lists have no type of their own to insist on
         if not (plain and np.can_cast(value.dtype, spec.dtype, casting="same_kind")):
-            raise UsageError(
-                f"input {spec.name!r} has type {value.dtype}, expected {spec.dtype}", advice=f"convert it with .astype({spec.dtype!r})"
-            )
+            # A float cut to an integer loses its fraction, and numbers that were normalised nearly all of what they say.
+            cut = value.dtype.kind == "f" and np.dtype(spec.dtype).kind in "iu"
+            advice = "give whole numbers as they are, not normalised" if cut else f"convert it with .astype({spec.dtype!r})"
+            raise UsageError(f"input {spec.name!r} has type {value.dtype}, expected {spec.dtype}", advice=advice)
         value = _converted(value, spec)
     if len(value.shape) != len(spec.shape) or any(want not in (None, have) for want, have in zip(spec.shape, value.shape, strict=True)):
         raise UsageError(

@@ -17,14 +17,15 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from aivmm.errors import Unsupported
-from aivmm.runtime.backend import Baseline, Buffer, Placement, Stray, Strays
+from aivmm.runtime.backend import Baseline, Buffer, CopyRoute, Placement, Stray, Strays, routes_of
 from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.null_device import (
     DEFAULT_DEVICES,
@@ -39,7 +40,8 @@ from aivmm.runtime.null_device import (
     rounded,
     stray_s,
 )
-from aivmm.runtime.null_work import evaluated, evaluator_of, load, op_types, spec_of, work_of
+from aivmm.runtime.null_memory import NullCopier
+from aivmm.runtime.null_work import Work, evaluated, evaluator_of, load, op_types, spec_of, work_of
 from aivmm.runtime.target import Device, Target, Unavailable
 from aivmm.tensors import TensorSpec
 
@@ -117,7 +119,10 @@ class NullBackend:
         if missing:
             raise Unsupported(f"{target} does not support {', '.join(missing)}", advice="run these operators on another target")
         seed = f"{self._seed} {target} {config.key()} {name}"
-        executable = NullExecutable(proto, device, setup, clock=self.clock, seed=seed, turn=self._turns[device.name])
+        from aivmm.runtime.null_card import NullCardExecutable  # here: it is made of what is below
+
+        kind = NullCardExecutable if device.keeps_tensors else NullExecutable
+        executable = kind(proto, device, setup, clock=self.clock, seed=seed, turn=self._turns[device.name])
         needed = executable.work.weight_bytes + executable.work.activation_bytes * setup.streams
         self._memory.take(name, needed, device)
         executable.on_close(weakref.finalize(executable, self._memory.free, device, needed))
@@ -155,6 +160,15 @@ class NullBackend:
     def memory_in_use(self, target: Target) -> int:
         """Return the bytes that open executables hold on `target`."""
         return self._memory.used(self._device(target))
+
+    def routes(self, targets: Sequence[Target]) -> Sequence[CopyRoute]:
+        """List the ways between the host and devices, and between devices."""
+        return routes_of([each for each in targets if each.runtime == self.name and each.device.kind != "cpu"])
+
+    def copier(self, route: CopyRoute, size_bytes: int) -> NullCopier:
+        """Make what copies along a route in simulated time; its bytes count as taken."""
+        ends = tuple(None if each is None else self._device(each) for each in (route.source, route.destination))
+        return NullCopier(route, (ends[0], ends[1]), size_bytes, self._memory, self.clock)
 
     def _device(self, target: Target) -> NullDevice:
         if target.runtime != self.name or target.name not in self._devices:
@@ -218,16 +232,20 @@ class NullExecutable:
         if self._free is not None:
             self._free()
 
-    def evaluate(self, feeds: Mapping[str, Buffer]) -> tuple[list[Any], float]:
-        """Return the outputs for `feeds`, and the simulated seconds that took; the clock has moved by this run's share of them."""
+    def evaluate(self, feeds: Mapping[str, Buffer], resident: Collection[str] = ()) -> tuple[list[Any], float]:
+        """Return the outputs for `feeds`, and the simulated seconds that took; the clock has moved by this run's share of them.
+
+        Inputs and outputs named in `resident` are on the device and stay there: they are not copied.
+        """
         self._require_open()
         if self._device.real_time:
-            self._last()
+            self._last(self._without_copies(self.work, resident))
         # One at a time: the operators of onnx.reference keep state while they run.
         with self._lock, np.errstate(all="ignore"):
             results = evaluated(self._evaluator, feeds)
             callers = len(self._requests)
             work = work_of(self._proto, {name: array.shape for name, array in feeds.items()}) if self._proto is not None else self.work
+            work = self._without_copies(work, resident)
             seconds = interval_s(work, self._device, self._setup, callers)
             busy_s = compute_s(work, self._device, self._setup) * self._setup.threads
             METER.add(seconds * self._device.idle_w + busy_s * self._device.busy_w, seconds)
@@ -241,9 +259,15 @@ class NullExecutable:
         """Whether a run lasts as long as it says."""
         return self._device.real_time
 
-    def _last(self) -> None:
+    def _without_copies(self, work: Work, resident: Collection[str]) -> Work:
+        if not resident:
+            return work
+        staying = [each.nbytes or 0 for each in (*self.inputs, *self.outputs) if each.name in resident]
+        return replace(work, copied_bytes=work.copied_bytes - sum(staying), copied_tensors=work.copied_tensors - len(staying))
+
+    def _last(self, work: Work) -> None:
         """Let one run's time pass on the wall."""
-        computes_s, copies_s = parts_s(self.work, self._device, self._setup)
+        computes_s, copies_s = parts_s(work, self._device, self._setup)
         alone_s = computes_s * self._setup.threads / self._device.cores
         with self._streams:
             ends = time.perf_counter() + computes_s + copies_s
@@ -264,6 +288,7 @@ class NullRequest:
         self._inputs = {each.name: each for each in executable.inputs}
         self._outputs = {each.name: each for each in executable.outputs}
         self._bound: dict[str, Buffer] = {}
+        self._resident: set[str] = set()  # bound in the device's own memory
         self._results: dict[str, Buffer] = {}
         if not executable.real_time:  # what lasts as long as it says is timed by the clock
             self.last_s = 0.0
@@ -296,7 +321,7 @@ class NullRequest:
         missing = [name for name in self._inputs if name not in self._bound]
         if missing:
             raise ValueError(f"input {', '.join(missing)} is not bound")
-        results, seconds = self._executable.evaluate({name: self._bound[name] for name in self._inputs})
+        results, seconds = self._executable.evaluate({name: self._bound[name] for name in self._inputs}, self._resident)
         if not self._executable.real_time:
             self.last_s = seconds
         for name, result in zip(self._outputs, results, strict=True):

@@ -43,6 +43,9 @@ class NullDevice:
     launch_s: float = 1e-6  # for each node
     copy_bytes_per_s: float = math.inf  # inputs and outputs cross at this rate; infinite where the host's memory is shared
     copy_s: float = 0.0  # for each tensor that crosses
+    pinned_speed: float = 1.0  # how many times as fast copies from and to page-locked memory are
+    peer_bytes_per_s: float | None = None  # to and from other such devices; None: those copies go through the host
+    keeps_tensors: bool = False  # tensors between stages, and those that callers leave there, stay: they do not cross
     efficiency: Mapping[str, float] = field(default_factory=dict)  # op type -> share of flops_per_s that it reaches; 1 unless named
     op_types: frozenset[str] | None = None  # those it can run; None is all
     left: frozenset[str] = frozenset()  # op types that it leaves to the host: all that such a node reads and writes is copied
@@ -61,7 +64,9 @@ class NullDevice:
     real_time: bool = False  # a run takes its time by the clock on the wall, too: for what runs several things at once
 
     def __post_init__(self) -> None:
-        positive = (self.flops_per_s, self.bytes_per_s, self.copy_bytes_per_s, self.memory_bytes, self.cores, self.max_streams)
+        peer = () if self.peer_bytes_per_s is None else (self.peer_bytes_per_s,)
+        rates = (self.flops_per_s, self.bytes_per_s, self.copy_bytes_per_s, self.pinned_speed, *peer)
+        positive = (*rates, self.memory_bytes, self.cores, self.max_streams)
         factors = (*self.efficiency.values(), *self.speed.values(), *(each for knob in self.choices.values() for each in knob.values()))
         rest = (self.launch_s, self.copy_s, self.serial, self.thread_overhead, self.stream_overhead, self.noise, self.idle_w, self.busy_w)
         if not all(each > 0 for each in (*positive, *factors)) or not all(0 <= each < math.inf for each in rest) or self.serial > 1:
@@ -81,6 +86,7 @@ DEFAULT_DEVICES = (
         launch_s=4e-6,
         copy_bytes_per_s=8e9,
         copy_s=10e-6,
+        pinned_speed=3.0,
         efficiency={"LSTM": 0.01, "GRU": 0.01, "RNN": 0.01, "Gather": 0.1},
         left=frozenset({"Det", "NonZero"}),
         speed={"fp32": 1.0, "f16": 2.0},

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from aivmm.errors import Unsupported
-from aivmm.runtime.backend import Baseline, Buffer, DeviceTensor, Placement, Request, Strays
+from aivmm.runtime.backend import Baseline, Buffer, CopyRoute, DeviceTensor, Placement, Request, Strays, routes_of
 from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.cpu import cpu_device
 from aivmm.runtime.cuda import pinned_empty
+from aivmm.runtime.cuda_copies import CardCopier, index_of
 from aivmm.runtime.inputs import is_numpy
 from aivmm.runtime.nvidia import DRIVER_ADVICE, cuda_devices, libraries_loaded, missing_library
 from aivmm.runtime.ort_options import (
@@ -160,6 +161,16 @@ class OnnxRuntime:
                 return read_strays(executable.end_profiling(), PROVIDERS[_kind(target)].name, warmup=_PROFILED_CALLS // 2)
             finally:
                 executable.close()
+
+    def routes(self, targets: Sequence[Target]) -> Sequence[CopyRoute]:
+        """List the ways between the host and NVIDIA's cards, and between cards; each card once, whichever provider names it."""
+        cards = {index_of(each): each for each in reversed(targets) if _kind(each) in NVIDIA}
+        return routes_of([cards[index] for index in sorted(cards)])
+
+    def copier(self, route: CopyRoute, size_bytes: int) -> CardCopier:
+        """Make what copies along a route."""
+        _load_libraries("CUDA")
+        return CardCopier(route, size_bytes)
 
     def keeps_blobs(self, target: Target) -> bool:
         """Say whether an optimized graph can be written: the CPU's can; what a GPU's is worth was never measured."""
@@ -401,7 +412,7 @@ class _CardExecutable(_Executable):
 
     def __init__(self, session: Any, target: Target, config: Config) -> None:
         super().__init__(session, target, config)
-        self._device = int(target.name.partition(":")[2] or 0)
+        self._device = index_of(target)
         self.memory = f"cuda:{self._device}"
         self.graphed = any(str(config.get(PROVIDER_PREFIX + name)) == "1" for name in GRAPHS)
         self._pinned = self.graphed or config.get(HOST_MEMORY) == "pinned"

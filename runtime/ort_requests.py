@@ -159,6 +159,7 @@ class StagedRequest(BoundRequest):
         through = self._pinned and name in self._inputs and not is_pinned(buffer)
         self._move(name, place, buffer.ctypes.data, buffer.nbytes, buffer if through else None)
         self._bound[name] = buffer
+        self._lent.pop(name, None)  # nothing is copied from there or to it any more
 
     def _require_fitting(self, name: str, buffer: Buffer) -> None:
         """Raise Unsupported unless the array is what goes into the tensor on the card, or comes from it: a copy knows no end."""

@@ -45,6 +45,29 @@ class Tensor(Strict, frozen=True, kw_only=True):
         return TensorSpec(name=self.name, dtype=self.dtype, shape=tuple(self.shape))
 
 
+def _said(numbers: Sequence[float]) -> str:
+    return f"{numbers[0]:g}" if len(numbers) == 1 else f"[{', '.join(f'{each:g}' for each in numbers)}]"
+
+
+class Taken(Strict, frozen=True, kw_only=True):
+    """An input that the plan takes in fewer bits than the user's model has it, as the user asked; the model of the plan widens it.
+
+    Of uint8 the user's model then gets (pixel - mean) / scale, each of them one number or one a channel; none where it is only cast.
+    """
+
+    name: str
+    model_dtype: str  # what the user's model has
+    dtype: Literal["float16", "uint8"]
+    mean: list[float] = []
+    scale: list[float] = []
+
+    def __str__(self) -> str:
+        if self.dtype == "float16":
+            return f"{self.name} as float16"
+        how = f"normalised inside: (pixel - {_said(self.mean)}) / {_said(self.scale)}" if self.scale else "only cast inside"
+        return f"{self.name} as {self.dtype}, 0 to 255 ({how})"
+
+
 class Model(Strict, frozen=True, kw_only=True):
     """The model that the plan runs."""
 
@@ -54,6 +77,13 @@ class Model(Strict, frozen=True, kw_only=True):
     category: str
     inputs: list[Tensor]
     outputs: list[Tensor]
+    taken: list[Taken] = []
+
+    def __post_init__(self) -> None:
+        types = {each.name: each.dtype for each in self.inputs}
+        for each in self.taken:
+            if types.get(each.name) != each.dtype:
+                raise ValueError(f"{each.name!r} is said to be taken as {each.dtype}, and no input is so")
 
 
 class Copy(Strict, frozen=True, kw_only=True):

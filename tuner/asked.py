@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 
 from aivmm.errors import UsageError
@@ -85,7 +86,7 @@ def request(work: Work) -> str:
         "batches": list(options.batches),
         "min_segments": options.min_segments,
         "cut_around": sorted(options.cut_around),
-        **({"input_contract": options.input_contract} if options.input_contract != "model" else {}),
+        **({"input_contract": asdict(options.contract)} if options.input_contract != "model" else {}),
         "budget_s": options.budget_s,
         "trials": options.trials,
         "seed": options.seed,

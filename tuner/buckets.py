@@ -147,6 +147,7 @@ class BucketTuner:
                 shapes=inputs,
                 dimensions=dimensions,
                 targets=reference_first(found),
+                contract=self.options.contract,
                 seed=self.options.seed,
             ).run()
 
@@ -235,6 +236,7 @@ class BucketTuner:
                 shapes=inputs,
                 dimensions=paddings.dimensions,
                 targets=reference_first(found),
+                contract=self.options.contract,
                 seed=self.options.seed,
             )
             others = OtherShapes(

@@ -39,6 +39,8 @@ def lines_of(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "objective", plan.objective + limits
     for each in plan.model.inputs:
         yield "input", str(each.spec)
+    for taken in plan.model.taken:
+        yield "taken", str(taken)
     for each in plan.model.outputs:
         yield "output", str(each.spec)
     batching = plan.execution.batching

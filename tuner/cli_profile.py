@@ -13,6 +13,7 @@ from rich.text import Text
 
 from aivmm.planner.constraints import human
 from aivmm.probes.records import Measured
+from aivmm.reports.format import binary
 from aivmm.tuner.command import Backends, Db, Json, Quiet, print_json
 from aivmm.tuner.options import TuneOptions, parse_batches, parse_budget, parse_dims, parse_list, parse_shapes
 from aivmm.tuner.text import printable
@@ -97,6 +98,8 @@ def _print(profile: Profile, rows: int) -> None:
         )
     for transfer in profile.transfers.values():
         out.print(Text(_transfer_line(transfer)))
+    for copy in profile.copies.values():
+        out.print(Text(_copy_line(copy)))
     for note in profile.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
 
@@ -110,6 +113,15 @@ def _transfer_line(transfer: Transfer) -> str:
         return f"{pair}: {transfer.state} ({printable(transfer.reason)})"
     rate = f" and {_time(fit.per_byte_s * 1e6)} a megabyte" if fit.per_byte_s else ""
     return f"{pair}: handing a tensor over costs {_time(fit.fixed_s)}{rate} (half of the sizes are within {fit.error:.0%} of that)"
+
+
+def _copy_line(copy: Transfer) -> str:
+    """Say what a copy takes at each size, and how fast that is."""
+    ends = f"{copy.source} to {copy.destination}"
+    if copy.state != "measured":
+        return f"{ends}: {copy.state} ({printable(copy.reason)})"
+    sizes = ", ".join(f"{binary(each.size_bytes)} {_time(each.cost_s)} ({_si(each.size_bytes / each.cost_s)}B/s)" for each in copy.points)
+    return f"{ends}: {sizes}"
 
 
 def _time(seconds: float) -> str:

@@ -124,10 +124,18 @@ def tune(
         str,
         typer.Option(
             metavar="KIND",
-            help="`narrow` takes float inputs as float16, for less to copy: who calls the plan converts.",
+            help="Inputs in fewer bits, cast where the model runs: `narrow` takes floats as float16, `narrow:uint8` images as 0 to 255.",
             rich_help_panel=_MODEL,
         ),
     ] = "model",
+    normalise: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=MEAN/SCALE",
+            help="With `narrow:uint8`: the model gets (pixel - MEAN) / SCALE, of each one number or one a channel: `x=127.5/127.5`.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
     cut_around: Annotated[
         list[str] | None,
         typer.Option(
@@ -193,6 +201,7 @@ def tune(
         trials=trials,
         min_segments=min_segments,
         input_contract=input_contract,
+        normalise=tuple(normalise or ()),
         other_shapes=other_shapes,
         cut_around=parse_list(cut_around or ()),
         top=top,

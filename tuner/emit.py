@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aivmm.models.records import ModelFacts, Structure
+from aivmm.models.records import ModelFacts, Structure, Taken
 from aivmm.planner.candidates import Draft, Piece
 from aivmm.runtime.bundle import PLAN_FILE, write_bundle
 from aivmm.runtime.config import Config
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.plan import Accuracy, Alternative, Certificate, Conditions, Execution, Model, Number, Plan, Stage, parse_plan, tensors
 from aivmm.runtime.plan import Copy as PlannedCopy
+from aivmm.runtime.plan import Taken as PlannedTaken
 from aivmm.runtime.target import Target
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class Emitter:
                 category=self._facts.category.name,
                 inputs=tensors(self._facts.inputs),
                 outputs=tensors(self._facts.outputs),
+                taken=[_taken(each) for each in self._facts.taken],
             ),
             objective=objective,
             constraints=list(constraints),
@@ -217,6 +219,17 @@ def _add(files: dict[str, Path], segment: Segment) -> str:
         if held != path:
             raise ValueError(f"{held} and {path} would be one file of the bundle")
     return f"segments/{segment.path.name}"
+
+
+def _taken(given: Taken) -> PlannedTaken:
+    steps = given.normalisation
+    return PlannedTaken(
+        name=given.name,
+        model_dtype=given.model_dtype,
+        dtype=given.dtype,  # type: ignore[arg-type]  # checked there
+        mean=list(steps.mean) if steps else [],
+        scale=list(steps.scale) if steps else [],
+    )
 
 
 def _conditions(target: Target) -> Conditions:

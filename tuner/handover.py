@@ -58,7 +58,7 @@ class HandoverProber:
             ends += waited
             self.found[str(source), str(destination)] = transfer
             self.database.add_transfers([transfer], run_id=self.run_id)
-            self._count(transfer, reused=False)
+            count_of(transfer, self.counts, reused=False)
         self.lab.worker(_PAIR).close()  # it holds two runtimes, and is not asked again
 
     def fits(self) -> dict[tuple[str, str], TransferFit]:
@@ -74,7 +74,7 @@ class HandoverProber:
         for transfer in self.database.find_transfers(environments):
             if {transfer.source, transfer.destination} <= names and not (self.retry_failed and transfer.state == "failed"):
                 self.found[transfer.source, transfer.destination] = transfer
-                self._count(transfer, reused=True)
+                count_of(transfer, self.counts, reused=True)
         if self.run_id is not None:
             self.database.link(self.run_id, chain.from_iterable(map(Transfer.keys, self.found.values())))
 
@@ -108,15 +108,17 @@ class HandoverProber:
                 return Transfer(**ends, state="failed", reason=died.reason, output=died.output), waited  # type: ignore[arg-type]
         return Transfer(**ends, points=points_of(answer["boundaries"])), waited  # type: ignore[arg-type]
 
-    def _count(self, transfer: Transfer, *, reused: bool) -> None:
-        if transfer.state == "measured":
-            number = len(transfer.points)
-            self.counts.reused += number if reused else 0
-            self.counts.measured += 0 if reused else number
-        elif transfer.state == "refused":
-            self.counts.refused += 1
-        else:
-            self.counts.failed += 1
+
+def count_of(transfer: Transfer, counts: Counts, *, reused: bool) -> None:
+    """Count the probes of a transfer by what became of them."""
+    if transfer.state == "measured":
+        number = len(transfer.points)
+        counts.reused += number if reused else 0
+        counts.measured += 0 if reused else number
+    elif transfer.state == "refused":
+        counts.refused += 1
+    else:
+        counts.failed += 1
 
 
 def _config(target: Target) -> Config:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from aivmm.errors import UsageError
+from aivmm.models.input_contract import MODEL, InputContract, parse_normalise
 from aivmm.planner.constraints import Constraint, parse
 from aivmm.planner.levels import SERVICE_LEVELS, unknown_level
 from aivmm.planner.objectives import Objective, drive_of, parse_objectives
 
-INPUT_CONTRACTS = ("model", "narrow")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32)
 LARGE_BATCHES = (1, 4, 16, 32, 64, 128)  # for devices with memory of their own, which small batches leave idle
@@ -47,7 +47,8 @@ class TuneOptions:
     budget_s: float = DEFAULT_BUDGET_S
     trials: int | None = None
     min_segments: int = 1
-    input_contract: str = "model"  # "narrow": inputs are taken in fewer bits than the model has them
+    input_contract: str = "model"  # "narrow", "narrow:uint8": inputs are taken in fewer bits than the model has them
+    normalise: tuple[str, ...] = ()  # "NAME=MEAN/SCALE" of inputs taken as uint8
     other_shapes: str = "refuse"  # "dynamic": what fits none of several shapes runs with open extents
     cut_around: tuple[str, ...] = ()  # operator types or names of nodes
     top: int = 3
@@ -72,10 +73,12 @@ class TuneOptions:
         for each in self.precisions:
             if each not in PRECISIONS:
                 raise UsageError(f"unknown precision {each!r}", advice=f"known: {', '.join(PRECISIONS)}")
-        if self.input_contract not in INPUT_CONTRACTS:
-            raise UsageError(f"unknown --input-contract {self.input_contract!r}", advice=f"known: {', '.join(INPUT_CONTRACTS)}")
+        self.contract  # noqa: B018 - it is checked when it is made
         if self.other_shapes not in OTHER_SHAPES:
             raise UsageError(f"unknown --other-shapes {self.other_shapes!r}", advice=f"known: {', '.join(OTHER_SHAPES)}")
+        if self.other_shapes != "refuse" and self.input_contract != MODEL:
+            what = f"--other-shapes {self.other_shapes} runs the model as its file has it, --input-contract {self.input_contract} does not"
+            raise UsageError(what, advice="leave one of them away")
         if self.service_level is not None and self.service_level not in SERVICE_LEVELS:
             raise unknown_level(self.service_level)
         self._check_data()
@@ -91,6 +94,11 @@ class TuneOptions:
     def objectives(self) -> tuple[Objective, ...]:
         """The objectives, the one that decides what the plan is first."""
         return parse_objectives(self.objective)
+
+    @property
+    def contract(self) -> InputContract:
+        """In which form callers hand in inputs."""
+        return InputContract(kind=self.input_contract, normalise=parse_normalise(self.normalise))
 
     @property
     def drive(self) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aivmm.errors import AivmmError
+from aivmm.models.input_contract import InputContract
 from aivmm.models.records import ModelFacts
 from aivmm.probes.accuracy import judge
 from aivmm.probes.client import WorkerDied
@@ -88,6 +89,7 @@ class PaddingCheck:
     shapes: Sequence[Inputs]  # beside `buckets`
     dimensions: Sequence[Dimension]
     targets: Sequence[Target]  # the fp32 reference first
+    contract: InputContract | None = None  # the buckets take inputs so
     seed: int = 0
     _loaded: dict[str, tuple[ModelFacts, Loaded] | None] = field(default_factory=dict)
     _count: int = 0
@@ -180,7 +182,7 @@ class PaddingCheck:
             path = self.folder / f"at-{len(self._loaded)}" / "model.onnx"
             path.parent.mkdir(parents=True)
             try:
-                facts = self.lab.prepare(self.source, path, shapes=shapes, dims={}, batch=1)
+                facts = self.lab.prepare(self.source, path, shapes=shapes, dims={}, batch=1, contract=self.contract)
                 samples = path.with_name("sample.npz")
                 self.lab.make_samples(path, facts.inputs, [samples], seed=self.seed)
                 self._loaded[key] = (replace(facts, path=str(path)), self._compiled(path, samples))

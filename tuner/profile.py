@@ -29,6 +29,7 @@ from aivmm.tuner.anatomy import Anatomist
 from aivmm.tuner.emit import Emitter
 from aivmm.tuner.handover import HandoverProber
 from aivmm.tuner.measure import Counts
+from aivmm.tuner.memory_copies import CopyProber
 from aivmm.tuner.operators import OperatorProber
 from aivmm.tuner.options import TuneOptions
 from aivmm.tuner.progress import Progress
@@ -53,6 +54,7 @@ class Profile:
     wrong: Mapping[tuple[int, str], str]
     ceilings: Mapping[tuple[str, str], Ceilings]
     transfers: Mapping[tuple[str, str], Transfer]  # (source, destination)
+    copies: Mapping[tuple[str, str], Transfer]  # between the host's memory and those of devices
     fusions: Mapping[str, Fusion]  # target -> what became of the nodes inside the whole model
     counts: Counts
     notes: list[str] = field(default_factory=list)
@@ -191,6 +193,17 @@ def _measure(
         sizes_bytes=SIZES_BYTES,
     )
     transfers.run(budget_s=left_s(), tell=tell)
+    copies = CopyProber(
+        lab=lab,
+        database=database,
+        run_id=None,
+        targets=targets,
+        counts=counts,
+        fresh=options.fresh,
+        retry_failed=options.retry_failed,
+        sizes_bytes=SIZES_BYTES,
+    )
+    copies.run(budget_s=left_s(), tell=tell)
     progress.phase("asking what is fused")
     notes: list[str] = [*subject.facts.notes, *subject.notes]
     fusions = {}
@@ -201,7 +214,7 @@ def _measure(
             notes.append(printable(error.message))
         except WorkerDied as died:
             notes.append(printable(f"{target} does not tell what it fuses: asking it {died.reason}"))
-    skipped = operators.skipped + blocks.skipped + transfers.skipped
+    skipped = operators.skipped + blocks.skipped + transfers.skipped + copies.skipped
     if skipped:
         notes.append(f"{skipped} probes did not fit the budget; raise --budget to have them all")
     return Profile(
@@ -214,6 +227,7 @@ def _measure(
         wrong=blocks.wrong,
         ceilings=operators.ceilings,
         transfers=transfers.found,
+        copies=copies.found,
         fusions=fusions,
         counts=counts,
         notes=notes,
@@ -283,6 +297,7 @@ def as_json(profile: Profile) -> dict[str, Any]:
             for block in structure.blocks
         ],
         "transfers": [_transfer_json(each) for each in profile.transfers.values()],
+        "copies": [_transfer_json(each) for each in profile.copies.values()],
         "fusion": [
             {"target": target, "kernels": len(each.kernels), "fused_into": dict(each.fused_into), "vanished": list(each.vanished)}
             for target, each in profile.fusions.items()

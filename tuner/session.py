@@ -37,6 +37,7 @@ from aivmm.tuner.explore import Explorer
 from aivmm.tuner.handover import HandoverProber
 from aivmm.tuner.interrupt import Interrupts
 from aivmm.tuner.layout import cut_around_refused, cut_around_wrong, cut_as_asked
+from aivmm.tuner.memory_copies import CopyProber
 from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
 from aivmm.tuner.piecewise import refer_in_pieces
 from aivmm.tuner.precision_record import precision_record
@@ -309,6 +310,18 @@ class Session:
             anatomist.blocks(budget_s=max(least, _BLOCKS_UNTIL * budget - work.elapsed()), tell=tell)
         for each in anatomist.not_placed():
             work.note(each)
+        copies = CopyProber(
+            lab=work.lab,
+            database=work.database,
+            run_id=work.run_id,
+            targets=work.targets,
+            counts=explorer.measurer.counts,
+            fresh=self.options.fresh,
+            retry_failed=self.options.retry_failed,
+            measure_new=not self._searched_before,
+            stop=work.asked,
+        )
+        copies.run(budget_s=max(0.0, _HANDOVERS_UNTIL * budget - work.elapsed()), tell=tell)  # first: they take a second or two, once
         handovers = HandoverProber(
             lab=work.lab,
             database=work.database,
@@ -322,7 +335,7 @@ class Session:
         )
         handovers.run(budget_s=max(least, _HANDOVERS_UNTIL * budget - work.elapsed()), tell=tell)
         anatomist.operators(budget_s=max(0.0, _OPERATORS_UNTIL * budget - work.elapsed()), tell=tell)
-        skipped = anatomist.skipped + handovers.skipped
+        skipped = anatomist.skipped + handovers.skipped + copies.skipped
         if skipped and not self._searched_before:
             work.note(f"{skipped} probes of blocks, operators and transfers did not fit the budget; raise --budget to have them all")
         return anatomist, handovers.fits()
@@ -333,9 +346,9 @@ class Session:
         if mattered:
             work.note(mattered)
         verdict, trouble = decider.verdict(proof)
-        if self.options.input_contract == "narrow":
-            narrowed = [each.name for each in work.subject.facts.inputs if each.dtype == "float16"]
-            verdict += f" It takes {', '.join(narrowed) or 'no input'} as float16 (--input-contract narrow)."
+        if self.options.input_contract != "model":
+            taken = "; ".join(map(str, work.subject.facts.taken)) or "no input in fewer bits"
+            verdict += f" It takes {taken} (--input-contract {self.options.input_contract})."
         accuracy = decider.accuracy(proof.plan) if proof.plan else None
         certificate = decider.certificate(proof)
         plan_path = self.output if proof.plan else None

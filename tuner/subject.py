@@ -351,8 +351,9 @@ class Subject:
         destination.parent.mkdir(exist_ok=True)
         try:
             options = self._options
-            narrow = options.input_contract == "narrow"
-            return self._lab.prepare(self.source, destination, shapes=options.shapes, dims=options.dims, batch=batch, narrow=narrow)
+            return self._lab.prepare(
+                self.source, destination, shapes=options.shapes, dims=options.dims, batch=batch, contract=options.contract
+            )
         except WorkerDied as died:
             raise ModelError(f"{self.source} cannot be read: preparing it {died.reason}", advice="is the file damaged?") from died
 

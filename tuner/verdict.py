@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from aivmm.models.records import ModelFacts
@@ -257,6 +258,8 @@ def summary(
         "verdict": verdict,
         "assumed": list(assumed),
     }
+    if facts.taken:
+        result["taken"] = [asdict(each) for each in facts.taken]
     stages = {each.draft.name: stages_json(each.draft) for each in proof.entrants}
     result |= tradeoffs_json(proof, objectives, study or StudyRecord(), stages, best or {})
     if trouble:

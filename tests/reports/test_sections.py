@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from aivmm.probes.records import Refused, Transfer, TransferPoint, handover_of
+from aivmm.probes.records import Measured, Refused, Samples, Transfer, TransferPoint, handover_of
 from aivmm.reports import belief, handovers, importance, rooflines, scaling, tradeoffs
 from aivmm.reports.data import ReportData
 from aivmm.reports.palette import slots
 from aivmm.reports.race import lay_out
 from aivmm.reports.render import render
 from aivmm.reports.summary import key_figures
+from aivmm.runtime.backend import CopyRoute
 from aivmm.runtime.config import Config
+from aivmm.runtime.target import Device, Target
 from tests.reports.rows import ORT, OV, environment, measured, proof, race_samples
 
 
@@ -161,6 +163,43 @@ def test_no_hand_over_says_why(full: ReportData) -> None:
     pair = next(each for each in full.outcomes if each.key.kind == "transfer")
     refused = replace(full, outcomes=(*rest, Refused(key=pair.key, reason="no")))
     assert "could be measured" in handovers.account(refused, {}).missing
+
+
+def test_copies_between_memories_are_a_table_of_their_own(full: ReportData) -> None:
+    key = next(each for each in full.outcomes if each.key.kind == "transfer").key
+    card = Target(runtime="onnxruntime", name="CUDA:0", device=Device(kind="gpu", model="a card"), runtime_version="1")
+    copies = []
+    for pinned, seconds in ((False, 1e-4), (True, 2.5e-5)):
+        for ends in (
+            CopyRoute(source=None, destination=card, pinned=pinned).ends,
+            CopyRoute(source=card, destination=None, pinned=pinned).ends,
+        ):
+            points = tuple(
+                TransferPoint(
+                    size_bytes=size, samples=Samples(timed_s=(size / 2**20 * seconds,)), source_s=0.0, destination_s=0.0, cost_s=seconds
+                )
+                for size in (4096, 1 << 20)
+            )
+            made = Transfer(
+                source=ends[0],
+                source_environment=key.environment,
+                destination=ends[1],
+                destination_environment=key.environment,
+                points=points,
+            )
+            copies += [
+                Measured(key=each, samples=point.samples, metrics=dict.fromkeys(("cost_s", "source_s", "destination_s"), 0.0))
+                for each, point in zip(made.keys(), points, strict=True)
+            ]
+    found = handovers.account(replace(full, outcomes=(*full.outcomes, *copies)), slots(full.targets))
+    assert len(found.pairs) == 2 and len(found.copies) == 4 and found.copied_sizes == [4096, 1 << 20]
+    assert found.copies[1].said(1 << 20) == ("25.0 µs", "41.9 GB/s") and found.copies[1].said(1) == ("–", "")
+    section = render(replace(full, outcomes=(*full.outcomes, *copies))).partition('id="transfers"')[2].partition("</section>")[0]
+    assert "Copies between memories" in section and "host pinned" in section and "41.9 GB/s" in section and "1 MiB" in section
+    assert "Copies between memories" not in render(full)
+    rest = tuple(each for each in full.outcomes if each.key.kind != "transfer")
+    alone = handovers.account(replace(full, outcomes=(*rest, *copies)), {})
+    assert "budget" in alone.missing and len(alone.copies) == 4
 
 
 def test_the_key_of_a_hand_over_can_be_read_back() -> None:

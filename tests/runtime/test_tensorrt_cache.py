@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from aivmm.runtime.config import Config
+from aivmm.runtime.onnxruntime import OnnxRuntime
+from aivmm.runtime.target import Target
 from aivmm.runtime.tensorrt_cache import content_sha256, tensorrt_caches
-from tests.making import chain_model, onnx_model, write_model
+from tests.contracts import run_once
+from tests.making import chain_model, normal, onnx_model, reference, write_model
 
 TIMING = {"trt_timing_cache_enable", "trt_timing_cache_path"}
 ENGINES = {"trt_engine_cache_enable", "trt_engine_cache_path"}
@@ -113,3 +117,20 @@ def test_the_engines_used_longest_ago_are_removed_when_there_are_too_many(tmp_pa
     monkeypatch.setattr("aivmm.runtime.tensorrt_cache.MOST_BYTES", 250)
     place(models[2])  # the oldest, and now in use
     assert [each.exists() for each in engines] == [True, False, True]
+
+
+@pytest.mark.gpu("onnxruntime:TensorRT")
+def test_a_real_engine_is_built_once_and_never_taken_for_other_weights(tmp_path: Path) -> None:
+    """ONNX Runtime names an engine by the graph and not by the weights: a folder for each content keeps them apart."""
+    backend = OnnxRuntime()
+    target = backend.find("TensorRT:0")
+    assert isinstance(target, Target)
+    array = normal(2, 32)
+    engines: list[set[Path]] = []
+    for seed in (0, 0, 1):
+        model = chain_model(seed=seed)
+        path = write_model(tmp_path / "m.onnx", model)
+        found = run_once(backend.compile(path, target, Config()), {"x": array})["y"]
+        np.testing.assert_allclose(found, reference(model, {"x": array})["y"], atol=2e-2)
+        engines.append(set((tmp_path / "cache").rglob("*.engine")))
+    assert engines[0] and engines[0] == engines[1] and len(engines[2]) == 2 * len(engines[0])
