@@ -3,14 +3,18 @@
     python -m benchmarks.drift [--minutes 10] [--trials 10] [--json FILE]
 
 Idle: a small model runs on one pinned core for so many minutes, and events are counted. Shared: in each trial a process at lower
-priority is let loose on that core after a baseline (by SIGCONT), and the calls until the event are counted. Its priority is the one of a
-few at which the mean of calls grows most nearly by 30 %. Cost: what feeding the monitor takes a call. Run it where nothing else runs.
+priority is let loose on that core after a baseline (by SIGCONT), and the calls until the event are counted. Its priority is the lowest of
+a few at which the mean of calls grows by 30 %. Cost: what feeding the monitor takes a call. Run it where nothing else runs.
+
+Gates (exit status 1 where one fails): no event while idle, none before a neighbour is let loose, and each slowdown of 30 % or more told
+within 200 calls.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import signal
@@ -18,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -31,6 +36,7 @@ from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, normal
 WIDTH, ROWS, LAYERS = 768, 64, 8  # some 5 ms on one core
 BASELINE_CALLS, WATCHED_CALLS = 1000, 1500
 NICES = (3, 4, 5, 6, 7)
+SLOWDOWN, TOLD_WITHIN = 1.3, 200
 
 
 def seconds(engine: aivmm.Engine, inputs: Any, calls: int) -> list[float]:
@@ -103,6 +109,34 @@ def cost_s() -> float:
     return best
 
 
+def chosen(tried: Sequence[dict[str, Any]]) -> int:
+    """Return the priority of the neighbour that slows calls least, of those that slow them by 30 %; or else of the worst."""
+    enough = [each for each in tried if each["mean_ratio"] >= SLOWDOWN]
+    found = min(enough, key=_ratio) if enough else max(tried, key=_ratio)
+    return int(found["nice"])
+
+
+def _ratio(trial: dict[str, Any]) -> float:
+    return float(trial["mean_ratio"])
+
+
+def failures(found: dict[str, Any]) -> list[str]:
+    """Return the gates that do not hold, in words."""
+    trials = found["shared"]
+    slowed = [each for each in trials if each["mean_ratio"] >= SLOWDOWN]
+    late = [each["calls_until_told"] for each in slowed if (each["calls_until_told"] or math.inf) > TOLD_WITHIN]
+    failed = []
+    if not slowed:
+        failed.append(f"no neighbour slowed calls by {SLOWDOWN - 1:.0%}: nothing is shown of detection")
+    if late:
+        failed.append(f"{len(late)} of {len(slowed)} slowdowns were not told within {TOLD_WITHIN} calls ({', '.join(map(str, late))})")
+    if early := sum(each["events_before"] for each in trials):
+        failed.append(f"{early} events before the neighbour was let loose")
+    if idle_events := len(found["idle"]["events"]):
+        failed.append(f"{idle_events} events while idle")
+    return failed
+
+
 def main() -> None:
     """Measure, print, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,15 +152,18 @@ def main() -> None:
         part = Part(ONNXRUNTIME, settings=(("intra_op_num_threads", 1),))
         bundle = make_bundle(Path(folder) / "m.aivmm", chain_model(width=WIDTH, rows=ROWS, layers=LAYERS), [part])
         inputs = {"x": normal(ROWS, WIDTH)}
-        nice = min(NICES, key=lambda each: abs(shared(bundle, inputs, each)["mean_ratio"] - 1.3))
+        nice = chosen([shared(bundle, inputs, each) for each in NICES])
         found["shared"] = [shared(bundle, inputs, nice) for _ in range(options.trials)]
         for each in found["shared"]:
             print(f"neighbour at nice {nice}: mean x {each['mean_ratio']:.2f}, median x {each['median_ratio']:.2f}, "
                   f"told after {each['calls_until_told']} calls, {each['events_before']} before, {each['events_after']} after")  # fmt: skip
         found["idle"] = idle(bundle, inputs, options.minutes)
         print(f"idle: {len(found['idle']['events'])} events in {found['idle']['minutes']:g} minutes, {found['idle']['calls']} calls")
+    found["failed"] = failures(found)
+    print(f"Gates that failed: {'; '.join(found['failed']) or 'none'}.")
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    raise SystemExit(1 if found["failed"] else 0)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import random
 import sys
@@ -298,19 +299,20 @@ def side_by_side(calls: Sequence[Callable[[], object]], seconds: float) -> list[
 
 def streamed(engine: Engine, x: Any, seconds: float) -> float:
     """Return the rate at which a full pipeline answers."""
+    end = math.inf  # until it is full: filling it may take longer than a short block
 
     def requests() -> Iterator[dict[str, Any]]:
         while time.perf_counter() < end:
             yield {"x": x}
 
-    end = time.perf_counter() + seconds + 0.1
     stream = engine.stream(requests())
-    for _ in range(6):  # until it is full
+    for _ in range(6):
         next(stream)
-    started, count, last = time.perf_counter(), 0, 0.0
+    started, count = time.perf_counter(), 0
+    last, end = started, started + seconds
     for _ in stream:
         now = time.perf_counter()
-        if now < end:  # and not while it runs empty
+        if now < end or not count:  # and not while it runs empty, unless one answer takes longer than the block
             count, last = count + 1, now
     return count / max(last - started, 1e-9)
 
