@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from aivmm.runtime.signing import Key
 from aivmm.runtime.validity import grade_stages
 
 MISSING = "(none)"
+_MOST_SHOWN, _MOST_TEXT = 8, 100  # differences of one section, and characters of a value
 _UNITS = {"per_s": (1.0, " /s"), "_s": (1e3, " ms"), "_bytes": (1e-6, " MB")}  # by what a number's name ends with
 
 
@@ -133,6 +135,36 @@ def differences(first: Path, second: Path) -> list[dict[str, Any]]:
         for place in places
         if mine.get(place, MISSING) != theirs.get(place, MISSING)
     ]
+
+
+def shortened(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yield what `differences` found for people: a place and what became of it; of each section its first places and how many there are.
+
+    Digests say only that something differs, so of files there is a count. `--json` has everything.
+    """
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for each in found:
+        sections.setdefault(_section(each["place"]), []).append(each)
+    for name, differing in sections.items():
+        if name.endswith(("files", "graph_order")):
+            yield name, f"{len(differing)} differ"
+            continue
+        few = _MOST_SHOWN if len(differing) > _MOST_SHOWN + 1 else len(differing)
+        for each in differing[:few]:
+            yield each["place"], f"{_cut(each['first'])} -> {_cut(each['second'])}"
+        if len(differing) > few:
+            yield name, f"and {len(differing) - few} more places (all of them with --json)"
+
+
+def _section(place: str) -> str:
+    """Return the part of a plan that a place is in; in a bundle of several plans, of one of them."""
+    whole = re.match(r"(plans\.[^.]*\.json\.)?(\w+)", place)
+    return whole[0] if whole else place
+
+
+def _cut(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= _MOST_TEXT else f"{text[: _MOST_TEXT - 3]}..."
 
 
 def _content(bundle: Opened) -> dict[str, Any]:

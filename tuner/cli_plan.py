@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -82,11 +81,13 @@ def diff(
     second: Annotated[Path, typer.Argument(metavar="SECOND", help="Another.")],
     as_json: Json = False,
 ) -> None:
-    """Say where two plans differ. The exit status is 0 when they do not, and 1 when they do.
+    """Say where two plans differ, each part of them in a few lines. The exit status is 0 when they do not, and 1 when they do.
+
+    Plans of two models differ nearly everywhere: `--json` lists every place.
 
     Example: `aivmm plan diff yesterday.aivmm today.aivmm`
     """
-    from aivmm.tuner.bundles import differences
+    from aivmm.tuner.bundles import differences, shortened
 
     found = differences(first, second)
     if as_json:
@@ -94,8 +95,8 @@ def diff(
     elif not found:
         print("no difference")
     else:
-        for each in found:
-            print(printable(f"{each['place']}: {_value(each['first'])} -> {_value(each['second'])}"))
+        for place, text in shortened(found):
+            print(printable(f"{place}: {text}"))
     if found:
         raise typer.Exit(1)
 
@@ -169,7 +170,3 @@ def key(
 def _line(heading: str, text: str) -> None:
     line = Text.assemble((f"{heading:<11}", "dim"), printable(text))
     Console(highlight=False, soft_wrap=True).print(line)
-
-
-def _value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

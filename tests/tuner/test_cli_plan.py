@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 import aivmm
-from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, normal
+from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, normal, onnx_model
 from tests.tuner.harness import Place, Shell
 
 MODEL = chain_model(width=16)
@@ -143,6 +144,25 @@ def test_diff_names_the_places_and_its_status_says_whether_there_are_any(place: 
     found = place.aivmm("plan", "diff", "m.aivmm", "n.aivmm", "--json")
     assert found.code == 1
     assert {"place": "stages[0].config.intra_op_num_threads", "first": "(none)", "second": 1} in found.json["differences"]
+
+
+def test_diff_of_two_models_is_a_page_and_json_has_it_all(place: Shell) -> None:
+    names = [f"input_{index}" for index in range(40)]
+    inputs = [(name, TensorProto.FLOAT, (1, 4)) for name in names]
+    other = onnx_model([helper.make_node("Sum", names, ["y"])], inputs, [("y", TensorProto.FLOAT, (1, 4))])
+    make_bundle(place.work / "other.aivmm", other, [Part(ONNXRUNTIME)])
+    found = place.aivmm("plan", "diff", "m.aivmm", "other.aivmm", "--json").json["differences"]
+    short = place.aivmm("plan", "diff", "m.aivmm", "other.aivmm")
+    assert short.code == 1
+    lines = short.out.splitlines()
+    assert len(found) > 200 > 2 * len(lines)
+    assert all(len(each) < 300 for each in lines)
+    shown = {each["place"] for each in found if any(line.startswith(f"{each['place']}: ") for line in lines)}
+    for section in ("model", "stages"):
+        mine = [each["place"] for each in found if each["place"].startswith(section)]
+        hidden = [each for each in mine if each not in shown]
+        assert f"{section}: and {len(hidden)} more places (all of them with --json)" in lines
+    assert f"files: {sum(each['place'].startswith('files') for each in found)} differ" in lines
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
