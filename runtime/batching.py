@@ -54,6 +54,7 @@ class Answer:
         self._pieces: list[Outputs | None] = []
         self._lock = threading.Lock()
         self._missing = 0
+        self._settled = False  # decided under the lock: the future itself says so only later
 
     def expect(self) -> int:
         """Make room for one more piece and return its place."""
@@ -64,17 +65,24 @@ class Answer:
 
     def settle(self, place: int, found: Outputs | BaseException, *, last: int) -> None:
         """Take one piece of `last`; the first error is the whole answer."""
+        failed = isinstance(found, BaseException)
         with self._lock:
-            if self.future.done():
+            if self._settled:
                 return
             self._pieces[place] = None if isinstance(found, BaseException) else found
             self._missing -= 1
-            whole = len(self._pieces) == last and self._missing == 0
+            self._settled = failed or (len(self._pieces) == last and self._missing == 0)
+            if not self._settled:
+                return
         if isinstance(found, BaseException):
             self.future.set_exception(found)
-        elif whole:
-            pieces = [each for each in self._pieces if each is not None]
+            return
+        pieces = [each for each in self._pieces if each is not None]
+        try:
             joined = pieces[0] if last == 1 else {name: np.concatenate([each[name] for each in pieces]) for name in pieces[0]}
+        except BaseException as error:  # noqa: BLE001 - pieces of unlike shapes, or no room: it is the answer, and there is no other
+            self.future.set_exception(error)
+        else:
             self.future.set_result(joined)
 
 
@@ -173,7 +181,7 @@ class Batcher:
     def _add(self, arrays: Mapping[str, Buffer], first: int, rows: int, answer: Answer, pieces: int) -> None:
         """Copy `rows` rows into the open batch, or into a new one where they do not fit. With the turn."""
         common = {name: array for name, array in arrays.items() if name not in self._rows}
-        if self._open is not None and not (self._open.rows + rows <= self.capacity and _same(self._open.common, common)):
+        if self._open is not None and not self._takes(self._open, rows, arrays, common):
             self._leave()
         if self._open is None:
             kept = {name: array.copy() for name, array in common.items()}
@@ -192,6 +200,11 @@ class Batcher:
             self._leave()
         elif len(batch.parts) == 1:
             self._watched()
+
+    def _takes(self, batch: _Open, rows: int, arrays: Mapping[str, Buffer], common: Mapping[str, Buffer]) -> bool:
+        """Say whether `rows` more rows fit into an open batch: they share what all rows share, and their rows are as long."""
+        alike = all(loose[0].shape[1:] == arrays[name].shape[1:] for name, loose in batch.loose.items())
+        return batch.rows + rows <= self.capacity and alike and _same(batch.common, common)
 
     def _watched(self) -> None:
         if self._watch is None:
@@ -220,8 +233,8 @@ class Batcher:
             self._load(batch)
         except BaseException as error:  # noqa: BLE001 - it belongs to these requests, not to whose turn it is
             self._program.free.put(batch.lane)
-            for part in batch.parts:
-                part.settle(error)
+            # On a thread of its own: callbacks may ask the engine, or close it, and whoever is here has the turn.
+            threading.Thread(target=_fail, args=(batch.parts, error), name="aivmm-rescue", daemon=True).start()
             return
         self._program.launch(batch.lane, partial(self._land, batch.parts, batch.rows))
 
@@ -305,6 +318,11 @@ class Batcher:
         finally:
             lane.error = None
             self._program.free.put(lane)
+
+
+def _fail(parts: Sequence[_Part], error: BaseException) -> None:
+    for part in parts:
+        part.settle(error)
 
 
 def _rescued(rescue: Rescue | None, inputs: Mapping[str, Buffer], error: BaseException) -> Outputs | BaseException:

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from aivmm.errors import BundleError, Unsupported, UsageError
 from aivmm.runtime import onnxruntime
+from aivmm.runtime.batching import Answer, Batcher
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.plan import Batching, Execution
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, onnx_model, reference
@@ -161,6 +162,61 @@ def test_a_stage_that_takes_any_batch_runs_just_the_rows_there_are(load: Load, t
         x = normal(rows, 2, seed=rows)
         np.testing.assert_array_equal(engine.run({"x": x, "w": w})["y"], x * 3)
     assert engine.stats()["batches"]["capacity"] == 4
+
+
+@pytest.mark.parametrize("target", [OPENVINO, ONNXRUNTIME])
+def test_requests_of_unlike_lengths_are_no_company_and_no_error(load: Load, target: str) -> None:
+    """Where the stages leave more open than the batch: rows of 2 and rows of 5 cannot lie in one array."""
+    model = onnx_model([helper.make_node("Relu", ["x"], ["y"])], [("x", F, ("n", "length"))], [("y", F, ("n", "length"))])
+    engine = load(model, [Part(target)], execution=batched(4, 0.2), callers=3)
+    arrays = [normal(1, length, seed=index) for index, length in enumerate((2, 5, 5, 2))]
+    futures = [engine.submit({"x": x}) for x in arrays]
+    for future, x in zip(futures, arrays, strict=True):
+        np.testing.assert_array_equal(future.result(20)["y"], np.maximum(x, 0))
+    assert engine.stats()["batches"]["count"] == 3
+
+
+def test_a_batch_that_cannot_be_put_together_fails_without_the_turn(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its callbacks may close the engine, which waits for the thread that watches, which waits for the turn."""
+
+    def no_room(self: Batcher, batch: Any) -> None:
+        raise MemoryError("no room")
+
+    engine = load(weighted(), [Part(ONNXRUNTIME)], execution=batched(4, 30.0), batch=4)
+    request = {"x": normal(2, 2), "w": np.ones(2, dtype=np.float32)}
+    future = engine.submit(request)
+    time.sleep(0.1)  # until somebody watches
+    monkeypatch.setattr(Batcher, "_load", no_room)
+    closed = threading.Event()
+    future.add_done_callback(lambda _: (engine.close(), closed.set()))
+    second = engine.submit(request)  # the batch is full, and leaves on this thread
+    for each in (future, second):
+        with pytest.raises(MemoryError, match="no room"):
+            each.result(20)
+    assert closed.wait(20)
+
+
+def test_a_piece_that_comes_while_another_ones_error_is_told_makes_no_answer_of_it() -> None:
+    answer = Answer(None)
+    first, second = answer.expect(), answer.expect()
+    tell = answer.future.set_exception
+
+    def told(error: BaseException | None) -> None:
+        answer.settle(second, {"y": np.ones(2)}, last=2)  # on another stage's thread, between the decision and the word
+        tell(error)
+
+    answer.future.set_exception = told  # type: ignore[method-assign]
+    answer.settle(first, ValueError("its own"), last=2)
+    assert str(answer.future.exception(0)) == "its own"
+
+
+def test_pieces_that_do_not_fit_together_are_an_error_and_hang_nobody() -> None:
+    """Where an output's length depends on the data, a request that was split may come back in unlike pieces."""
+    answer = Answer(None)
+    places = [answer.expect(), answer.expect()]
+    for place, length in zip(places, (2, 3), strict=True):
+        answer.settle(place, {"y": np.ones((1, length))}, last=2)
+    assert isinstance(answer.future.exception(0), ValueError)
 
 
 def lookup(rows: int) -> Any:
