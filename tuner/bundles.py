@@ -16,7 +16,7 @@ from aivmm.runtime.signing import Key
 from aivmm.runtime.validity import grade_stages
 
 MISSING = "(none)"
-_MOST_SHOWN, _MOST_TEXT = 8, 100  # differences of one section, and characters of a value
+_MOST_SHOWN, _MOST_OF_TWO_MODELS, _MOST_TEXT = 8, 3, 100  # differences of one section, and characters of a value
 _UNITS = {"per_s": (1.0, " /s"), "_s": (1e3, " ms"), "_bytes": (1e-6, " MB")}  # by what a number's name ends with
 
 
@@ -140,8 +140,9 @@ def differences(first: Path, second: Path) -> list[dict[str, Any]]:
 def shortened(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     """Yield what `differences` found for people: a place and what became of it; of each section its first places and how many there are.
 
-    Digests say only that something differs, so of files there is a count. `--json` has everything.
+    Digests say only that something differs, so of files there is a count; of two models' plans each section is shorter. `--json` has all.
     """
+    most = _MOST_OF_TWO_MODELS if any(each["place"].endswith("model.sha256") for each in found) else _MOST_SHOWN
     sections: dict[str, list[dict[str, Any]]] = {}
     for each in found:
         sections.setdefault(_section(each["place"]), []).append(each)
@@ -149,9 +150,12 @@ def shortened(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
         if name.endswith(("files", "graph_order")):
             yield name, f"{len(differing)} differ"
             continue
-        few = _MOST_SHOWN if len(differing) > _MOST_SHOWN + 1 else len(differing)
+        few = most if len(differing) > most + 1 else len(differing)
         for each in differing[:few]:
-            yield each["place"], f"{_cut(each['first'])} -> {_cut(each['second'])}"
+            one, other = (_cut(each[name]) for name in ("first", "second"))
+            if one == other:  # they differ behind what is shown
+                one, other = (json.dumps(each[name]) for name in ("first", "second"))
+            yield each["place"], f"{one} -> {other}"
         if len(differing) > few:
             yield name, f"and {len(differing) - few} more places (all of them with --json)"
 
@@ -163,7 +167,7 @@ def _section(place: str) -> str:
 
 
 def _cut(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
     return text if len(text) <= _MOST_TEXT else f"{text[: _MOST_TEXT - 3]}..."
 
 
