@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from aivmm.runtime.pool import closed
 from aivmm.runtime.program import Program
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.signing import Key
+from aivmm.runtime.streaming import ordered
 from aivmm.runtime.target import Target
 from aivmm.runtime.validity import Attempt, Validity, check_policy, grade_stages
 from aivmm.tensors import TensorSpec
@@ -65,7 +65,7 @@ class Engine:
         self._deadlines: Deadlines | None = None
         self.tracer: Trace | None = None  # that records now
         self._admission: ThreadPoolExecutor | None = None  # brings in the requests of `arun`
-        self.on_drift: Callable[[Drift], None] | None = None  # called on the thread of the call that showed it
+        self.on_drift: Callable[[Drift], None] | None = None  # called on a thread of its own: it may ask the engine, or close it
         self._drift, self._unwatched = self._watch()
         self.load_s = perf_counter() - started
 
@@ -193,18 +193,7 @@ class Engine:
         Requests are taken from the iterable when there is room for them: it may be endless. What a request raises is raised at its place
         in the order, which ends the stream; those already in flight are finished unseen.
         """
-        window = self._program.window
-        pending: deque[Future[dict[str, Buffer]]] = deque()
-        for inputs in requests:
-            if len(pending) >= window:
-                yield pending.popleft().result()
-            try:
-                pending.append(self.submit(inputs))
-            except AivmmError as error:  # its turn comes
-                pending.append(Future())
-                pending[-1].set_exception(error)
-        while pending:
-            yield pending.popleft().result()
+        return ordered(self.submit, self._program.window, requests)
 
     def lend(self, inputs: Mapping[str, Any]) -> Loan:
         """Run once and lend the outputs without copying them: `with engine.lend(inputs) as outputs:`.
@@ -453,11 +442,14 @@ class Engine:
 
     def _drifted(self, found: Drift) -> None:
         self._event(str(found))
-        if self.on_drift is not None:
-            try:
-                self.on_drift(found)
-            except Exception:  # a listener must not cost the answer to a request
-                log.exception("on_drift failed")
+        listener = self.on_drift
+        if listener is None:
+            return
+        # The call that showed it has its turn still: a listener that asked the engine, or closed it, would wait for that turn for ever.
+        try:
+            threading.Thread(target=_listen, args=(listener, found), name="aivmm-drift", daemon=True).start()
+        except RuntimeError:  # no threads any more: the interpreter ends
+            log.exception("on_drift cannot be called")
 
     def _event(self, text: str) -> None:
         self.events.append(text)
@@ -485,6 +477,13 @@ class Loan:
         if self._lane is not None:
             self._program.free.put(self._lane)
             self._lane = None
+
+
+def _listen(listener: Callable[[Drift], None], found: Drift) -> None:
+    try:
+        listener(found)
+    except Exception:  # a listener's own fault is told, and costs nobody anything
+        log.exception("on_drift failed")
 
 
 def _check_interface(stage: Stage, executable: Executable) -> None:

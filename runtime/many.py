@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +16,7 @@ from aivmm.runtime.engine import Engine
 from aivmm.runtime.family import Family, OpenFamily, Served, open_family
 from aivmm.runtime.fitting import Fitter
 from aivmm.runtime.signing import Key
+from aivmm.runtime.streaming import ordered
 from aivmm.runtime.validity import check_policy
 from aivmm.tensors import TensorSpec
 
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 class ShapedEngine:
     """One model with a plan for each of several shapes. Inputs run in the smallest bucket that takes them. Thread-safe, as `Engine` is."""
 
-    def __init__(self, served: Served, opened: OpenFamily, *, on_mismatch: str = "warn") -> None:
+    def __init__(self, served: Served, opened: OpenFamily, *, on_mismatch: str = "warn", cache: bool = True) -> None:
         def engine(plan: str) -> Engine:
-            return Engine(opened.bundle(plan), on_mismatch=on_mismatch)
+            return Engine(opened.bundle(plan), on_mismatch=on_mismatch, cache=cache)
 
         self.served = served
         self._opened = opened
@@ -78,14 +79,19 @@ class ShapedEngine:
         cropped.set_running_or_notify_cancel()
 
         def deliver(done: Future[dict[str, Buffer]]) -> None:
-            error = done.exception()
-            if error is None:
-                cropped.set_result(self.fitter.crop(done.result(), extents))
-            else:
+            try:
+                outputs = self.fitter.crop(done.result(), extents)
+            except BaseException as error:  # noqa: BLE001 - whatever it is, it is the answer to this request
                 cropped.set_exception(error)
+            else:
+                cropped.set_result(outputs)
 
         running.add_done_callback(deliver)
         return cropped
+
+    def stream(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Buffer]]:
+        """Run each of `requests`, of whatever shape, and yield the outputs in their order; see `Engine.stream`."""
+        return ordered(self.submit, sum(each._program.window for each in self._all().values()), requests)
 
     async def arun(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
         """Run once without blocking the event loop; see `Engine.arun`. Raises as `run`."""
@@ -260,15 +266,17 @@ def plain(engine: Engine | ShapedEngine | Engines) -> Iterator[Engine]:
         yield from plain(each)
 
 
-def load_one(path: str | Path, name: str | None = None, *, require_signature: Key | Sequence[Key] | None = None) -> Engine | ShapedEngine:
-    """Load the only model at `path`, or the one of a `name`. The signature is that of `Engine.load`.
+def load_one(
+    path: str | Path, name: str | None = None, *, require_signature: Key | Sequence[Key] | None = None, cache: bool = True
+) -> Engine | ShapedEngine:
+    """Load the only model at `path`, or the one of a `name`. Signature and cache are those of `Engine.load`.
 
     Raises:
         BundleError, Unsupported: as `load`.
         UsageError: there are several and none is named, or none of that name.
     """
     if not is_family(path):
-        engine = Engine.load(path, require_signature=require_signature)
+        engine = Engine.load(path, require_signature=require_signature, cache=cache)
         if name in (None, engine.plan.model.name):
             return engine
         engine.close()
@@ -280,7 +288,7 @@ def load_one(path: str | Path, name: str | None = None, *, require_signature: Ke
             raise UsageError(f"{path} holds several models", advice=f"name one of {', '.join(map(repr, known))}")
         if name is not None and name not in known:
             raise UsageError(f"there is no model {name!r} in {path}", advice=f"it holds {', '.join(map(repr, known))}")
-        return ShapedEngine(known[name or next(iter(known))], opened)
+        return ShapedEngine(known[name or next(iter(known))], opened, cache=cache)
     except BaseException:  # not handled, only cleaned up: nobody else could close it
         opened.close()
         raise

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aivmm
+from aivmm.errors import UsageError
 from aivmm.runtime import lane
 from aivmm.runtime.drift import BLOCK, Drift, DriftMonitor
 from aivmm.runtime.plan import Batching, Execution, Number
@@ -276,7 +279,7 @@ def test_an_engine_tells_its_listener_its_log_and_its_statistics(engine: aivmm.E
         assert engine.stats()["drift"]["state"] in ("warming up", "inside") and not told
         for _ in range(calls):
             engine.run(x)
-    (event,) = told
+    (event,) = heard(told)
     assert event.live_s == pytest.approx(1.3 * CALL_S) and event.baseline_s == pytest.approx(CALL_S)
     stats = engine.stats()
     assert stats["drift"]["state"] == "outside" and len(stats["drift"]["events"]) == 1
@@ -289,7 +292,33 @@ def test_futures_are_watched_as_calls_are(engine: aivmm.Engine) -> None:
     for Slow.seconds, calls in ((CALL_S, 600), (1.3 * CALL_S, 200)):
         for _ in range(calls):
             engine.submit({"x": normal(2, 32)}).result()
-    assert len(told) == 1
+    assert len(heard(told)) == 1
+
+
+@pytest.mark.parametrize("how", ["run", "close"])
+def test_a_listener_may_ask_the_engine_or_close_it(engine: aivmm.Engine, how: str) -> None:
+    """The call that showed the drift has its turn still, and there is one."""
+    told: list[Drift] = []
+    x = {"x": normal(2, 32)}
+
+    def listener(found: Drift) -> None:
+        engine.run(x) if how == "run" else engine.close()
+        told.append(found)
+
+    engine.on_drift = listener
+    for Slow.seconds, calls in ((CALL_S, 600), (1.3 * CALL_S, 200)):
+        for _ in range(calls):
+            with suppress(UsageError):  # closed by then
+                engine.run(x)
+    assert len(heard(told)) == 1
+
+
+def heard(told: list[Drift]) -> list[Drift]:
+    """Wait for what listeners are told on a thread of theirs."""
+    end = time.monotonic() + 60
+    while not told and time.monotonic() < end:
+        time.sleep(0.01)
+    return told
 
 
 def test_a_listener_that_fails_costs_no_answer(engine: aivmm.Engine, caplog: pytest.LogCaptureFixture) -> None:
@@ -300,6 +329,9 @@ def test_a_listener_that_fails_costs_no_answer(engine: aivmm.Engine, caplog: pyt
     for Slow.seconds, calls in ((CALL_S, 600), (2 * CALL_S, 400)):
         for _ in range(calls):
             assert engine.run({"x": normal(2, 32)})["y"].shape == (2, 32)
+    end = time.monotonic() + 60
+    while "the listener's own" not in caplog.text and time.monotonic() < end:
+        time.sleep(0.01)
     assert "the listener's own" in caplog.text
 
 
