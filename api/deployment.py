@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from aivmm.errors import AivmmError, BundleError, Unsupported, UsageError
 from aivmm.planner.constraints import Constraint, check, parse, unjudged
-from aivmm.runtime.bundle import PLAN_FILE, file_sha256, read_root
+from aivmm.runtime.bundle import FAMILY_FILE, PLAN_FILE, file_sha256, is_family, read_root
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.finding import find_named
 from aivmm.runtime.folders import data_folder
@@ -23,6 +23,7 @@ from aivmm.runtime.validity import grade_stages
 
 if TYPE_CHECKING:
     from aivmm.runtime.drift import Drift
+    from aivmm.runtime.many import ShapedEngine
 
 log = logging.getLogger("aivmm.deploy")
 
@@ -73,13 +74,44 @@ class Deployment:
 
     def why_not(self, path: Path) -> str:
         """Return why the bundle at `path` is not what is asked for here; empty when it is. Its files are not looked at."""
-        if not (path / PLAN_FILE).is_file():
+        if not ((path / PLAN_FILE).is_file() or (path / FAMILY_FILE).is_file()):
             return "there is none"
         try:
-            plan = parse_plan(read_root(path, PLAN_FILE, path), str(path / PLAN_FILE))
+            plans, fallback = _plans_at(path)
         except (BundleError, OSError) as error:
             return str(error)
-        return self._of_another_model(plan) or self._asks_more(plan) or self._elsewhere(plan)
+        for plan in plans:
+            why_not = self._of_another_model(plan) or self._asks_more(plan) or self._elsewhere(plan)
+            if why_not:
+                return why_not
+        return self._of_other_shapes(plans, fallback)
+
+    def _of_other_shapes(self, plans: Sequence[Plan], fallback: bool) -> str:
+        """Return why a bundle takes other shapes than those asked for. Only who names the bundle can mean one of other options."""
+        if self.plan is None:
+            return ""
+        if fallback != (self.options.get("other_shapes", "refuse") != "refuse"):
+            return f"it {'runs' if fallback else 'refuses'} other shapes"
+        for name, listed in self.options.get("shapes", {}).items():
+            have = {each.spec.shape for plan in plans for each in plan.model.inputs if each.name == name}
+            if have != set(listed):
+                return f"its input {name!r} has the shape {', '.join('x'.join(map(str, each)) for each in sorted(have)) or 'of none'}"
+        named = self.options.get("dims", {}) if not self.model.startswith("demo:") else {}
+        for name, extents in named.items():
+            have_extents = {each.spec.shape[axis] for plan in plans for each in plan.model.inputs for axis in self._axes(each.name, name)}
+            if have_extents != set(extents):
+                return f"it was made for {name}={','.join(map(str, sorted(each or 0 for each in have_extents)))}"
+        return ""
+
+    def _axes(self, name: str, dimension: str) -> list[int]:
+        """Return the axes of an input that the model's file gives the name of a dimension."""
+        return [axis for axis, declared in enumerate(self._declared.get(name, ())) if declared == dimension]
+
+    @cached_property
+    def _declared(self) -> Mapping[str, Sequence[int | str]]:
+        from aivmm.models.dataset_shapes import declared_inputs  # it loads onnx
+
+        return declared_inputs(Path(self.model))
 
     def _of_another_model(self, plan: Plan) -> str:
         if self.model.startswith("demo:"):
@@ -139,7 +171,25 @@ class Deployment:
         return load_model(Path(self.model)).sha256
 
 
-def run(deployment: Deployment, *, tune: Callable[..., Any] | None, on_drift: Callable[[Drift], None] | None) -> Engine:
+def _plans_at(path: Path) -> tuple[list[Plan], bool]:
+    """Return the plans of a bundle, one a shape, and whether it runs other shapes as well. Its other files are not looked at.
+
+    Raises:
+        BundleError: it cannot be read, or serves several models.
+    """
+    if not is_family(path):
+        return [parse_plan(read_root(path, PLAN_FILE, path), str(path / PLAN_FILE))], False
+    from aivmm.runtime.family import parse_family
+
+    family = parse_family(read_root(path, FAMILY_FILE, path), str(path / FAMILY_FILE))
+    if family.kind != "shapes":
+        raise BundleError(f"{path} serves several models", advice="load it with aivmm.load_plan")
+    (served,) = family.models
+    plans = [parse_plan(read_root(path, each.plan, path), str(path / each.plan)) for each in served.buckets]
+    return plans, served.fallback is not None
+
+
+def run(deployment: Deployment, *, tune: Callable[..., Any] | None, on_drift: Callable[[Drift], None] | None) -> Engine | ShapedEngine:
     """Return a running engine. `tune` makes a plan (`output` and `targets` are given to it); None when only a kept one may be used.
 
     Raises:
@@ -163,7 +213,7 @@ def run(deployment: Deployment, *, tune: Callable[..., Any] | None, on_drift: Ca
     return _tuned(deployment, tune, on_drift)
 
 
-def _tuned(deployment: Deployment, tune: Callable[..., Any], on_drift: Callable[[Drift], None] | None) -> Engine:
+def _tuned(deployment: Deployment, tune: Callable[..., Any], on_drift: Callable[[Drift], None] | None) -> Engine | ShapedEngine:
     """Tune and start; where what was found does not start, leave its targets out and tune again."""
     place, targets = deployment.place, deployment.targets
     if deployment.plan is None:
@@ -177,7 +227,8 @@ def _tuned(deployment: Deployment, tune: Callable[..., Any], on_drift: Callable[
         try:
             return _started(made.plan_path, on_drift)
         except Unsupported as error:
-            failed = {*made.plan.targets(), *made.plan.fallback_targets()}
+            plans, _ = _plans_at(made.plan_path)
+            failed = {target for plan in plans for target in (*plan.targets(), *plan.fallback_targets())}
             left = tuple(each for each in _targets_here(targets) if each not in failed)
             if not left:
                 raise
@@ -191,9 +242,16 @@ def _targets_here(patterns: Sequence[str]) -> list[str]:
     return [str(each) for each in find_devices()[0] if not patterns or any(matches(pattern, str(each)) for pattern in patterns)]
 
 
-def _started(path: Path, on_drift: Callable[[Drift], None] | None) -> Engine:
-    engine = Engine.load(path)
-    engine.on_drift = on_drift
+def _started(path: Path, on_drift: Callable[[Drift], None] | None) -> Engine | ShapedEngine:
+    if not is_family(path):  # what serves several plans takes a tenth of a second to import
+        single = Engine.load(path)
+        single.on_drift = on_drift
+        return single
+    from aivmm.runtime.many import load_one, plain
+
+    engine = load_one(path)
+    for each in plain(engine):
+        each.on_drift = on_drift
     return engine
 
 

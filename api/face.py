@@ -83,8 +83,9 @@ def deploy(
     targets: str | Sequence[str] = (),
     precisions: str | Sequence[str] = (),
     batches: Sequence[int] = (),
-    shapes: Mapping[str, Sequence[int]] | None = None,
-    dims: Mapping[str, int] | None = None,
+    shapes: Mapping[str, Sequence[int] | Sequence[Sequence[int]]] | None = None,
+    dims: Mapping[str, int | Sequence[int]] | None = None,
+    other_shapes: str = "refuse",
     inputs: str | Path | None = None,
     dataset: str | Path | None = None,
     metric: str | None = None,
@@ -97,13 +98,14 @@ def deploy(
     may_tune: bool = True,
     on_drift: Callable[[Drift], None] | None = None,
     quiet: bool = False,
-) -> Engine:
+) -> Engine | ShapedEngine:
     """Return a running engine for `model`: from a plan that is kept, or else from a new one, which is kept.
 
     A kept plan is reused when it was made for this very model and these options, on a machine like this one (grade `exact`), and its
     numbers keep the constraints. Else `aivmm.tune` makes one first, with progress on standard error; `may_tune=False` refuses instead.
     Plans are kept below `store`, by default in the user's data folder; `plan` names one bundle to use, and to write, instead. Where a
-    target fails to compile, the plan's fallbacks are tried, and then what a tuning finds on the targets that are left.
+    target fails to compile, the plan's fallbacks are tried, and then what a tuning finds on the targets that are left. Lists in `shapes`
+    and `dims` ask for a plan for each, as in `tune`.
 
         with aivmm.deploy("model.onnx", constraints="latency<100ms") as engine:
             outputs = engine.run({"input": array})
@@ -119,8 +121,9 @@ def deploy(
     options = {
         "precisions": (precisions,) if isinstance(precisions, str) else tuple(precisions),
         "batches": tuple(sorted(set(batches))),
-        "shapes": {name: tuple(shape) for name, shape in (shapes or {}).items()},
-        "dims": dict(dims or {}),
+        "shapes": {name: _each(shape) for name, shape in (shapes or {}).items()},
+        "dims": {name: (each,) if isinstance(each, int) else tuple(sorted(each)) for name, each in (dims or {}).items()},
+        "other_shapes": other_shapes,
         "inputs": None if inputs is None else content_of(str(inputs)),
         "dataset": None if dataset is None else content_of(str(dataset)),
         "metric": metric,
@@ -146,6 +149,7 @@ def deploy(
             batches=batches,
             shapes=shapes,
             dims=dims,
+            other_shapes=other_shapes,
             inputs=inputs,
             dataset=dataset,
             metric=metric,
@@ -157,6 +161,12 @@ def deploy(
         )
 
     return run(deployment, tune=make if may_tune else None, on_drift=on_drift)
+
+
+def _each(shape: Sequence[int] | Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of an input, where there may be one or a list."""
+    several = tuple(sorted(tuple(each) for each in shape if not isinstance(each, int)))
+    return several or (tuple(each for each in shape if isinstance(each, int)),)
 
 
 def devices() -> tuple[Target, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -16,9 +17,11 @@ import aivmm
 from aivmm.deployment import Deployment, run
 from aivmm.errors import BundleError, Unsupported, UsageError
 from aivmm.result import TuneResult
-from aivmm.runtime.bundle import Bundle
+from aivmm.runtime.bundle import Bundle, file_sha256
+from aivmm.runtime.family import Bucket, Dimension, Served
+from aivmm.runtime.many import ShapedEngine
 from aivmm.runtime.plan import Accuracy, Number
-from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal
+from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, make_family, normal, token_model, write_model
 from tests.tuner.harness import write_tiny
 
 MODEL = chain_model(width=16)
@@ -163,6 +166,63 @@ def test_weights_in_other_files_are_a_part_of_the_model(asked: Callable[..., Dep
     (tmp_path / "large.bin").write_bytes(weights)
     with pytest.raises(UsageError, match="made for another model"):
         run(asked(model=str(path)), tune=None, on_drift=None)
+
+
+# --- several shapes
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "tokens.onnx", token_model("rows"))
+
+
+@pytest.fixture
+def family(tmp_path: Path, tokens: Path) -> Path:
+    """A bundle for 4 and 16 rows of the tokens."""
+    places: list[tuple[str, int]] = [("x", 1), ("mask", 1)]
+    buckets = [Bucket(name=f"rows={rows}", plan=f"plans/{index}.json", extents={"rows": rows}) for index, rows in enumerate((4, 16))]
+    served = Served(name="tokens", buckets=buckets, dimensions=[Dimension(name="rows", places=places, padding="zero")])
+    made = {}
+    for rows in (4, 16):
+        made[f"{rows}"] = make_bundle(tmp_path / f"{rows}.aivmm", token_model(rows), [Part(ONNXRUNTIME)], expected=EXPECTED)
+        plan = json.loads((made[f"{rows}"] / "plan.json").read_text())
+        plan["model"]["sha256"] = file_sha256(tokens)
+        (made[f"{rows}"] / "plan.json").write_text(json.dumps(plan))
+    return make_family(tmp_path / "family.aivmm", made, models=[served])
+
+
+def deployed(tokens: Path, family: Path, **options: Any) -> Any:
+    return aivmm.deploy(tokens, plan=family, may_tune=False, **options)
+
+
+def test_a_plan_of_several_shapes_is_reused_for_these_shapes(tokens: Path, family: Path) -> None:
+    told: list[Any] = []
+    with deployed(tokens, family, dims={"rows": [16, 4]}, constraints="latency<7ms", on_drift=told.append) as engine:
+        assert isinstance(engine, ShapedEngine)
+        assert engine.run({"x": normal(1, 3, 16), "mask": np.ones((1, 3), np.int64)})["pooled"].shape == (1, 1, 16)
+        assert {each.on_drift for each in engine.engines.values()} == {engine.engines["rows=4"].on_drift} != {None}
+    deployed(tokens, family, shapes={"x": [(1, 4, 16), (1, 16, 16)], "mask": [(1, 4), (1, 16)]}).close()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dims": {"rows": 4}}, "it was made for rows=4,16"),
+        ({"dims": {"rows": [4, 16, 64]}}, "it was made for rows=4,16"),
+        ({"shapes": {"x": (1, 8, 16)}}, "its input 'x' has the shape 1x4x16, 1x16x16"),
+        ({"dims": {"rows": [4, 16]}, "other_shapes": "dynamic"}, "it refuses other shapes"),
+        ({"dims": {"rows": [4, 16]}, "constraints": "latency<5ms"}, "latency is 6 ms"),
+    ],
+)
+def test_a_plan_of_other_shapes_is_not(tokens: Path, family: Path, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        deployed(tokens, family, **options)
+
+
+def test_a_workload_is_no_plan_of_one_model(tokens: Path, tmp_path: Path) -> None:
+    made = make_bundle(tmp_path / "4.aivmm", token_model(4), [Part(ONNXRUNTIME)], expected=EXPECTED)
+    with pytest.raises(UsageError, match="serves several models"):
+        deployed(tokens, make_family(tmp_path / "w.aivmm", {"tokens": made}, kind="workload"))
 
 
 @pytest.mark.parametrize("name", ["missing.onnx", "."])

@@ -94,7 +94,7 @@ def test_a_query_that_fails_is_no_answer() -> None:
         def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError("no")
 
-    with pytest.raises(RuntimeError, match="20 of 20 queries failed"):
+    with pytest.raises(ValueError, match="no"):
         server(Broken(0).engine, {}, 0.2, rate_per_s=100, bound_s=None)
 
 
