@@ -12,7 +12,7 @@ import itertools
 import re
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aivmm.errors import UsageError
+from aivmm.models.dataset_shapes import Declared, ShapeSurvey
 from aivmm.models.user_function import UserFunction, text_of
 from aivmm.tensors import TensorSpec
 
@@ -32,6 +33,12 @@ MOST_CALIBRATION = 300  # NNCF's default subset_size; statistics gain little bey
 
 _TAKES = "--dataset takes an .npz or .npy file, a folder of .npy or .npz files, or MODULE:FUNCTION"
 _END: Any = object()
+
+
+class MisshapenError(UsageError):
+    """An array of a sample has a shape that its input does not take. `shapes` are those of all its arrays."""
+
+    shapes: Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +55,9 @@ def load_dataset(given: str, specs: Sequence[TensorSpec], *, most: int) -> tuple
     return list(read_samples(given, specs, most=most, notes=notes)), notes
 
 
-def read_samples(given: str, specs: Sequence[TensorSpec], *, most: int, notes: list[str]) -> Generator[Sample]:
+def read_samples(
+    given: str, specs: Sequence[TensorSpec], *, most: int, notes: list[str], declared: Callable[[], Declared] | None = None
+) -> Generator[Sample]:
     """Yield the first `most` samples for the inputs `specs` one by one, and append notes for the user to `notes` at the end.
 
     `given` is one of
@@ -60,7 +69,9 @@ def read_samples(given: str, specs: Sequence[TensorSpec], *, most: int, notes: l
     A sample fits an input's shape exactly, or lacks its leading axis of 1, which is then added, to the sample's extras too. Where that
     axis is longer (a batch of 8), as many consecutive samples that lack it, or have 1 there, become one. (`--inputs` takes whole batches
     only.) Types may differ within their kind if no value is lost: int32 for int64, float64 for float32 (rounded, never to infinity).
-    Arrays are copies, C-contiguous, in native byte order. Arrays that are no inputs become extras.
+    Arrays are copies, C-contiguous, in native byte order. Arrays that are no inputs become extras. Open extents of `specs` (None) take
+    samples of any. `declared` says how the model's file has its inputs: where a sample has another shape than `specs`, the shapes of all
+    are then looked at, and the error says which ones to tune for.
 
     Raises:
         UsageError: nothing there, no samples, or one that does not fit: a name, shape or type, NaN or infinity, Python objects (pickles
@@ -68,7 +79,10 @@ def read_samples(given: str, specs: Sequence[TensorSpec], *, most: int, notes: l
     """
     if most < 1:
         raise ValueError(f"most={most}: at least one sample is needed")
-    pieces, total = _open(given, specs)
+    try:
+        pieces, total = _open(given, specs)
+    except MisshapenError as error:
+        raise _better(error, given, specs, declared, 0, [error.shapes]) from error
     assembler = _Assembler(specs)
     taken = used = made = 0
     with contextlib.closing(pieces):
@@ -76,7 +90,11 @@ def read_samples(given: str, specs: Sequence[TensorSpec], *, most: int, notes: l
             taken += 1
             if made == most:  # only to see whether there are more
                 break
-            sample = assembler.add(where, arrays)
+            try:
+                sample = assembler.add(where, arrays)
+            except MisshapenError as error:
+                further = (_shapes(each) for _, each in itertools.islice(pieces, most))
+                raise _better(error, given, specs, declared, taken - 1, itertools.chain([error.shapes], further)) from error
             if sample is not None:
                 used, made = taken, made + 1
                 yield sample
@@ -198,7 +216,7 @@ def _sliced(path: str, arrays: Mapping[str, Array], specs: Sequence[TensorSpec])
     for spec in specs:
         shape = arrays[spec.name].shape
         if not shape or _how(spec, shape[1:]) is None:
-            raise _misshapen(path, spec, shape, several=True)
+            raise _misshapen(path, spec, arrays, several=True)
     first = specs[0].name
     count = arrays[first].shape[0]
     for name, array in arrays.items():
@@ -269,7 +287,7 @@ class _Assembler:
         inputs = {}
         for spec in self._specs:
             if how[spec.name] is None:
-                raise _misshapen(where, spec, np.shape(arrays[spec.name]))
+                raise _misshapen(where, spec, arrays)
             array = cast_array(where, spec, arrays[spec.name])
             inputs[spec.name] = array[None] if how[spec.name] in ("lacks", "row lacks") else array
         extras = {name: _extra(where, name, value) for name, value in arrays.items() if name not in inputs}
@@ -336,13 +354,38 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
     return len(shape) == len(wanted) and all(want in (None, have) for have, want in zip(shape, wanted, strict=True))
 
 
-def _misshapen(where: str, spec: TensorSpec, shape: tuple[int, ...], *, several: bool = False) -> UsageError:
+def _misshapen(where: str, spec: TensorSpec, arrays: Mapping[str, Any], *, several: bool = False) -> MisshapenError:
     expected = ", ".join("?" if extent is None else str(extent) for extent in spec.shape)
     several_are = f"several samples have one more axis in front: [samples{', ' if expected else ''}{expected}]"
-    return UsageError(
-        f"{where}: array {spec.name!r} has shape {list(shape)}, expected [{expected}]",
+    error = MisshapenError(
+        f"{where}: array {spec.name!r} has shape {list(np.shape(arrays[spec.name]))}, expected [{expected}]",
         advice=several_are if several else "give --dataset one sample at a time, in the shapes that the model takes (or change --shape)",
     )
+    # Of several samples in one file, the shapes are those of each.
+    error.shapes = {name: shape[1:] if several else shape for name, shape in _shapes(arrays).items()}
+    return error
+
+
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: np.shape(array) for name, array in arrays.items()}
+
+
+def _better(
+    error: MisshapenError,
+    given: str,
+    specs: Sequence[TensorSpec],
+    declared: Callable[[], Declared] | None,
+    fitted: int,
+    shapes: Iterable[Mapping[str, tuple[int, ...]]],
+) -> UsageError:
+    """Return `error`, or what the `shapes` of all samples say instead, those that `fitted` before included."""
+    if declared is None:
+        return error
+    survey = ShapeSurvey(specs, declared())
+    survey.add_bound(fitted)
+    if not all(map(survey.add, shapes)):
+        return error  # one has a shape that the model takes in no size: that is the first thing to mend
+    return survey.refusal(given) or error
 
 
 def _extra(where: str, name: str, value: Any) -> Array:

@@ -281,13 +281,17 @@ class Lab:
             "rebatch", limit_s=COMPILE_LIMIT_S, lowered=str(lowered), base=str(base), prepared=str(prepared), destination=str(destination)
         )
 
-    def read_dataset(self, given: str, specs: tuple[TensorSpec, ...], folder: Path, *, most: int, seed: int) -> Data:
+    def read_dataset(
+        self, given: str, specs: tuple[TensorSpec, ...], folder: Path, *, most: int, seed: int, source: Path | None = None
+    ) -> Data:
         """Read a user's data set, which may be a function of theirs, in a worker of its own.
 
         Raises:
-            UsageError: it cannot be read, does not fit the model, raised, crashed, or never ended.
+            UsageError: it cannot be read, does not fit the model, raised, crashed, or never ended. Where samples have other shapes than
+                `specs` and `source` is the model's file, it says which ones to tune for.
         """
-        answer = self._user_code("dataset", given=given, specs=wire.specs_out(specs), folder=str(folder), most=most, seed=seed)
+        more = {} if source is None else {"source": str(source)}
+        answer = self._user_code("dataset", given=given, specs=wire.specs_out(specs), folder=str(folder), most=most, seed=seed, **more)
         extras = {path: Path(beside) for path, beside in answer["extras"].items()}
         return Data(
             calibration=tuple(map(Path, answer["calibration"])),

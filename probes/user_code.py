@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from aivmm.errors import UsageError
 from aivmm.models.dataset import digest, read_samples, split_indices
+from aivmm.models.dataset_shapes import declared_inputs
 from aivmm.models.user_function import UserFunction, text_of
 from aivmm.probes import wire
 from aivmm.probes.client import Worker, WorkerDied
@@ -26,10 +28,13 @@ if TYPE_CHECKING:
 _METRIC_ARGUMENTS = ("samples", "outputs")
 
 
-def dataset(state: State, *, given: str, specs: list[dict[str, Any]], folder: str, most: int, seed: int) -> dict[str, Any]:
+def dataset(
+    state: State, *, given: str, specs: list[dict[str, Any]], folder: str, most: int, seed: int, source: str = ""
+) -> dict[str, Any]:
     """Load and split a data set (see `models.dataset`), one sample at a time, and write each sample to files of its own in `folder`.
 
-    `extras` maps the file of a sample to the file of what is no input; samples without such are not in it.
+    `source` is the model's file: where samples have other shapes than `specs`, it says which ones can be tuned for. `extras` maps the file
+    of a sample to the file of what is no input; samples without such are not in it.
     """
     from aivmm.probes.operations import save_arrays  # it imports us
 
@@ -37,7 +42,8 @@ def dataset(state: State, *, given: str, specs: list[dict[str, Any]], folder: st
     digests: list[str] = []
     extras: dict[str, str] = {}
     notes: list[str] = []
-    for index, sample in enumerate(read_samples(given, wire.specs_in(specs), most=most, notes=notes)):
+    declared = partial(declared_inputs, Path(source)) if source else None
+    for index, sample in enumerate(read_samples(given, wire.specs_in(specs), most=most, notes=notes, declared=declared)):
         path = Path(folder) / f"dataset-{index:05}.npz"
         try:
             save_arrays(path, sample.inputs)

@@ -50,11 +50,13 @@ class Crop(Strict, frozen=True, kw_only=True):
 
 
 class Bucket(Strict, frozen=True, kw_only=True):
-    """A shape with a plan of its own."""
+    """A shape with a plan of its own. `smaller` says what runs inputs below it that no smaller bucket takes: this plan on padded ones, or
+    the plan of open extents on the inputs as they are, where that was measured to be faster."""
 
     name: str  # "seq=128"; "" for the only one
     plan: str  # a file of the bundle: "plans/0.json"
     extents: dict[str, Extent] = {}  # by dimension
+    smaller: Literal["padded", "open"] = "padded"
 
 
 class Promise(Strict, frozen=True, kw_only=True):
@@ -86,6 +88,8 @@ class Served(Strict, frozen=True, kw_only=True):
         for bucket in self.buckets:
             if bucket.extents.keys() != known:
                 raise ValueError(f"bucket {bucket.name!r} of {self.name!r} does not give each dimension an extent")
+            if bucket.smaller == "open" and self.fallback is None:
+                raise ValueError(f"bucket {bucket.name!r} of {self.name!r} leaves smaller inputs to open extents, and no plan has those")
         for crop in self.crops:
             if crop.dimension not in known:
                 raise ValueError(f"output {crop.output!r} is cropped by {crop.dimension!r}, which is no dimension")

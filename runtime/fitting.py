@@ -45,14 +45,15 @@ class Fitter:
         return arrays, extents
 
     def choose(self, extents: Mapping[str, int]) -> Bucket | None:
-        """Return the bucket of the fewest elements that takes inputs of `extents`; None where only the fallback does.
+        """Return the bucket of the fewest elements that takes inputs of `extents`; None where the fallback runs them.
 
         Raises:
             UsageError: nothing does; the known shapes are named.
         """
         fitting = [each for each in self.buckets if self._fits(each, extents)]
         if fitting:
-            return min(fitting, key=self._size)
+            smallest = min(fitting, key=self._size)
+            return None if smallest.smaller == "open" and smallest.extents != extents else smallest
         if self.has_fallback:
             return None
         given = ", ".join(f"{name}={extent}" for name, extent in extents.items())

@@ -9,11 +9,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from aivmm.errors import AivmmError, UsageError
+from aivmm.errors import AivmmError, ModelError, UsageError
 from aivmm.planner.constraints import ACCURACY
 from aivmm.probes.accuracy import over_limit
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
@@ -26,10 +27,12 @@ from aivmm.runtime.registry import default_backends
 from aivmm.runtime.target import Target, Unavailable
 from aivmm.tensors import TensorSpec
 from aivmm.tuner.asked import allowed
+from aivmm.tuner.bucket_data import BucketData, Shares
 from aivmm.tuner.families import combine
 from aivmm.tuner.many import ManyOutcome, Prefixed, report_beside, summed
+from aivmm.tuner.open_or_padded import Choice, OpenOrPadded
 from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
-from aivmm.tuner.other_shapes import Fallback, OtherShapes
+from aivmm.tuner.other_shapes import OtherShapes
 from aivmm.tuner.padding import Case, PaddingCheck, Paddings, dimensions_of, replace_padding
 from aivmm.tuner.progress import Progress
 from aivmm.tuner.session import Session, TuneOutcome
@@ -48,6 +51,8 @@ class BucketTuner:
     wanted: Sequence[Wanted]
     progress: Progress
     command: str = ""
+    _shares: Shares | None = None  # of the user's samples
+    _early: tuple[Sequence[Mapping[str, TensorSpec]], Paddings] | None = None  # the inputs of each shape, and how they are padded
 
     def run(self) -> ManyOutcome | dict[str, Any]:
         """Tune; with `dry_run` return what would be measured instead.
@@ -57,8 +62,6 @@ class BucketTuner:
         """
         started = time.perf_counter()
         output = Session(self.options, self.progress).output
-        if self.options.inputs is not None or self.options.dataset is not None:
-            raise UsageError("samples have one shape, and several are asked for", advice="leave them away, or tune one shape")
         if self.options.dry_run:
             found = self._session(0, Path(), output, 0.0).run()
             assert isinstance(found, dict)
@@ -66,6 +69,7 @@ class BucketTuner:
         check_destination(output)
         with tempfile.TemporaryDirectory(prefix=f"aivmm-{os.getpid()}-", ignore_cleanup_errors=True) as name:
             folder = Path(name)
+            self._sort_samples(folder)
             outcomes = self._tune(folder, output)
             missing = next(((each, found) for each, found in zip(self.wanted, outcomes, strict=False) if found.plan_path is None), None)
             if missing is not None:
@@ -81,8 +85,73 @@ class BucketTuner:
             output=folder / f"bucket-{index}.aivmm",
             budget_s=max(_LEAST_BUDGET_S, budget_s),
         )
+        data = None if self._shares is None else self._shares.shares[index].data
+        if data is None:  # no sample is of this shape
+            options = replace(options, inputs=None, dataset=None)
         shown = (output, output / f"report-{index}.html")
-        return Session(options, Prefixed(self.progress, each.name), command=self.command, shown=shown)
+        return Session(options, Prefixed(self.progress, each.name), command=self.command, shown=shown, data=data)
+
+    def _sort_samples(self, folder: Path) -> None:
+        """Find out how each shape is padded before it is tuned, and sort the user's samples by it, where there are some.
+
+        Raises:
+            UsageError: they cannot be used; see `BucketData.sorted`. Or one of the user's metric's shapes has none.
+        """
+        given = self.options.dataset or (None if self.options.inputs is None else str(self.options.inputs))
+        if given is None:
+            return
+        self.progress.phase("sorting the samples by shape")
+        source = self._source(folder)
+        (folder / "samples").mkdir()
+        with Lab() as lab:
+            inputs = [self._inputs(lab, source, each, folder / "samples" / f"shape-{index}") for index, each in enumerate(self.wanted)]
+            buckets, dimensions = self._buckets(inputs)
+            paddings = self._paddings(folder, buckets, inputs, dimensions)
+            self._early = inputs, paddings
+            self._shares = BucketData(
+                lab=lab,
+                given=given,
+                source=source,
+                folder=folder / "samples",
+                buckets=buckets,
+                shapes=inputs,
+                paddings=paddings,
+                seed=self.options.seed,
+            ).sorted()
+        for note in self._shares.notes:
+            self.progress.note(note)
+        self.progress.note(self._shares.line)
+        empty = [each.bucket for each in self._shares.shares if each.data is None]
+        if empty and self.options.metric is not None:
+            raise UsageError(
+                f"--metric judges on your samples, and {given} has none for {', '.join(empty)}", advice="drop those shapes, or add samples"
+            )
+
+    def _inputs(self, lab: Lab, source: Path, each: Wanted, folder: Path) -> dict[str, TensorSpec]:
+        """Return what the model takes at one of the shapes."""
+        folder.mkdir()
+        batch = self.options.batches[0] if self.options.batches else 1
+        try:
+            facts = lab.prepare(source, folder / "model.onnx", shapes=each.shapes, dims=each.dims, batch=batch)
+        except WorkerDied as died:
+            raise ModelError(f"{source} cannot be read: preparing it {died.reason}", advice="is the file damaged?") from died
+        return {spec.name: spec for spec in facts.inputs}
+
+    def _buckets(self, inputs: Sequence[Mapping[str, TensorSpec]]) -> tuple[list[Bucket], tuple[Dimension, ...]]:
+        """Return the buckets of shapes that take `inputs`, and the dimensions in which they differ.
+
+        Raises:
+            UsageError: two shapes are the same.
+        """
+        same = next((index for index, each in enumerate(inputs) if each in inputs[:index]), None)
+        if same is not None:
+            raise UsageError(f"{self.wanted[same].name} gives inputs of a shape that is there already", advice="drop it from the list")
+        dimensions = dimensions_of(inputs, {name: [each.dims[name] for each in self.wanted] for name in self.wanted[0].dims})
+        named = zip(self.wanted, inputs, strict=True)
+        buckets = [
+            Bucket(name=each.name, plan=f"plans/{index}.json", extents=_extents(dimensions, one)) for index, (each, one) in enumerate(named)
+        ]
+        return buckets, dimensions
 
     def _tune(self, folder: Path, output: Path) -> list[TuneOutcome]:
         """Tune each shape with an equal share of the budget; the first that has no plan ends it.
@@ -108,41 +177,44 @@ class BucketTuner:
             with Bundle.open(path) as bundle:
                 plans.append(bundle.plan)
         inputs = [{each.name: each.spec for each in plan.model.inputs} for plan in plans]
-        same = next((index for index, each in enumerate(inputs) if each in inputs[:index]), None)
-        if same is not None:
-            raise UsageError(f"{self.wanted[same].name} gives inputs of a shape that is there already", advice="drop it from the list")
-        dimensions = dimensions_of(inputs, {name: [each.dims[name] for each in self.wanted] for name in self.wanted[0].dims})
-        buckets = [
-            Bucket(name=each.name, plan=f"plans/{index}.json", extents=_extents(dimensions, inputs[index]))
-            for index, each in enumerate(self.wanted)
-        ]
-        self.progress.phase("checking how smaller inputs may be padded")
-        paddings = self._paddings(folder, buckets, inputs, dimensions)
+        buckets, dimensions = self._buckets(inputs)
+        paddings = self._known_paddings(inputs)
+        if paddings is None:
+            paddings = self._paddings(folder, buckets, inputs, dimensions)
         paddings = self._proven(folder, bundles, plans, buckets, paddings)
         lines = self._lines(plans, outcomes, paddings)
         others = self._others(folder, bundles, plans, buckets, inputs, paddings)
         if others is not None:
-            lines = (*lines, others.line)
-            bundles[_OTHERS] = others.bundle
+            lines = (*lines, *others.lines)
+            bundles[_OTHERS] = others.plan.bundle
+            buckets = list(others.buckets)
         verdict = " ".join(lines)
         combine(output, self._family(plans, buckets, paddings, verdict, others=others is not None), bundles, folder / "gathered")
         for index, found in enumerate(outcomes):
             shutil.copyfile(found.report_path, output / f"report-{index}.html")
-        summary = self._summary(outcomes, output, paddings, buckets, verdict, time.perf_counter() - started)
+        summary = self._summary(outcomes, output, paddings, buckets, verdict, time.perf_counter() - started, others)
         report, use = output / "report.html", f"import aivmm; engine = aivmm.load_plan({str(output)!r})"
         report.write_text(render_family(self._overview(plans, outcomes, paddings, lines)), encoding="utf-8")
         return ManyOutcome(plan_path=output, report_path=report, summary=summary, lines=lines, outcomes=tuple(outcomes), use=use)
 
+    def _known_paddings(self, inputs: Sequence[Mapping[str, TensorSpec]]) -> Paddings | None:
+        """Return what was found of the padding before, unless plans were made for another batch since."""
+        if self._early is None:
+            return None
+        shapes = [[{name: spec.shape for name, spec in each.items()} for each in some] for some in (inputs, self._early[0])]
+        return self._early[1] if shapes[0] == shapes[1] else None
+
     def _paddings(
         self, folder: Path, buckets: Sequence[Bucket], inputs: Sequence[Mapping[str, TensorSpec]], dimensions: Sequence[Dimension]
     ) -> Paddings:
+        self.progress.phase("checking how smaller inputs may be padded")
         with Lab() as lab:
             found, _ = lab.discover(list(self.options.backends) or list(default_backends()))
-            (folder / "padding").mkdir()
+            files = Path(tempfile.mkdtemp(prefix="padding-", dir=folder))
             return PaddingCheck(
                 lab=lab,
                 source=self._source(folder),
-                folder=folder / "padding",
+                folder=files,
                 buckets=buckets,
                 shapes=inputs,
                 dimensions=dimensions,
@@ -213,17 +285,20 @@ class BucketTuner:
         buckets: Sequence[Bucket],
         inputs: Sequence[Mapping[str, TensorSpec]],
         paddings: Paddings,
-    ) -> Fallback | None:
-        """Make and prove the plan for all other shapes, where one is asked for."""
+    ) -> Choice | None:
+        """Make and prove the plan for all other shapes, where one is asked for, and time it against padding."""
         if self.options.other_shapes == "refuse":
             return None
         self.progress.phase("proving what runs other shapes")
+        unpadded = Paddings(dimensions=tuple(replace_padding(each, "none", "") for each in paddings.dimensions))
 
-        def judge(bundle: Path, cases: Sequence[Case]) -> str:
-            trial = bundle.parent / "trial.aivmm"
-            family = self._family(plans, buckets, paddings, "", others=True)
-            combine(trial, family, {**bundles, _OTHERS: bundle}, bundle.parent / "gathered")
-            return self._judged(trial, cases)
+        @cache
+        def trial(opened: Path | None) -> Path:
+            """Write the bundle that pads, or the one that runs whatever is not listed with open extents."""
+            path = Path(tempfile.mkdtemp(prefix="trial-", dir=folder)) / "trial.aivmm"
+            family = self._family(plans, buckets, paddings if opened is None else unpadded, "", others=opened is not None)
+            combine(path, family, dict(bundles) if opened is None else {**bundles, _OTHERS: opened}, path.parent / "gathered")
+            return path
 
         with Lab() as lab:
             found, unavailable = lab.discover(list(self.options.backends) or list(default_backends()))
@@ -245,10 +320,18 @@ class BucketTuner:
                 dimensions=paddings.dimensions,
                 plan=plans[0],
                 folder=folder / "open",
-                judge=judge,
+                judge=lambda opened, cases: self._judged(trial(opened), [*cases, *paddings.cases]),
                 judged_by=self.judged_by(),
             )
-            return others.run()
+            opened = others.run()
+        self.progress.phase("timing open extents against padding")
+        return OpenOrPadded(
+            plans=opened,
+            buckets=buckets,
+            between=paddings.cases,
+            trial=lambda plan: trial(None if plan is None else plan.bundle),
+            seed=self.options.seed,
+        ).run()
 
     def _family(
         self, plans: Sequence[Plan], buckets: Sequence[Bucket], paddings: Paddings, verdict: str, *, others: bool = False
@@ -275,6 +358,7 @@ class BucketTuner:
         return (
             f"{len(parts)} shapes, each with a plan of its own.",
             *parts,
+            *([] if self._shares is None else [self._shares.line]),
             *(f"{each.name} is {each.why}." for each in paddings.dimensions),
         )
 
@@ -286,6 +370,7 @@ class BucketTuner:
         buckets: Sequence[Bucket],
         verdict: str,
         wall_s: float,
+        others: Choice | None,
     ) -> dict[str, Any]:
         first = outcomes[0].summary
         return {
@@ -296,18 +381,27 @@ class BucketTuner:
             "report": str(output / "report.html"),
             "objective": first["objective"],
             "buckets": [
-                {"name": bucket.name, "extents": dict(bucket.extents), **found.summary}
-                for bucket, found in zip(buckets, outcomes, strict=True)
+                {"name": bucket.name, "extents": dict(bucket.extents), **self._sample_counts(index), **found.summary}
+                for index, (bucket, found) in enumerate(zip(buckets, outcomes, strict=True))
             ],
             "padding": [
                 {"dimension": each.name, "places": [list(place) for place in each.places], "padding": each.padding, "why": each.why}
                 for each in paddings.dimensions
             ],
             "cropped": [crop_json(each) for each in paddings.crops],
+            "other_shapes": None
+            if others is None
+            else {"target": others.plan.target, "open_against_padding": [each.json() for each in others.timed]},
             "probes": summed(outcomes),
             "wall_s": wall_s,
             "verdict": verdict,
         }
+
+    def _sample_counts(self, index: int) -> dict[str, Any]:
+        if self._shares is None:
+            return {}
+        share = self._shares.shares[index]
+        return {"samples": {"used": share.samples, "padded": share.padded}}
 
     def _infeasible(self, each: Wanted, found: TuneOutcome, outcomes: Sequence[TuneOutcome], output: Path, wall_s: float) -> ManyOutcome:
         """Say which shape has no plan: a bundle that lacks one of the shapes asked for is none."""

@@ -2,7 +2,8 @@
 
 Runtimes take open extents as they are (ONNX Runtime natively, OpenVINO as dynamic dimensions), and prepare for each new shape; so
 this is seldom as fast as a shape that was tuned, and its latency is not promised. That its answers are right is shown at sizes beyond and
-between the tuned ones, in the written bundle, against the fp32 reference at those very sizes. Decision 0032.
+between the tuned ones, in the written bundle, against the fp32 reference at those very sizes. Decision 0032; which of several targets it
+is, and whether it is faster than padding, is timed (`open_or_padded`, decision 0045).
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ Judge = Callable[[Path, Sequence[Case]], str]  # why the answers of a bundle are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fallback:
-    """A plan for all other shapes, and the sentence that says what is known of it."""
+class OpenPlan:
+    """A plan for all other shapes whose answers are right at `cases`, and the sentence that says what is known of it."""
 
+    target: str
     bundle: Path
+    cases: tuple[Case, ...]
     line: str
 
 
@@ -44,28 +47,31 @@ class OtherShapes:
     judge: Judge
     judged_by: str  # what `judge` holds answers to, in words
 
-    def run(self) -> Fallback:
-        """Return the first target's that answers as the reference does.
+    def run(self) -> tuple[OpenPlan, ...]:
+        """Return one plan for each target that answers as the reference does.
 
         Raises:
             UsageError: the model runs at no other size, or no target answers rightly; with each reason.
         """
-        cases = [each for each in map(self._case, self._sizes()) if each is not None]
+        cases = tuple(each for each in map(self._case, self._sizes()) if each is not None)
         if not cases:
             raise _refused("the model runs at none of the sizes tried beyond the listed ones")
-        reasons = []
+        sizes = "; ".join(said(each.extents) for each in cases)
+        right, reasons = [], []
         for target in self.targets:
             try:
                 bundle = self._write(target)
                 why = self.judge(bundle, cases)
             except (AivmmError, WorkerDied) as error:
                 why = error.reason if isinstance(error, WorkerDied) else error.message
-            if not why:
-                sizes = "; ".join(_said(each.extents) for each in cases)
-                line = f"Other shapes run on {target} with open extents, checked at {sizes} by {self.judged_by}; not tuned."
-                return Fallback(bundle=bundle, line=line)
-            reasons.append(f"{target}: {why}")
-        raise _refused("no target answers other shapes rightly (" + "; ".join(reasons) + ")")
+            if why:
+                reasons.append(f"{target}: {why}")
+                continue
+            line = f"Other shapes run on {target} with open extents, checked at {sizes} by {self.judged_by}; not tuned."
+            right.append(OpenPlan(target=str(target), bundle=bundle, cases=cases, line=line))
+        if not right:
+            raise _refused("no target answers other shapes rightly (" + "; ".join(reasons) + ")")
+        return tuple(right)
 
     def _sizes(self) -> Iterator[dict[str, int]]:
         """Yield extents that no tuned shape takes: beyond the largest, and, where nothing is padded, between them."""
@@ -129,7 +135,8 @@ def _listed(specs: Sequence[TensorSpec]) -> list[Tensor]:
     return list(tensors(specs))
 
 
-def _said(extents: Mapping[str, int]) -> str:
+def said(extents: Mapping[str, int]) -> str:
+    """Return extents as a user writes them."""
     return ", ".join(f"{name}={extent}" for name, extent in extents.items())
 
 

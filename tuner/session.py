@@ -22,7 +22,7 @@ from aivmm.db.database import Database
 from aivmm.planner.constraints import ACCURACY, Constraint
 from aivmm.planner.levels import SERVICE_LEVELS
 from aivmm.planner.records import RunRecord
-from aivmm.probes.lab import Lab
+from aivmm.probes.lab import Data, Lab
 from aivmm.probes.race import RaceState
 from aivmm.probes.records import Outcome, ProbeKey
 from aivmm.probes.transfers import TransferFit
@@ -83,13 +83,15 @@ class Session:
         command: str = "",
         shown: tuple[Path, Path] | None = None,
         look: Look | None = None,
+        data: Data | None = None,
     ) -> None:
         """Tune as `options` say.
 
         `shown` is where plan and report end up, when what is written now is only a part of a bundle to come. `look` is called once settings
-        were searched, for those who want to measure more of the same model.
+        were searched, for those who want to measure more of the same model. `data` are the user's samples where they were read already.
         """
         self._look = look
+        self._data = data
         self.options = options
         self._shown = shown
         self._ended = False  # the outcome is stored
@@ -155,7 +157,7 @@ class Session:
             self.progress.phase("reading the model")
             if self.options.metric is not None:
                 lab.check_metric(self.options.metric)
-            subject = Subject(self.options, lab, folder)
+            subject = Subject(self.options, lab, folder, data=self._data)
             self.progress.phase("looking for devices")
             found, unavailable = discovery.result()
         finally:

@@ -18,7 +18,7 @@ from aivmm.models.dataset import MOST_CALIBRATION
 from aivmm.models.records import ModelFacts, Structure
 from aivmm.probes.accuracy import judge
 from aivmm.probes.client import WorkerDied
-from aivmm.probes.lab import Lab, Loaded
+from aivmm.probes.lab import Data, Lab, Loaded
 from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.runtime.config import LOWERED, Config
 from aivmm.runtime.folders import cache_folder
@@ -60,8 +60,10 @@ class Further:
 class Subject:
     """Loads the user's model once, and prepares it for further batches when they are asked for."""
 
-    def __init__(self, options: TuneOptions, lab: Lab, folder: Path) -> None:
+    def __init__(self, options: TuneOptions, lab: Lab, folder: Path, *, data: Data | None = None) -> None:
+        """Load the model that `options` name. `data` are the user's samples where they were read already: those of one shape of several."""
         self._options = options
+        self._data = data
         self._lab = lab
         self._folder = folder
         self._at: dict[int, Prepared] = {}
@@ -365,8 +367,10 @@ class Subject:
     def _base_samples(self, facts: ModelFacts) -> tuple[Path, ...]:
         """Write the samples: the first for the search, further ones for the proof."""
         paths = tuple(self._folder / f"sample-{self.base_batch}-{index}.npz" for index in range(1 + PROOF_SAMPLES))
+        if self._data is not None:
+            return self._take(self._data)
         if self._options.dataset is not None:
-            return self._dataset_samples(facts)
+            return self._take(self._read_dataset(self._options.dataset, facts))
         if self._options.inputs is None:
             self._lab.make_samples(self.path, facts.inputs, paths, seed=self._options.seed)
             self.notes.extend(_large_integers(load_arrays(str(paths[0]))))
@@ -394,12 +398,13 @@ class Subject:
             save_arrays(path, given[index % len(given)])
         return used
 
-    def _dataset_samples(self, facts: ModelFacts) -> tuple[Path, ...]:
-        """Read the user's data set: a part calibrates, the rest judges."""
-        assert self._options.dataset is not None
+    def _read_dataset(self, given: str, facts: ModelFacts) -> Data:
         folder = self._folder / "dataset"
         folder.mkdir()
-        data = self._lab.read_dataset(self._options.dataset, facts.inputs, folder, most=MOST_READ, seed=self._options.seed)
+        return self._lab.read_dataset(given, facts.inputs, folder, most=MOST_READ, seed=self._options.seed, source=self.source)
+
+    def _take(self, data: Data) -> tuple[Path, ...]:
+        """Take the user's samples: a part calibrates, the rest judges."""
         self.notes.extend(data.notes)
         samples, extras = data.validation[:MOST_SAMPLES], data.extras[:MOST_SAMPLES]
         self._held_out = tuple(zip(data.validation, data.extras, strict=True))[MOST_SAMPLES:MOST_HELD_OUT]

@@ -100,6 +100,29 @@ def test_futures_and_coroutines_give_what_run_gives(made: Path, rows: int) -> No
             engine.submit(feeds(65))
 
 
+def test_a_stream_of_all_sizes_keeps_its_order(made: Path) -> None:
+    sizes = [1, 64, 4, 17, 16, 3] * 8
+    with shaped(made) as engine:
+        found = list(engine.stream(map(feeds, sizes)))
+        assert [each["y"].shape[1] for each in found] == sizes
+        for rows, outputs in zip(sizes[:6], found, strict=False):
+            np.testing.assert_allclose(outputs["y"], reference(token_model("rows"), feeds(rows))["y"], rtol=1e-4, atol=1e-5)
+        late = engine.stream(map(feeds, [4, 65, 4]))
+        assert next(late)["y"].shape == (1, 4, 16)
+        with pytest.raises(UsageError, match="nothing here takes rows=65"):
+            next(late)
+
+
+def test_an_answer_that_cannot_be_cropped_is_an_error_and_hangs_nobody(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(self: Fitter, outputs: Any, extents: Any) -> Any:
+        raise MemoryError("no room")
+
+    with shaped(made) as engine:
+        monkeypatch.setattr(Fitter, "crop", no_room)
+        with pytest.raises(MemoryError, match="no room"):
+            engine.submit(feeds(3)).result(timeout=60)
+
+
 def test_statistics_count_what_was_padded(made: Path) -> None:
     with shaped(made) as engine:
         for rows in (4, 3, 16, 9):
@@ -162,6 +185,22 @@ def test_a_declared_fallback_takes_what_no_bucket_does(tmp_path: Path, bundles: 
             for name, value in reference(token_model("rows"), feeds(rows)).items():
                 np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5)
         assert engine.stats()["fallback"] == 2
+
+
+def test_a_bucket_that_leaves_smaller_inputs_to_open_extents_takes_its_own_size_alone(tmp_path: Path, bundles: dict[str, Path]) -> None:
+    """And they do not go to a larger bucket instead, which would pad them even more."""
+    free = make_bundle(tmp_path / "free.aivmm", token_model("rows"), [Part(ONNXRUNTIME)], conditions=False)
+    plain = served(fallback="plans/3.json")
+    buckets = [each.replaced(smaller="open") if each.name == "rows=16" else each for each in plain.buckets]
+    path = make_family(tmp_path / "f.aivmm", {**bundles, "any": free}, models=[plain.replaced(buckets=buckets)])
+    with shaped(path) as engine:
+        found = {rows: engine.bucket_of(feeds(rows)) for rows in (3, 4, 5, 15, 16, 17, 64)}
+        assert found == {3: "rows=4", 4: "rows=4", 5: None, 15: None, 16: "rows=16", 17: "rows=64", 64: "rows=64"}
+        for rows in found:
+            outputs = engine.run(feeds(rows))
+            for name, value in reference(token_model("rows"), feeds(rows)).items():
+                np.testing.assert_allclose(outputs[name], value, rtol=1e-4, atol=1e-5)
+        assert (engine.stats()["padded"], engine.stats()["fallback"]) == (2, 2)
 
 
 def test_a_closed_engine_says_so(made: Path) -> None:
@@ -267,6 +306,8 @@ def model_of(raw: dict[str, Any]) -> Any:
         ("family.json", lambda raw: model_of(raw)["buckets"][0].update(plan="plans/9.json"), "plans/9.json"),
         ("family.json", lambda raw: model_of(raw)["buckets"][0].update(plan="../plan.json"), r"plan.json"),
         ("family.json", lambda raw: model_of(raw)["buckets"][0].update(extents={}), "each dimension an extent"),
+        ("family.json", lambda raw: model_of(raw)["buckets"][0].update(smaller="open"), "no plan has those"),
+        ("family.json", lambda raw: model_of(raw)["buckets"][0].update(smaller="else"), "smaller"),
         ("family.json", lambda raw: model_of(raw)["buckets"][0].update(extents={"rows": 5}), "should be 5"),
         ("family.json", lambda raw: model_of(raw)["dimensions"][0].update(padding="mirror"), "padding"),
         ("family.json", lambda raw: model_of(raw)["dimensions"][0]["places"].append(["x", 7]), "no axis 7"),

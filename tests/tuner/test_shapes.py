@@ -288,14 +288,6 @@ def test_the_report_has_a_row_for_each_shape_and_links_that_lead_somewhere(tuned
     assert "https:" not in text
 
 
-def test_samples_of_one_shape_do_not_serve_several(place: Place, in_process: Callable[..., Finished]) -> None:
-    write_model(place.work / "tokens.onnx", token_model("rows"))
-    np.savez(place.work / "s.npz", x=normal(1, 4, 16), mask=np.ones((1, 4), np.int64))
-    done = in_process(place, "tune", "tokens.onnx", "--dim", "rows=4,16", "--inputs", "s.npz", "-q")
-    assert done.code == 2
-    assert done.error_lines == ["aivmm: samples have one shape, and several are asked for; leave them away, or tune one shape"]
-
-
 def test_python_lists_are_what_the_command_line_lists() -> None:
     found = entry.listed({"x": [1, 3, 8, 8], "y": [(1, 2), (1, 4)]}, {"n": 5, "m": [8, 1]})
     text = wanted(parse_shape_lists(["x=1x3x8x8", "y=1x2,1x4"]), parse_dim_lists(["n=5", "m=1,8"]))
@@ -316,6 +308,13 @@ def test_other_shapes_run_with_open_extents_where_that_is_asked_for(tmp_path: Pa
     assert done.code == 0, done.err
     checked = "checked at rows=13; rows=16 by cosine>=0.999"
     assert f"Other shapes run on onnxruntime:CPU with open extents, {checked}; not tuned." in done.json["verdict"]
+    timed = done.json["other_shapes"]["open_against_padding"]
+    assert [(each["bucket"], each["extents"]) for each in timed] == [
+        ("rows=4", {"rows": 1}), ("rows=4", {"rows": 2}), ("rows=8", {"rows": 5}), ("rows=8", {"rows": 6})
+    ]  # fmt: skip
+    for each in timed:
+        assert 0 < each["low"] <= each["ratio"] <= each["high"]
+        assert f"{each['ratio']:.2f} ({each['verdict']}) at rows={each['extents']['rows']}" in done.json["verdict"]
     with aivmm.load_plan(place.work / "tokens.aivmm") as engine:
         assert isinstance(engine, ShapedEngine)
         for rows in (3, 8, 9, 40):
@@ -323,8 +322,8 @@ def test_other_shapes_run_with_open_extents_where_that_is_asked_for(tmp_path: Pa
             found = engine.run(feeds)
             for name, value in reference(token_model("rows"), feeds).items():
                 np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-4)
-        stats = engine.stats()
-        assert (stats["padded"], stats["fallback"]) == (1, 2)
+        stats, smaller = engine.stats(), engine.served.buckets[0].smaller  # of rows=4: whichever was faster on this machine
+        assert (stats["padded"], stats["fallback"]) == ((1, 2) if smaller == "padded" else (0, 3))
 
 
 def test_other_shapes_keep_to_the_targets_that_constraints_leave_and_say_which_limits_are_not_judged(lab: Lab) -> None:
