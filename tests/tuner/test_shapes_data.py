@@ -110,16 +110,14 @@ def test_a_callable_of_several_shapes_says_which_to_tune_for(place: Place, in_pr
 def test_each_shape_is_judged_with_the_samples_that_fit_it(tmp_path: Path) -> None:
     place = Place.at(tmp_path)
     write_model(place.work / "tokens.onnx", token_model("rows"))
-    folder_of(place.work / "data", [1, 2, 3, 4, 4, 5, 16, 40])
-    done = place.aivmm("tune", "tokens.onnx", "--dim", "rows=4,16,32", "--dataset", "data", *ONE_RUNTIME, *SMALL, "--json")
+    folder_of(place.work / "data", [1, 2, 3, 4, 4, 40])
+    done = place.aivmm("tune", "tokens.onnx", "--dim", "rows=4,16", "--dataset", "data", *ONE_RUNTIME, *SMALL, "--json")
     assert done.code == 0, done.err
-    said = "5 for rows=4 (3 padded), 2 for rows=16 (1 padded), none for rows=32, which is judged on made-up inputs"
+    said = "5 for rows=4 (3 padded), none for rows=16, which is judged on made-up inputs"
     assert f"Samples: {said}; 1 left out, which fit none (rows=40)." in done.json["verdict"]
-    buckets = {each["name"]: each for each in done.json["buckets"]}
-    assert {name: each["samples"] for name, each in buckets.items()} == {
-        "rows=4": {"used": 5, "padded": 3}, "rows=16": {"used": 2, "padded": 1}, "rows=32": {"used": 0, "padded": 0}
-    }  # fmt: skip
-    assert [each["accuracy"]["data"] for each in buckets.values()] == ["real", "real", "synthetic"]
+    buckets = done.json["buckets"]
+    assert [each["samples"] for each in buckets] == [{"used": 5, "padded": 3}, {"used": 0, "padded": 0}]
+    assert [each["accuracy"]["data"] for each in buckets] == ["real", "synthetic"]
     with aivmm.load_plan(place.work / "tokens.aivmm") as engine:
         assert engine.run(sample(3))["y"].shape == (1, 3, 16)
 
@@ -144,6 +142,7 @@ def test_a_metric_needs_samples_of_each_shape(place: Place, in_process: Callable
     assert done.error_lines == ["aivmm: --metric judges on your samples, and data has none for rows=16; drop those shapes, or add samples"]
 
 
+@pytest.mark.slow
 def test_single_samples_are_put_together_for_a_listed_batch(tmp_path: Path) -> None:
     place = Place.at(tmp_path)
     model = onnx_model(
