@@ -27,7 +27,9 @@ for group in groups:
 """
 
 _lock = threading.Lock()
-_guard: subprocess.Popen[bytes] | None = None
+_pipe: int | None = (
+    None  # where the guard is told; a number and no file, since it stays open until the kernel closes it with all else of ours
+)
 
 
 def watch(pid: int) -> None:
@@ -41,20 +43,32 @@ def forget(pid: int) -> None:
 
 
 def _tell(number: int) -> None:
-    global _guard
+    global _pipe
     if sys.platform == "win32":
         return
     with _lock, contextlib.suppress(OSError):  # without a guard, only what a worker has forked would outlive us
-        if _guard is None:
-            # In a session of its own: what ends the whole group of a terminal must not end the one who cleans up.
-            _guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _CODE],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            # Never waited for: it ends after us, and a warning about that would help nobody.
-            _guard.returncode = 0
-        assert _guard.stdin
-        os.write(_guard.stdin.fileno(), b"%d\n" % number)
+        if _pipe is None:
+            _pipe = _start()
+        os.write(_pipe, b"%d\n" % number)
+
+
+def _start() -> int:
+    """Start the guard, and return the pipe's end for us alone: no process that we start inherits it."""
+    theirs, ours = os.pipe()
+    try:
+        # In a session of its own: what ends the whole group of a terminal must not end the one who cleans up.
+        guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _CODE],
+            stdin=theirs,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(ours)
+        raise
+    finally:
+        os.close(theirs)
+    # Never waited for: it ends after us, and a warning about that would help nobody.
+    guard.returncode = 0
+    return ours

@@ -227,6 +227,12 @@ def test_a_parent_that_just_ends_leaves_no_orphans() -> None:
     assert all(gone(int(each)) for each in done.stdout.split())
 
 
+def test_a_program_that_had_workers_ends_without_a_warning() -> None:
+    code = "from aivmm.probes.client import Worker\nwith Worker('w') as worker: worker.call('memory', limit_s=60)"
+    done = subprocess.run([sys.executable, "-X", "dev", "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @posix
 def test_ctrl_c_reaches_the_parent_and_not_its_workers() -> None:
     code = PARENT + textwrap.dedent("""
