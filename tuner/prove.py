@@ -333,8 +333,10 @@ class Prover:
             return best
         # A device that only OpenVINO resolves at load is the last choice among equals: a plan should say where it runs.
         named = unbeaten([each for each in baselines if not each.draft.targets.endswith(":AUTO")])
-        if named is not None and proof.best_baseline is not None and by_rounds(named, proof.best_baseline).verdict != "slower":
-            return named
+        if named is not None and proof.best_baseline is not None:
+            behind = by_rounds(named, proof.best_baseline)
+            if behind.verdict != "slower" or 1 / behind.ratio > _WORTH_CHANGING:
+                return named
         return proof.best_baseline
 
     def _tail(self, entrant: Entrant) -> bool:

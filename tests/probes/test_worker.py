@@ -362,6 +362,13 @@ def test_a_bundle_is_timed_as_a_user_runs_it(tmp_path: Path, worker: Worker) -> 
     assert 1e-6 < duration < time.perf_counter() - started
 
 
+@pytest.mark.parametrize(("target", "found"), [(OPENVINO, 1), (ONNXRUNTIME, 1), ("openvino:AUTO", 0)])
+def test_a_bundle_is_loaded_from_the_stages_that_can_be_kept(tmp_path: Path, worker: Worker, target: str, found: int) -> None:
+    bundle = make_bundle(tmp_path / "m.aivmm", chain_model(), [Part(target)], conditions=False)
+    answer = worker.call("load_cached", limit_s=120, bundle=str(bundle))
+    assert answer["load_s"] > 0 and (answer["found"], answer["problems"]) == (found, [])
+
+
 @posix
 def test_what_was_loaded_in_a_worker_that_died_is_lost_and_says_so(compile_wild: Compile, worker: Worker) -> None:
     from aivmm.probes.race import Contestant

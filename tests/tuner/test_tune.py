@@ -78,11 +78,15 @@ def test_the_measured_numbers_agree_with_each_other(tuned: Tuned) -> None:
 
 def test_loading_from_the_cache_is_measured_shown_and_kept(tuned: Tuned) -> None:
     measured = tuned.summary["measured"]
-    assert 0 < measured["load_cached_s"] < 60 and "load from cache" not in measured["not_measured"]
-    assert "Load from cache" in (tuned.plan / "report.html").read_text(encoding="utf-8")
     with Database.open(tuned.place.db) as database:
         run_id = database.runs()[-1].id
         kept = [each.metrics["load_cached_s"] for each in database.proofs(run_id) if "load_cached_s" in each.metrics]
+    if measured["load_cached_s"] is None:  # what OpenVINO resolves at load is not kept, and what loads for seconds not loaded again
+        reason = measured["not_measured"]["load from cache"]
+        assert kept == [] and ("nothing compiled for openvino:AUTO can be kept" in reason or "loading takes" in reason)
+        return
+    assert measured["load_cached_s"] > 0 and "load from cache" not in measured["not_measured"]
+    assert "Load from cache" in (tuned.plan / "report.html").read_text(encoding="utf-8")
     assert kept == [measured["load_cached_s"]]
 
 

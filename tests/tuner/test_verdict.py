@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from aivmm.planner.candidates import Draft, Piece
 from aivmm.planner.constraints import Violation, parse
 from aivmm.planner.objectives import parse_objectives
@@ -19,11 +21,11 @@ from tests.planner.test_search import target
 ROUNDS = 40
 
 
-def entrant(name: str, seconds: float, *, role: str = "baseline", problem: str = "", callers: int = 1) -> Entrant:
+def entrant(name: str, seconds: float, *, role: str = "baseline", problem: str = "", callers: int = 1, on: str = "CPU") -> Entrant:
     """Return what took so long in each round of a race, give or take a percent."""
     taken = [seconds * (1 + 0.01 * (number % 3 - 1)) for number in range(ROUNDS)]
     contestant = Contestant(name, Worker(name), callers=callers, durations=taken, rounds=list(range(ROUNDS)))
-    draft = Draft(name=name, pieces=(Piece(target=target(), config=Config(precision="fp32"), first=0, last=3),), callers=callers)
+    draft = Draft(name=name, pieces=(Piece(target=target(on), config=Config(precision="fp32"), first=0, last=3),), callers=callers)
     made = Entrant(draft=draft, role=role, bundle=Path(), size_bytes=1, sample=Path(), reference=Path(), problem=problem)
     made.contestant, made.confirmed = contestant, contestant.samples()
     made.metrics = {"throughput_per_s": 1 / seconds, "latency_s": seconds * callers}
@@ -73,3 +75,10 @@ def test_where_a_call_counts_one_of_several_callers_is_no_rival_whatever_it_answ
     proof = Proof(entrants=[plan, entrant("toy slow", 15e-3), busy], plan=plan)
     assert "slower than" not in told(proof, "latency,throughput") and "faster than toy slow" in told(proof, "latency,throughput")
     assert "slower than toy THROUGHPUT hint" in told(proof, "throughput")
+
+
+@pytest.mark.parametrize(("share", "chosen"), [(1.0, "toy default"), (0.98, "toy default"), (0.9, "toy AUTO")])
+def test_a_device_that_is_resolved_at_load_is_chosen_only_where_it_is_faster_than_processes_differ(share: float, chosen: str) -> None:
+    entrants = [entrant("toy default", 10e-3), entrant("toy AUTO", share * 10e-3, on="AUTO")]
+    plan = Prover(entrants, constraints=(), cosine_limit=None, seed=0, tell=lambda what, state: None)._pick()
+    assert plan is not None and plan.draft.name == chosen
