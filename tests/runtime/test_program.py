@@ -229,11 +229,17 @@ def test_a_stream_takes_no_more_than_it_has_room_for(load: Load) -> None:
     engine.run({"x": normal(2, 32)})
 
 
+def until_it_waits(thread: threading.Thread) -> None:
+    while (frame := sys._current_frames().get(thread.ident or 0)) is None or frame.f_code.co_name not in ("wait", "get"):
+        time.sleep(0.001)
+
+
 def test_who_brings_more_than_fits_waits_and_the_wait_is_counted(load: Load) -> None:
     engine = load(chain_model(), [Part(ONNXRUNTIME)])
     with engine.lend({"x": normal(2, 32)}):
         thread = threading.Thread(target=engine.run, args=({"x": normal(2, 32)},))
         thread.start()
+        until_it_waits(thread)
         time.sleep(0.05)
         assert thread.is_alive() and engine.stats()["runs"] == 1
     thread.join(60)
@@ -337,7 +343,8 @@ def test_closing_tells_who_awaits_his_turn(load: Load) -> None:
         waiting = [asyncio.ensure_future(engine.arun(x)) for _ in range(5)]
         await asyncio.sleep(0.05)
         closing = asyncio.get_running_loop().run_in_executor(None, engine.close)
-        await asyncio.sleep(0.05)
+        while not engine._program._closed:
+            await asyncio.sleep(0.001)
         loan.__exit__(None, None, None)
         await closing
         with pytest.raises(UsageError, match="closed"):
@@ -375,12 +382,10 @@ def test_ctrl_c_leaves_a_lane_to_the_stages_that_still_work_in_it(load: Load, ho
     ask = engine.run if how == "run" else lambda inputs: engine.lend(inputs).__enter__()
 
     def interrupt() -> None:
-        main = threading.main_thread().ident or 0
         inside.wait(60)
-        while sys._current_frames()[main].f_code.co_name != "wait":  # a signal in front of a wait does not end it
-            time.sleep(0.01)
+        until_it_waits(threading.main_thread())  # a signal in front of a wait does not end it
         time.sleep(0.2)
-        signal.pthread_kill(main, signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):

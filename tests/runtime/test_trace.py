@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime import onnxruntime
+from aivmm.runtime.engine import Engine
 from aivmm.runtime.plan import Batching, Execution
 from aivmm.runtime.trace import Trace
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal
@@ -32,8 +36,29 @@ def events(trace: Trace, kind: str) -> list[dict[str, Any]]:
     return [each for each in trace.as_json()["traceEvents"] if each["ph"] == kind]
 
 
+def let_stages_meet(engine: Engine) -> None:
+    """Let the second stage end its first request only once the first stage has begun the next: a pipeline can, on any machine."""
+    begun, first, second = threading.Event(), itertools.count(), itertools.count()
+
+    def before(run: Callable[[], None]) -> None:
+        if next(first) == 1:
+            begun.set()
+        run()
+
+    def behind(run: Callable[[], None]) -> None:
+        run()
+        if next(second) == 0:
+            begun.wait(30)
+
+    for lane in engine._program.lanes:
+        for at, meet in enumerate((before, behind)):
+            run, *rest = lane._steps[at]
+            lane._steps[at] = (partial(meet, run), *rest)
+
+
 def test_a_pipelined_plan_shows_each_stage_on_its_own_thread_and_at_once(load_cut: Load, tmp_path: Path) -> None:
     engine = load_cut(execution=PIPELINED)
+    let_stages_meet(engine)
     with engine.trace() as trace:
         list(engine.stream({"x": normal(2, 32, seed=seed)} for seed in range(200)))
     stored = json.loads(trace.write(tmp_path / "trace.json").read_text())
