@@ -25,7 +25,7 @@ from aivmm.probes.user_code import check_metric, dataset, metric
 from aivmm.runtime.backend import Backend, Buffer, Executable, ExplainsStrays, Request, aligned_empty, host_buffer
 from aivmm.runtime.config import Config
 from aivmm.runtime.engine import Engine
-from aivmm.runtime.lane import new_buffer
+from aivmm.runtime.feed import new_buffer
 from aivmm.runtime.null import NullBackend, SimulatedTime
 from aivmm.runtime.null_device import METER
 from aivmm.runtime.registry import load_backend

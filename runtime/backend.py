@@ -72,6 +72,17 @@ class Request(Protocol):
         """
 
 
+@runtime_checkable
+class CallsDirectly(Protocol):
+    """A request whose run is one call of the runtime's own, which the engine then makes itself: a function in Python less for each run."""
+
+    def direct(self) -> tuple[Callable[[], object], Callable[[BaseException], Exception | None]] | None:
+        """Return what runs once, and what tells why it failed: the error that `run` would have raised, None where it would have let it be.
+
+        None where a run is more than a call. Asked for once all is bound; binding other arrays changes nothing in it.
+        """
+
+
 class Executable(Protocol):
     """A model compiled for one target with one config."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,7 +24,8 @@ class StageClock:
     __slots__ = ("_count", "_durations", "_lock", "_total_ns", "fresh", "late_bytes", "wait_count", "wait_ns", "waits")
 
     def __init__(self) -> None:
-        self.fresh: list[int] = []  # not counted yet
+        # Not counted yet. Eight bytes each, side by side: a list of numbers brings a new object, and a new line of memory, with each call.
+        self.fresh = array("q")
         self._durations: deque[int] = deque(maxlen=_RING)
         self._count = 0
         self._total_ns = 0
@@ -33,7 +35,7 @@ class StageClock:
         self.wait_count = 0
         self.late_bytes = 0  # of outputs whose size is known only after the run
 
-    def fold(self) -> list[int]:
+    def fold(self) -> array[int]:
         """Count what is fresh, and return it."""
         with self._lock:
             new = self.fresh[:]

@@ -130,7 +130,7 @@ class Engine:
             return self.submit(inputs).result()
         program = self._program
         try:
-            return program.run(inputs)
+            return program.ask(inputs)
         except (Unsupported, UsageError) as error:
             return self._instead(program, inputs, error)
 
@@ -468,6 +468,8 @@ class Loan:
     def __enter__(self) -> dict[str, Buffer]:
         self._program = self._engine._program
         try:
+            if self._program.gives:
+                return self._program.ask(self._inputs)
             self._lane, outputs = self._program.borrow(self._inputs)
         except (Unsupported, UsageError) as error:
             return self._engine._instead(self._program, self._inputs, error)

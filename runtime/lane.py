@@ -5,44 +5,27 @@ A lane is a caller's turn in a sequential plan (one thread runs all its steps) a
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
+from sys import getrefcount
 from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
-from numpy import ndarray
 
 from aivmm.errors import Unsupported, UsageError
-from aivmm.runtime.backend import Buffer, DeviceTensor, DeviceTensors, Executable, Request, aligned_empty, host_buffer
+from aivmm.runtime.backend import Buffer, DeviceTensor, DeviceTensors, Executable, Request, host_buffer
 from aivmm.runtime.clocks import StageClock
 from aivmm.runtime.drift import BLOCK
-from aivmm.runtime.inputs import checked, dtype_of, elsewhere, is_numpy, refuse_unknown
+from aivmm.runtime.feed import Feed, wanted_buffer
+from aivmm.runtime.handing import ALONE, Handing, Slot, counts_references, direct_call
+from aivmm.runtime.inputs import is_numpy, refuse_unknown
 from aivmm.runtime.plan import Stage
 from aivmm.tensors import TensorSpec
 
-# Up to this size an input is copied into a buffer bound once; beyond it the caller's own array is bound for the call, since a copy of a
-# megabyte takes longer than a rebinding (1.4 µs in ONNX Runtime, 3 to 8 µs in OpenVINO).
-COPY_LIMIT_BYTES = 32 << 10
-# A caller who fills one array again and again is not asked for a copy each time: after so many calls his array is bound itself.
-_STEADY = 8
-_FOLD_NS = 50_000_000  # what was timed is counted this often: for calls below half a millisecond in less than one of a hundred
-
-
-def new_buffer(spec: TensorSpec) -> Buffer | None:
-    """Return a buffer for `spec`, or None when only the runtime can allocate it."""
-    return aligned_empty(spec) if spec.static and is_numpy(spec.dtype) else None
-
-
-def _wanted(spec: TensorSpec, executables: Sequence[Executable]) -> Buffer | None:
-    """Return a buffer of the kind that the first of the executables which wants any wants, of any kind where none does.
-
-    None when only the runtime can allocate it.
-    """
-    for each in executables:
-        buffer = host_buffer(each, spec)
-        if buffer is not None:
-            return buffer
-    return new_buffer(spec)
+# What was timed is counted this often, and by so many calls where they are short: one of a hundred is not to be longer for it.
+_FOLD_NS = 50_000_000
+_FOLD_CALLS, _SHORT_NS = 256, 500_000
 
 
 def _one_memory(executables: Sequence[Executable]) -> bool:
@@ -52,96 +35,7 @@ def _one_memory(executables: Sequence[Executable]) -> bool:
     )
 
 
-class Feed:
-    """Where one input comes in. `bound` is what the stages read now: the lane's own buffer, or an array of a caller's."""
-
-    __slots__ = ("_copies", "_dtype", "_known", "_own", "_seen", "_shape", "_spec", "_times", "_users", "bound", "name")
-
-    def __init__(self, spec: TensorSpec, known: Mapping[str, TensorSpec], users: Sequence[tuple[Any, Executable]]) -> None:
-        """Bind a buffer where one is copied into: for a small input of a size that is known."""
-        self.name = spec.name
-        self.bound: Any = self  # at first nothing that a caller could bring
-        self._spec, self._known, self._users = spec, known, users  # the requests that read it, with their executables
-        self._dtype, self._shape = dtype_of(spec), spec.shape  # without a type only `checked` can compare
-        size = spec.nbytes
-        self._copies = size is not None and size <= COPY_LIMIT_BYTES
-        self._own: Buffer | None = None
-        self._seen: Any = None  # the array that was copied last, and how often in a row
-        self._times = 0
-        if self._copies:
-            own = self.own()
-            assert own is not None
-            self._bind(own)
-
-    def own(self) -> Buffer | None:
-        """Return the lane's own buffer for the input; None when its size is not known before the call."""
-        if self._own is None:
-            self._own = self.new()
-        return self._own
-
-    def new(self) -> Buffer | None:
-        """Return another buffer for the input, in the memory that its stages read fastest; None as `own`."""
-        return _wanted(self._spec, [executable for _, executable in self._users])
-
-    def take(self, array: Any) -> None:
-        """Copy a small array, bind a large one where it is.
-
-        Raises:
-            UsageError: it is missing, or of another type or shape.
-        """
-        if not (type(array) is ndarray and array.dtype is self._dtype and array.shape == self._shape):
-            if elsewhere(array):
-                self._read_there(array)
-                return
-            array = checked(array, self._spec, self._known)
-        own = self._own
-        if self._copies and array is not own:
-            self._times = self._times + 1 if array is self._seen else 0
-            self._seen = array
-            if self._times < _STEADY or not array.flags.carray:
-                if self.bound is not own:
-                    self._bind(own)
-                own[...] = array  # type: ignore[index]
-                return
-        # `carray`: C-contiguous, aligned and writeable, which is what the runtimes share.
-        self._bind(array if array.flags.carray else checked(array, self._spec, self._known))
-
-    def copy(self, array: Any) -> None:
-        """Take a copy, of a large array too: its owner may change it as soon as this returns.
-
-        Raises:
-            UsageError: as `take`.
-        """
-        if elsewhere(array):
-            raise UsageError(
-                f"the input {self.name!r} lies on a device, and is to be copied on the host", advice="use run or run_on_device"
-            )
-        array = checked(array, self._spec, self._known)
-        own = self.own()
-        if own is None:
-            self._bind(array.copy())
-            return
-        own[...] = array
-        if self.bound is not own:
-            self._bind(own)
-
-    def _bind(self, array: Any) -> None:
-        self.bound = self  # nothing, should one of several stages refuse it
-        for request, _ in self._users:
-            request.bind(self.name, array)
-        self.bound = array
-
-    def _read_there(self, array: Any) -> None:
-        """Have an input that lies on the stages' own device read where it is.
-
-        Raises:
-            UsageError: it lies on a device that is not the stages', or is not the input it should be.
-        """
-        self.bound = self  # the same tensor may hold something else next time, and its writer has to be waited for
-        for request, executable in self._users:
-            if not isinstance(executable, DeviceTensors):
-                raise UsageError(f"the input {self.name!r} lies on a device, and is read on the host", advice="give an array of the host")
-            request.bind_device(self.name, executable.from_dlpack(array, self._spec))
+_Step = tuple[Callable[[], None], Callable[[int], None], list[tuple[str, StageClock, Request, list[Request]]]]
 
 
 class Lane:
@@ -170,11 +64,15 @@ class Lane:
         self.at = 0  # the stage it is in, on a thread of the program's
         self.queued_ns = 0  # when it was put in the queue it stands in
         self._specs = {each.name: each for each in inputs}
-        self._requests: list[Request] = [executable.new_request() for executable in executables]
+        self._handing = self._new_handing(stages, executables, outputs)
+        ordinary = executables if self._handing is None else executables[:-1]
+        self._requests: list[Request] = [executable.new_request() for executable in ordinary]
+        if self._handing is not None:
+            self._requests.append(self._handing)
         self.clocks = [StageClock() for _ in stages]
         self.watch: Callable[[Sequence[int]], None] | None = None  # takes the durations of runs, in nanoseconds, by whole blocks
-        self._whole: list[int] = []  # durations of runs of several stages
-        self._rest: list[int] = []  # of the block that is not whole yet
+        self._whole = array("q")  # durations of runs of several stages
+        self._rest = array("q")  # of the block that is not whole yet
         self._due_ns = 0  # when what was timed is counted next
         self._so_far_ns = 0  # of a run that is taken by steps
         self._buffers: dict[str, Buffer] = {}
@@ -183,9 +81,8 @@ class Lane:
         self._late: list[list[tuple[str, StageClock, Request, list[Request]]]] = [[] for _ in stages]
         self._feeds: Sequence[Feed] = tuple(self._feed(each, executables) for each in inputs)
         self._bind_boundaries(stages, executables, {each.name for each in outputs})
-        self._steps = [
-            (request.run, clock.fresh.append, late) for request, clock, late in zip(self._requests, self.clocks, self._late, strict=True)
-        ]
+        self._wrapped: Callable[[int, Callable[[], None]], Callable[[], None]] | None = None
+        self._steps = self._new_steps()
         self._cut = len(self._steps) > 1
         self._count = len(self._specs)
         self._makers: dict[str, tuple[Any, Executable]] = {
@@ -194,28 +91,97 @@ class Lane:
             for each in stage.outputs
         }
         made = self._makers
-        self._fixed = [(each.name, self._buffers[each.name]) for each in outputs if each.name in self._buffers and each.name in made]
+        handed = set() if self._handing is None else {name for name, _ in self._handing.private.arrays}
+        named = [each.name for each in outputs if each.name not in handed]
+        self._fixed = [(name, self._buffers[name]) for name in named if name in self._buffers and name in made]
         fixed = dict(self._fixed)
-        self._readers = [self._reader(each.name, stages) for each in outputs if each.name not in fixed]
+        self._readers = [self._reader(name, stages) for name in named if name not in fixed]
+        self.short = False
+        self.call = self._new_call()  # `run`, in the fewest lines that this lane's stages allow: `short` where they allow it
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
-        """Run once and return copies of the outputs.
-
-        Few lines and few calls on purpose, here and in `load` and `execute`: a model leaves the caches cold, and then each line of memory
-        that is touched costs a part of the ten microseconds that the whole engine may take.
+        """Run once and return the outputs; the arrays are the caller's own.
 
         Raises:
             UsageError, Unsupported: as `load` and `execute`.
         """
         self.load(inputs)
         self.execute()
-        outputs = {}
-        for name, buffer in self._fixed:
-            outputs[name] = buffer.copy()
-        if self._readers:
-            for name, read in self._readers:
-                outputs[name] = read(name).copy()
-        return outputs
+        return self.copies()
+
+    def _new_call(self) -> Callable[[Mapping[str, Any]], dict[str, Buffer]]:
+        """Return `run` for a lane of one stage, in one function; `run` itself for all others.
+
+        A model leaves the caches cold, and then each line of memory that is touched costs a part of the ten microseconds that the whole
+        engine may take: so there are few of them, one after another. What the function refers to lies side by side, in its defaults.
+        """
+        handing = self._handing
+        if handing is None or len(self._steps) != 1 or self._fixed or self._readers:
+            return self.run
+        self.short = True
+
+        def call(
+            inputs: Mapping[str, Any],
+            lane: Lane = self,
+            feeds: tuple[tuple[str, Feed], ...] = tuple((each.name, each) for each in self._feeds),
+            slots: list[Slot] = handing.slots,
+            references: Callable[[object], int] = getrefcount,
+            alone: int = ALONE,
+            clock: Callable[[], int] = perf_counter_ns,
+            took: Callable[[int], None] = self.clocks[0].fresh.append,
+            handing: Handing = handing,
+        ) -> dict[str, Buffer]:
+            for name, feed in feeds:
+                array = inputs.get(name)
+                if array is not feed.bound:
+                    feed.take(array)
+            if len(inputs) != len(feeds):
+                refuse_unknown(inputs, lane._specs)
+            for slot in slots:  # `Handing.next` without its call
+                for _, face in slot.faces:
+                    if references(face) > alone:
+                        break
+                else:
+                    break
+            else:
+                slot = handing.another()
+            if slot.stale:
+                handing.catch_up(slot)
+            started_ns = clock()
+            try:
+                slot.runs()
+            except Exception as error:
+                known = handing.explained(error)
+                if known is error:
+                    raise
+                raise known from error
+            now = clock()
+            took(now - started_ns)
+            if now >= lane._due_ns:
+                lane._fold(now)
+            outputs = {}
+            for name, face in slot.faces:
+                outputs[name] = face.view()
+            if not outputs:
+                for name, array in slot.arrays:
+                    outputs[name] = array.copy()
+            return outputs
+
+        return call
+
+    def _new_steps(self) -> list[_Step]:
+        """Return what runs each stage, what takes its duration, and what it makes of sizes unknown before."""
+        wrapped, handing, runs = self._wrapped, self._handing, [each.run for each in self._requests]
+        if handing is not None:
+            last = len(runs) - 1
+            handing.refresh(direct_call if wrapped is None else lambda slot: wrapped(last, slot.request.run))
+        if wrapped is not None:
+            runs = [
+                run if request is handing else wrapped(index, run)
+                for index, (request, run) in enumerate(zip(self._requests, runs, strict=True))
+            ]
+        # Closed, it has no requests; so it may be while a trace looks.
+        return list(zip(runs, (each.fresh.append for each in self.clocks), self._late, strict=False))
 
     def load(self, inputs: Mapping[str, Any]) -> None:
         """Take the inputs: copy the small ones, bind the large ones, and those that come again and again, where they are.
@@ -266,9 +232,10 @@ class Lane:
 
     def wrap(self, wrapped: Callable[[int, Callable[[], None]], Callable[[], None]] | None) -> None:
         """Run each stage by what `wrapped` makes of its number and its run, for a trace; None runs the stages themselves again."""
-        runs = [request.run if wrapped is None else wrapped(index, request.run) for index, request in enumerate(self._requests)]
-        # A new list: who is on the way goes by the old one. Closed, it has none; so it may be while this looks.
-        self._steps = [(run, took, late) for run, (_, took, late) in zip(runs, self._steps, strict=False)]
+        self._wrapped = wrapped
+        self._steps = self._new_steps()  # a new list: who is on the way goes by the old one
+        if self._steps:
+            self.call = self._new_call()
 
     def step(self, index: int) -> None:
         """Run one stage, after those before it."""
@@ -289,6 +256,9 @@ class Lane:
     def _fold(self, now: int) -> None:
         """Count what was timed, and pass it on to who watches."""
         self._due_ns = now + _FOLD_NS
+        fresh = self.clocks[0].fresh
+        if len(fresh) < _FOLD_CALLS and fresh[-1] < _SHORT_NS:
+            return
         for clock in self.clocks:
             whole = clock.fold()
         if self._cut:
@@ -302,8 +272,8 @@ class Lane:
                 self.watch(whole[:end])
 
     def copies(self) -> dict[str, Buffer]:
-        """Return the outputs of the last run; the arrays are the caller's own."""
-        outputs = {}
+        """Return the outputs of the last run; the arrays are the caller's own. Those of the last stage are not copied: see `handing`."""
+        outputs = {} if self._handing is None else self._handing.hand_out()
         for name, buffer in self._fixed:
             outputs[name] = buffer.copy()
         for name, read in self._readers:
@@ -312,7 +282,8 @@ class Lane:
 
     def views(self) -> dict[str, Buffer]:
         """Return the outputs of the last run where they are: this lane's next run overwrites them."""
-        return dict(self._fixed) | {name: read(name) for name, read in self._readers}
+        handed = () if self._handing is None else self._handing.now.arrays
+        return dict((*handed, *self._fixed)) | {name: read(name) for name, read in self._readers}
 
     @property
     def on_host(self) -> bool:
@@ -337,6 +308,7 @@ class Lane:
     def close(self) -> None:
         """Let go of requests and buffers: as long as a request lives, so does what the runtime holds for it. The clocks stay."""
         self._requests, self._steps, self._readers, self._feeds, self._fixed = [], [], [], (), []
+        self._handing, self.call = None, self.run
         self._late.clear()
         self._makers.clear()
         self._buffers.clear()
@@ -361,6 +333,8 @@ class Lane:
         """
         for index, (stage, executable) in enumerate(zip(stages, executables, strict=True)):
             specs = {each.name: each for each in executable.outputs}
+            if self._requests[index] is self._handing:
+                continue
             for tensor in stage.outputs:
                 spec = specs.get(tensor.name, tensor.spec)
                 reading = [
@@ -373,7 +347,7 @@ class Lane:
                 if reading and spec.static and spec.name not in wanted and _one_memory(around):
                     self._keep_there(spec, executable, [self._requests[index], *consumers])
                     continue
-                buffer = _wanted(spec, around)
+                buffer = wanted_buffer(spec, around)
                 if buffer is None:
                     self._late[index].append((spec.name, self.clocks[index], self._requests[index], consumers))
                     continue
@@ -381,6 +355,20 @@ class Lane:
                 self._requests[index].bind(spec.name, buffer)
                 for consumer in consumers:
                     consumer.bind(spec.name, buffer)
+
+    def _new_handing(self, stages: Sequence[Stage], executables: Sequence[Executable], outputs: Sequence[TensorSpec]) -> Handing | None:
+        """Return the last stage's request where all that it makes can be handed out without a copy: outputs in plain memory of the host."""
+        stage, executable = stages[-1], executables[-1]
+        order = [each.name for each in outputs]
+        specs = {each.name: each for each in executable.outputs}
+        made = [specs.get(each.name, each.spec) for each in stage.outputs]
+        if isinstance(executable, DeviceTensors) or not counts_references() or not made or any(each.name not in order for each in made):
+            return None
+        if not all(each.static for each in executable.inputs):
+            return None
+        if not all(each.static and is_numpy(each.dtype) and host_buffer(executable, each) is None for each in made):
+            return None
+        return Handing(executable, sorted(made, key=lambda each: order.index(each.name)))
 
     def _keep_there(self, spec: TensorSpec, executable: Any, requests: Sequence[Any]) -> None:
         tensor = executable.device_tensor(spec)
@@ -396,7 +384,8 @@ class Lane:
         """
         made: dict[str, DeviceTensor] = {}
         own = dict(self._fixed)
-        for name in (*own, *(name for name, _ in self._readers)):
+        handed = () if self._handing is None else self._handing.private.arrays
+        for name in (*own, *(name for name, _ in handed), *(name for name, _ in self._readers)):
             if name not in own or not isinstance(self._makers[name][1], DeviceTensors):
                 raise UsageError(f"the output {name!r} is not made in a device's memory, or has no fixed shape", advice="use run")
             if name in self._read_again:
@@ -442,4 +431,4 @@ class Lane:
     @property
     def buffers(self) -> Mapping[str, Buffer]:
         """The bound buffers by tensor name, for tests that follow pointers."""
-        return self._buffers
+        return self._buffers | (dict(self._handing.now.arrays) if self._handing is not None else {})

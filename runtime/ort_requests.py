@@ -6,6 +6,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,10 @@ def words(error: BaseException) -> str:
     text = " ".join(str(error).split())
     text = text.partition("[ONNXRuntimeError] : ")[2] or text
     return text if len(text) <= 600 else text[:600] + " …"
+
+
+def _as_ours(error: BaseException) -> Unsupported:
+    return Unsupported(f"ONNX Runtime while running: {words(error)}")
 
 
 def ort_value() -> Any:
@@ -84,7 +89,13 @@ class BoundRequest:
         try:
             self._call(self._argument, None)
         except Exception as error:
-            raise Unsupported(f"ONNX Runtime while running: {words(error)}") from error
+            raise _as_ours(error) from error
+
+    def direct(self) -> tuple[Callable[[], object], Callable[[BaseException], Exception | None]] | None:
+        """Return the library's call where all outputs are bound, and what makes an error of ours of one of its."""
+        if self._free or type(self) is not BoundRequest:
+            return None
+        return partial(self._call, self._argument, None), _as_ours
 
     def output(self, name: str) -> Buffer:
         """Return the output's array.

@@ -8,12 +8,10 @@ when none is free, who brings the next request waits.
 from __future__ import annotations
 
 import atexit
-import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from queue import SimpleQueue
 from time import perf_counter_ns
 from typing import Any
 
@@ -25,9 +23,8 @@ from aivmm.runtime.lane import Lane
 from aivmm.runtime.plan import Execution, Stage
 from aivmm.runtime.pool import Pool, closed
 from aivmm.runtime.sharing import shared_out
+from aivmm.runtime.stage_threads import StageThreads
 from aivmm.tensors import TensorSpec
-
-log = logging.getLogger("aivmm.engine")
 
 _SUSPICIONS = 3  # failed requests after which a program that never answered one is taken for dead
 
@@ -65,7 +62,6 @@ class Program:
         ways = [shared_out(stage.weights(), lanes) for stage in self.stages]
         self.lanes = [self._new_lane(index, [way[index] for way in ways]) for index in range(lanes)]
         self.free = Pool(self.lanes)
-        self._take, self._give = self.free.lanes.popleft, self.free.lanes.append
         self._threads = StageThreads(self)
         self._lock = threading.Lock()
         self._asked = threading.Condition(self._lock)
@@ -77,8 +73,11 @@ class Program:
         self._closed = False
         self._why: AivmmError | None = None  # it was given up
         batching = self.execution.batching
-        self._at_once = not self.pipelined and batching is None  # on the caller's thread; and it is open
         self._batcher = Batcher(self, self.inputs, self.outputs, batch, batching) if batching else None
+        self._shortest = self._new_ask()
+        # What a request is given costs no copy and is its own, so there is nothing to lend.
+        self.gives = self._shortest != self._run_by_threads and all(each.short for each in self.lanes)
+        self.ask = self._shortest if self.pipelined or batching else self._first
         _running.add(self)  # last: what is not whole cannot be closed
 
     def run(self, inputs: Mapping[str, Any]) -> Outputs:
@@ -88,21 +87,46 @@ class Program:
             UsageError: an input is missing, unknown, or of another type or shape, or the program is closed.
             Unsupported: a stage's runtime refuses, in its own words.
         """
-        if not self._at_once:
-            return self._run_by_threads(inputs)
-        try:  # `Pool.get` and `put` without their calls: this is the hot path
-            lane = self._take()
-        except IndexError:
-            lane = self.acquire()
+        return self.ask(inputs)
+
+    def _new_ask(self) -> Callable[[Mapping[str, Any]], Outputs]:
+        """Return what `run` does: on the caller's thread where there is no other. Few lines, as in `Lane.call`, for the same reason.
+
+        Taking and giving are `Pool.get` and `put` without their calls.
+        """
+        if self.pipelined or self._batcher is not None:
+            return self._run_by_threads
+        lanes = self.free.lanes
+
+        def ask(
+            inputs: Mapping[str, Any],
+            take: Callable[[], Lane] = lanes.popleft,
+            give: Callable[[Lane], None] = lanes.append,
+            pool: Pool = self.free,
+            program: Program = self,
+        ) -> Outputs:
+            try:
+                lane = take()
+            except IndexError:
+                lane = program.acquire()
+            try:
+                return lane.call(inputs)
+            finally:
+                give(lane)
+                if pool.waiting:
+                    pool.wake()
+
+        return ask
+
+    def _first(self, inputs: Mapping[str, Any]) -> Outputs:
+        """Run, and remember what was answered first. From then on requests go by the shorter way."""
+        lane = self.acquire()
         try:
-            outputs = lane.run(inputs)
-            if self._good is None:
-                self.answered(lane)
+            outputs = lane.call(inputs)
+            self.answered(lane)
             return outputs
         finally:
-            self._give(lane)
-            if self.free.waiting:
-                self.free.wake()
+            self.free.put(lane)
 
     def _run_by_threads(self, inputs: Mapping[str, Any]) -> Outputs:
         """Run on the stages' threads, and copy the outputs on the caller's: megabytes would keep the last stage from its next one."""
@@ -120,6 +144,9 @@ class Program:
             self._suspicions = 0
             if lane.on_host:  # a caller's tensor on a device may hold something else by then
                 self._good = lane.loaded()
+                with self._lock:
+                    if not self._closed:
+                        self.ask = self._shortest
 
     def alive(self) -> bool:
         """Say whether it still answers what it answered first, asked when a request has failed. Each replica is asked.
@@ -240,7 +267,7 @@ class Program:
         if self._closed:
             raise self._gone()
         try:
-            return self._take()
+            return self.free.lanes.popleft()
         except IndexError:
             started = perf_counter_ns()
         if self._threads.carry(threading.current_thread()):
@@ -279,7 +306,8 @@ class Program:
         with self._lock:
             if self._closed:
                 return
-            self._closed, self._at_once = True, False
+            self._closed = True
+            self.ask = self._closed_to
         if self._batcher is not None:
             self._batcher.flush()
         try:
@@ -301,10 +329,14 @@ class Program:
     def give_up(self, why: AivmmError) -> None:
         """Take no more requests, and wait for none: a stage hangs. Who waits for a lane is told `why`, who has one may still finish."""
         with self._lock:
-            self._closed, self._at_once, self._why = True, False, why
+            self._closed, self._why = True, why
+            self.ask = self._closed_to
             self._asked.notify_all()
         self.free.close(why)
         _running.discard(self)
+
+    def _closed_to(self, inputs: Mapping[str, Any]) -> Outputs:
+        raise self._gone()
 
     def _gone(self) -> AivmmError:
         return closed() if self._why is None else type(self._why)(self._why.message, advice=self._why.advice)
@@ -363,101 +395,6 @@ def _rescue(rescue: Rescue, inputs: Mapping[str, Buffer], error: BaseException, 
         future.set_result(rescue(inputs, error))
     except BaseException as failure:  # noqa: BLE001 - whatever it is, it is the answer to this request
         future.set_exception(failure)
-
-
-class StageThreads:
-    """The threads that carry lanes through the stages: one for each replica of a stage, or one for each lane where the plan is sequential.
-
-    Started with the first request that needs them. A queue never holds more than the lanes there are, which bounds it.
-    """
-
-    def __init__(self, program: Program) -> None:
-        self._program = program
-        self._lock = threading.Lock()
-        self._queues: list[list[SimpleQueue[Lane | None]]] = []  # of each step of the way, of each replica there
-        self._threads: list[threading.Thread] = []
-
-    def send(self, lane: Lane, done: Callable[[Lane], None]) -> None:
-        """Put a lane in front of the first stage. It is on its way from when it has `done` until it has lost that."""
-        if not self._queues:
-            self._start()
-        lane.done, lane.error = done, None
-        _put(lane, self._queues, 0)
-
-    def carry(self, thread: threading.Thread) -> bool:
-        """Say whether `thread` is one of them."""
-        return thread in self._threads
-
-    def stop(self) -> None:
-        """Let the threads end. All lanes have to be free."""
-        with self._lock:
-            for queue in (each for row in self._queues for each in row):
-                queue.put(None)
-            for thread in self._threads:
-                if thread is not threading.current_thread():  # closed by a callback of a future
-                    thread.join()
-            self._queues, self._threads = [], []
-
-    def _start(self) -> None:
-        with self._lock:
-            if self._queues:
-                return
-            program = self._program
-            if program.pipelined:
-                steps = [([index], copies) for index, copies in enumerate(program._counts())]
-            else:
-                steps = [(list(range(len(program.stages))), len(program.lanes))]
-            queues: list[list[SimpleQueue[Lane | None]]] = [[SimpleQueue() for _ in range(copies)] for _, copies in steps]
-            for place, (stages, copies) in enumerate(steps):
-                for copy in range(copies):
-                    name = f"aivmm-stage-{place}.{copy}"
-                    ahead = (queues, place + 1) if place + 1 < len(steps) else None
-                    thread = threading.Thread(target=_carry, args=(queues[place][copy], stages, ahead), name=name, daemon=True)
-                    thread.start()
-                    self._threads.append(thread)
-            self._queues = queues
-            # Nobody may ever close the program: the threads know their queues only, and end when it is forgotten.
-            weakref.finalize(self, _end, [each for row in queues for each in row]).atexit = False
-
-
-def _end(queues: Sequence[SimpleQueue[Lane | None]]) -> None:
-    for each in queues:
-        each.put(None)
-
-
-def _put(lane: Lane, queues: Sequence[Sequence[SimpleQueue[Lane | None]]], step: int) -> None:
-    """Put a lane in front of a step of the way, where its seat is."""
-    lane.queued_ns = perf_counter_ns()
-    queues[step][lane.seats[step]].put(lane)
-
-
-def _carry(
-    queue: SimpleQueue[Lane | None], stages: Sequence[int], ahead: tuple[Sequence[Sequence[SimpleQueue[Lane | None]]], int] | None
-) -> None:
-    """Run `stages` of each lane that comes along and hand it on. The thread of one step of the way, until it is sent None."""
-    while (lane := queue.get()) is not None:
-        lane.clocks[stages[0]].waited(perf_counter_ns() - lane.queued_ns)
-        if lane.error is None:
-            try:
-                for index in stages:
-                    lane.at = index
-                    lane.step(index)
-            except BaseException as error:  # noqa: BLE001 - it belongs to this lane's request, and the thread serves others
-                lane.error = error
-        if ahead is not None:
-            _put(lane, *ahead)
-        else:
-            _land(lane)
-        del lane  # a thread that waits holds on to nothing
-
-
-def _land(lane: Lane) -> None:
-    done, lane.done = lane.done, None
-    assert done is not None
-    try:
-        done(lane)
-    except BaseException:
-        log.exception("a callback of a request failed")
 
 
 _running: weakref.WeakSet[Program] = weakref.WeakSet()

@@ -260,14 +260,16 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[aivmm.En
     monkeypatch.setattr(lane, "perf_counter_ns", lambda: now[0])
     bundle = make_bundle(tmp_path / "m.aivmm", chain_model(), [Part(ONNXRUNTIME)], expected={"median_s": plan_says()})
     with aivmm.load_plan(bundle) as loaded:
-        for each in loaded._program.lanes:
-            real = each._steps[0][0]
 
-            def run(real: Callable[[], None] = real) -> None:
+        def slow(_: int, real: Callable[[], None]) -> Callable[[], None]:
+            def run() -> None:
                 real()
                 now[0] += int(Slow.seconds * 1e9)
 
-            each._steps[0] = (run, *each._steps[0][1:])
+            return run
+
+        for each in loaded._program.lanes:
+            each.wrap(slow)
         yield loaded
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from aivmm.errors import UsageError
 from aivmm.runtime.clocks import StageClock
+from aivmm.runtime.feed import new_buffer
 from aivmm.runtime.inputs import checked, is_numpy, refuse_unknown
-from aivmm.runtime.lane import new_buffer
 from aivmm.tensors import TensorSpec
 
 X = TensorSpec(name="x", dtype="float32", shape=(2, None))

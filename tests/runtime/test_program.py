@@ -21,7 +21,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.engine import Engine
-from aivmm.runtime.lane import COPY_LIMIT_BYTES
+from aivmm.runtime.feed import COPY_LIMIT_BYTES
+from aivmm.runtime.handing import Handing
 from aivmm.runtime.plan import Execution
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, onnx_model, reference
 from tests.runtime.engines import Load
@@ -122,6 +123,8 @@ def test_what_was_submitted_may_be_changed_at_once(way: Callable[..., Engine], r
 
 def runtimes_address(request: Any, name: str, *, output: bool) -> int | None:
     """Return where the runtime itself says that a tensor lies; None where it does not say (ONNX Runtime of an input)."""
+    if isinstance(request, Handing):
+        request = request.now.request
     if hasattr(request, "_binding"):
         return int(request._binding.get_outputs()[request._places[name]].data_ptr()) if output else None
     tensor = request._request.get_output_tensor if output else request._request.get_input_tensor

@@ -11,11 +11,11 @@ import pytest
 
 import aivmm
 from aivmm.errors import UsageError
-from aivmm.runtime import lane
+from aivmm.runtime import feed
 from aivmm.runtime.plan import Execution
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, reference
 
-CALLS = 3 * lane._STEADY
+CALLS = 3 * feed._STEADY
 
 
 @pytest.fixture(params=[OPENVINO, ONNXRUNTIME])

@@ -1,0 +1,171 @@
+"""Outputs handed out without a copy: the last stage of a lane has several requests, each with arrays of its own to write.
+
+A caller keeps the arrays that a run wrote, and the next run goes to a request whose arrays nobody has. Whether somebody has them, their
+reference counts tell. What callers get are views of an array that only we refer to besides, over memory which that array holds through
+an object that is no array: NumPy lets views of views refer to the first one that such an object stands behind, so each array that is left
+of an output, however it was sliced, counts there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from sys import getrefcount
+from typing import Any
+
+import numpy as np
+
+from aivmm.errors import AivmmError
+from aivmm.runtime.backend import Buffer, CallsDirectly, Executable, aligned_empty
+from aivmm.tensors import TensorSpec
+
+_MOST = 3  # requests whose arrays are handed out. A caller who keeps more of them than that gets copies.
+
+
+class _Memory:
+    """Keeps an array alive for another one over the same memory. On purpose no array: see above."""
+
+    __slots__ = ("__array_interface__", "array")
+
+    def __init__(self, array: Buffer) -> None:
+        self.array = array
+        self.__array_interface__ = array.__array_interface__
+
+
+def _alone() -> int:
+    """Return what is counted of an array that is in a slot's `faces` and nowhere else, by a loop as in `Handing.next` and `Lane.call`."""
+    for _, face in (("", np.empty(0)),):
+        return getrefcount(face)
+    raise AssertionError
+
+
+ALONE = _alone()
+
+
+def counts_references() -> bool:
+    """Say whether this interpreter's reference counts are exact: CPython's, with its global lock."""
+    return sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
+class Slot:
+    """One request of a stage, its output arrays, and what shows them to callers: `faces`, none where callers get copies."""
+
+    __slots__ = ("arrays", "faces", "request", "runs", "stale")
+
+    def __init__(self, executable: Executable, outputs: Sequence[TensorSpec], *, lent: bool) -> None:
+        self.request = executable.new_request()
+        self.runs: Callable[[], object] = self.request.run
+        self.stale = True  # inputs were bound since it ran last
+        arrays = []
+        for spec in outputs:
+            array = aligned_empty(spec)
+            self.request.bind(spec.name, array)
+            arrays.append((spec.name, array))
+        self.arrays: tuple[tuple[str, Buffer], ...] = tuple(arrays)
+        self.faces: tuple[tuple[str, Buffer], ...] = tuple((name, _face(array)) for name, array in arrays) if lent else ()
+
+
+def direct_call(slot: Slot) -> Callable[[], object]:
+    """Return the runtime's own call, or `run` where a run is more than that."""
+    found = slot.request.direct() if isinstance(slot.request, CallsDirectly) else None
+    return slot.request.run if found is None else found[0]
+
+
+def _face(array: Buffer) -> Any:
+    return np.asarray(_Memory(array))
+
+
+class Handing:
+    """A stage's requests as one. Used by one thread at a time, as any request is."""
+
+    def __init__(self, executable: Executable, outputs: Sequence[TensorSpec]) -> None:
+        """Make the request whose outputs are copied; the others follow when runs show that there is use for them.
+
+        Raises:
+            Unsupported: the runtime does not take an array of ours.
+        """
+        self._executable, self._specs = executable, tuple(outputs)
+        self._inputs: dict[str, Buffer] = {}
+        self.slots: list[Slot] = []  # whose arrays are handed out
+        self.private = Slot(executable, outputs, lent=False)
+        self.now = self.private  # the one that ran last
+        self._ran = False
+        self._made = direct_call
+        request = self.private.request
+        found = request.direct() if isinstance(request, CallsDirectly) else None
+        self._explained = None if found is None else found[1]
+        self.private.runs = direct_call(self.private)
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        """Have each run read `buffer`; the runtime is told when a request runs next, and refuses it then."""
+        self._inputs[name] = buffer
+        self.private.stale = True
+        for slot in self.slots:
+            slot.stale = True
+
+    def refresh(self, made: Callable[[Slot], Callable[[], object]]) -> None:
+        """Run each request, those to come too, by what `made` returns for it."""
+        self._made = made
+        for slot in (self.private, *self.slots):
+            slot.runs = made(slot)
+
+    def next(self) -> Slot:
+        """Return a request whose arrays nobody has, with its inputs bound.
+
+        Raises:
+            Unsupported: the runtime does not take an input's array.
+        """
+        for slot in self.slots:
+            for _, face in slot.faces:
+                if getrefcount(face) > ALONE:
+                    break
+            else:
+                break
+        else:
+            slot = self.another()
+        self.now = slot
+        if slot.stale:
+            self.catch_up(slot)
+        return slot
+
+    def another(self) -> Slot:
+        """Return a new request, or the one whose outputs are copied: at first (there may be no second run), and when there are enough."""
+        if not self._ran or len(self.slots) >= _MOST:
+            self._ran = True
+            return self.private
+        slot = Slot(self._executable, self._specs, lent=True)
+        slot.runs = self._made(slot)
+        self.slots.append(slot)
+        return slot
+
+    def catch_up(self, slot: Slot) -> None:
+        """Bind the inputs to a request that has missed some."""
+        for name, buffer in self._inputs.items():
+            slot.request.bind(name, buffer)
+        slot.stale = False
+
+    def run(self) -> None:
+        """Run once, as a request does."""
+        slot = self.next()
+        try:
+            slot.runs()
+        except Exception as error:
+            known = self.explained(error)
+            if known is error:
+                raise
+            raise known from error
+
+    def explained(self, error: Exception) -> Exception:
+        """Return what a run is said to have failed of: the runtime's words in an error of ours, or the error as it is."""
+        known = None if self._explained is None or isinstance(error, AivmmError) else self._explained(error)
+        return error if known is None else known
+
+    def output(self, name: str) -> Buffer:
+        """Return the array that the last run wrote; a later run overwrites it."""
+        return dict(self.now.arrays)[name]
+
+    def hand_out(self) -> dict[str, Buffer]:
+        """Return what the last run wrote, in arrays that are the caller's own."""
+        if self.now.faces:
+            return {name: face.view() for name, face in self.now.faces}
+        return {name: array.copy() for name, array in self.now.arrays}
