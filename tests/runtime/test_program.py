@@ -29,6 +29,7 @@ from tests.runtime.engines import Load
 
 F, I64 = TensorProto.FLOAT, TensorProto.INT64
 PIPELINED = Execution(mode="pipelined")
+HOLDING = [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4)]  # two stages: what is lent of it holds a lane
 WAYS = {
     "sequential": (Execution(), 1, 1),
     "three callers": (Execution(), 1, 3),
@@ -238,7 +239,7 @@ def until_it_waits(thread: threading.Thread) -> None:
 
 
 def test_who_brings_more_than_fits_waits_and_the_wait_is_counted(load: Load) -> None:
-    engine = load(chain_model(), [Part(ONNXRUNTIME)])
+    engine = load(chain_model(), HOLDING)
     with engine.lend({"x": normal(2, 32)}):
         thread = threading.Thread(target=engine.run, args=({"x": normal(2, 32)},))
         thread.start()
@@ -336,7 +337,7 @@ def test_a_callback_that_would_wait_for_itself_is_told(load: Load, execution: Ex
 
 
 def test_closing_tells_who_awaits_his_turn(load: Load) -> None:
-    engine = load(chain_model(), [Part(ONNXRUNTIME)])
+    engine = load(chain_model(), HOLDING)
     x = {"x": normal(2, 32)}
 
     async def gather() -> list[Any]:
@@ -360,7 +361,7 @@ def test_closing_tells_who_awaits_his_turn(load: Load) -> None:
 
 
 def test_a_request_that_nobody_awaits_any_more_does_no_harm(load: Load) -> None:
-    engine = load(chain_model(), [Part(ONNXRUNTIME)])
+    engine = load(chain_model(), HOLDING)
     x = {"x": normal(2, 32)}
 
     async def give_up() -> Any:
