@@ -90,7 +90,7 @@ class Handing:
         self.private = Slot(executable, outputs, lent=False)
         self.now = self.private  # the one that ran last
         self._ran = False
-        self._made = direct_call
+        self._made: Callable[[Slot], Callable[[], object]] = direct_call
         request = self.private.request
         found = request.direct() if isinstance(request, CallsDirectly) else None
         self._explained = None if found is None else found[1]
