@@ -87,6 +87,7 @@ DEFAULT_DEVICES = (
         copy_bytes_per_s=8e9,
         copy_s=10e-6,
         pinned_speed=3.0,
+        keeps_tensors=True,
         efficiency={"LSTM": 0.01, "GRU": 0.01, "RNN": 0.01, "Gather": 0.1},
         left=frozenset({"Det", "NonZero"}),
         speed={"fp32": 1.0, "f16": 2.0},

@@ -14,11 +14,11 @@ from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.deadline import _look
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.null import NullRequest
+from aivmm.runtime.null_memory import NullTensor
 from aivmm.runtime.plan import Batching, Execution
 from aivmm.runtime.program import _running
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, normal, reference
 from tests.runtime.engines import Load
-from tests.runtime.null_card import There
 
 X = {"x": normal(2, 32)}
 PARTS = [Part(ONNXRUNTIME, 0, 3), Part(OPENVINO, 4)]
@@ -222,7 +222,7 @@ def test_a_fallback_takes_what_the_plan_took(load_watched: Load, hang: Any) -> N
 def test_what_cannot_be_kept_is_refused(load_watched: Load) -> None:
     engine = load_watched()
     with pytest.raises(UsageError, match="the input 'x' lies on a device, and requests with a deadline are kept on the host; give"):
-        engine.run({"x": There(X["x"])})
+        engine.run({"x": NullTensor(X["x"], "null:GPU.0")})
     with pytest.raises(UsageError, match="the input 'x' cannot be kept for a deadline"):
         engine.run({"x": (each for each in ())})
     assert_right(engine.run(X))

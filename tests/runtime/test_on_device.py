@@ -12,18 +12,22 @@ from onnx import TensorProto, helper
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.null import NullRequest
+from aivmm.runtime.null_memory import NullTensor
 from tests.making import ONNXRUNTIME, Part, normal, onnx_model
 from tests.runtime.engines import Load
-from tests.runtime.null_card import There, give_memory
 
-CARD = "null:CPU"
+CARD = "null:GPU.0"
 X, SHAPE = normal(2, 4), (2, 4)
 
 
+def there(array: Any) -> NullTensor:
+    """Return a tensor in the fake card's memory."""
+    return NullTensor(array, CARD)
+
+
 @pytest.fixture
-def load_null(monkeypatch: pytest.MonkeyPatch, load: Load) -> Load:
-    """Load y = -relu(x) with the stages that are given, on null devices with memory of their own; `outputs` beside y."""
-    give_memory(monkeypatch)
+def load_null(load: Load) -> Load:
+    """Load y = -relu(x) with the stages that are given; `outputs` beside y."""
 
     def make(*parts: Part, outputs: tuple[str, ...] = ("y",), **fields: Any) -> Engine:
         nodes = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Neg", ["r"], ["y"])]
@@ -51,10 +55,22 @@ def assert_right(found: Any, x: Any = X) -> None:
     np.testing.assert_array_equal(found, -np.maximum(x, 0))
 
 
+def test_between_stages_of_one_card_nothing_leaves_it_and_between_card_and_host_everything_does(load_null: Load) -> None:
+    engine = load_null(Part(CARD, 0, 0), Part(CARD, 1))
+    assert engine.one_lane().kept_on_device == {"r": CARD}
+    assert_right(engine.run({"x": X})["y"])
+    mixed = load_null(Part(CARD, 0, 0), Part(ONNXRUNTIME, 1))
+    assert mixed.one_lane().kept_on_device == {}
+    assert_right(mixed.run({"x": there(X)})["y"])
+    with pytest.raises(UsageError, match=r"the input 'x' does not lie in null:GPU\.0"):
+        mixed.run({"x": NullTensor(X, "null:GPU.1")})
+    assert_right(mixed.run({"x": X})["y"])
+
+
 def test_outputs_stay_where_they_are_made(load_null: Load) -> None:
     engine = load_null(Part(CARD, 0, 0), Part(CARD, 1))
-    made = engine.run_on_device({"x": There(X)})["y"]
-    assert isinstance(made, There)
+    made = engine.run_on_device({"x": there(X)})["y"]
+    assert isinstance(made, NullTensor)
     assert_right(engine.run({"x": X + 1})["y"], X + 1)
     assert_right(made.array)  # the caller's own
 
@@ -69,7 +85,7 @@ def test_an_output_that_a_later_stage_reads_on_the_host_cannot_stay(load_null: L
 
 def test_a_first_request_from_a_device_leaves_failover_as_it_is(load_null: Load, lost: threading.Event) -> None:
     engine = load_null(Part(CARD), fallbacks=[[Part(ONNXRUNTIME)]])
-    assert_right(engine.run({"x": There(X)})["y"])
+    assert_right(engine.run({"x": there(X)})["y"])
     assert_right(engine.run({"x": X})["y"])
     lost.set()
     assert_right(engine.run({"x": X + 1})["y"], X + 1)
@@ -80,7 +96,7 @@ def test_where_nothing_came_from_the_host_the_third_failure_in_a_row_is_a_dead_s
     engine = load_null(Part(CARD), fallbacks=[[Part(ONNXRUNTIME)]])
     for _ in range(2):
         lost.clear()
-        assert_right(engine.run({"x": There(X)})["y"])
+        assert_right(engine.run({"x": there(X)})["y"])
         lost.set()
         for _ in range(2):
             with pytest.raises(Unsupported, match="device lost"):
