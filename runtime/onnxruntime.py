@@ -13,7 +13,7 @@ from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Baseline, Buffer, CopyRoute, DeviceTensor, Placement, Request, Strays, routes_of
 from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.cpu import cpu_device
-from aivmm.runtime.cuda import pinned_empty
+from aivmm.runtime.cuda import Stream, pinned_empty
 from aivmm.runtime.cuda_copies import CardCopier, index_of
 from aivmm.runtime.inputs import is_numpy
 from aivmm.runtime.nvidia import DRIVER_ADVICE, cuda_devices, libraries_loaded, missing_library
@@ -433,7 +433,15 @@ class _CardExecutable(_Executable):
             self._more.append(self.again())
             session = self._more[-1]._session
         self._taken = True
-        return StagedRequest(session, self.inputs, self.outputs, self._device, pinned=self._pinned, recorded=self.graphed)
+        return StagedRequest(
+            session,
+            self.inputs,
+            self.outputs,
+            stream=Stream(self._device),
+            place=self.device_tensor,
+            pinned=self._pinned,
+            recorded=self.graphed,
+        )
 
     def host_buffer(self, spec: TensorSpec) -> Buffer | None:
         """Return page-locked memory where the config asks for it."""

@@ -7,13 +7,13 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.backend import Buffer, DeviceTensor, foreign_dtype, holds_foreign, is_foreign, raw_view
-from aivmm.runtime.cuda import Stream, is_pinned, wait_for_producers
+from aivmm.runtime.cuda import is_pinned, wait_for_producers
 from aivmm.runtime.onnx_interface import ELEMENT_TYPES
 from aivmm.tensors import TensorSpec
 
@@ -137,20 +137,41 @@ class RebindingRequest(BoundRequest):
         super().run()
 
 
+class Copies(Protocol):
+    """What a staged request wants of a card's stream (`aivmm.runtime.cuda.Stream`): copies that are begun in order, and a wait for all."""
+
+    def copy(self, destination: int, source: int, size: int) -> None:
+        """Begin to copy `size` bytes between two addresses."""
+
+    def upload(self, destination: int, array: Buffer) -> None:
+        """Begin to copy a contiguous array; return when it has been read."""
+
+    def wait(self) -> None:
+        """Return when all that was begun is done."""
+
+
 class StagedRequest(BoundRequest):
     """Runs on tensors in a card's memory at fixed addresses, as CUDA graphs need it; what is on the host is copied in before and out after.
 
-    The copies go through a stream of their own. Inputs and outputs have static shapes. Where `pinned`, what comes from other memory goes
-    through page-locked memory.
+    The copies go through a stream of their own. Inputs and outputs have static shapes, and `place` gives a tensor for each. Where `pinned`,
+    what comes from other memory goes through page-locked memory.
     """
 
     def __init__(
-        self, session: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], device: int, *, pinned: bool, recorded: bool
+        self,
+        session: Any,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        *,
+        stream: Copies,
+        place: Callable[[TensorSpec], DeviceTensor],
+        pinned: bool,
+        recorded: bool,
     ) -> None:
         super().__init__(session, inputs, outputs)
         self._turn = _RECORDING if recorded else _NO_TURN
         self._pinned = pinned
-        self._stream = Stream(device)
+        self._stream = stream
         self._tensors: dict[str, Any] = {}
         self._into: dict[str, tuple[int, int, int]] = {}  # destination, source, bytes
         self._through: dict[str, tuple[int, Buffer]] = {}  # destination, array
@@ -159,7 +180,7 @@ class StagedRequest(BoundRequest):
         self._dtypes: dict[str, np.dtype[Any]] = {}  # those that were found right: a type's name takes a microsecond
         self._lent: dict[str, DeviceTensor] = {}  # kept alive: elsewhere only their addresses are known
         for each in (*inputs, *outputs):
-            tensor = device_tensor(each, device)
+            tensor = place(each)
             self._tensors[each.name] = tensor
             super().bind_device(each.name, tensor)
 
