@@ -16,6 +16,7 @@ from aivmm.runtime.signing import Key
 from aivmm.runtime.validity import grade_stages
 
 MISSING = "(none)"
+_WHOLE_PLAN, _PLAN = re.compile(r"plans\.[^.]*\.json"), re.compile(r"(plans\.[^.]*\.json)\.")  # of a bundle of several
 _MOST_SHOWN, _MOST_OF_TWO_MODELS, _MOST_TEXT = 8, 3, 100  # differences of one section, and characters of a value
 _UNITS = {"per_s": (1.0, " /s"), "_s": (1e3, " ms"), "_bytes": (1e-6, " MB")}  # by what a number's name ends with
 
@@ -31,6 +32,32 @@ def shown(bundle: Opened) -> dict[str, Any]:
         "family": None if bundle.family is None else bundle.family.as_json(),
         "plans": {name: plan.as_json() for name, plan in bundle.plans.items()},
     }
+
+
+def titles(bundle: Opened) -> dict[str, str]:
+    """Return what each plan of a bundle is for, by its file: a model, and the shape of several, or all other shapes."""
+    if bundle.family is None:
+        return {name: plan.model.name for name, plan in bundle.plans.items()}
+    found = {}
+    for served in bundle.family.models:
+        found |= {each.plan: f"{served.name} at {each.name}" if each.name else served.name for each in served.buckets}
+        if served.fallback is not None:
+            found[served.fallback] = f"{served.name} at other shapes"
+    return found
+
+
+def shape_lines(bundle: Opened) -> Iterator[tuple[str, str]]:
+    """Yield for each model of several shapes which there are, and what runs inputs that have none of them: a heading and a line."""
+    for served in bundle.family.models if bundle.family is not None else ():
+        if not served.dimensions:
+            continue
+        yield "shapes", f"{served.name}: {', '.join(each.name for each in served.buckets)}"
+        for dimension in served.dimensions:
+            yield "smaller", f"{dimension.name} {dimension.why or {'none': 'is not padded'}.get(dimension.padding, 'is padded')}"
+        opened = [each.name for each in served.buckets if each.smaller == "open"]
+        if opened:
+            yield "smaller", f"below {', '.join(opened)} with open extents"
+        yield "others", "are refused" if served.fallback is None else f"run with open extents ({served.fallback})"
 
 
 def lines_of(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -102,7 +129,7 @@ def verified(path: Path, keys: Sequence[Key] | None) -> dict[str, Any]:
             "size_bytes": bundle.size_bytes,
             "signed_by": bundle.signers,
             "signature_checked": bool(keys),
-            "plans": {name: _on_this_machine(plan) for name, plan in bundle.plans.items()},
+            "plans": {name: {"title": titles(bundle)[name], **_on_this_machine(plan)} for name, plan in bundle.plans.items()},
         }
 
 
@@ -142,12 +169,17 @@ def shortened(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
 
     Digests say only that something differs, so of files there is a count; of two models' plans each section is shorter. `--json` has all.
     """
-    most = _MOST_OF_TWO_MODELS if any(each["place"].endswith("model.sha256") for each in found) else _MOST_SHOWN
+    of_two_models = any(each["place"].endswith("model.sha256") and MISSING not in (each["first"], each["second"]) for each in found)
+    most = _MOST_OF_TWO_MODELS if of_two_models else _MOST_SHOWN
+    alone = _one_sided(found)
     sections: dict[str, list[dict[str, Any]]] = {}
     for each in found:
-        sections.setdefault(_section(each["place"]), []).append(each)
+        sections.setdefault(_section(each["place"], alone), []).append(each)
     for name, differing in sections.items():
-        if name.endswith(("files", "graph_order")):
+        if _WHOLE_PLAN.fullmatch(name):
+            yield name, f"only in the {'second' if differing[0]['first'] == MISSING else 'first'}"
+            continue
+        if name.endswith("files"):
             yield name, f"{len(differing)} differ"
             continue
         few = most if len(differing) > most + 1 else len(differing)
@@ -160,9 +192,23 @@ def shortened(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
             yield name, f"and {len(differing) - few} more places (all of them with --json)"
 
 
-def _section(place: str) -> str:
-    """Return the part of a plan that a place is in; in a bundle of several plans, of one of them."""
-    whole = re.match(r"(plans\.[^.]*\.json\.)?(\w+)", place)
+def _one_sided(found: Sequence[dict[str, Any]]) -> set[str]:
+    """Return the plans of bundles of several that only one of the two has."""
+    sides: dict[str, set[str]] = {}
+    for each in found:
+        plan = _PLAN.match(each["place"])
+        if plan is not None:
+            side = "second" if each["first"] == MISSING else "first" if each["second"] == MISSING else "both"
+            sides.setdefault(plan[1], set()).add(side)
+    return {plan for plan, seen in sides.items() if len(seen) == 1 and seen != {"both"}}
+
+
+def _section(place: str, alone: set[str]) -> str:
+    """Return the part of a plan that a place is in; in a bundle of several plans, of one of them. One that is `alone` is one part."""
+    plan = _PLAN.match(place)
+    if plan is not None and plan[1] in alone:
+        return plan[1]
+    whole = re.match(r"(plans\.[^.]*\.json\.|family\.)?(\w+)", place)
     return whole[0] if whole else place
 
 

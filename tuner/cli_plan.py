@@ -29,19 +29,21 @@ def show(plan: Plan, as_json: Json = False) -> None:
     Example: `aivmm plan show squeezenet.aivmm`
     """
     from aivmm.runtime.packing import opened
-    from aivmm.tuner.bundles import lines_of, shown
+    from aivmm.tuner.bundles import lines_of, shape_lines, shown, titles
 
     with opened(plan) as bundle:
-        found, plans = shown(bundle), dict(bundle.plans)
+        found, plans, named, shapes = shown(bundle), dict(bundle.plans), titles(bundle), list(shape_lines(bundle))
     if as_json:
         print_json(found)
         return
     signed = f", signed by {', '.join(each[:16] for each in found['signed_by'])} (not verified)" if found["signed_by"] else ", not signed"
     _line("bundle", f"{plan}: {found['files']} files, {found['size_bytes'] / 1e6:.3g} MB{signed}")
+    for heading, text in shapes:
+        _line(heading, text)
     for name, each in plans.items():
         if len(plans) > 1:
             print()
-            _line("plan", name)
+            _line("plan", f"{named[name]} ({name})")
         for heading, text in lines_of(each):
             _line(heading, text)
 
@@ -72,7 +74,7 @@ def verify(
     _line("bundle", f"{plan}: {found['files']} files, all as listed; {signed}")
     for each in found["plans"].values():
         for way in each["ways"]:
-            _line("here", f"{each['model']}, {way['name']}: {way['reason']}")
+            _line("here", f"{each['title']}, {way['name']}: {way['reason']}")
 
 
 @app.command()

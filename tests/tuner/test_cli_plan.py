@@ -14,7 +14,8 @@ import pytest
 from onnx import TensorProto, helper
 
 import aivmm
-from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, normal, onnx_model
+from aivmm.runtime.family import Bucket, Dimension, Served
+from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, make_family, normal, onnx_model, token_model
 from tests.tuner.harness import Place, Shell
 
 MODEL = chain_model(width=16)
@@ -163,6 +164,48 @@ def test_diff_of_two_models_is_a_page_and_json_has_it_all(place: Shell) -> None:
         hidden = [each for each in mine if each not in shown]
         assert f"{section}: and {len(hidden)} more places (all of them with --json)" in lines
     assert f"files: {sum(each['place'].startswith('files') for each in found)} differ" in lines
+
+
+@pytest.fixture
+def shapes(place: Shell) -> Shell:
+    """Beside `m.aivmm` two bundles of several shapes: `refuse.aivmm`, and `open.aivmm` that runs other shapes as well."""
+    made = {f"{rows}": make_bundle(place.work / f"{rows}.aivmm", token_model(rows), [Part(ONNXRUNTIME)]) for rows in (4, 16)}
+    free = make_bundle(place.work / "any.aivmm", token_model("rows"), [Part(ONNXRUNTIME)])
+    dimension = Dimension(name="rows", places=[("x", 1), ("mask", 1)], padding="zero", why="padded with zeros: checked at 2")
+    buckets = [Bucket(name=f"rows={rows}", plan=f"plans/{index}.json", extents={"rows": rows}) for index, rows in enumerate((4, 16))]
+    served = Served(name="tokens", buckets=buckets, dimensions=[dimension])
+    make_family(place.work / "refuse.aivmm", made, models=[served])
+    open_buckets = [buckets[0], buckets[1].replaced(smaller="open")]
+    opened = served.replaced(buckets=open_buckets, fallback="plans/2.json")
+    make_family(place.work / "open.aivmm", {**made, "any": free}, models=[opened])
+    return place
+
+
+def test_show_and_verify_say_for_which_shape_each_plan_is(shapes: Shell) -> None:
+    shown = shapes.aivmm("plan", "show", "open.aivmm").out
+    for line in (
+        "shapes     tokens: rows=4, rows=16",
+        "smaller    rows padded with zeros: checked at 2",
+        "smaller    below rows=16 with open extents",
+        "others     run with open extents (plans/2.json)",
+        "plan       tokens at rows=16 (plans/1.json)",
+        "plan       tokens at other shapes (plans/2.json)",
+    ):
+        assert f"{line}\n" in shown
+    assert "others     are refused\n" in shapes.aivmm("plan", "show", "refuse.aivmm").out
+    verified = shapes.aivmm("plan", "verify", "refuse.aivmm").out
+    assert [line.split(": ")[0] for line in verified.splitlines()[1:]] == [
+        "here       tokens at rows=4, the plan", "here       tokens at rows=16, the plan"
+    ]  # fmt: skip
+
+
+def test_diff_of_bundles_of_several_shapes_tells_a_plan_more_in_one_line(shapes: Shell) -> None:
+    lines = shapes.aivmm("plan", "diff", "refuse.aivmm", "open.aivmm").out.splitlines()
+    assert "plans.plans/2.json: only in the second" in lines
+    assert "family.models[0].fallback: null -> plans/2.json" in lines
+    assert "family.models[0].buckets[1].smaller: padded -> open" in lines
+    assert any(line.startswith("family.files: ") for line in lines) and len(lines) == 4
+    assert "plans.plans/2.json: only in the first" in shapes.aivmm("plan", "diff", "open.aivmm", "refuse.aivmm").out.splitlines()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
