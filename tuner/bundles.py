@@ -38,7 +38,7 @@ def titles(bundle: Opened) -> dict[str, str]:
     """Return what each plan of a bundle is for, by its file: a model, and the shape of several, or all other shapes."""
     if bundle.family is None:
         return {name: plan.model.name for name, plan in bundle.plans.items()}
-    found = {}
+    found: dict[str, str] = {}
     for served in bundle.family.models:
         found |= {each.plan: f"{served.name} at {each.name}" if each.name else served.name for each in served.buckets}
         if served.fallback is not None:
