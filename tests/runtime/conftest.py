@@ -1,19 +1,22 @@
-"""What tests of the runtime share: bundles, and engines that are closed again."""
+"""What tests of the runtime share: bundles, engines that are closed again, and devices that are lost."""
 
 from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import aivmm
+from aivmm.errors import Unsupported
+from aivmm.runtime import onnxruntime
 from aivmm.runtime.engine import Engine
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle
-from tests.runtime.engines import LOADING, Load
+from tests.runtime.engines import LOADING, Load, Lose
 
 
 @pytest.fixture
@@ -45,3 +48,30 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(made: Path, tmp_path: Path) -> Path:
     """A copy of it, for one test to spoil."""
     return Path(shutil.copytree(made, tmp_path / "m.aivmm"))
+
+
+@pytest.fixture
+def lose(monkeypatch: pytest.MonkeyPatch) -> Lose:
+    """Have every request of a kind for which `dead` says so fail from now on, as a GPU's do once the device is lost."""
+
+    def start(kind: Any, dead: Callable[[Any], bool], words: str = "device lost") -> None:
+        run = kind.run
+
+        def dying(request: Any) -> None:
+            if dead(request):
+                raise Unsupported(words)
+            run(request)
+
+        monkeypatch.setattr(kind, "run", dying)
+        if hasattr(kind, "direct"):
+            monkeypatch.setattr(kind, "direct", lambda _: None)  # so that all runs come by here
+
+    return start
+
+
+@pytest.fixture
+def lost(lose: Lose) -> threading.Event:
+    """ONNX Runtime's device, lost as soon as this is set."""
+    event = threading.Event()
+    lose(onnxruntime.BoundRequest, lambda _: event.is_set(), "ONNX Runtime while running: device lost")
+    return event

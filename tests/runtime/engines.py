@@ -10,6 +10,7 @@ import numpy as np
 from aivmm.runtime.engine import Engine
 
 Load = Callable[..., Engine]
+Lose = Callable[..., None]
 LOADING = ("on_mismatch", "timeout_s")
 
 

@@ -15,26 +15,10 @@ from aivmm.runtime import onnxruntime
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.plan import Execution
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, normal, onnx_model, reference
-from tests.runtime.engines import Load
+from tests.runtime.engines import Load, Lose
 
 CUT = [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4)]
 MODES = pytest.mark.parametrize("execution", [Execution(), Execution(mode="pipelined")], ids=lambda each: each.mode)
-
-
-@pytest.fixture
-def lost(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """ONNX Runtime's device, lost as soon as this is set: every request fails from then on, as a GPU's do."""
-    event = threading.Event()
-    run = onnxruntime.BoundRequest.run
-
-    def dying(request: Any) -> None:
-        if event.is_set():
-            raise Unsupported("ONNX Runtime while running: device lost")
-        run(request)
-
-    monkeypatch.setattr(onnxruntime.BoundRequest, "run", dying)
-    monkeypatch.setattr(onnxruntime.BoundRequest, "direct", lambda _: None)  # so that all runs come by here
-    return event
 
 
 def ask(engine: Engine, how: str, x: Any) -> Any:
@@ -150,17 +134,9 @@ def test_a_plan_that_never_answered_is_given_up_at_the_third_failure(load: Load,
     assert [each.target for each in engine.stages] == [OPENVINO]
 
 
-def test_one_dead_replica_of_two_is_a_dead_stage(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = onnxruntime.BoundRequest.run
+def test_one_dead_replica_of_two_is_a_dead_stage(load: Load, lose: Lose) -> None:
     dead: list[Any] = []
-
-    def dying(request: Any) -> None:
-        if request._session in dead:
-            raise Unsupported("ONNX Runtime while running: device lost")
-        run(request)
-
-    monkeypatch.setattr(onnxruntime.BoundRequest, "run", dying)
-    monkeypatch.setattr(onnxruntime.BoundRequest, "direct", lambda _: None)  # so that all runs come by here
+    lose(onnxruntime.BoundRequest, lambda request: request._session in dead)
     engine = load(chain_model(), [Part(ONNXRUNTIME, replicas=2)], fallbacks=[[Part(OPENVINO)]])
     engine.run({"x": normal(2, 32)})
     dead.append(engine._program._executables[0][1]._session)

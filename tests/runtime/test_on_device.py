@@ -14,7 +14,7 @@ from aivmm.runtime.engine import Engine
 from aivmm.runtime.null import NullRequest
 from aivmm.runtime.null_memory import NullTensor
 from tests.making import ONNXRUNTIME, Part, normal, onnx_model
-from tests.runtime.engines import Load
+from tests.runtime.engines import Load, Lose
 
 CARD = "null:GPU.0"
 X, SHAPE = normal(2, 4), (2, 4)
@@ -38,16 +38,10 @@ def load_null(load: Load) -> Load:
 
 
 @pytest.fixture
-def lost(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+def lost(lose: Lose) -> threading.Event:
     """The null devices, lost as soon as this is set."""
-    event, run = threading.Event(), NullRequest.run
-
-    def dying(request: NullRequest) -> None:
-        if event.is_set():
-            raise Unsupported("null: device lost")
-        run(request)
-
-    monkeypatch.setattr(NullRequest, "run", dying)
+    event = threading.Event()
+    lose(NullRequest, lambda _: event.is_set())
     return event
 
 
