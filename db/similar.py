@@ -25,6 +25,7 @@ class Suggestion:
     environment: str
     config: Config
     callers: int
+    batch: int = 1
     replicas: int = 1
 
 
@@ -72,6 +73,7 @@ class SimilarStore(RunStore):
                 environment=row.fingerprint,
                 config=configs[row.config_digest],
                 callers=row.callers,
+                batch=row.batch,
                 replicas=int((row.policy or {}).get("replicas", 1)),
             )
             for row in ranked[:_MOST]

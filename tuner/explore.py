@@ -293,7 +293,7 @@ class Explorer:
         ratios, _ = self._best_ratios(baselines)
         quickest = sorted(precisions, key=ratios.__getitem__)[:1]  # one is a hint; the search asks for more where they pay
         search.enqueue(side_by_side(space, {target: precisions[target] for target in quickest}))
-        search.enqueue(self._of_similar_models(targets, batches[0]))
+        search.enqueue(self._of_similar_models(targets, batches))
         if targets and not self.searched_before and self.work.min_segments == 1:
             self._search_on(search)
         self._end_study(search)
@@ -334,8 +334,8 @@ class Explorer:
         rest = [key for key in within if key not in self._again]
         return [within[key] for key in dict.fromkeys((*first, *rest))]
 
-    def _of_similar_models(self, targets: Sequence[Target], batch: int) -> list[Candidate]:
-        """Return the best that was found for models like this one on these targets, as they are now."""
+    def _of_similar_models(self, targets: Sequence[Target], batches: Sequence[int]) -> list[Candidate]:
+        """Return the best that was found for models like this one on these targets, as they are now, at its batch where that is searched."""
         known = {environment_of(target).fingerprint: target for target in targets}
         found = self.work.database.best_of_similar(self.work.subject.structure, list(known), objective=self.work.options.objective)
         if found:
@@ -345,7 +345,7 @@ class Explorer:
             Candidate(
                 target=known[each.environment],
                 config=each.config,
-                batch=batch,
+                batch=each.batch if each.batch in batches else batches[0],
                 callers=min(each.callers, _MOST_CALLERS),
                 replicas=each.replicas,
             )
