@@ -335,7 +335,7 @@ class Explorer:
         return [within[key] for key in dict.fromkeys((*first, *rest))]
 
     def _of_similar_models(self, targets: Sequence[Target], batches: Sequence[int]) -> list[Candidate]:
-        """Return the best that was found for models like this one on these targets, as they are now, at its batch where that is searched."""
+        """Return the best found for models like this one on these targets as they are now, at its batch where that is searched."""
         known = {environment_of(target).fingerprint: target for target in targets}
         found = self.work.database.best_of_similar(self.work.subject.structure, list(known), objective=self.work.options.objective)
         if found:
