@@ -14,7 +14,7 @@ from typing import Any
 
 from aivmm.planner.records import ProofRecord, Verdict
 from aivmm.reports import format as fmt
-from aivmm.reports.data import ReportData, call_s, dig, number, rate_of, stage_target, throughput_wanted
+from aivmm.reports.data import ReportData, call_s, dig, number, places_of, rate_of, stage_target, throughput_wanted
 from aivmm.reports.race import Figure, figure_of
 from aivmm.runtime.environment import Environment
 
@@ -233,12 +233,16 @@ def _requests(runs: Sequence[ReportData]) -> Iterable[Row]:
 def _plans(runs: Sequence[ReportData]) -> tuple[Row, ...]:
     """Return what each run decided."""
     return (
-        Row(name="targets", values=tuple(" → ".join(map(stage_target, data.stages)) or _NOTHING for data in runs)),
+        Row(name="targets", values=tuple(" → ".join(map(_where, data.stages)) or _NOTHING for data in runs)),
         Row(name="precision", values=tuple(_of_plan(data, lambda proof: proof.config.precision or "default") for data in runs)),
         Row(name="settings", values=tuple(_of_plan(data, _settings) for data in runs)),
         Row(name="batch", values=tuple(_of_plan(data, lambda proof: str(proof.batch)) for data in runs)),
         Row(name="callers", values=tuple(_of_plan(data, lambda proof: str(proof.callers)) for data in runs)),
     )
+
+
+def _where(stage: Mapping[str, Any]) -> str:
+    return " beside ".join(map(stage_target, places_of(stage)))
 
 
 def _figures(runs: Sequence[ReportData]) -> tuple[Row, ...]:

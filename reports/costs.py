@@ -10,7 +10,7 @@ from aivmm.models.records import Block, Operator
 from aivmm.probes.records import Measured, Outcome, ProbeKind
 from aivmm.reports import format as fmt
 from aivmm.reports.anatomy import Cell, config_of, operators_of
-from aivmm.reports.data import ReportData, dig, number, stage_target
+from aivmm.reports.data import ReportData, dig, number, places_of, stage_target
 from aivmm.reports.intervals import apart
 
 MOST_OPERATORS = 10
@@ -129,7 +129,8 @@ class _Table:
             if outcome.key.kind == kind and outcome.key.callers == 1 and not outcome.key.subject.startswith("ceiling:")
         ]
         self.batch = _batch(data, of_kind)
-        self._wanted = {stage_target(stage): config_of(stage.get("config"))[0] for stage in data.stages}
+        places = [place for stage in data.stages for place in places_of(stage)]
+        self._wanted = {stage_target(each): config_of(each.get("config"))[0] for each in reversed(places)}
         self._found: dict[tuple[str, Lane], Outcome] = {}
         for outcome in of_kind:
             if outcome.key.batch == self.batch:

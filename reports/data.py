@@ -46,7 +46,7 @@ class ReportData:
     @property
     def targets(self) -> tuple[str, ...]:
         """Every single target that any row names, the plan's first, then in order of appearance."""
-        named = [stage_target(stage) for stage in self.stages]
+        named = [stage_target(place) for stage in self.stages for place in places_of(stage)]
         named += [environment.target for environment in self.environments]
         for proof in self.proofs:
             named += proof.target.split(" + ")
@@ -86,6 +86,12 @@ def stage_target(stage: Mapping[str, Any]) -> str:
     if isinstance(target, Mapping):
         return f"{target.get('runtime', '')}:{target.get('name', '')}"
     return str(target)
+
+
+def places_of(stage: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Return all that runs a stage: itself, then its copies as far as they can be read."""
+    copies = stage.get("copies")
+    return (stage, *(each for each in copies if isinstance(each, Mapping))) if isinstance(copies, (list, tuple)) else (stage,)
 
 
 def dig(source: Any, *path: str) -> Any:

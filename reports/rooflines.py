@@ -13,7 +13,7 @@ from aivmm.probes.ceilings import PREFIX, Ceilings, bound_of
 from aivmm.probes.records import Measured, Outcome
 from aivmm.reports import format as fmt
 from aivmm.reports.anatomy import config_of
-from aivmm.reports.data import ReportData, stage_target
+from aivmm.reports.data import ReportData, places_of, stage_target
 from aivmm.reports.figures import Chart, axes_of, both
 from aivmm.reports.svg import INK, MUTED, SURFACE, Canvas, target_colour
 
@@ -79,7 +79,8 @@ def account(data: ReportData, colours: Mapping[str, int]) -> tuple[Roof, ...]:
 
 def _precision(data: ReportData, target: str, lanes: Mapping[str, Sequence[Outcome]]) -> str:
     """Return the precision to look at: that of the plan on this target, else the one with the most operators."""
-    planned = [str(each.get("precision") or config_of(each.get("config"))[1]) for each in data.stages if stage_target(each) == target]
+    places = [place for stage in data.stages for place in places_of(stage)]
+    planned = [str(each.get("precision") or config_of(each.get("config"))[1]) for each in places if stage_target(each) == target]
     chosen = next((each for each in planned if each in lanes), None)
     return chosen if chosen is not None else max(lanes, key=lambda each: (len(lanes[each]), each in ("", "fp32", "f32"), each))
 

@@ -97,10 +97,13 @@ def _no_p99(plan: ProofRecord) -> str:
 
 
 def _what(plan: ProofRecord, stages: Sequence[Stage]) -> Answer:
-    precision = ", ".join(dict.fromkeys(stage.precision or "default precision" for stage in stages))
-    settings = (
-        [f"{name}={value}" for name, value in stages[0].settings] if len(stages) == 1 else [f"{len(stages)} stages"] if stages else []
-    )
+    places = [place for stage in stages for place in stage.places]
+    precision = ", ".join(dict.fromkeys(each.precision or "default precision" for each in places))
+    settings = [f"{name}={value}" for name, value in places[0].settings] if len(places) == 1 else []
+    if len(stages) > 1:
+        settings = [f"{len(stages)} stages"]
+    if (executables := sum(stage.executables for stage in stages)) > len(stages):
+        settings.append(f"{executables} executables side by side" if len(stages) == 1 else f"{executables} executables")
     load = [f"batch {plan.batch}", fmt.count(plan.callers, "caller")]
     return Answer(
         label="What to run",

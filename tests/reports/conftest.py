@@ -236,6 +236,26 @@ def split_data() -> ReportData:
     )
 
 
+def copies_data() -> ReportData:
+    """Return a run for throughput whose plan has its first stage in two replicas on a GPU and in int8 on a CPU beside them."""
+    data = full_data()
+    assert data.structure is not None
+    beside = {"target": ORT, "precision": "int8:made", "config": {"intra_op_num_threads": 1}, "replicas": 1, "share": 0.2}
+    stages = [
+        {"target": GPU, "precision": "f16", "config": {}, "blocks": [0, 16], "replicas": 2, "share": 0.8, "copies": [beside]},
+        {"target": OV, "precision": "fp32", "config": {"INFERENCE_NUM_THREADS": 2}, "blocks": [17, 25], "replicas": 1},
+    ]
+    plan = replace(data.proofs[0], name="pipelined plan", target=f"{GPU} + {ORT} + {OV}", callers=8)
+    return replace(
+        data,
+        run=replace(data.run, objective="throughput", summary=summary(stages, "Three executables and a fourth behind them.")),
+        environments=(environment(GPU), *data.environments),
+        outcomes=probes(data.structure, (GPU, OV, ORT)),
+        proofs=(plan, *data.proofs[1:]),
+        plan={"batch": 1, "callers": 8, "execution": {"mode": "pipelined"}, "stages": stages},
+    )
+
+
 def infeasible_data() -> ReportData:
     """Return a run in which no plan meets the constraints: the least a report may get."""
     data = full_data()
@@ -324,7 +344,19 @@ def hostile_data() -> ReportData:
             aivmm_version=bad(),
             notes=HOSTILE,
             summary={
-                **summary([{"target": bad(), "precision": bad(), "config": {bad(): bad()}, "blocks": [0, 9]}], HOSTILE[0] + HOSTILE[3])
+                **summary(
+                    [
+                        {
+                            "target": bad(),
+                            "precision": bad(),
+                            "config": {bad(): bad()},
+                            "blocks": [0, 9],
+                            "replicas": 10**12,
+                            "copies": [{"target": bad(), "precision": bad(), "config": {bad(): bad()}, "share": bad()}, bad()],
+                        }
+                    ],
+                    HOSTILE[0] + HOSTILE[3],
+                )
             },
         ),
         structure=replace(data.structure, operators=operators, blocks=blocks),
@@ -361,6 +393,11 @@ def full() -> ReportData:
 @pytest.fixture(scope="session")
 def split() -> ReportData:
     return split_data()
+
+
+@pytest.fixture(scope="session")
+def copies() -> ReportData:
+    return copies_data()
 
 
 @pytest.fixture(scope="session")

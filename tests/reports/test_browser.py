@@ -15,7 +15,7 @@ from aivmm.reports.data import ReportData
 from aivmm.reports.history import histories
 from aivmm.reports.pages import render_comparison, render_site
 from aivmm.reports.render import render
-from tests.reports.conftest import full_data, hostile_data, infeasible_data, large_data, split_data
+from tests.reports.conftest import copies_data, full_data, hostile_data, infeasible_data, large_data, split_data
 from tests.reports.rows import EARLIER
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -27,7 +27,7 @@ pytestmark = [
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 PAPER = {"width": 717, "height": 1046}  # A4 within the browser's margins, in CSS pixels
 SOME = [("full", "light"), ("full", "dark"), ("hostile", "light"), ("comparison", "dark"), ("index", "light"), ("model", "dark")]
-PAGES = ("full", "split", "infeasible", "hostile", "comparison", "index", "model")
+PAGES = ("full", "split", "copies", "infeasible", "hostile", "comparison", "index", "model")
 
 # All pages share one style sheet: a sample of pages in both schemes each time, all of them in the long tier.
 SCHEMES = [
@@ -41,6 +41,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     full, hostile = full_data(), hostile_data()
     texts = {"full": render(full), "split": render(split_data()), "infeasible": render(infeasible_data()), "hostile": render(hostile)}
+    texts["copies"] = render(copies_data())
     texts["comparison"] = render_comparison(compare([full, split_data(), hostile]), EARLIER)
     site = dict(render_site([full, split_data(), hostile], EARLIER))
     texts["index"], texts["model"] = site["index.html"], site[histories([full])[0].page]
@@ -114,6 +115,25 @@ def test_axe_finds_nothing_serious(browser: Any, pages: dict[str, Path], name: s
         for node in each["nodes"]
     ]
     assert serious == []
+
+
+def test_copies_lie_above_each_other_in_the_picture_and_fill_their_blocks(browser: Any, pages: dict[str, Path]) -> None:
+    """What a reader sees: three bands without gaps over the blocks of the first stage, in the colours that the legend has for them."""
+    with Visit(browser, pages["copies"]) as visit:
+        strip = visit.page.locator("#plan figure.strip svg").first
+        box = strip.bounding_box()
+        first = strip.locator("g").first
+        bands = first.locator("rect").evaluate_all(
+            "all => all.map(each => ({...each.getBoundingClientRect().toJSON(), fill: getComputedStyle(each).fill}))"
+        )
+        assert [round(each["top"] - box["y"]) for each in bands] == [0, 18, 36]
+        assert bands[-1]["bottom"] == pytest.approx(box["y"] + box["height"], abs=0.5)
+        fills = [each["fill"] for each in bands]
+        assert fills[0] == fills[1] != fills[2] and "none" not in fills
+        chips = visit.page.locator("#plan ul.legend .chip").evaluate_all("all => all.map(each => getComputedStyle(each).backgroundColor)")
+        assert chips[:2] == [fills[0], fills[2]]
+        assert strip.locator("g").count() == 17
+        assert "beside" in first.locator("title").text_content()
 
 
 def test_tables_sort_by_number_with_gaps_last_and_filter(browser: Any, pages: dict[str, Path]) -> None:

@@ -26,7 +26,8 @@ from aivmm.reports.render import render
 from aivmm.reports.summary import key_figures
 from aivmm.reports.trouble import cautions, troubles
 from aivmm.tensors import TensorSpec
-from tests.reports.rows import HOSTILE
+from tests.reports.html_page import Page
+from tests.reports.rows import GPU, HOSTILE, ORT, OV
 
 
 @pytest.mark.parametrize(
@@ -160,6 +161,40 @@ def test_the_strip_shows_each_block_once_and_the_cut_that_is_used(split: ReportD
     assert split.structure is not None
     assert used.bytes == plan.stages[1].arriving == split.structure.cut_points[16].bytes
     assert sum(stage.flops_share or 0 for stage in plan.stages) == pytest.approx(1)
+
+
+def test_each_replica_and_each_copy_has_a_band_of_its_blocks(copies: ReportData) -> None:
+    plan = dissect(copies, slots(copies.targets))
+    gpu, ort, ov = (slots(copies.targets)[each] for each in (GPU, ORT, OV))
+    assert [[band.slot for band in cell.bands] for cell in plan.cells] == [[gpu, gpu, ort]] * 17 + [[ov]] * 9
+    assert [band.lowered for band in plan.cells[0].bands] == [True, True, True] and not plan.cells[20].lowered
+    for cell in plan.cells:
+        assert cell.bands[0].y == 0
+        assert sum(band.height for band in cell.bands) == pytest.approx(100, abs=0.01)
+    assert plan.height == 3 * 18
+    assert f"stage 1 on {GPU} (2 replicas) beside {ORT}" in plan.cells[0].title
+    assert plan.beside and plan.load == "8 requests are under way at once, and all stages work at once, each on another one."
+
+
+def test_one_executable_a_stage_is_drawn_as_before(split: ReportData, full: ReportData) -> None:
+    for data in (full, replace(split, plan={"batch": 1, "stages": [{**stage, "replicas": 1} for stage in split.stages]})):
+        plan = dissect(data, slots(data.targets))
+        assert {len(cell.bands) for cell in plan.cells} == {1} and plan.height == 44
+        assert plan.beside == plan.load == ""
+
+
+def test_of_many_replicas_each_target_is_drawn_once(copies: ReportData) -> None:
+    stages = [{**copies.stages[0], "replicas": 60}, copies.stages[1]]
+    plan = dissect(replace(copies, plan={"batch": 1, "callers": 8, "stages": stages}), slots(copies.targets))
+    assert [len(cell.bands) for cell in plan.cells] == [2] * 17 + [1] * 9
+    assert "replicas of one are drawn once" in plan.beside and plan.load == "8 requests are under way at once."
+
+
+def test_the_page_names_every_copy_with_its_part_of_the_requests(copies: ReportData) -> None:
+    text = Page(render(copies)).text
+    assert "2 replicas, 80 % of the requests" in text and "20 % of the requests" in text
+    assert "2 stages, 4 executables" in text
+    assert "int8:made" in text and "intra_op_num_threads = 1" in text
 
 
 def test_many_blocks_are_drawn_in_groups(large: ReportData) -> None:
