@@ -28,12 +28,13 @@ _MOST_PLANS = 50_000  # looked at one by one; beyond, copies are added one at a 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """A target with its best settings: seconds from one answered request to the next, kept busy, and bytes of a copy on its device."""
+    """A target with some settings: seconds from one answered request to the next, kept busy, and what a copy takes of its device."""
 
     name: str
     device: str
     seconds: float
     memory_bytes: float = 0.0
+    cores: float = 0.0  # of a processor, that a copy keeps busy
     most: int = 1  # replicas
 
 
@@ -69,10 +70,11 @@ def best_copies(
     capacity: Mapping[str, float],
     factors: Mapping[Pair, float],
     *,
+    cores: Mapping[str, float] | None = None,
     tolerance: float = 0.0,
     refused: Sequence[Counts] = (),
 ) -> Counts:
-    """Return the plan of the greatest rate that no device's memory forbids; {} where not one copy fits.
+    """Return the plan of the greatest rate that no device's memory and cores forbid; {} where not one copy fits.
 
     Plans that hold all copies of a `refused` one are left out: what does not run does not run beside more.
 
@@ -82,13 +84,14 @@ def best_copies(
     """
 
     def fits(counts: Counts) -> bool:
-        used: dict[str, float] = {}
-        for way in ways:
-            used[way.device] = used.get(way.device, 0.0) + counts.get(way.name, 0) * way.memory_bytes
         if any(all(counts.get(name, 0) >= number for name, number in each.items()) for each in refused):
             return False
         few = sum(counts.values()) <= MOST_EXECUTABLES
-        return few and all(size <= capacity.get(device, math.inf) for device, size in used.items())
+        return (
+            few
+            and _keeps(ways, counts, capacity, lambda way: way.memory_bytes)
+            and _keeps(ways, counts, cores or {}, lambda way: way.cores)
+        )
 
     def worth(counts: Counts) -> tuple[float, int]:
         return _rate(ways, counts, factors), -sum(counts.values())
@@ -107,6 +110,14 @@ def best_copies(
         counts = best
 
 
+def _keeps(ways: Sequence[Way], counts: Counts, limits: Mapping[str, float], taken: Callable[[Way], float]) -> bool:
+    """Say whether no device is asked for more than it has; one that `limits` lacks has no limit."""
+    used: dict[str, float] = {}
+    for way in ways:
+        used[way.device] = used.get(way.device, 0.0) + counts.get(way.name, 0) * taken(way)
+    return all(each <= limits.get(device, math.inf) for device, each in used.items())
+
+
 def _every(ways: Sequence[Way]) -> Iterator[Counts]:
     for numbers in itertools.product(*(range(way.most + 1) for way in ways)):
         if any(numbers):
@@ -118,6 +129,7 @@ def place_copies(
     measure: MeasureFactors,
     *,
     capacity: Mapping[str, float] | None = None,
+    cores: Mapping[str, float] | None = None,
     most: int = 4,
     tolerance: float = 0.0,
 ) -> Copies | None:
@@ -125,15 +137,16 @@ def place_copies(
 
     `measure` returns the factors of the copies of a plan, and nothing where they cannot be measured; it is asked at most `most` times. A
     plan that cannot be measured is no plan, nor is one with more copies; fewer may be.
-    `capacity` is the memory of devices, by name; a device that it lacks has no limit. For `tolerance` see `best_copies`.
+    `capacity` is the memory of devices, and `cores` what processors have, by name; a device that they lack has no limit. Copies of more
+    threads than cores are no plan: they would wait for each other's slices. For `tolerance` see `best_copies`.
     """
     factors: dict[Pair, float] = {}
     seen: list[tuple[tuple[str, int], ...]] = []
     refused: list[Counts] = []
     limits, bound, asked = capacity or {}, math.inf, 0
     while True:
-        counts = best_copies(ways, limits, factors, tolerance=tolerance, refused=refused)
-        bound = _rate(ways, best_copies(ways, limits, factors, refused=refused), factors)
+        counts = best_copies(ways, limits, factors, cores=cores, tolerance=tolerance, refused=refused)
+        bound = _rate(ways, best_copies(ways, limits, factors, cores=cores, refused=refused), factors)
         if sum(counts.values()) < 2:
             break
         pairs = pairs_of(counts)

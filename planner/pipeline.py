@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aivmm.errors import Infeasible, UsageError
 from aivmm.planner.evaluate import evaluate
 from aivmm.planner.problem import Choice, Edge, Move, Node, PlacedDevice, Problem
-from aivmm.planner.solve import solve
+from aivmm.planner.solve import Solution, solve
 
 Pair = tuple[str, str]  # (target slowed, target beside it)
 Run = tuple[int, int, str]  # first and last block, and the target
@@ -108,7 +108,7 @@ def _choice(name: str, replicas: int) -> str:
     return name if replicas == 1 else f"{name} x{replicas}"
 
 
-def place_pipeline(
+def look_at_pipelines(
     costs: Mapping[str, Sequence[float | None]],
     crossing_bytes: Sequence[int],
     moves: Mapping[Pair, Move],
@@ -116,19 +116,19 @@ def place_pipeline(
     *,
     room: Room = _NO_LIMITS,
     most: int = 4,
-) -> Pipeline | None:
-    """Return the best pipeline whose stages' effect on each other was measured; None where one stage is as good, or no plan was possible.
+    forced: bool = False,
+) -> list[Pipeline]:
+    """Return the pipelines whose stages' effect on each other was measured, the fastest first.
 
     `measure` returns the factors of the stages of a plan beside each other, and nothing where they cannot be measured; it is asked at most
-    `most` times. `bound_s` holds for the factors known when the plan was found.
+    `most` times. Looks end with a plan that is known, or where one stage is as good as any; unless it is `forced` to be cut, so that plans
+    of one stage do not count. `bound_s` holds for the factors known when the plan was found.
     """
     factors: dict[Pair, float] = {}
     seen: dict[tuple[tuple[Run, ...], tuple[tuple[str, int], ...]], Pipeline] = {}
     for _ in range(most + 1):
-        problem = pipeline_problem(costs, crossing_bytes, moves, factors, room)
-        try:
-            found = solve(problem, "throughput", contiguous=True, time_limit_s=_TIME_LIMIT_S)
-        except (Infeasible, UsageError):  # no plan, or none within the time
+        found = _best(pipeline_problem(costs, crossing_bytes, moves, factors, room), forced=forced)
+        if found is None:
             break
         ways = [found.assignment[str(index)].choice for index in range(len(crossing_bytes) + 1)]
         runs, replicas = _runs(ways, costs)
@@ -145,12 +145,65 @@ def place_pipeline(
         mine = {pair: factors[pair] for pair in pairs}
         load = evaluate(pipeline_problem(costs, crossing_bytes, moves, mine, room), found.assignment).objective("throughput")
         seen[key] = Pipeline(runs=runs, replicas=replicas, load_s=load, bound_s=found.bound, factors=mine)
-    best = min(seen.values(), key=lambda each: each.load_s, default=None)
-    alone = _in_one_stage(costs, room)
-    return best if best is not None and best.load_s < alone * (1 - _SAME) else None
+    return sorted(seen.values(), key=lambda each: each.load_s)
 
 
-def _in_one_stage(costs: Mapping[str, Sequence[float | None]], room: Room) -> float:
+def hoped_pipeline(
+    costs: Mapping[str, Sequence[float | None]], crossing_bytes: Sequence[int], moves: Mapping[Pair, Move], room: Room = _NO_LIMITS
+) -> Pipeline | None:
+    """Return the best plan of several stages if stages left each other alone: no pipeline is faster. None where there is none."""
+    problem = pipeline_problem(costs, crossing_bytes, moves, {}, room)
+    found = _best(problem, forced=True)
+    if found is None:
+        return None
+    runs, replicas = _runs([found.assignment[each.id].choice for each in problem.nodes], costs)
+    return Pipeline(runs=runs, replicas=replicas, load_s=found.objective, bound_s=found.bound, factors={})
+
+
+def _best(problem: Problem, *, forced: bool) -> Solution | None:
+    """Return the best contiguous plan; None where there is none, or none within the time.
+
+    Where it is `forced` to be cut, the first and the last block are on different devices, which is the same where each device has one run.
+    """
+    first, last = problem.nodes[0], problem.nodes[-1]
+    problems = [problem]
+    if forced:
+        device = {each.name: each.device for each in problem.choices}
+
+        def with_ends(name: str) -> Problem:
+            head = replace(first, costs={way: cost for way, cost in first.costs.items() if device[way] == name})
+            tail = replace(last, costs={way: cost for way, cost in last.costs.items() if device[way] != name})
+            return replace(problem, nodes=[head, *problem.nodes[1:-1], tail])
+
+        problems = [with_ends(each.name) for each in problem.devices] if len(problem.nodes) > 1 else []
+    solutions, bounds = [], []
+    for each in problems:
+        try:
+            solutions.append(solve(each, "throughput", contiguous=True, time_limit_s=_TIME_LIMIT_S))
+            bounds.append(solutions[-1].bound)
+        except Infeasible:
+            continue
+        except UsageError:  # none within the time: nothing is proven of these
+            bounds.append(0.0)
+    best = min(solutions, key=lambda each: each.objective, default=None)
+    return None if best is None else replace(best, bound=min(bounds))
+
+
+def place_pipeline(
+    costs: Mapping[str, Sequence[float | None]],
+    crossing_bytes: Sequence[int],
+    moves: Mapping[Pair, Move],
+    measure: MeasureFactors,
+    *,
+    room: Room = _NO_LIMITS,
+    most: int = 4,
+) -> Pipeline | None:
+    """Return the best pipeline that `look_at_pipelines` finds; None where one stage is as good, or there is none."""
+    best = next(iter(look_at_pipelines(costs, crossing_bytes, moves, measure, room=room, most=most)), None)
+    return best if best is not None and best.load_s < in_one_stage(costs, room) * (1 - _SAME) else None
+
+
+def in_one_stage(costs: Mapping[str, Sequence[float | None]], room: Room) -> float:
     """Return the least that the whole takes on one target that has the memory; infinite where there is none."""
     held = math.fsum(room.block_bytes)
     able = [each for name, each in costs.items() if held <= room.memory_bytes.get(name, math.inf)]

@@ -12,7 +12,8 @@ long at worst, which is what is assumed.
 
 Requests that arrive at random (Poisson) with rate r find R replicas that take s seconds each busy with rho = r s / R. A queue before one
 server of fixed service time makes them wait rho s / (2 (1 - rho)) on average (Pollaczek and Khinchine, M/D/1); R servers share one queue,
-which divides the wait by R. The tail of the wait is taken for exponential. These are estimates to choose by; what is claimed is proven.
+which divides the wait by R. A share rho of the requests waits at all, and the waits of those are taken for exponential, as they are in
+M/M/1: P(wait > t) = rho exp(-t rho / mean). These are estimates to choose by; what is claimed is proven.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from aivmm.errors import UsageError
 
 _MOST_BUSY = 0.95  # beyond this share of its time a replica is taken for overloaded: the queue grows without end near 1
-_TAIL = math.log(100)  # of an exponential tail, at the 99th percentile
+_BEYOND = 0.01  # the share of the requests beyond the 99th percentile
 _KEPT = 16  # divisions kept for each state of the devices
 
 Units = tuple[int, ...]  # by device, in one order
@@ -108,7 +109,8 @@ def expect(demand: Demand, option: Option, *, slowdown: float = 1.0) -> Expectat
     if busy >= _MOST_BUSY:
         return Expectation(latency_s=math.inf, p99_s=math.inf, busy=busy)
     wait = busy * service / (2 * (1 - busy)) / option.replicas
-    return Expectation(latency_s=service + wait, p99_s=service + _TAIL * wait, busy=busy)
+    tail = wait / busy * max(0.0, math.log(busy / _BEYOND))
+    return Expectation(latency_s=service + wait, p99_s=service + tail, busy=busy)
 
 
 def divide(

@@ -33,6 +33,7 @@ from aivmm.reports import (
     trouble,
 )
 from aivmm.reports import format as fmt
+from aivmm.reports.at_once import attempts
 from aivmm.reports.data import ReportData, dig, throughput_wanted
 
 _FOLDER = Path(__file__).parent / "templates"
@@ -81,6 +82,7 @@ def _context(data: ReportData) -> dict[str, Any]:
         "throughput_wanted": throughput_wanted(data),
         "race": race.lay_out(data, colours),
         "anatomy": plan,
+        "attempts": attempts(data),
         "costs": costs.account(data, plan.cells, colours),
         "distribution": figures.distribution(data, colours),
         "tradeoffs": tradeoffs.account(data, colours),

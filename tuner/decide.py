@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,8 @@ from aivmm.tuner.options import DEFAULT_COSINE
 from aivmm.tuner.precision_record import kept_plain
 from aivmm.tuner.proof import Entrant, Proof, call_s, constraint_metrics, interval_s
 from aivmm.tuner.subject import Prepared
-from aivmm.tuner.throughput import at_once
+from aivmm.tuner.throughput import Finder
+from aivmm.tuner.tried import Tried
 from aivmm.tuner.verdict import accuracy_text, describe, factor_text, sentence
 from aivmm.tuner.work import Work
 
@@ -38,6 +39,7 @@ _EXPECTED = (
     "card_energy_j", "stray_nodes", "stray_copies", "stray_s",
 )  # fmt: skip
 _ALL = 1000
+_PARTS_S = 4.0  # for racing settings on parts of a processor
 
 
 class Decider:
@@ -52,6 +54,7 @@ class Decider:
         self._cut_plans: dict[str, CutPlan] = {}  # by draft name
         self._cutter: Cutter | None = None
         self._cut_configs: dict[str, Config] = {}  # what stages on each target are compiled with
+        self.tried: Sequence[Tried] = ()  # of plans whose parts run at once
 
     def entrants(self) -> list[Entrant]:
         """Choose who is proven: every baseline, the best few of the search, and cut plans that are forced or promise to win."""
@@ -136,26 +139,42 @@ class Decider:
 
     def _at_once(self) -> list[Draft]:
         """Return the pipelined and the replicated plan worth proving, for throughput."""
-        if self.work.options.drive != "throughput" or self.work.min_segments > 1 or self.work.asked():
+        if self.work.options.drive != "throughput" or self.work.asked():
             return []
-        found = at_once(
-            self.work,
-            self.explorer.measurer,
+        finder = Finder(
+            work=self.work,
+            measurer=self.explorer.measurer,
             evidence=self._cutter.evidence if self._cutter is not None else None,
             configs={str(each): self._cut_configs.get(str(each), Config(precision="fp32")) for each in self.work.targets},
             known=self.copyable(),
+            learn=self._learn,
             reference_s=self._reference_s(),
             measure_new=not self.explorer.searched_before,
         )
+        found, self.tried = finder.find(), finder.tried
         self.explorer.measurer.release()
         self._predicted |= {each.draft.name: each.expected for each in found}
         return [each.draft for each in found]
 
+    def _learn(self, wanted: Sequence[Candidate]) -> list[Known]:
+        """Measure candidates that the search has not met; return what is known of them then, as far as they may be a part of the plan."""
+        known = self.explorer.known
+        missing = [each for each in wanted if each.key not in known and not self.explorer.barred(each.target, each.config)]
+        if missing and not self.explorer.searched_before:
+            self.work.progress.phase("measuring parts of the processor")
+            found = self.explorer.measurer.measure(missing, budget_s=_PARTS_S, tell=self.work.tell_race, keep=missing)
+            known |= {each.key: (each, found[each.key]) for each in missing if each.key in found}
+        scored = [known[each.key] for each in wanted if each.key in known]
+        return self._known((each, score) for each, score in scored if isinstance(score, Score))
+
     def copyable(self) -> list[Known]:
         """Return what may be a copy among others. A limit on throughput is theirs together: alone none of them may reach it."""
+        return self._known(self.explorer.search.best(_ALL))
+
+    def _known(self, scored: Iterable[tuple[Candidate, Score]]) -> list[Known]:
         return [
             Known(candidate=each, seconds=self._expected(each, score).seconds, memory_bytes=score.metrics.get("device_memory", 0.0))
-            for each, score in self.explorer.search.best(_ALL)
+            for each, score in scored
             if can_be_copied(each) and not self.explorer.barred(each.target, each.config)
             if self._keeps(each, score, without=("throughput",))
         ]

@@ -31,6 +31,7 @@ def run(
         from aivmm.tuner.workload_file import read_workload
 
         require_alone(options, shapes)
+        _require_files(models)
         wishes, notes = read_workload(workload, models)
         for note in notes:
             progress.note(note)

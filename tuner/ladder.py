@@ -9,15 +9,13 @@ from pathlib import Path
 
 from aivmm.planner.candidates import Candidate, Draft, Score
 from aivmm.planner.workload import Option, thread_ladder
-from aivmm.runtime.config import Config, Setting
 from aivmm.runtime.plan import Number
 from aivmm.runtime.target import Target
 from aivmm.tuner.explore import Explorer
+from aivmm.tuner.narrow import threads_of, with_threads
 from aivmm.tuner.verdict import describe
 from aivmm.tuner.work import Work
 
-_THREADS = ("INFERENCE_NUM_THREADS", "intra_op_num_threads", "threads")
-_QUIET: dict[str, Setting] = {"session.intra_op.allow_spinning": "0"}  # spinning threads starve whoever else is served
 _BUDGET_S = 8.0  # for racing what the search has not met
 _HOPELESS = 4.0  # a target this many times slower than the best one is no help to share with
 
@@ -62,16 +60,11 @@ class Ladder:
         best = next(iter([*alone, *ran]), None)
         if best is None:
             return []
-        knobs = {each.name: each for each in work.lab.knobs(target)}
-        name = next((each for each in _THREADS if each in knobs), None)
-        if target.device.kind != "cpu" or name is None:
+        if target.device.kind != "cpu":
             return [(best, 1)]
-        found = []
-        for threads in thread_ladder(threads_of(target)):
-            quiet = {key: value for key, value in _QUIET.items() if key in knobs and threads > 1}
-            settings = {**best.config.as_dict(), name: threads, **quiet}
-            found.append((replace(best, config=Config.of(settings, precision=best.config.precision)), threads))
-        return found
+        knobs = work.lab.knobs(target)
+        rungs = [(with_threads(best.config, knobs, threads), threads) for threads in thread_ladder(threads_of(target))]
+        return [(replace(best, config=config), threads) for config, threads in rungs if config is not None] or [(best, 1)]
 
     def _add(self, work: Work, candidate: Candidate, threads: int, score: Score) -> None:
         device = "cpu" if candidate.target.device.kind == "cpu" else candidate.target.device.uid or str(candidate.target)
@@ -100,8 +93,3 @@ class Ladder:
         self.sample, self.reference = self.folder / "sample.npz", self.folder / "reference.npz"
         shutil.copyfile(prepared.samples[0], self.sample)
         shutil.copyfile(prepared.references[0], self.reference)
-
-
-def threads_of(target: Target) -> int:
-    """Return how many threads a processor runs at once for us; 1 for other devices."""
-    return (target.device.cores or 1) if target.device.kind == "cpu" else 1

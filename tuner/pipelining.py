@@ -7,14 +7,17 @@ from dataclasses import dataclass, field
 
 from aivmm.planner.candidates import Draft, Piece
 from aivmm.planner.partition import BYTES_PER_S, CUT_S, ChainEvidence
-from aivmm.planner.pipeline import Pair, Pipeline, Replicas, Room, Run, place_pipeline
+from aivmm.planner.pipeline import Pair, Pipeline, Replicas, Room, Run, hoped_pipeline, in_one_stage, look_at_pipelines
 from aivmm.planner.placement import block_bytes
 from aivmm.planner.problem import Move
 from aivmm.runtime.config import Config
 from aivmm.tuner.depths import deep
 from aivmm.tuner.together import Together
+from aivmm.tuner.tried import Tried
+from aivmm.tuner.verdict import describe
 from aivmm.tuner.work import Work
 
+NAME = "pipelined plan"
 DEPTH = 2  # until `tuner.depths` has looked at others: one request is computed, one is waiting
 _SIZES = (1 << 10, 1 << 20)  # from which the line of a hand-over's cost is drawn
 _WORTH = 0.97  # of the best uncut plan's time per sample: what promises less is not proven
@@ -24,7 +27,9 @@ _WORTH = 0.97  # of the best uncut plan's time per sample: what promises less is
 class Pipeliner:
     """Finds the pipelined plan worth proving. `evidence` says what blocks take, `configs` how each target is compiled.
 
-    `memory_bytes` is the room on each target, infinite where it is not named; `replicas` how many a stage may have there.
+    `memory_bytes` is the room on each target, infinite where it is not named; `replicas` how many a stage may have there. `wholes` are the
+    seconds of the whole model with `configs` where those are not the ones of the evidence, as on a part of a processor. Plans are
+    `forced` where the model has to be cut. `tried` has what came of it.
     """
 
     work: Work
@@ -33,10 +38,13 @@ class Pipeliner:
     together: Together
     memory_bytes: Mapping[str, float] = field(default_factory=dict)
     replicas: Mapping[str, int] = field(default_factory=dict)
+    wholes: Mapping[str, float] = field(default_factory=dict)
+    forced: bool = False
     found: Pipeline | None = None
+    tried: Tried | None = None
 
     def drafts(self, *, uncut_s: float | None) -> list[Draft]:
-        """Return the pipelined plan, if one promises to beat `uncut_s`, the time per request of the best plan known."""
+        """Return the pipelined plan, if one promises to beat `uncut_s`, the time per request of the best plan known; or if it is forced."""
         names = [name for name in self.configs if self._costs(name) is not None]
         blocks = self.evidence.structure.blocks
         if len(names) < 2 or len(blocks) < 2:
@@ -46,10 +54,22 @@ class Pipeliner:
         moves = {(a, b): self._move(a, b) for a in names for b in names if a != b}
         held = block_bytes(self.evidence.structure)
         room = Room(block_bytes=held, memory_bytes=self.memory_bytes, most_replicas=self.replicas)
-        self.found = place_pipeline(costs, sizes, moves, self._measure, room=room)
-        if self.found is None or (uncut_s is not None and self.found.load_s > _WORTH * uncut_s):
+        looks = look_at_pipelines(costs, sizes, moves, self._measure, room=room, forced=self.forced)
+        if not looks:
+            hoped = hoped_pipeline(costs, sizes, moves, room)
+            if hoped is not None:
+                self.tried = self._tried(self.draft(NAME, hoped.runs, hoped.replicas), hoped, hoped=True)
             return []
-        return [self.draft("pipelined plan", self.found.runs, self.found.replicas)]
+        self.found, rival_s = looks[0], uncut_s if uncut_s is not None else in_one_stage(costs, room)
+        draft = self.draft(NAME, self.found.runs, self.found.replicas)
+        worth = self.forced or self.found.load_s <= _WORTH * rival_s
+        self.tried = self._tried(draft, self.found, entrant=NAME if worth else "")
+        return [draft] if worth else []
+
+    @staticmethod
+    def _tried(draft: Draft, found: Pipeline, *, hoped: bool = False, entrant: str = "") -> Tried:
+        rate = draft.batch / found.load_s
+        return Tried(kind="pipeline", text=describe(draft), promised_per_s=rate, hoped=hoped, factors=found.factors, entrant=entrant)
 
     def _costs(self, name: str) -> list[float | None] | None:
         """Return what each block takes on a target, in proportion to what it takes alone and in sum what the whole model takes."""
@@ -58,8 +78,9 @@ class Pipeliner:
         if all(each is None for each in alone):
             return None
         whole = self.evidence.segment(0, last, name)
+        seconds = self.wholes.get(name, whole.seconds if whole is not None else None)
         total = sum(each.seconds for each in alone if each is not None)
-        share = whole.seconds / total if whole is not None and total > 0 else 1.0
+        share = seconds / total if seconds is not None and total > 0 else 1.0
         return [None if each is None else each.seconds * share for each in alone]
 
     def _crossing(self, block: int) -> int:

@@ -36,7 +36,9 @@ from aivmm.tuner.workload_file import Wish
 
 _MOST_S = 40.0  # of a proof that needs many requests for a 99th percentile
 _REPLICAS = (1, 2, 4, 8)
-_MOST_TRIED = 6
+_MOST_TRIED, _MOST_PROVEN = 6, 3  # divisions
+_SOME = 5.0, 10.0  # arrivals of a rate that a trial, and the proof, last for
+_MOST_TRY_S = 10.0
 
 
 @dataclass(slots=True)
@@ -160,7 +162,7 @@ class WorkloadTuner:
             if any(_same(division, each.division) for each in trials):
                 continue
             self.progress.phase(f"serving all models at once: {self._words.division(division)}")
-            trials.append(self._serve(folder, division, self.try_s, seed=self.options.seed))
+            trials.append(self._serve(folder, division, min(_MOST_TRY_S, self._lasting_s(self.try_s, _SOME[0])), seed=self.options.seed))
             if not waiting and all(each.failed for each in trials):
                 waiting = [each for each in self._divisions(_worst(trials)) if not any(_same(each, tried.division) for tried in trials)]
         return sorted(trials, key=self._merit)
@@ -169,14 +171,19 @@ class WorkloadTuner:
         """Prove on arrivals that chose nothing: the best division first, the next when its limits do not hold. Return the best proof."""
         proofs: list[Trial] = []
         for trial in trials:
-            if trial.error and proofs:
+            if proofs and (trial.error or len(proofs) == _MOST_PROVEN):
                 continue
             self.progress.phase(f"proving with all models running: {self._words.division(trial.division)}")
-            seconds = max(self.prove_s, *(_needed_s(each) for each in self.demands))
+            tails = [_tail_s(each, trial.division.options[each.name]) for each in self.demands]
+            seconds = max(self._lasting_s(self.prove_s, _SOME[1]), *tails)
             proofs.append(self._serve(folder, trial.division, min(_MOST_S, seconds), seed=self.options.seed + 1000))
             if not proofs[-1].failed:
                 break
         return min(proofs, key=self._merit)
+
+    def _lasting_s(self, least_s: float, arrivals: float) -> float:
+        """Return how long to serve, so that some requests of the lowest rate arrive."""
+        return max(least_s, *(arrivals / each.rate_per_s for each in self.demands if each.rate_per_s is not None), 0.0)
 
     def _merit(self, trial: Trial) -> tuple[Any, ...]:
         """Return what makes a trial better than another one: smaller is better."""
@@ -235,17 +242,19 @@ class WorkloadTuner:
             verdict=verdict,
             files=dict.fromkeys(bundles, "0" * 64),
         )
-        gathered = Path(tempfile.mkdtemp(prefix="gathered-", dir=folder))
-        combine(destination, family, bundles, gathered, adjust=adjust)
+        with tempfile.TemporaryDirectory(prefix="gathered-", dir=folder) as gathered:  # all weights once more, for each division
+            combine(destination, family, bundles, Path(gathered), adjust=adjust)
 
     def _write(self, folder: Path, outcomes: Sequence[TuneOutcome], chosen: Trial, trials: Sequence[Trial], started: float) -> ManyOutcome:
-        lines = (f"{len(self.demands)} models served at once on {self._words.machine()}: every limit holds.", *self._words.told(chosen))
+        asked = any(each.latency_s or each.p99_s or each.rate_per_s for each in self.demands)
+        held = "every limit holds" if asked else "nobody asked for a limit"
+        lines = (f"{len(self.demands)} models served at once on {self._words.machine()}: {held}.", *self._words.told(chosen))
         verdict = " ".join(lines)
         self._combine(self.output, folder, chosen.division, chosen.seen, verdict)
         links = {}
         for index, (wish, found) in enumerate(zip(self.wishes, outcomes, strict=True)):
             links[wish.demand.name] = f"report-{index}.html"
-            shutil.copyfile(found.report_path, self.output / links[wish.demand.name])
+            self._copied(found.report_path, self.output / links[wish.demand.name])
         report = self.output / "report.html"
         use = f"import aivmm; engines = aivmm.load_plan({str(self.output)!r}); engines[{self.demands[0].name!r}].run(inputs)"
         return self._outcome(self.output, report, lines, outcomes, chosen, trials, links, started, use)
@@ -255,7 +264,22 @@ class WorkloadTuner:
     ) -> ManyOutcome:
         told = self._words.told(chosen) if chosen is not None and chosen.seen else ()
         lines = ("This machine cannot serve this workload.", *why, *told)
-        return self._outcome(None, report_beside(self.output), lines, outcomes, chosen, trials, {}, started, "")
+        report = report_beside(self.output)
+        links = {}
+        for index, (wish, found) in enumerate(zip(self.wishes, outcomes, strict=False)):
+            beside = report.with_name(f"{report.name.removesuffix('.html')}-{index}.html")
+            self._copied(found.report_path, beside)
+            links[wish.demand.name] = beside.name
+        return self._outcome(None, report, lines, outcomes, chosen, trials, links, started, "")
+
+    @staticmethod
+    def _copied(source: Path, destination: Path) -> None:
+        try:
+            shutil.copyfile(source, destination)
+        except OSError as error:
+            raise UsageError(
+                f"cannot write the report to {destination}: {error.strerror or error}", advice="choose another with -o DIR"
+            ) from error
 
     def _outcome(
         self,
@@ -281,7 +305,7 @@ class WorkloadTuner:
             report=str(report),
             chosen=chosen,
             tried=trials,
-            alone={wish.demand.name: found.summary for wish, found in zip(self.wishes, outcomes, strict=False)},
+            alone=self._alone(outcomes, plan, report, links),
             probes=summed(outcomes),
             notes=self.notes,
             wall_s=time.perf_counter() - started,
@@ -289,6 +313,18 @@ class WorkloadTuner:
         )
         notes = tuple(self.notes)
         return ManyOutcome(plan_path=plan, report_path=report, summary=summary, lines=lines, outcomes=tuple(outcomes), notes=notes, use=use)
+
+    def _alone(
+        self, outcomes: Sequence[TuneOutcome], plan: Path | None, report: Path, links: Mapping[str, str]
+    ) -> dict[str, Mapping[str, Any]]:
+        """Return what each model's own tuning gave, with the report where it lies now, and no plan where no bundle was written."""
+        found: dict[str, Mapping[str, Any]] = {}
+        for wish, each in zip(self.wishes, outcomes, strict=False):
+            name = wish.demand.name
+            kept = each.summary["plan"]
+            shown = str(report.with_name(links[name])) if name in links else None
+            found[name] = {**each.summary, "report": shown, "plan": kept if plan is not None or kept is None else {**kept, "path": None}}
+        return found
 
 
 def require_alone(options: TuneOptions, shapes: Sequence[Wanted]) -> None:
@@ -302,6 +338,10 @@ def require_alone(options: TuneOptions, shapes: Sequence[Wanted]) -> None:
         "--min-segments": options.min_segments > 1,
         "--objective": options.objective != "latency",
         "--constraint": bool(options.constraints),
+        "--prefer": bool(options.prefer),
+        "--other-shapes": options.other_shapes != "refuse",
+        "--input-contract": options.input_contract != "model",
+        "--cut-around": bool(options.cut_around),
     }
     odd = next((name for name, there in given.items() if there), None)
     if odd is not None:
@@ -321,9 +361,11 @@ def _worst(trials: Sequence[Trial]) -> dict[str, float]:
     return found
 
 
-def _needed_s(demand: Demand) -> float:
-    """Return how long to serve for as many requests as a limit on the 99th percentile needs."""
-    return 1.2 * TAIL_SAMPLES / demand.rate_per_s if demand.p99_s is not None and demand.rate_per_s is not None else 0.0
+def _tail_s(demand: Demand, option: Option) -> float:
+    """Return how long to serve for as many requests as a limit on the 99th percentile needs; 0 without one."""
+    if demand.p99_s is None:
+        return 0.0
+    return 1.2 * TAIL_SAMPLES / (demand.rate_per_s or option.replicas / option.service_s)
 
 
 def _adjusted(option: Option, seen: Seen | None, verdict: str) -> Callable[[Plan], Plan]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,25 +74,42 @@ def seen_of(demand: Demand, answer: Mapping[str, Any], cosine: float) -> Seen:
         reason = str(wrong or f"no request was answered in {together['seconds']:g} s")
         return Seen(latency_s=math.inf, p99_s=None, rate_per_s=0.0, slowdown=1.0, count=0, broken=(reason,))
     latencies = Samples(timed_s=tuple(together["latencies_s"]))
-    tail_s = latencies.quantile_s(0.99)  # of few requests it is near their worst: enough to break a limit, too little to be published
+    # Who was not answered at all waited longer than everybody who was.
+    unanswered = max(0, together["offered"] - together["served"])
+    median_s, tail_s = (_quantile_s(together["latencies_s"], unanswered, q) for q in (0.5, 0.99))
     broken = []
-    if demand.latency_s is not None and latencies.median_s > demand.latency_s:
-        broken.append(f"median {time_text(latencies.median_s)}, limit {time_text(demand.latency_s)}")
-    if demand.p99_s is not None and tail_s > demand.p99_s:
-        broken.append(f"p99 {time_text(tail_s)}, limit {time_text(demand.p99_s)}")
-    if together["offered"] - together["served"] > max(2, _LATE * together["offered"]):
+    late = unanswered > max(2, _LATE * together["offered"])
+    if demand.latency_s is not None and median_s > demand.latency_s:
+        broken.append(f"median {_waited(median_s)}, limit {time_text(demand.latency_s)}")
+    # Of few requests the tail is near their worst: enough to break a limit, too little to be published.
+    if demand.p99_s is not None and tail_s > demand.p99_s and not (late and tail_s == math.inf):
+        broken.append(f"p99 {_waited(tail_s)}, limit {time_text(demand.p99_s)}")
+    if late:
         broken.append(f"{together['served']} of {together['offered']} requests answered in time at {rate_text(demand.rate_per_s or 0.0)}")
     slowdown = 1.0
     if alone["durations_s"]:
         slowdown = Samples(timed_s=tuple(together["durations_s"])).median_s / Samples(timed_s=tuple(alone["durations_s"])).median_s
     return Seen(
         latency_s=latencies.median_s,
-        p99_s=tail_s if len(latencies.timed_s) >= TAIL_SAMPLES else None,
+        p99_s=tail_s if len(latencies.timed_s) >= TAIL_SAMPLES and tail_s < math.inf else None,
         rate_per_s=together["served"] / together["seconds"],
         slowdown=slowdown,
         count=len(latencies.timed_s),
         broken=tuple(broken),
     )
+
+
+def _quantile_s(latencies_s: Sequence[float], unanswered: int, q: float) -> float:
+    """Return a quantile of what all requests waited, of whom the `unanswered` waited for ever."""
+    if not unanswered:
+        return Samples(timed_s=tuple(latencies_s)).quantile_s(q)
+    ordered = sorted(latencies_s)
+    place = int(q * (len(ordered) + unanswered))
+    return ordered[place] if place < len(ordered) else math.inf
+
+
+def _waited(seconds: float) -> str:
+    return time_text(seconds) if seconds < math.inf else "never answered"
 
 
 def promise_of(demand: Demand, seen: Seen | None) -> Promise:

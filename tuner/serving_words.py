@@ -42,7 +42,8 @@ class Words:
         p99 = "" if seen.p99_s is None else f", p99 {time_text(seen.p99_s)}"
         asked = [f"priority {demand.priority}", *self._asked(demand)]
         text = f"{self._what(option)}: median {time_text(seen.latency_s)}{p99}, {rate_text(seen.rate_per_s)} served ({', '.join(asked)})"
-        held = f"; not kept: {'; '.join(seen.broken)}" if seen.broken else "; kept" if len(asked) > 1 else ""
+        by_few = f", p99 by {seen.count} requests only" if demand.p99_s is not None and seen.p99_s is None else ""
+        held = f"; not kept: {'; '.join(seen.broken)}" if seen.broken else f"; kept{by_few}" if len(asked) > 1 else ""
         return f"{text}{held}. A call takes {seen.slowdown:.2f} times as long as alone."
 
     def why_not(self, trial: Trial) -> tuple[str, ...]:
@@ -58,9 +59,10 @@ class Words:
         limit = min((each for each in (demand.latency_s, demand.p99_s) if each is not None), default=None)
         if limit is not None and fastest.service_s > limit:
             return f"{text} Not even alone on the whole machine: its fastest plan takes {alone}."
-        if demand.rate_per_s is not None and demand.rate_per_s * fastest.service_s > fastest.replicas:
-            most = rate_text(fastest.replicas / fastest.service_s)
-            return f"{text} Not even alone on the whole machine: its fastest plan takes {alone}, which is {most} at most."
+        widest = max(self.ladders[demand.name].options, key=lambda each: each.replicas / each.service_s)
+        most = widest.replicas / widest.service_s
+        if demand.rate_per_s is not None and demand.rate_per_s > most:
+            return f"{text} Not even alone on the whole machine: {self._what(widest)} answers {rate_text(most)} at most."
         first = [each.name for each in self.demands if each.priority < demand.priority]
         beside = f"{' and '.join(first)} {'are' if len(first) > 1 else 'is'} served first" if first else "the others run too"
         return f"{text} Alone its fastest plan takes {alone}, but {beside}, and calls take {seen.slowdown:.2f} times as long beside them."

@@ -258,6 +258,8 @@ class Session:
             prefer=self.options.prefer,
         ).run()
         decider.note_predictions(proof)
+        for tried in decider.tried:
+            work.note(f"tried at once: {tried.sentence(proof)}")
         for each in proof.records():
             work.database.add_proof(record.id, each)
         work.notes.extend(f"{what} was not measured: {why}" for what, why in proof.absent.items())
@@ -399,6 +401,7 @@ class Session:
             best={each.draft.name: decider.best_in(each, proof) for each in proof.alternatives},
             assumed=assumed(work),
         )
+        result["at_once"] = [each.as_json(proof) for each in decider.tried]
         result["precision"] = self._precision(decider, proof)
         # The same request again continues a search that was cut short, and only proves one that was not.
         status = "interrupted" if cut_short else "complete" if proof.plan else "infeasible"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,45 @@ def dense(seed: int, size: int = 5) -> Problem:
         },
         exports={name: Move(0.0, 1.0) for name in names[1:]},
     )
+
+
+def constrained(seed: int, size: int = 5) -> Problem:
+    """Return a graph with all that can be in the way at once: contention, tight memory, colocation, nodes and pairs not supported."""
+    random = np.random.default_rng(seed)
+    names = ["a", "b", "c"]
+    nodes = [
+        Node(
+            id=str(index),
+            costs={name: float(random.integers(0, 9)) for name in names if random.random() < 0.8},
+            memory_bytes=float(random.integers(0, 3)),
+            colocation="pair" if index in (1, size - 1) else None,
+        )
+        for index in range(size)
+    ]
+    pairs = [pair for pair in itertools.combinations(range(size - 1), 2) if random.random() < 0.5]  # the last node is alone
+    moves = {(one, other): Move(float(random.integers(0, 3)), 1.0) for one, other in itertools.permutations(names, 2)}
+    barred = ("a", "b") if seed % 2 else ("c", "a")
+    return Problem(
+        devices=[PlacedDevice(name=name, memory_bytes=float(random.integers(3, 6))) for name in names],
+        choices=[Choice(name=name, target=name, device=name) for name in names],
+        nodes=nodes,
+        edges=[Edge(source=str(one), reader=str(other), bytes=float(one % 2)) for one, other in pairs],
+        transfers={pair: move for pair, move in moves.items() if pair != barred},
+        unsupported=frozenset({barred}),
+        contention={pair: float(random.choice([1.0, 1.5, 2.5])) for pair in itertools.permutations(names, 2)},
+    )
+
+
+def relaxations(problem: Problem) -> dict[str, Problem]:
+    """Return the problem without each of the things in its way, by name: no optimum is worse there."""
+    free = {pair: Move() for pair in problem.unsupported}
+    return {
+        "contention": replace(problem, contention={}),
+        "memory": replace(problem, devices=[replace(each, memory_bytes=math.inf) for each in problem.devices]),
+        "colocation": replace(problem, nodes=[replace(each, colocation=None) for each in problem.nodes]),
+        "pairs": replace(problem, transfers={**problem.transfers, **free}, unsupported=frozenset()),
+        "edges": replace(problem, edges=[]),
+    }
 
 
 def chain(*costs: Mapping[str, float], boundary: float = 1.0, **limits: float) -> Problem:

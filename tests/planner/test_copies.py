@@ -71,6 +71,18 @@ def test_two_targets_of_one_device_share_its_memory() -> None:
     assert place_copies(ways, fixed(FREE), capacity={"d": 20.0}) is not None
 
 
+def test_copies_on_one_processor_have_no_more_threads_together_than_it_has_cores() -> None:
+    """Both on all cores would be the best by what each takes alone, and wait for each other's slices: it is not even measured."""
+    asked: list[Counts] = []
+    whole = [Way(name=name, device="cpu", seconds=0.01, cores=2.0, most=2) for name in "ab"]
+    parts = [Way(name=f"{name} on 1", device="cpu", seconds=0.015, cores=1.0, most=2) for name in "ab"]
+    free = dict.fromkeys(itertools.product((each.name for each in (*whole, *parts)), repeat=2), 1.0)
+    found = place_copies([*whole, *parts], fixed(free, asked), cores={"cpu": 2.0})
+    assert found is not None and sum(found.counts.values()) == 2
+    assert all(name.endswith("on 1") for counts in asked for name in counts)
+    assert place_copies(whole, fixed(free, asked), cores={"cpu": 2.0}) is None
+
+
 def test_copies_whose_factors_cannot_be_measured_are_no_plan() -> None:
     assert place_copies([way("a", 0.01), way("b", 0.01)], fixed({})) is None
     assert place_copies([way("a", 0.01)], fixed({})) is None
@@ -137,6 +149,7 @@ def cases(draw: st.DrawFn) -> tuple[list[Way], dict[str, float], dict[Pair, floa
             device=device,
             seconds=draw(COSTS),
             memory_bytes=draw(st.sampled_from([0.0, 1.0, 2.0])),
+            cores=draw(st.sampled_from([0.0, 1.0, 2.0])),
             most=draw(st.integers(1, 3)),
         )
         for index, device in enumerate(devices)
@@ -150,6 +163,7 @@ def cases(draw: st.DrawFn) -> tuple[list[Way], dict[str, float], dict[Pair, floa
 @given(cases())
 def test_no_plan_is_better_by_brute_force_and_none_breaks_a_limit(case: tuple[list[Way], dict[str, float], dict[Pair, float]]) -> None:
     ways, capacity, factors = case
+    cores = {"x": 2.0, "y": 3.0}
 
     def rate(numbers: tuple[int, ...]) -> float:
         """By the definition, copy by copy."""
@@ -157,19 +171,21 @@ def test_no_plan_is_better_by_brute_force_and_none_breaks_a_limit(case: tuple[li
         for device, limit in capacity.items():
             if sum(way.memory_bytes for way in each if way.device == device) > limit:
                 return -1.0
+        if any(sum(way.cores for way in each if way.device == device) > limit for device, limit in cores.items()):
+            return -1.0
         total = 0.0
         for index, one in enumerate(each):
             total += 1 / (one.seconds * (1 + sum(factors[one.name, other.name] - 1 for at, other in enumerate(each) if at != index)))
         return total
 
     every = [rate(numbers) for numbers in itertools.product(*(range(way.most + 1) for way in ways)) if any(numbers)]
-    best = best_copies(ways, capacity, factors)
+    best = best_copies(ways, capacity, factors, cores=cores)
     if max(every) < 0:
         assert best == {}
     else:
         assert rate(tuple(best.get(way.name, 0) for way in ways)) == pytest.approx(max(every))
         assert sum(rates(ways, best, factors).values()) == pytest.approx(max(every))
-    found = place_copies(ways, fixed(factors), capacity=capacity, most=200)
+    found = place_copies(ways, fixed(factors), capacity=capacity, cores=cores, most=200)
     single = max((rate(tuple(int(at == index) for at in range(len(ways)))) for index in range(len(ways))), default=-1.0)
     if found is None:
         assert max(every) <= max(single, 0.0) * (1 + 1e-9)
@@ -189,6 +205,7 @@ def test_a_faster_target_never_makes_the_best_rate_worse(case: tuple[list[Way], 
             device=each.device,
             seconds=each.seconds / (2 if index == which else 1),
             memory_bytes=each.memory_bytes,
+            cores=each.cores,
             most=each.most,
         )
         for index, each in enumerate(ways)

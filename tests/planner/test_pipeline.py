@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise, product
+from itertools import groupby, pairwise, permutations, product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aivmm.planner.pipeline import Pair, Replicas, Room, Run, pipeline_problem, place_pipeline
+from aivmm.planner.pipeline import Pair, Replicas, Room, Run, hoped_pipeline, look_at_pipelines, pipeline_problem, place_pipeline
 from aivmm.planner.problem import Move
 
 MOVES = {("a", "b"): Move(fixed=0.1), ("b", "a"): Move(fixed=0.1)}
@@ -164,3 +164,65 @@ def test_replicas_in_limited_memory_are_as_good_as_any_by_brute_force(
     if best < min(single, stacked) * (1 - 1e-6):
         assert found is not None
         assert found.load_s == pytest.approx(best, rel=1e-4)
+
+
+@st.composite
+def gapped(draw: st.DrawFn) -> tuple[dict[str, list[float | None]], dict[Pair, Move], dict[Pair, float]]:
+    """Draw chains over three targets, with blocks that a target does not run, targets that cannot hand over, ties and costs of nothing."""
+    blocks = draw(st.integers(1, 4))
+    cost = st.sampled_from([None, 0.0, 1.0, 1.0, 2.0, 5.0])
+    costs = {name: draw(st.lists(cost, min_size=blocks, max_size=blocks)) for name in "abc"}
+    pairs = list(permutations("abc", 2))
+    moves = {pair: Move(fixed=draw(st.sampled_from([0.0, 0.5, 3.0]))) for pair in pairs if draw(st.integers(0, 3))}
+    return costs, moves, {pair: draw(st.sampled_from([1.0, 1.0, 1.5, 3.0])) for pair in pairs}
+
+
+def loads_by_cuts(
+    costs: Mapping[str, Sequence[float | None]], moves: Mapping[Pair, Move], factors: Mapping[Pair, float]
+) -> dict[int, float]:
+    """Return the least load of any contiguous plan by the number of its stages, by brute force."""
+    best: dict[int, float] = {}
+    for names in product(costs, repeat=len(costs["a"])):
+        stages = [name for name, _ in groupby(names)]
+        runs = all(costs[name][index] is not None for index, name in enumerate(names))
+        if not runs or len(set(stages)) < len(stages) or any(pair not in moves for pair in pairwise(stages)):
+            continue
+        parts = {name: sum(costs[name][index] or 0.0 for index in range(len(names)) if names[index] == name) for name in stages}
+        for before, name in pairwise(stages):
+            parts[name] += moves[before, name].fixed
+        load = max(parts[name] * (1 + sum(factors[name, other] - 1 for other in stages if other != name)) for name in stages)
+        best[len(stages)] = min(best.get(len(stages), load), load)
+    return best
+
+
+@settings(max_examples=15, deadline=None)
+@given(gapped())
+def test_forced_and_hoped_for_pipelines_are_the_best_of_several_stages_by_brute_force(
+    case: tuple[dict[str, list[float | None]], dict[Pair, Move], dict[Pair, float]],
+) -> None:
+    costs, moves, factors = case
+    sizes = [0] * (len(costs["a"]) - 1)
+    cut = [load for stages, load in loads_by_cuts(costs, moves, factors).items() if stages > 1]
+    found = look_at_pipelines(costs, sizes, moves, fixed(factors), most=30, forced=True)
+    assert [each.load_s for each in found] == sorted(each.load_s for each in found)
+    assert all(len(each.runs) > 1 for each in found)
+    assert (found[0].load_s == pytest.approx(min(cut))) if cut else found == []
+    free = [load for stages, load in loads_by_cuts(costs, moves, dict.fromkeys(factors, 1.0)).items() if stages > 1]
+    hoped = hoped_pipeline(costs, sizes, moves)
+    assert (hoped is not None and hoped.load_s == pytest.approx(min(free))) if free else hoped is None
+
+
+@settings(max_examples=8, deadline=None)
+@given(gapped(), st.sampled_from("abc"), st.sampled_from(["faster", "calmer", "nearer"]))
+def test_what_gets_better_never_makes_the_best_forced_pipeline_worse(
+    case: tuple[dict[str, list[float | None]], dict[Pair, Move], dict[Pair, float]], which: str, how: str
+) -> None:
+    costs, moves, factors = case
+    better = {
+        "faster": ({**costs, which: [None if each is None else each / 2 for each in costs[which]]}, moves, factors),
+        "calmer": (costs, moves, {pair: 1.0 if pair[0] == which else factor for pair, factor in factors.items()}),
+        "nearer": (costs, {**moves, **{pair: Move() for pair in factors if pair[1] == which}}, factors),
+    }[how]
+    sizes = [0] * (len(costs["a"]) - 1)
+    before, after = (look_at_pipelines(one, sizes, two, fixed(three), most=30, forced=True) for one, two, three in (case, better))
+    assert not before or after[0].load_s <= before[0].load_s + 1e-9

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from aivmm.planner.evaluate import evaluate
 from aivmm.planner.problem import Choice, Edge, Goal, Move, Node, Place, PlacedDevice, Problem
 from aivmm.planner.problem_files import read_problem
 from aivmm.planner.solve import Solution, solve
-from tests.planner.placing import chain, dense, optima, problems, published
+from tests.planner.placing import chain, constrained, dense, optima, problems, published, relaxations
 
 EACH_KIND = [
     pytest.param(goal, contiguous, id=f"{goal}{' contiguous' * contiguous}")
@@ -57,6 +58,40 @@ def test_tensors_that_pass_a_segment_by_are_neither_paid_nor_forgotten_there(see
     problem = dense(seed)
     for (goal, contiguous), best in optima(problem).items():
         agrees_with_brute_force(problem, goal, contiguous, best)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_optimum_with_everything_in_the_way_at_once_is_that_of_brute_force(seed: int) -> None:
+    problem = constrained(seed)
+    for (goal, contiguous), best in optima(problem).items():
+        agrees_with_brute_force(problem, goal, contiguous, best)
+
+
+def test_each_thing_in_the_way_changes_some_of_those_optima_for_both_goals() -> None:
+    """Else the test above would show nothing of it. Contention is of throughput alone."""
+    binds: set[tuple[str, Goal]] = set()
+    for seed in range(8):
+        problem = constrained(seed)
+        best = optima(problem)
+        for name, relaxed in relaxations(problem).items():
+            binds |= {(name, goal) for (goal, contiguous), value in optima(relaxed).items() if value < best[goal, contiguous]}
+    names = ("memory", "colocation", "pairs", "edges")
+    assert binds == {("contention", "throughput"), *((name, goal) for name in names for goal in ("latency", "throughput"))}
+
+
+@pytest.mark.parametrize("seed", range(8, 12))
+def test_without_something_in_the_way_the_optimum_is_never_worse(seed: int) -> None:
+    def least(problem: Problem, goal: Goal, contiguous: bool) -> float:
+        try:
+            return solve(problem, goal, contiguous=contiguous).objective
+        except Infeasible:
+            return math.inf
+
+    problem = constrained(seed)
+    for goal, contiguous in product(("latency", "throughput"), (False, True)):
+        before = least(problem, goal, contiguous)
+        for name, relaxed in relaxations(problem).items():
+            assert least(relaxed, goal, contiguous) <= before + 1e-9, name
 
 
 @pytest.mark.slow

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,6 +95,19 @@ def test_waiting_grows_with_the_rate_until_nothing_helps() -> None:
     assert expect(Demand(name="a"), option).latency_s == 0.01
 
 
+@pytest.mark.parametrize("rate", [0.5, 30.0, 70.0, 90.0])
+def test_the_tail_of_waiting_is_near_what_a_simulated_queue_shows(rate: float) -> None:
+    """One server of fixed service time, Lindley's recursion over 100,000 arrivals: a tail told too short promises what does not hold."""
+    (option,) = options("a", one=0.01, cores=1)
+    random, wait, waits = np.random.default_rng(0), 0.0, []
+    for gap in random.exponential(1 / rate, 100_000):
+        waits.append(wait)
+        wait = max(0.0, wait + 0.01 - gap)
+    seen = 0.01 + float(np.quantile(waits, 0.99))
+    expected = expect(Demand(name="a", rate_per_s=rate), option).p99_s
+    assert seen * 0.95 <= expected <= seen * 1.5
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -173,3 +188,49 @@ def test_a_larger_machine_never_breaks_more(case: tuple[list[Demand], list[Optio
     small, large = divide(demands, found, units), divide(demands, found, {**units, "cpu": units["cpu"] + 1})
     if small:
         assert rank(demands, large[0].broken) <= rank(demands, small[0].broken)
+
+
+@settings(max_examples=100)
+@given(workloads(), st.sampled_from([1, 2]), st.sampled_from([1.0, 1.5, 3.0]))
+def test_the_rest_is_shared_best_too_with_slowdowns_and_shared_cores(
+    case: tuple[list[Demand], list[Option], dict[str, int]], level: int, slowdown: float
+) -> None:
+    """Of the divisions that break the fewest limits in order, none waits less in proportion to each model's fastest option."""
+    demands, found, units = case
+    slowdowns = {demands[0].name: slowdown}
+
+    def key(chosen: tuple[Option, ...]) -> tuple[float, ...]:
+        missed, waits = [], 0.0
+        for demand, each in zip(demands, chosen, strict=True):
+            factor = max(slowdowns.get(demand.name, 1.0), level)
+            expected = expect(demand, each, slowdown=factor)
+            missed += [demand.name] * expected.broken(demand)
+            # A queue without end counts as a hundred times as long as the replicas are busy.
+            waited = expected.latency_s if math.isfinite(expected.latency_s) else each.service_s * factor * (1 + 100 * expected.busy)
+            waits += math.log(waited / min(other.service_s for other in found if other.model == demand.name))
+        return (*rank(demands, missed), waits)
+
+    allowed = [
+        chosen
+        for chosen in product(*([each for each in found if each.model == demand.name] for demand in demands))
+        if all(sum(each.units for each in chosen if each.device == device) <= most * level for device, most in units.items())
+    ]
+    best = divide(demands, found, units, level=level, slowdown=slowdowns)
+    if not allowed:
+        assert best == ()
+    else:
+        assert key(tuple(best[0].options[each.name] for each in demands)) == pytest.approx(min(map(key, allowed)))
+
+
+@settings(max_examples=60)
+@given(workloads(), st.integers(0, 2))
+def test_a_faster_model_or_a_wider_limit_never_breaks_more(case: tuple[list[Demand], list[Option], dict[str, int]], which: int) -> None:
+    demands, found, units = case
+    name = demands[which % len(demands)].name
+    faster = [replace(each, service_s=each.service_s / 2) if each.model == name else each for each in found]
+    wider = [replace(each, latency_s=each.latency_s * 3) if each.name == name and each.latency_s else each for each in demands]
+    before = divide(demands, found, units)
+    for after in (divide(demands, faster, units), divide(wider, found, units)):
+        assert bool(after) == bool(before)
+        if before:
+            assert rank(demands, after[0].broken) <= rank(demands, before[0].broken)

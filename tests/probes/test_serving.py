@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aivmm.probes.client import Worker
 from aivmm.probes.operations import save_arrays
-from aivmm.probes.serving import arrivals_s
+from aivmm.probes.serving import Client, _served, arrivals_s
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, make_family, normal, reference
 
 
@@ -68,11 +68,26 @@ def test_wrong_answers_are_told(worker: Worker, bundle: Path) -> None:
     assert serve(worker, bundle, right="wrong.npz", a=20.0)["a"]["accuracy"]["cosine"] < 0.999
 
 
-@given(st.floats(1, 1000), st.integers(0, 1000))
+def test_a_rate_at_which_none_would_arrive_in_time_is_served_all_the_same(worker: Worker, bundle: Path) -> None:
+    found = serve(worker, bundle, seconds=0.3, a=0.01)["a"]
+    assert found["together"]["offered"] == found["together"]["served"] == 1
+    assert found["alone"]["served"] > 5  # one after the other: else nobody knows what a call takes alone
+
+
+def test_a_bug_in_a_client_is_no_quiet_client() -> None:
+    class Broken:
+        def run(self, inputs: Any) -> None:
+            raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError):
+        _served({"a": Client(Broken(), {}, None, 2)}, 0.1)  # type: ignore[arg-type]
+
+
+@given(st.floats(0.01, 1000), st.integers(0, 1000))
 def test_arrivals_are_in_order_within_the_time_and_the_same_for_the_same_seed(rate: float, seed: int) -> None:
     found = arrivals_s(rate, 2.0, seed)
     assert found == sorted(found) == arrivals_s(rate, 2.0, seed)
-    assert all(0 < each < 2.0 for each in found)
+    assert found and all(0 < each < 2.0 for each in found)
 
 
 def test_arrivals_come_at_their_rate_on_average() -> None:

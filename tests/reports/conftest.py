@@ -246,9 +246,21 @@ def copies_data() -> ReportData:
         {"target": OV, "precision": "fp32", "config": {"INFERENCE_NUM_THREADS": 2}, "blocks": [17, 25], "replicas": 1},
     ]
     plan = replace(data.proofs[0], name="pipelined plan", target=f"{GPU} + {ORT} + {OV}", callers=8)
+    tried = [
+        {
+            "kind": "copies",
+            "what": f"{GPU} beside {OV}",
+            "promised_per_s": 300.0,
+            "to_beat_per_s": 340.0,
+            "factors": [{"slowed": GPU, "beside": OV, "factor": 1.84}, {"slowed": OV, "beside": OV, "factor": 2.5}],
+        },
+        {"kind": "pipeline", "what": "two stages", "promised_per_s": 400.0, "to_beat_per_s": 340.0, "proven_per_s": 369.0, "is_plan": True},
+    ]
     return replace(
         data,
-        run=replace(data.run, objective="throughput", summary=summary(stages, "Three executables and a fourth behind them.")),
+        run=replace(
+            data.run, objective="throughput", summary={**summary(stages, "Three executables and a fourth behind them."), "at_once": tried}
+        ),
         environments=(environment(GPU), *data.environments),
         outcomes=probes(data.structure, (GPU, OV, ORT)),
         proofs=(plan, *data.proofs[1:]),
@@ -356,7 +368,11 @@ def hostile_data() -> ReportData:
                         }
                     ],
                     HOSTILE[0] + HOSTILE[3],
-                )
+                ),
+                "at_once": [
+                    {"kind": bad(), "what": bad(), "promised_per_s": bad(), "factors": [{"slowed": bad(), "factor": bad()}, bad()]},
+                    bad(),
+                ],
             },
         ),
         structure=replace(data.structure, operators=operators, blocks=blocks),

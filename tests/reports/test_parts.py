@@ -14,6 +14,7 @@ from aivmm.probes.records import Samples
 from aivmm.reports import format as fmt
 from aivmm.reports import recipes
 from aivmm.reports.anatomy import dissect
+from aivmm.reports.at_once import attempts
 from aivmm.reports.costs import account
 from aivmm.reports.data import ReportData
 from aivmm.reports.figures import distribution, knob_effects, knobs, search
@@ -195,6 +196,15 @@ def test_the_page_names_every_copy_with_its_part_of_the_requests(copies: ReportD
     assert "2 replicas, 80 % of the requests" in text and "20 % of the requests" in text
     assert "2 stages, 4 executables" in text
     assert "int8:made" in text and "intra_op_num_threads = 1" in text
+
+
+def test_the_page_says_what_was_tried_at_once_and_what_came_of_it(copies: ReportData, full: ReportData) -> None:
+    lost, won = attempts(copies)
+    assert (lost.outcome, won.outcome) == ("not proven: it promised too little", "the plan")
+    assert lost.factors[1] == f"{OV} takes 2.50× as long beside another copy of it"
+    text = Page(render(copies)).text
+    assert "What was tried at once" in text and "300/s" in text and f"{GPU} takes 1.84× as long beside {OV}" in text
+    assert "What was tried at once" not in Page(render(full)).text
 
 
 def test_many_blocks_are_drawn_in_groups(large: ReportData) -> None:

@@ -107,6 +107,81 @@ def test_copies_take_the_memory_of_their_own_batch() -> None:
     assert drafts(2 * 1640.0 - 1) == []
 
 
+class Alone:
+    """Copies that cost each other nothing."""
+
+    def __init__(self) -> None:
+        self.measured: list[Draft] = []
+
+    def factors(self, draft: Draft, labels: Sequence[Sequence[str]]) -> dict[tuple[str, str], float]:
+        self.measured.append(draft)
+        return {(a, b): 1.0 for a in labels[0] for b in labels[0]}
+
+
+def copier(
+    known: Sequence[Known], room: float, *, weights: int = 1000, lowered: int = 250, together: Any = None, replicas: int = 2
+) -> Copier:
+    """Return one for a model of one block, whose outputs take ten bytes a sample, on devices with so much memory each."""
+
+    def structure(batch: int) -> Any:
+        return SimpleNamespace(blocks=[SimpleNamespace(weight_bytes=weights, outputs=[SimpleNamespace(nbytes=10 * batch)])])
+
+    subject = SimpleNamespace(structure_at=structure, size_bytes=lambda form: weights if form is None else lowered)
+    targets = {str(each.candidate.target): each.candidate.target for each in known}
+    return Copier(
+        work=cast(Any, SimpleNamespace(subject=subject)),
+        together=together or cast(Any, Alone()),
+        devices={name: name for name in targets},
+        memory_bytes=dict.fromkeys(targets, room),
+        replicas=dict.fromkeys(targets, replicas),
+    )
+
+
+def at_batch(batch: int, seconds: float, *, config: Config = FP32, device: Target | None = None, callers: int = 1) -> Known:
+    return Known(candidate=Candidate(target=device or target("GPU.0"), config=config, batch=batch, callers=callers), seconds=seconds)
+
+
+def test_a_lowered_copy_takes_the_memory_of_its_lowered_weights() -> None:
+    int8 = at_batch(1, 0.01, config=INT8)
+    assert len(copier([int8], 2 * 260.0).drafts([int8], best_s=None)) == 1
+    assert copier([int8], 2 * 260.0 - 1).drafts([int8], best_s=None) == []
+
+
+def test_where_two_do_not_fit_at_the_best_batch_a_smaller_one_is_tried() -> None:
+    """Batch 64 answers most, and one copy fills the memory; two at batch 8 are more than one at 64."""
+    known = [at_batch(64, 0.064), at_batch(8, 0.010), at_batch(1, 0.005)]
+    found = copier(known, 2300.0)
+    (draft,) = found.drafts(known, best_s=0.001)
+    assert draft.batch == 8 and draft.pieces[0].replicas == 2
+    assert found.tried is not None and found.tried.promised_per_s == pytest.approx(1600) and found.tried.entrant == draft.name
+
+
+def test_no_batch_is_measured_that_could_not_beat_what_is_known() -> None:
+    together = Alone()
+    known = [at_batch(64, 0.064), at_batch(8, 0.010), at_batch(1, 0.005)]
+    found = copier(known, 1e9, together=together)
+    (draft,) = found.drafts(known, best_s=0.001)
+    assert draft.batch == 64 and {each.batch for each in together.measured} == {64}
+
+
+def test_what_could_be_hoped_for_is_said_where_nothing_is_worth_measuring() -> None:
+    known = [at_batch(8, 0.010)]
+    found = copier(known, 1e9)
+    assert found.drafts(known, best_s=0.0001) == []
+    assert found.tried is not None and found.tried.hoped and found.tried.promised_per_s == pytest.approx(1600)
+    sentence = replace(found.tried, best_per_s=1e4).sentence(Proof(entrants=[]))
+    assert "would answer 1600/s if the parts cost each other nothing, and 10000/s is promised without: not measured" in sentence
+
+
+def test_on_one_processor_copies_share_its_cores() -> None:
+    device = replace(target("CPU"), device=replace(target("CPU").device, cores=2))
+    whole = at_batch(1, 0.01, device=device)
+    part = at_batch(1, 0.016, config=Config.of({"intra_op_num_threads": 1}, precision="fp32"), device=device)
+    assert copier([whole], 1e9).drafts([whole], best_s=None) == []
+    (draft,) = copier([whole, part], 1e9).drafts([whole, part], best_s=None)
+    assert draft.pieces[0].replicas == 2 and draft.pieces[0].config == part.candidate.config and draft.callers == 2
+
+
 # --- what is said and judged ---
 
 

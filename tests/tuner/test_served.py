@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 
 import aivmm
+from aivmm.errors import UsageError
 from aivmm.planner.workload import Demand, Option, divide
 from aivmm.probes.operations import save_arrays
 from aivmm.runtime.family import open_family
 from aivmm.runtime.many import Engines
+from aivmm.tuner.entry import run
 from aivmm.tuner.ladder import Ladder
 from aivmm.tuner.options import TuneOptions
 from aivmm.tuner.progress import Silent
-from aivmm.tuner.served import WorkloadTuner
+from aivmm.tuner.served import WorkloadTuner, require_alone
 from aivmm.tuner.serving import Trial, seen_of
 from aivmm.tuner.serving_words import Words
+from aivmm.tuner.shapes import Wanted
 from aivmm.tuner.workload_file import Wish
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, reference, token_model, write_model
 from tests.tuner.harness import ONE_RUNTIME, SMALL, Finished, Place
@@ -120,6 +123,8 @@ def test_a_limit_that_nothing_can_hold_ends_with_3_and_says_which_and_why(place:
     assert "Not even alone on the whole machine" in found["verdict"]
     assert not (place.work / "h.aivmm").exists()
     assert Path(found["report"]).is_file()
+    for each in found["models"]:
+        assert Path(each["alone"]["report"]).is_file() and each["alone"]["plan"]["path"] is None
     assert [each["holds"] for each in found["models"]] == [False, True]
 
 
@@ -186,6 +191,60 @@ def answer(*, latency_s: float = 0.01, alone_s: float = 0.01, offered: int = 600
     }
 
 
+def test_who_was_never_answered_counts_among_those_who_waited() -> None:
+    """Two of a hundred are left: few enough to be under way at the end, and more than the hundredth part that may be late."""
+    demand = Demand(name="a", latency_s=0.02, p99_s=0.03, rate_per_s=100)
+    assert seen_of(demand, answer(offered=300, served=298), 0.999).broken == ()
+    lost = seen_of(demand, answer(offered=1000, served=985), 0.999)
+    assert lost.broken == ("p99 never answered, limit 30 ms",) and lost.p99_s is None
+    assert lost.latency_s == 0.01
+
+
+def test_a_limit_that_few_requests_kept_is_said_to_rest_on_them() -> None:
+    demand = Demand(name="a", p99_s=0.03, rate_per_s=100)
+    told, division = words(demand)
+    for served, said in ((100, "; kept, p99 by 100 requests only."), (600, "; kept.")):
+        text = told.text(division.options["a"], seen_of(demand, answer(offered=served, served=served), 0.999))
+        assert said in text
+
+
+def test_what_a_machine_answers_at_most_is_that_of_its_widest_option() -> None:
+    demand = Demand(name="a", rate_per_s=150, latency_s=0.02)
+    told, division = words(demand)
+    told.ladders["a"].options.append(Option(name="two", model="a", device="cpu", threads=1, service_s=0.016, replicas=2))
+    told.ladders["a"].texts["two"] = "two replicas"
+    broken = {"a": replace(seen_of(demand, answer(latency_s=0.04), 0.999))}
+    (text,) = told.why_not(Trial(division=division, seen=broken))
+    assert text.endswith("two replicas answers 125/s at most.")
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [
+        ({"prefer": ("openvino",)}, "--prefer"),
+        ({"other_shapes": "dynamic"}, "--other-shapes"),
+        ({"input_contract": "narrow"}, "--input-contract"),
+        ({"cut_around": ("Resize",)}, "--cut-around"),
+        ({"min_segments": 2}, "--min-segments"),
+    ],
+)
+def test_options_that_speak_of_one_model_are_refused(changes: dict[str, Any], option: str) -> None:
+    with pytest.raises(UsageError, match=f"{option} is for one model, not for a workload"):
+        require_alone(TuneOptions(model="a.onnx", **changes), [Wanted(name="")])
+
+
+def test_a_model_file_that_is_missing_is_told_before_anything_is_tuned(tmp_path: Path) -> None:
+    there, gone = write_model(tmp_path / "chain.onnx", chain_model()), tmp_path / "gone.onnx"
+    (tmp_path / "w.toml").write_text("[chain]")
+    phases: list[str] = []
+    progress = Silent()
+    progress.phase = phases.append  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match="gone.onnx"):
+        models = [str(there), str(gone)]
+        run(TuneOptions(model=models[0]), [Wanted(name="")], models, tmp_path / "w.toml", progress, command="")
+    assert phases == []
+
+
 def words(*demands: Demand, alone_s: float = 0.01) -> tuple[Words, Any]:
     ladders = {}
     for demand in demands:
@@ -221,7 +280,7 @@ def test_limits_are_judged_by_what_was_seen() -> None:
             None,
             "Alone its fastest plan takes 10 ms (here), but first is served first, and calls take 4.00 times as long beside them.",
         ),
-        (0.02, 200.0, "Not even alone on the whole machine: its fastest plan takes 10 ms (here), which is 100/s at most."),
+        (0.02, 200.0, "Not even alone on the whole machine: here answers 100/s at most."),
     ],
 )
 def test_who_cannot_be_served_is_told_with_what_stands_in_its_way(limit_s: float, rate_per_s: float | None, said: str) -> None:
