@@ -41,8 +41,8 @@ class Finder:
     """Finds the pipelined and the replicated plan that promise to beat all that is known. `tried` says what came of both.
 
     `configs` are what stages of a cut model are compiled with; `known` what the search knows of whole models, kept busy, where a call of
-    the reference takes `reference_s`; `learn` measures more of them. Memory is that of the devices, and of the user's own limits: what has no room there is not considered. Parts on one
-    processor get a part of its cores each.
+    the reference takes `reference_s`; `learn` measures more of them. Memory is that of the devices, and of the user's own limits: what has
+    no room there is not considered. Parts on one processor get a part of its cores each.
     """
 
     work: Work
