@@ -239,7 +239,7 @@ def test_a_model_file_that_is_missing_is_told_before_anything_is_tuned(tmp_path:
     phases: list[str] = []
     progress = Silent()
     progress.phase = phases.append  # type: ignore[method-assign]
-    with pytest.raises(UsageError, match="gone.onnx"):
+    with pytest.raises(UsageError, match=r"gone\.onnx"):
         models = [str(there), str(gone)]
         run(TuneOptions(model=models[0]), [Wanted(name="")], models, tmp_path / "w.toml", progress, command="")
     assert phases == []
