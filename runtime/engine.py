@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import update_wrapper
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -133,6 +134,20 @@ class Engine:
             return program.ask(inputs)
         except (Unsupported, UsageError) as error:
             return self._instead(program, inputs, error)
+        finally:
+            self._shorten(program)
+
+    def _shorten(self, program: Program) -> None:
+        """Have `run` be what the program does for a request, in one function, where nothing more is to be done; see `Program.shortest`."""
+        shortest = program.shortest(self._instead)
+        with self._lock:
+            if shortest is not None and program is self._program and self._deadlines is None and not self._closed:
+                self.__dict__["run"] = update_wrapper(shortest, type(self).run)
+
+    def _lengthen(self) -> None:
+        """Have `run` look anew what is to be done."""
+        with self._lock:
+            self.__dict__.pop("run", None)
 
     def submit(self, inputs: Mapping[str, Any]) -> Future[dict[str, Buffer]]:
         """Start a run and return a future of what `run` returns. The inputs are copied: their arrays are free as soon as this returns.
@@ -169,6 +184,7 @@ class Engine:
     def timeout_s(self, seconds: float | None) -> None:
         executions = (self._program.execution, *(self._asked or each for _, _, each in self._ways))
         self._deadlines = None if seconds is None else Deadlines(seconds, executions)
+        self._lengthen()
 
     async def arun(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
         """Run once without blocking the event loop. The inputs' arrays must stay as they are until this returns.
@@ -269,6 +285,7 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
+        self._lengthen()
         with self._failover:  # a fallback that is being compiled comes first
             program = self._program
         program.close()
@@ -316,6 +333,7 @@ class Engine:
                     self._event("nothing is left to run instead" + ("" if refusal is error else f": {refusal}"))
                     raise error from None
                 self._program = replacement
+                self._lengthen()
                 tracer = self.tracer
                 if tracer is not None:
                     tracer.follow(self, replacement)

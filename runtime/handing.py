@@ -33,7 +33,7 @@ class _Memory:
 
 
 def _alone() -> int:
-    """Return what is counted of an array that is in a slot's `faces` and nowhere else, by a loop as in `Handing.next` and `Lane.call`."""
+    """Return what is counted of an array that is in a slot's `faces` and nowhere else, by a loop as in `_is_free` and `Lane.call`."""
     for _, face in (("", np.empty(0)),):
         return getrefcount(face)
     raise AssertionError
@@ -48,11 +48,15 @@ def counts_references() -> bool:
 
 
 class Slot:
-    """One request of a stage, its output arrays, and what shows them to callers: `faces`, none where callers get copies."""
+    """One request of a stage, its output arrays, and what shows them to callers: `faces`, none where callers get copies.
 
-    __slots__ = ("arrays", "faces", "request", "runs", "stale")
+    `after` is the one to look at next: what was handed out longest ago is the first that nobody has any more.
+    """
+
+    __slots__ = ("after", "arrays", "faces", "request", "runs", "stale")
 
     def __init__(self, executable: Executable, outputs: Sequence[TensorSpec], *, lent: bool) -> None:
+        self.after: Slot | None = None
         self.request = executable.new_request()
         self.runs: Callable[[], object] = self.request.run
         self.stale = True  # inputs were bound since it ran last
@@ -63,6 +67,13 @@ class Slot:
             arrays.append((spec.name, array))
         self.arrays: tuple[tuple[str, Buffer], ...] = tuple(arrays)
         self.faces: tuple[tuple[str, Buffer], ...] = tuple((name, _face(array)) for name, array in arrays) if lent else ()
+
+
+def _is_free(slot: Slot) -> bool:
+    for _, face in slot.faces:  # noqa: SIM110 - counted as `_alone` counts
+        if getrefcount(face) > ALONE:
+            return False
+    return True
 
 
 def direct_call(slot: Slot) -> Callable[[], object]:
@@ -88,7 +99,8 @@ class Handing:
         self._inputs: dict[str, Buffer] = {}
         self.slots: list[Slot] = []  # whose arrays are handed out
         self.private = Slot(executable, outputs, lent=False)
-        self.now = self.private  # the one that ran last
+        self.now = self.private  # the one that ran last, by `run`
+        self.turn: Slot | None = None  # the one to look at first
         self._ran = False
         self._made: Callable[[Slot], Callable[[], object]] = direct_call
         request = self.private.request
@@ -115,27 +127,32 @@ class Handing:
         Raises:
             Unsupported: the runtime does not take an input's array.
         """
-        for slot in self.slots:
-            for _, face in slot.faces:
-                if getrefcount(face) > ALONE:
-                    break
-            else:
-                break
-        else:
+        slot = self.turn
+        if slot is None or not _is_free(slot):
             slot = self.another()
+        self.turn = slot.after
         self.now = slot
         if slot.stale:
             self.catch_up(slot)
         return slot
 
     def another(self) -> Slot:
-        """Return a new request, or the one whose outputs are copied: at first (there may be no second run), and when there are enough."""
+        """Return a request whose arrays nobody has, made anew if need be.
+
+        At first, when there may be no second run, and where there are enough it is the one whose outputs are copied.
+        """
+        for slot in self.slots:
+            if _is_free(slot):
+                return slot
         if not self._ran or len(self.slots) >= _MOST:
             self._ran = True
+            self.private.after = self.turn
             return self.private
         slot = Slot(self._executable, self._specs, lent=True)
         slot.runs = self._made(slot)
         self.slots.append(slot)
+        for each, after in zip(self.slots, (*self.slots[1:], self.slots[0]), strict=True):
+            each.after = after
         return slot
 
     def catch_up(self, slot: Slot) -> None:

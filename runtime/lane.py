@@ -18,7 +18,7 @@ from aivmm.runtime.backend import Buffer, DeviceTensor, DeviceTensors, Executabl
 from aivmm.runtime.clocks import StageClock
 from aivmm.runtime.drift import BLOCK
 from aivmm.runtime.feed import Feed, wanted_buffer
-from aivmm.runtime.handing import ALONE, Handing, Slot, counts_references, direct_call
+from aivmm.runtime.handing import ALONE, Handing, counts_references, direct_call
 from aivmm.runtime.inputs import is_numpy, refuse_unknown
 from aivmm.runtime.plan import Stage
 from aivmm.tensors import TensorSpec
@@ -124,7 +124,6 @@ class Lane:
             inputs: Mapping[str, Any],
             lane: Lane = self,
             feeds: tuple[tuple[str, Feed], ...] = tuple((each.name, each) for each in self._feeds),
-            slots: list[Slot] = handing.slots,
             references: Callable[[object], int] = getrefcount,
             alone: int = ALONE,
             clock: Callable[[], int] = perf_counter_ns,
@@ -137,14 +136,15 @@ class Lane:
                     feed.take(array)
             if len(inputs) != len(feeds):
                 refuse_unknown(inputs, lane._specs)
-            for slot in slots:  # `Handing.next` without its call
+            slot = handing.turn  # `Handing.next` without its call
+            if slot is not None:
                 for _, face in slot.faces:
                     if references(face) > alone:
+                        slot = None
                         break
-                else:
-                    break
-            else:
+            if slot is None:
                 slot = handing.another()
+            handing.turn = slot.after
             if slot.stale:
                 handing.catch_up(slot)
             started_ns = clock()

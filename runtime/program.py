@@ -26,6 +26,7 @@ from aivmm.runtime.sharing import shared_out
 from aivmm.runtime.stage_threads import StageThreads
 from aivmm.tensors import TensorSpec
 
+Instead = Callable[["Program", Mapping[str, Any], BaseException], Outputs]  # what answers a request that failed
 _SUSPICIONS = 3  # failed requests after which a program that never answered one is taken for dead
 
 
@@ -74,10 +75,11 @@ class Program:
         self._why: AivmmError | None = None  # it was given up
         batching = self.execution.batching
         self._batcher = Batcher(self, self.inputs, self.outputs, batch, batching) if batching else None
-        self._shortest = self._new_ask()
+        by_threads = self.pipelined or batching is not None
         # What a request is given costs no copy and is its own, so there is nothing to lend.
-        self.gives = self._shortest != self._run_by_threads and all(each.short for each in self.lanes)
-        self.ask = self._shortest if self.pipelined or batching else self._first
+        self.gives = not by_threads and all(each.short for each in self.lanes)
+        # What `run` does: by and by something shorter, and in the end it refuses.
+        self.ask: Callable[[Mapping[str, Any]], Outputs] = self._run_by_threads if by_threads else self._first
         _running.add(self)  # last: what is not whole cannot be closed
 
     def run(self, inputs: Mapping[str, Any]) -> Outputs:
@@ -89,34 +91,45 @@ class Program:
         """
         return self.ask(inputs)
 
-    def _new_ask(self) -> Callable[[Mapping[str, Any]], Outputs]:
-        """Return what `run` does: on the caller's thread where there is no other. Few lines, as in `Lane.call`, for the same reason.
+    def shortest(self, instead: Instead) -> Callable[[Mapping[str, Any]], Outputs] | None:
+        """Return what answers a request on the caller's thread, and by `instead` where that fails; None where there is more to do.
 
-        Taking and giving are `Pool.get` and `put` without their calls.
+        Few lines, as in `Lane.call`, for the same reason. Taking and giving are `Pool.get` and `put` without their calls.
         """
-        if self.pipelined or self._batcher is not None:
-            return self._run_by_threads
+        if self.ask != self._at_once:
+            return None
         lanes = self.free.lanes
 
-        def ask(
+        def run(
             inputs: Mapping[str, Any],
             take: Callable[[], Lane] = lanes.popleft,
             give: Callable[[Lane], None] = lanes.append,
             pool: Pool = self.free,
             program: Program = self,
+            instead: Instead = instead,
         ) -> Outputs:
             try:
-                lane = take()
-            except IndexError:
-                lane = program.acquire()
-            try:
-                return lane.call(inputs)
-            finally:
-                give(lane)
-                if pool.waiting:
-                    pool.wake()
+                try:
+                    lane = take()
+                except IndexError:
+                    lane = program.acquire()
+                try:
+                    return lane.call(inputs)
+                finally:
+                    give(lane)
+                    if pool.waiting:
+                        pool.wake()
+            except (Unsupported, UsageError) as error:
+                return instead(program, inputs, error)
 
-        return ask
+        return run
+
+    def _at_once(self, inputs: Mapping[str, Any]) -> Outputs:
+        lane = self.acquire()
+        try:
+            return lane.call(inputs)
+        finally:
+            self.free.put(lane)
 
     def _first(self, inputs: Mapping[str, Any]) -> Outputs:
         """Run, and remember what was answered first. From then on requests go by the shorter way."""
@@ -145,8 +158,8 @@ class Program:
             if lane.on_host:  # a caller's tensor on a device may hold something else by then
                 self._good = lane.loaded()
                 with self._lock:
-                    if not self._closed:
-                        self.ask = self._shortest
+                    if self.ask == self._first:
+                        self.ask = self._at_once
 
     def alive(self) -> bool:
         """Say whether it still answers what it answered first, asked when a request has failed. Each replica is asked.
