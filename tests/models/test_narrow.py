@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 
 from aivmm.errors import UsageError
 from aivmm.models.input_contract import InputContract, Normalisation, parse_normalise
-from aivmm.models.inputs import make_inputs
+from aivmm.models.inputs import load_inputs, make_inputs
 from aivmm.models.prepare import prepare
 from aivmm.models.records import ModelFacts
 from aivmm.tuner.options import TuneOptions
@@ -215,6 +215,19 @@ def test_samples_made_up_for_pixels_are_images(tmp_path: Path) -> None:
     x = sample["x"].astype(np.float64)
     assert sample["x"].dtype == np.uint8 and x.max() - x.min() > 100
     assert np.abs(np.diff(x, axis=3)).mean() < x.std()  # neighbours are alike, as in photographs
+
+
+def test_samples_of_floats_are_no_pixels(tmp_path: Path) -> None:
+    facts, _ = prepared(image_model(tmp_path / "m.onnx"), pixels_as("x=0/255"))
+    for array, said in (
+        (np.zeros((1, 3, 16, 16), np.float32), "is float32, expected uint8"),
+        (np.full((1, 3, 16, 16), 256), "uint8 cannot hold"),
+    ):
+        np.savez(tmp_path / "x.npz", x=array)
+        with pytest.raises(UsageError, match=f"array 'x' .*{said}"):
+            load_inputs(tmp_path / "x.npz", facts.inputs)
+    np.savez(tmp_path / "x.npz", x=np.full((1, 3, 16, 16), 255))
+    assert load_inputs(tmp_path / "x.npz", facts.inputs)[0]["x"].dtype == np.uint8  # of another type of integers, where all fit
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +11,23 @@ import pytest
 
 import aivmm
 from aivmm.errors import UsageError
-from tests.tuner.harness import ONE_RUNTIME, TINY, Finished, Place, assert_as_promised, reference
+from tests.tuner.harness import ONE_RUNTIME, TINY, Place, assert_as_promised, reference
 
-PIXELS = ("--input-contract", "narrow:uint8", "--normalise", "input=123.7,116.3,103.5/58.4,57.1,57.4")
+ASKED = """
+[tune]
+input-contract = "narrow:uint8"
+
+[tune.normalise]
+input = "123.7,116.3,103.5/58.4,57.1,57.4"
+"""
 MEAN, SCALE = (np.float32(each).reshape(3, 1, 1) for each in ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4)))
 SAID = "input as uint8, 0 to 255 (normalised inside: (pixel - [123.7, 116.3, 103.5]) / [58.4, 57.1, 57.4])"
 
 
 def test_a_plan_that_takes_pixels_says_so_everywhere_and_takes_nothing_else(place: Place, tiny: Path) -> None:
+    (place.work / "aivmm.toml").write_text(ASKED)
     effort = ("--budget", "4s", "--trials", "1", "--top", "1")
-    done = place.aivmm("tune", tiny, *TINY, *effort, *ONE_RUNTIME, *PIXELS, "--json", "-o", "p.aivmm")
+    done = place.aivmm("tune", tiny, *TINY, *effort, *ONE_RUNTIME, "--json", "-o", "p.aivmm")
     assert done.code == 0, done.err
     bundle = place.work / "p.aivmm"
     numbers = {"mean": [123.7, 116.3, 103.5], "scale": [58.4, 57.1, 57.4]}
@@ -39,19 +45,3 @@ def test_a_plan_that_takes_pixels_says_so_everywhere_and_takes_nothing_else(plac
         with pytest.raises(UsageError, match="input 'input' has type float32, expected uint8; give whole numbers as they are"):
             engine.run({"input": floats})
     assert_as_promised(done.json["plan"]["stages"], mine, reference(tiny, {"input": floats}))
-
-
-def test_the_contract_may_stand_in_the_file(place: Place, tiny: Path, in_process: Callable[..., Finished]) -> None:
-    (place.work / "aivmm.toml").write_text(
-        '[tune]\ninput-contract = "narrow:uint8"\n[tune.normalise]\ninput = "123.7,116.3,103.5/58.4,57.1,57.4"\n'
-    )
-    found = in_process(place, "tune", tiny, *TINY, *ONE_RUNTIME, "--dry-run", "--json").json
-    assert found["inputs"] == ["input: uint8[1, 3, 16, 16]"]
-    assert any("/ [58.4, 57.1, 57.4] is computed inside" in each for each in found["notes"])
-
-
-def test_samples_of_floats_are_refused_in_one_line(place: Place, tiny: Path, in_process: Callable[..., Finished]) -> None:
-    np.savez(place.work / "x.npz", input=np.zeros((1, 3, 16, 16), np.float32))
-    done = in_process(place, "tune", tiny, *TINY, *ONE_RUNTIME, *PIXELS, "--inputs", "x.npz")
-    assert done.code == 2
-    assert len(done.error_lines) == 1 and "array 'input' is float32, expected uint8" in done.error_lines[0]
