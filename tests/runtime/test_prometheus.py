@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import aivmm
 from aivmm.errors import UsageError
 from aivmm.runtime.engine import Engine
+from aivmm.runtime.family import Bucket, Dimension, Served
 from aivmm.runtime.plan import Batching, Execution
 from aivmm.runtime.prometheus import EngineCollector
-from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal
+from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, make_family, normal, token_model
 
 prometheus_client = pytest.importorskip("prometheus_client")
 
@@ -62,6 +64,29 @@ def test_what_is_scraped_is_what_the_engine_counted(tmp_path: Path) -> None:
     whole = (("model", "made"),)
     assert after["aivmm_runs_total", whole] == after["aivmm_batch_count_total", whole] == 4
     assert after["aivmm_batch_rows_total", whole] == 6 and after["aivmm_lanes", whole] == stats["lanes"]
+
+
+def test_several_shapes_and_several_models_are_told_apart(tmp_path: Path) -> None:
+    made = {f"{rows}": make_bundle(tmp_path / f"{rows}.aivmm", token_model(rows), [Part(ONNXRUNTIME)]) for rows in (4, 16)}
+    dimension = Dimension(name="rows", places=[("x", 1), ("mask", 1)], padding="zero")
+    buckets = [Bucket(name=f"rows={rows}", plan=f"plans/{index}.json", extents={"rows": rows}) for index, rows in enumerate((4, 16))]
+    shapes = make_family(tmp_path / "s.aivmm", made, models=[Served(name="tokens", buckets=buckets, dimensions=[dimension])])
+    chain = make_bundle(tmp_path / "m.aivmm", chain_model(), [Part(ONNXRUNTIME)])
+    with aivmm.load_plan(shapes) as tokens, aivmm.load_plan(chain) as other:
+        registry = prometheus_client.CollectorRegistry()
+        registry.register(EngineCollector({"tokens": tokens, "chain": other}))
+        for rows in (4, 4, 9):
+            tokens.run({"x": normal(1, rows, 16), "mask": np.ones((1, rows), np.int64)})
+        other.run({"x": normal(2, 32)})
+        found = scraped(registry)
+        alone = prometheus_client.CollectorRegistry()
+        alone.register(EngineCollector(tokens))
+        assert scraped(alone)["aivmm_runs_total", (("model", "tokens"), ("shape", "rows=16"))] == 1
+    runs = {dict(labels)["model"] + dict(labels)["shape"]: value for (name, labels), value in found.items() if name == "aivmm_runs_total"}
+    assert runs == {"tokensrows=4": 2, "tokensrows=16": 1, "chain": 1}
+    assert found["aivmm_padded_total", (("model", "tokens"),)] == 1 and found["aivmm_fallback_total", (("model", "tokens"),)] == 0
+    counts = [value for (name, labels), value in found.items() if name == "aivmm_stage_seconds_count"]
+    assert sorted(counts) == [1, 1, 2]
 
 
 def test_without_the_library_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
