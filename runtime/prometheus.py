@@ -10,6 +10,7 @@ start_http_server(9000)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aivmm.errors import UsageError
@@ -63,14 +64,14 @@ class EngineCollector:
         yield self._each(counter, "aivmm_lane_wait_seconds", waited, labels, plans, lambda stats: stats["waits"]["total_s"])
         yield self._each(gauge, "aivmm_lanes", "Requests that can be in flight", labels, plans, lambda stats: stats["lanes"])
         yield self._each(counter, "aivmm_events", "What did not go as planned", labels, plans, lambda stats: len(stats["events"]))
-        batched = [each for each in plans if each[1]["batches"]]
+        batched = [(values, stats["batches"]) for values, stats in plans if stats["batches"]]
         for name, words in (("count", "Batches that ran"), ("rows", "Rows in them"), ("requests", "Requests that asked for them")):
             if batched:
-                yield self._each(counter, f"aivmm_batch_{name}", words, labels, batched, lambda stats, name=name: stats["batches"][name])
+                yield self._each(counter, f"aivmm_batch_{name}", words, labels, batched, itemgetter(name))
         wholes = [((name,), stats) for name, stats in found if "buckets" in stats]
         for name, words in (("padded", "Requests that were padded to a shape"), ("fallback", "Requests that ran with open extents")):
             if wholes:
-                yield self._each(counter, f"aivmm_{name}", words, ("model",), wholes, lambda stats, name=name: stats[name])
+                yield self._each(counter, f"aivmm_{name}", words, ("model",), wholes, itemgetter(name))
 
     def _stages(self, labels: tuple[str, ...], plans: Sequence[_Part]) -> Iterator[Metric]:
         names = (*labels, *_STAGE)
