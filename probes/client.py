@@ -98,7 +98,7 @@ class Worker:
         self._answers: queue.Queue[bytes | None] = queue.Queue()
         self._printed: deque[bytes] = deque()
         self._drain: threading.Thread | None = None
-        self._asked = 0
+        self.asked = 0  # requests so far, each start's first among them
         self._retired = False
 
     @property
@@ -191,10 +191,10 @@ class Worker:
     def _ask(self, message: dict[str, Any], limit_s: float, run_limit_s: float | None) -> dict[str, Any]:
         process = self._process
         assert process and process.stdin
-        self._asked += 1
+        self.asked += 1
         try:
             # Requests are shorter than a pipe's buffer, so writing one does not wait for a worker that does not read.
-            process.stdin.write(json.dumps({"id": self._asked, **message}).encode() + b"\n")
+            process.stdin.write(json.dumps({"id": self.asked, **message}).encode() + b"\n")
             process.stdin.flush()
             return self._wait(process, limit_s, run_limit_s)
         except OSError:
@@ -229,7 +229,7 @@ class Worker:
                     continue
             if line is None:
                 raise self._died("")
-            answer = _parsed(line, self._asked)
+            answer = _parsed(line, self.asked)
             if answer is None:
                 raise self._died("wrote rubbish where its answers go and was stopped")
             if "phase" not in answer:

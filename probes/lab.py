@@ -15,6 +15,7 @@ from aivmm.models.records import ModelFacts
 from aivmm.probes import wire
 from aivmm.probes.accuracy import combined
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
+from aivmm.probes.machine import QUIET_LIMIT_S, wait_until_quiet
 from aivmm.probes.race import Contestant, runs_single
 from aivmm.probes.user_code import ask
 from aivmm.runtime.backend import Baseline
@@ -90,6 +91,7 @@ class Lab:
         self.trouble: list[str] = []  # what went wrong without costing a probe, for the user to know
         self._count = 0
         self._closed = False
+        self._quiet: dict[str, int] = {}  # worker's name -> the requests it had had when it was last seen doing nothing
 
     def worker(self, runtime: str) -> Worker:
         """Return the worker that runs one runtime."""
@@ -101,6 +103,14 @@ class Lab:
     def pids(self) -> list[int]:
         """Return the process ids of the workers that run."""
         return [worker.pid for worker in self._workers.values() if worker.pid]
+
+    def wait_for_others(self, worker: Worker) -> None:
+        """Return when no other worker burns CPU time, as threads that spin do for a while. One that was asked nothing since is left out."""
+        for other in self._workers.values():
+            if other is not worker and other.pid and self._quiet.get(other.name) != other.asked:
+                asked = other.asked
+                if wait_until_quiet(other.pid) < QUIET_LIMIT_S:
+                    self._quiet[other.name] = asked
 
     def discover(self, backends: Sequence[str]) -> tuple[tuple[Target, ...], tuple[Unavailable, ...]]:
         """List the targets of each backend, and what is absent and why; a runtime that crashes while looking is absent for that reason."""

@@ -18,7 +18,7 @@ from aivmm.errors import UsageError
 from aivmm.probes.records import Caution
 
 _QUIET_S = 0.004  # a process whose CPU time stands still this long has stopped spinning
-_QUIET_LIMIT_S = 0.25
+QUIET_LIMIT_S = 0.25
 _BUSY = 0.15  # of the cores that we may use, kept busy by others
 
 
@@ -82,7 +82,7 @@ def wait_until_quiet(pid: int) -> float:
     """
     started = time.perf_counter()
     before = _cpu_seconds(pid)
-    while time.perf_counter() - started < _QUIET_LIMIT_S:
+    while time.perf_counter() - started < QUIET_LIMIT_S:
         time.sleep(_QUIET_S)
         now = _cpu_seconds(pid)
         if now - before < _QUIET_S / 2:

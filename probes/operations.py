@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,10 +56,22 @@ class State:
 
 
 class ExecutableRunner:
-    """A compiled model with `callers` requests bound to buffers, as the engine binds them; `more` are replicas, which take them in turn."""
+    """A compiled model with `callers` requests bound to buffers, as the engine binds them; `more` are replicas, which take them in turn.
 
-    def __init__(self, executable: Executable, inputs: Mapping[str, Buffer], callers: int, *, more: Sequence[Executable] = ()) -> None:
+    Inputs are copied, but those that are `private`: aligned arrays which nobody else uses.
+    """
+
+    def __init__(
+        self,
+        executable: Executable,
+        inputs: Mapping[str, Buffer],
+        callers: int,
+        *,
+        more: Sequence[Executable] = (),
+        private: Collection[str] = (),
+    ) -> None:
         self.executable = executable
+        self._private = private
         self._all = (executable, *more)
         self._requests = [self._bound(inputs, self._all[index % len(self._all)]) for index in range(callers)]
         self.steps: Sequence[Callable[[], object]] = [request.run for request in self._requests]
@@ -70,7 +82,8 @@ class ExecutableRunner:
         for spec in executable.inputs:
             if spec.name not in inputs:
                 raise UsageError(f"no sample for the input {spec.name!r}")
-            request.bind(spec.name, _own(inputs[spec.name], spec))
+            array = inputs[spec.name]
+            request.bind(spec.name, array if spec.name in self._private else _own(array, spec))
         for spec in executable.outputs:
             buffer = host_buffer(executable, spec)
             buffer = new_buffer(spec) if buffer is None else buffer

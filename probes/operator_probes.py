@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from aivmm.errors import AivmmError, Unsupported
 from aivmm.probes import phases, wire
 from aivmm.probes.machine import wait_until_quiet
-from aivmm.runtime.backend import Backend, Buffer, Executable
+from aivmm.runtime.backend import Backend, Buffer, Executable, aligned_empty
 from aivmm.runtime.cpu import usable_cores
 from aivmm.runtime.onnx_interface import read_interface
 from aivmm.runtime.registry import load_backend
@@ -37,6 +38,7 @@ class _Ready:
 
     executable: Executable
     inputs: Mapping[str, Buffer]
+    dense: Sequence[TensorSpec]  # the inputs that are made when its turn has come, by the thread that runs it
     compile_s: float
 
 
@@ -73,10 +75,10 @@ def probe_operators(
 def _prepared(backend: Backend, target: Target, config: dict[str, Any], model: Mapping[str, str]) -> _Ready | AivmmError:
     try:
         path = Path(model["path"])
-        inputs = _inputs(path, model.get("values", ""))
+        inputs, dense = _inputs(path, model.get("values", ""))
         started = time.perf_counter()
         executable = backend.compile(path, target, wire.config_in(config))
-        return _Ready(executable=executable, inputs=inputs, compile_s=time.perf_counter() - started)
+        return _Ready(executable=executable, inputs=inputs, dense=dense, compile_s=time.perf_counter() - started)
     except AivmmError as error:
         return error
 
@@ -87,7 +89,9 @@ def _timed(state: State, ready: _Ready, seconds: float, least: int) -> dict[str,
     name = "\0operator"
     executable = ready.executable
     try:
-        state.runners[name] = runner = operations.ExecutableRunner(executable, ready.inputs, 1)
+        dense = {spec.name: _pooled(spec, seed) for seed, spec in enumerate(ready.dense)}
+        runner = operations.ExecutableRunner(executable, {**ready.inputs, **dense}, 1, private=dense.keys())
+        state.runners[name] = runner
         started = time.perf_counter()
         runner.steps[0]()
         first_s = time.perf_counter() - started
@@ -109,22 +113,24 @@ def _timed(state: State, ready: _Ready, seconds: float, least: int) -> dict[str,
         executable.close()
 
 
-def _inputs(model: Path, values: str) -> dict[str, Buffer]:
-    """Return an array for each input of the model: its value inside the whole model, where that is known, or else one made up."""
+def _inputs(model: Path, values: str) -> tuple[dict[str, Buffer], list[TensorSpec]]:
+    """Return an array for each input of the model, its value inside the whole model where that is known, or else one made up.
+
+    Returned apart are the inputs that take any large tensor; see `_pooled`.
+    """
     from aivmm.probes.operations import load_arrays
 
     known = load_arrays(values) if values else {}
     specs = [spec for spec in read_interface(model).inputs if spec.name not in known]
     dense = [spec for spec in specs if _is_dense(spec)]
-    made = {spec.name: _pooled(spec, seed) for seed, spec in enumerate(dense)}
-    others = [spec for spec in specs if spec.name not in made]
+    others = [spec for spec in specs if not _is_dense(spec)]
     if others:
         import onnx
 
         from aivmm.models.inputs import make_inputs
 
-        made |= make_inputs(onnx.load(str(model), load_external_data=False), others, seed=0)[0]
-    return {**known, **made}
+        known |= make_inputs(onnx.load(str(model), load_external_data=False), others, seed=0)[0]
+    return known, dense
 
 
 def _is_dense(spec: TensorSpec) -> bool:
@@ -132,9 +138,22 @@ def _is_dense(spec: TensorSpec) -> bool:
 
 
 def _pooled(spec: TensorSpec, seed: int) -> Buffer:
-    """Return standard normal numbers, a few over and over: making a million anew takes longer than to run most operators on them."""
-    pool = np.random.default_rng(seed).standard_normal(_POOLED, dtype=np.float32).astype(spec.dtype)
-    return np.resize(pool, tuple(extent or 0 for extent in spec.shape))
+    """Return an aligned array of standard normal numbers, a few over and over.
+
+    Making a million anew takes longer than to run most operators on them.
+    """
+    array, pool = aligned_empty(spec), _pool(seed, spec.dtype)
+    flat = array.reshape(-1)
+    whole = flat.size // _POOLED * _POOLED
+    flat[:whole].reshape(-1, _POOLED)[...] = pool
+    flat[whole:] = pool[: flat.size - whole]
+    return array
+
+
+@lru_cache(maxsize=64)  # 16 MiB
+def _pool(seed: int, dtype: str) -> Buffer:
+    """Return standard normal numbers, which all operators share: they take longer to make than a runtime to compile one."""
+    return np.random.default_rng(seed).standard_normal(_POOLED, dtype=np.float32).astype(dtype)
 
 
 def tensor_values(

@@ -16,7 +16,7 @@ from aivmm.probes.ceilings import Ceiling, Ceilings, call_ceiling, copy_ceilings
 from aivmm.probes.client import WorkerDied
 from aivmm.probes.compare import cautions
 from aivmm.probes.lab import Lab
-from aivmm.probes.machine import measuring, wait_until_quiet
+from aivmm.probes.machine import measuring
 from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.probes.records import Failed, Measured, Outcome, ProbeKey, Refused, Samples
 from aivmm.runtime.config import Config
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 OPERATOR_S = 0.005  # how long one is timed, after its warm-up
 _LIMIT_S = 120.0  # for one operator; a batch that takes as long is tried again one by one
-_BATCH = 16  # operators a request: enough that round trips and commits do not matter, few enough to lose
+_BATCH = 32  # operators a request: enough that round trips, waits for threads that spin and commits do not matter, few enough to lose
 _BATCH_BYTES = 256 << 20  # what their tensors may take together
 Tell = Callable[[str, int, int], None]
 
@@ -242,9 +242,7 @@ class OperatorProber:
             return []
         first = jobs[0]
         worker = self.lab.worker(first.target.runtime)
-        for other in self.lab.pids():
-            if other != worker.pid:
-                wait_until_quiet(other)
+        self.lab.wait_for_others(worker)
         with measuring() as waited:
             self._ends += waited  # for the machine-wide lock: no part of the budget
             try:
