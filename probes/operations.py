@@ -453,6 +453,7 @@ def timed(
     steady_s: float = 0.0,
     outspin_s: float = 0.0,
     core: int | None = None,
+    tight: float = 0.0,
 ) -> dict[str, Any]:
     """Time what is loaded under `name`; see `timer.time_steps`. Also tells the worker's peak memory in bytes.
 
@@ -481,6 +482,7 @@ def timed(
             repeat=repeat,
             steady_s=steady_s,
             settle_s=settle_s,
+            tight=tight,
         )
     return {
         "durations": timing.durations,

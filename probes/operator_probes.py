@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _LEAST = 5  # durations of each operator,
 _SLOW_S, _SLOW_LEAST = 0.1, 3  # but not so many of one that takes so long
+_TIGHT = 0.01  # of the median: what is known so well is not timed any longer
 _POOLED = 1 << 16  # elements: larger inputs repeat as many random ones
 _COMPILERS = 4  # threads; more only wait for each other
 
@@ -97,7 +98,12 @@ def _timed(state: State, ready: _Ready, seconds: float, least: int) -> dict[str,
         first_s = time.perf_counter() - started
         slow = first_s > _SLOW_S
         answer = operations.timed(
-            state, name=name, seconds=seconds, least=min(least, _SLOW_LEAST) if slow else least, settle=1 if slow else 2
+            state,
+            name=name,
+            seconds=seconds,
+            least=min(least, _SLOW_LEAST) if slow else least,
+            settle=1 if slow else 2,
+            tight=_TIGHT,
         )
         return {
             "durations": answer["durations"],

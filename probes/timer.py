@@ -21,6 +21,8 @@ _STRETCH_S = 5e-3  # warming up looks at calls in stretches of this
 _SEVERAL_STRETCH_S = 0.05
 _FALLING = 0.98  # a stretch whose median is below this much of the best before is still becoming faster
 _STEADY_STRETCHES = 2
+_ENOUGH = 20  # durations: fewer are doubted, see `aivmm.probes.compare.cautions`
+_LOOK = 5  # so many durations apart it is asked whether they agree
 
 Step = Callable[[], object]
 
@@ -45,13 +47,15 @@ def time_steps(
     repeat: int = 1,
     steady_s: float = 0.0,
     settle_s: float = SETTLE_S,
+    tight: float = 0.0,
 ) -> Timing:
     """Run for `seconds` (and at least `least` times) after `settle` untimed calls or `settle_s` of them.
 
     Steps below 100 µs are timed several at a time and the mean of each such batch is one duration. With several steps all run at once
     for `seconds`, each in a thread, and the one duration is elapsed time per call completed. `each` forbids batches: tails need single
     calls. `repeat` makes one duration that of so many calls (a known difference, for tests of the timer). With `steady_s` calls are made
-    until they no longer become faster, for about so long at most, before anything is timed.
+    until they no longer become faster, for about so long at most, before anything is timed. With `tight` one step is timed no longer than
+    until its median is known to that share of it; see `is_tight`.
     """
     if len(steps) > 1:
         warm = warm_up(lambda: several(steps, _SEVERAL_STRETCH_S, 1), steady_s) if steady_s else []
@@ -60,7 +64,7 @@ def time_steps(
     warm = warm_up(lambda: median(one(step, _STRETCH_S, 1, most, 1)), steady_s) if steady_s else []
     typical = warm[-1] if warm else _settle(step, settle, settle_s)
     inner = 1 if each or typical >= BATCH_BELOW_S else math.ceil(_BATCH_OF_S / max(typical, 1e-7))
-    return Timing(durations=one(step, seconds, least, most, inner), warmup=warm, inner=inner)
+    return Timing(durations=one(step, seconds, least, most, inner, tight=tight), warmup=warm, inner=inner)
 
 
 def warm_up(stretch: Callable[[], float], most_s: float) -> list[float]:
@@ -131,8 +135,24 @@ def _repeated(step: Step, repeat: int) -> Step:
     return run
 
 
-def one(step: Step, seconds: float, least: int, most: int, inner: int) -> list[float]:
-    """Time batches of `inner` calls for `seconds`, `least` to `most` of them; return the mean duration of a call in each."""
+def is_tight(durations: Sequence[float], share: float) -> bool:
+    """Say whether the median of `durations` is known well enough: its 95 % interval is at most twice `share` of it wide.
+
+    The interval is by order statistics: the median lies between the values of ranks (n -+ 1.96 sqrt(n)) / 2. Fewer than 20 are not enough.
+    """
+    count = len(durations)
+    if count < _ENOUGH:
+        return False
+    ordered, reach = sorted(durations), 0.98 * math.sqrt(count)
+    low, high = ordered[math.floor(count / 2 - reach)], ordered[math.ceil(count / 2 + reach) - 1]
+    return high - low <= 2 * share * median(ordered)
+
+
+def one(step: Step, seconds: float, least: int, most: int, inner: int, *, tight: float = 0.0) -> list[float]:
+    """Time batches of `inner` calls for `seconds`, `least` to `most` of them; return the mean duration of a call in each.
+
+    With `tight`, no longer than until the median is known so well; see `is_tight`.
+    """
     clock = time.perf_counter
     durations: list[float] = []
     end = clock() + seconds
@@ -143,6 +163,8 @@ def one(step: Step, seconds: float, least: int, most: int, inner: int) -> list[f
         now = clock()
         durations.append((now - started) / inner)
         if (now >= end and len(durations) >= least) or len(durations) >= most:
+            return durations
+        if tight and not len(durations) % _LOOK and len(durations) >= least and is_tight(durations, tight):
             return durations
 
 

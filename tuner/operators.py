@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 OPERATOR_S = 0.005  # how long one is timed, after its warm-up
 _LIMIT_S = 120.0  # for one operator; a batch that takes as long is tried again one by one
 _BATCH = 32  # operators a request: enough that round trips, waits for threads that spin and commits do not matter, few enough to lose
-_BATCH_BYTES = 256 << 20  # what their tensors may take together
+_BATCH_BYTES = 256 << 20  # what their tensors may take together,
+_BATCH_FLOPS = 8e9  # and what they may compute in a run: each runs ten times or so, and a budget is looked at between batches
 Tell = Callable[[str, int, int], None]
 
 
@@ -323,12 +324,14 @@ def _operator_models(path: Path) -> OperatorModels:
 def _batches(operators: Iterable[Operator]) -> Iterator[list[Operator]]:
     """Yield runs of operators that are probed together."""
     batch: list[Operator] = []
-    size = 0
+    size, flops = 0, 0.0
     for operator in operators:
-        if batch and (len(batch) == _BATCH or size + (operator.bytes or 0) > _BATCH_BYTES):
+        larger, more = size + (operator.bytes or 0), flops + (operator.flops or 0.0)
+        if batch and (len(batch) == _BATCH or larger > _BATCH_BYTES or more > _BATCH_FLOPS):
             yield batch
-            batch, size = [], 0
+            batch, size, flops = [], 0, 0.0
         batch.append(operator)
         size += operator.bytes or 0
+        flops += operator.flops or 0.0
     if batch:
         yield batch

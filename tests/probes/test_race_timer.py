@@ -6,17 +6,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
-from aivmm.probes import wire
+from aivmm.probes import timer, wire
 from aivmm.probes.client import Worker, WorkerDied
 from aivmm.probes.machine import freeze, thaw
 from aivmm.probes.operations import save_arrays
 from aivmm.probes.race import Contestant, apart_of, race, versus
-from aivmm.probes.timer import BATCH_BELOW_S, time_steps, warm_up
+from aivmm.probes.timer import BATCH_BELOW_S, is_tight, one, time_steps, warm_up
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a frozen worker with its parent")
 
@@ -93,6 +94,29 @@ def test_several_steps_give_one_duration_and_warm_up_too() -> None:
 
 
 # --- freezing ---
+
+
+# Of evenly spread durations the interval is spread * 1.96 / sqrt(n) wide: below 2 % from 24 on, with whole ranks and looks by fives at 30.
+@pytest.mark.parametrize(("spread", "expected"), [(0.0, 20), (0.01, 20), (0.05, 30), (0.5, 100)])
+def test_timing_stops_when_the_median_is_known_well_enough(monkeypatch: pytest.MonkeyPatch, spread: float, expected: int) -> None:
+    """The clock is made of numbers: durations of 1 ms, evenly spread around that; 0.1 s is a hundred of them."""
+    now, count = 0.0, 0
+
+    def step() -> None:
+        nonlocal now, count
+        now += 1e-3 * (1 + spread * ((count * 0.618034) % 1 - 0.5))
+        count += 1
+
+    monkeypatch.setattr(timer, "time", SimpleNamespace(perf_counter=lambda: now))
+    found = one(step, 0.1, 5, 1000, 1, tight=0.01)
+    assert abs(len(found) - expected) <= (1 if expected == 100 else 0)
+    assert is_tight(found, 0.01) == (expected < 100)
+    now, count = 0.0, 0
+    assert abs(len(one(step, 0.1, 5, 1000, 1)) - 100) <= 1
+
+
+def test_few_durations_are_never_enough() -> None:
+    assert not is_tight([1.0] * 19, 0.01) and is_tight([1.0] * 20, 0.01)
 
 
 @LINUX

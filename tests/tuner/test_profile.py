@@ -189,11 +189,12 @@ def test_a_budget_that_is_spent_skips_and_says_so(folder: Path, found: dict[str,
     assert any("--budget" in note for note in result["notes"])
 
 
-def test_batches_are_small_in_number_and_in_bytes() -> None:
-    def made(size: int) -> Operator:
-        return Operator(signature=str(size), op_type="Relu", domain="", description="", count=1, nodes=("n",), flops=1.0, bytes=size)
+def test_batches_are_small_in_number_in_bytes_and_in_work() -> None:
+    def made(size: int, flops: float = 1.0) -> Operator:
+        return Operator(signature=str(size), op_type="Relu", domain="", description="", count=1, nodes=("n",), flops=flops, bytes=size)
 
-    assert [len(each) for each in _batches([made(1)] * 20)] == [16, 4]
+    assert [len(each) for each in _batches([made(1)] * 40)] == [32, 8]
+    assert [len(each) for each in _batches([made(1, 3e9)] * 5)] == [2, 2, 1]
     assert [len(each) for each in _batches([made(200 << 20)] * 3)] == [1, 1, 1]
     assert list(_batches([])) == []
 
