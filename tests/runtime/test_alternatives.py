@@ -19,6 +19,7 @@ from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
 from aivmm.tuner.emit import Emitter, Other
 from tests.making import chain_model, normal, write_model
+from tests.tuner.harness import MODELS
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +100,32 @@ def test_what_the_plan_does_not_keep_is_refused_with_what_it_does(bundle: Path) 
     with pytest.raises(UsageError, match="no alternative for 'energy'") as refused:
         aivmm.load_plan(bundle, alternative="energy")
     assert "throughput (candidate 2); memory (candidate 3)" in refused.value.advice
+
+
+def test_a_models_state_may_have_its_batch_anywhere(tmp_path: Path) -> None:
+    """Silero's is [2, batch, 128]: its plan for latency and throughput ended in a traceback."""
+    source = MODELS / "silero_vad_16k_op15.onnx"
+    if not source.exists():
+        pytest.skip("../shared/models is not there")
+    target = next(each for each in load_backend("onnxruntime").targets() if isinstance(each, Target) and each.name == "CPU")
+    emitters, drafts = {}, {}
+    for rows in (1, 4):
+        facts = prepare(source, tmp_path / f"model-{rows}.onnx", batch=rows)
+        emitters[rows] = Emitter(
+            tmp_path / f"model-{rows}.onnx", facts, analyse(tmp_path / f"model-{rows}.onnx"), tmp_path / f"segments-{rows}", version="test"
+        )
+        piece = Piece(target=target, config=Config(precision="fp32"), first=0, last=_last(emitters[rows]))
+        drafts[rows] = Draft(name=f"{rows} rows", pieces=(piece,), batch=rows)
+    other = Other(draft=drafts[4], objective="throughput", expected={}, emitter=emitters[4])
+    emitters[1].write(drafts[1], tmp_path / "plan.aivmm", objective="latency,throughput", alternatives=[other])
+    for each in emitters.values():
+        each.close()
+    random = np.random.default_rng(0)
+    audio, state = (0.1 * random.normal(size=shape).astype(np.float32) for shape in ((4, 512), (2, 4, 128)))
+    rate = np.array(16000, np.int64)
+    with Engine.load(tmp_path / "plan.aivmm") as one, Engine.load(tmp_path / "plan.aivmm", alternative="throughput") as four:
+        found = four.run({"input": audio, "state": state, "sr": rate})
+        for row in range(4):
+            alone = one.run({"input": audio[row : row + 1], "state": np.ascontiguousarray(state[:, row : row + 1]), "sr": rate})
+            np.testing.assert_allclose(found["output"][row : row + 1], alone["output"], atol=1e-5)
+            np.testing.assert_allclose(found["stateN"][:, row : row + 1], alone["stateN"], atol=1e-5)
