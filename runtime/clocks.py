@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -24,8 +23,7 @@ class StageClock:
     __slots__ = ("_count", "_durations", "_lock", "_total_ns", "fresh", "late_bytes", "wait_count", "wait_ns", "waits")
 
     def __init__(self) -> None:
-        # Not counted yet. Eight bytes each, side by side: a list of numbers brings a new object, and a new line of memory, with each call.
-        self.fresh = array("q")
+        self.fresh: deque[int] = deque()  # not counted yet; no list, which asks for more memory every ten calls
         self._durations: deque[int] = deque(maxlen=_RING)
         self._count = 0
         self._total_ns = 0
@@ -35,11 +33,11 @@ class StageClock:
         self.wait_count = 0
         self.late_bytes = 0  # of outputs whose size is known only after the run
 
-    def fold(self) -> array[int]:
+    def fold(self) -> list[int]:
         """Count what is fresh, and return it."""
         with self._lock:
-            new = self.fresh[:]
-            del self.fresh[: len(new)]
+            new = list(self.fresh)
+            self.fresh.clear()
             self._durations.extend(new)
             self._count += len(new)
             self._total_ns += sum(new)

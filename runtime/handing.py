@@ -32,16 +32,6 @@ class _Memory:
         self.__array_interface__ = array.__array_interface__
 
 
-def _alone() -> int:
-    """Return what is counted of an array that is in a slot's `faces` and nowhere else, by a loop as in `_is_free` and `Lane.call`."""
-    for _, face in (("", np.empty(0)),):
-        return getrefcount(face)
-    raise AssertionError
-
-
-ALONE = _alone()
-
-
 def counts_references() -> bool:
     """Say whether this interpreter's reference counts are exact: CPython's, with its global lock."""
     return sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
@@ -50,10 +40,12 @@ def counts_references() -> bool:
 class Slot:
     """One request of a stage, its output arrays, and what shows them to callers: `faces`, none where callers get copies.
 
-    `after` is the one to look at next: what was handed out longest ago is the first that nobody has any more.
+    `after` is the one to look at next: what was handed out longest ago is the first that nobody has any more. `alone` is what is counted of
+    a face that no caller has. How many of our own references there are to count hangs on the way it is asked, and on the interpreter: so it
+    is asked at first, in the same way. Where there is one output only, `face` is its face, and `face_alone` what is counted by that way.
     """
 
-    __slots__ = ("after", "arrays", "faces", "request", "runs", "stale")
+    __slots__ = ("after", "alone", "arrays", "face", "face_alone", "faces", "request", "runs", "stale")
 
     def __init__(self, executable: Executable, outputs: Sequence[TensorSpec], *, lent: bool) -> None:
         self.after: Slot | None = None
@@ -67,11 +59,20 @@ class Slot:
             arrays.append((spec.name, array))
         self.arrays: tuple[tuple[str, Buffer], ...] = tuple(arrays)
         self.faces: tuple[tuple[str, Buffer], ...] = tuple((name, _face(array)) for name, array in arrays) if lent else ()
+        self.face = self.faces[0][1] if len(self.faces) == 1 else None
+        self.alone = _count(self)
+        self.face_alone = getrefcount(self.face)
+
+
+def _count(slot: Slot) -> int:
+    for _, face in slot.faces:
+        return getrefcount(face)
+    return 0
 
 
 def _is_free(slot: Slot) -> bool:
-    for _, face in slot.faces:  # noqa: SIM110 - counted as `_alone` counts
-        if getrefcount(face) > ALONE:
+    for _, face in slot.faces:  # noqa: SIM110 - counted as `alone` was
+        if getrefcount(face) > slot.alone:
             return False
     return True
 
@@ -167,15 +168,14 @@ class Handing:
         try:
             slot.runs()
         except Exception as error:
-            known = self.explained(error)
-            if known is error:
-                raise
-            raise known from error
+            self.refuse(error)
+            raise
 
-    def explained(self, error: Exception) -> Exception:
-        """Return what a run is said to have failed of: the runtime's words in an error of ours, or the error as it is."""
+    def refuse(self, error: Exception) -> None:
+        """Raise what a run is said to have failed of: the runtime's words in an error of ours; nothing where they are not the runtime's."""
         known = None if self._explained is None or isinstance(error, AivmmError) else self._explained(error)
-        return error if known is None else known
+        if known is not None:
+            raise known from error
 
     def output(self, name: str) -> Buffer:
         """Return the array that the last run wrote; a later run overwrites it."""
@@ -183,6 +183,10 @@ class Handing:
 
     def hand_out(self) -> dict[str, Buffer]:
         """Return what the last run wrote, in arrays that are the caller's own."""
-        if self.now.faces:
-            return {name: face.view() for name, face in self.now.faces}
-        return {name: array.copy() for name, array in self.now.arrays}
+        return self.given(self.now)
+
+    def given(self, slot: Slot) -> dict[str, Buffer]:
+        """Return what a request's last run wrote, in arrays that are the caller's own."""
+        if slot.faces:
+            return {name: face.view() for name, face in slot.faces}
+        return {name: array.copy() for name, array in slot.arrays}

@@ -5,7 +5,6 @@ A lane is a caller's turn in a sequential plan (one thread runs all its steps) a
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from sys import getrefcount
 from time import perf_counter_ns
@@ -18,7 +17,7 @@ from aivmm.runtime.backend import Buffer, DeviceTensor, DeviceTensors, Executabl
 from aivmm.runtime.clocks import StageClock
 from aivmm.runtime.drift import BLOCK
 from aivmm.runtime.feed import Feed, wanted_buffer
-from aivmm.runtime.handing import ALONE, Handing, counts_references, direct_call
+from aivmm.runtime.handing import Handing, counts_references, direct_call
 from aivmm.runtime.inputs import is_numpy, refuse_unknown
 from aivmm.runtime.plan import Stage
 from aivmm.tensors import TensorSpec
@@ -71,8 +70,8 @@ class Lane:
             self._requests.append(self._handing)
         self.clocks = [StageClock() for _ in stages]
         self.watch: Callable[[Sequence[int]], None] | None = None  # takes the durations of runs, in nanoseconds, by whole blocks
-        self._whole = array("q")  # durations of runs of several stages
-        self._rest = array("q")  # of the block that is not whole yet
+        self._whole: list[int] = []  # durations of runs of several stages
+        self._rest: list[int] = []  # of the block that is not whole yet
         self._due_ns = 0  # when what was timed is counted next
         self._so_far_ns = 0  # of a run that is taken by steps
         self._buffers: dict[str, Buffer] = {}
@@ -112,20 +111,21 @@ class Lane:
     def _new_call(self) -> Callable[[Mapping[str, Any]], dict[str, Buffer]]:
         """Return `run` for a lane of one stage, in one function; `run` itself for all others.
 
-        A model leaves the caches cold, and then each line of memory that is touched costs a part of the ten microseconds that the whole
-        engine may take: so there are few of them, one after another. What the function refers to lies side by side, in its defaults.
+        A model leaves the caches cold, and then each line of memory that is touched, the interpreter's own too, costs a part of the ten
+        microseconds that the whole engine may take: so there are few steps, and what they refer to lies side by side, in the defaults.
         """
         handing = self._handing
         if handing is None or len(self._steps) != 1 or self._fixed or self._readers:
             return self.run
         self.short = True
+        if len(self._feeds) == 1 and len(handing.private.arrays) == 1:
+            return self._new_call_of_one(handing)
 
         def call(
             inputs: Mapping[str, Any],
             lane: Lane = self,
             feeds: tuple[tuple[str, Feed], ...] = tuple((each.name, each) for each in self._feeds),
             references: Callable[[object], int] = getrefcount,
-            alone: int = ALONE,
             clock: Callable[[], int] = perf_counter_ns,
             took: Callable[[int], None] = self.clocks[0].fresh.append,
             handing: Handing = handing,
@@ -139,7 +139,7 @@ class Lane:
             slot = handing.turn  # `Handing.next` without its call
             if slot is not None:
                 for _, face in slot.faces:
-                    if references(face) > alone:
+                    if references(face) > slot.alone:
                         slot = None
                         break
             if slot is None:
@@ -151,21 +151,54 @@ class Lane:
             try:
                 slot.runs()
             except Exception as error:
-                known = handing.explained(error)
-                if known is error:
-                    raise
-                raise known from error
+                handing.refuse(error)
+                raise
             now = clock()
             took(now - started_ns)
             if now >= lane._due_ns:
                 lane._fold(now)
-            outputs = {}
-            for name, face in slot.faces:
-                outputs[name] = face.view()
-            if not outputs:
-                for name, array in slot.arrays:
-                    outputs[name] = array.copy()
-            return outputs
+            return handing.given(slot)
+
+        return call
+
+    def _new_call_of_one(self, handing: Handing) -> Callable[[Mapping[str, Any]], dict[str, Buffer]]:
+        """Return the same for one input and one output, which most models have."""
+        (feed,) = self._feeds
+        ((output, _),) = handing.private.arrays
+
+        def call(
+            inputs: Mapping[str, Any],
+            lane: Lane = self,
+            name: str = feed.name,
+            feed: Feed = feed,
+            references: Callable[[object], int] = getrefcount,
+            clock: Callable[[], int] = perf_counter_ns,
+            took: Callable[[int], None] = self.clocks[0].fresh.append,
+            handing: Handing = handing,
+            output: str = output,
+        ) -> dict[str, Buffer]:
+            array = inputs.get(name)
+            if array is not feed.bound:
+                feed.take(array)
+            if len(inputs) != 1:
+                refuse_unknown(inputs, lane._specs)
+            slot = handing.turn
+            if slot is None or references(slot.face) > slot.face_alone:
+                slot = handing.another()
+            handing.turn = slot.after
+            if slot.stale:
+                handing.catch_up(slot)
+            started_ns = clock()
+            try:
+                slot.runs()
+            except Exception as error:
+                handing.refuse(error)
+                raise
+            now = clock()
+            took(now - started_ns)
+            if now >= lane._due_ns:
+                lane._fold(now)
+            return handing.given(slot) if slot.face is None else {output: slot.face.view()}
 
         return call
 
