@@ -16,6 +16,8 @@ from onnx.reference import ReferenceEvaluator
 from aivmm.errors import UsageError
 from aivmm.models.input_contract import InputContract, Normalisation, parse_normalise
 from aivmm.models.inputs import load_inputs, make_inputs
+from aivmm.models.lowering import lower
+from aivmm.models.lowering_recipes import recipes
 from aivmm.models.prepare import prepare
 from aivmm.models.records import ModelFacts
 from aivmm.tuner.options import TuneOptions
@@ -215,6 +217,18 @@ def test_samples_made_up_for_pixels_are_images(tmp_path: Path) -> None:
     x = sample["x"].astype(np.float64)
     assert sample["x"].dtype == np.uint8 and x.max() - x.min() > 100
     assert np.abs(np.diff(x, axis=3)).mean() < x.std()  # neighbours are alike, as in photographs
+
+
+@pytest.mark.parametrize(("precision", "name"), [("fp16", "ort-half"), ("int8", "ort-minmax")])
+def test_what_takes_pixels_is_lowered_as_other_models_are(tmp_path: Path, precision: str, name: str) -> None:
+    _, path = prepared(image_model(tmp_path / "m.onnx", shape=(1, 3, 16, 16)), pixels_as(IMAGENET))
+    how = next(each for each in recipes(precision, "CNN") if each.name == name)
+    samples = [{"x": np.random.default_rng(seed).integers(0, 256, (1, 3, 16, 16)).astype(np.uint8)} for seed in range(8)]
+    lower(path, tmp_path / "low.onnx", how, samples)
+    assert onnx.load(tmp_path / "low.onnx").graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8
+    mine, theirs = (answer(each, samples[0]["x"]).astype(np.float64).ravel() for each in (tmp_path / "low.onnx", path))
+    assert not np.array_equal(mine, theirs)
+    assert mine @ theirs / (np.linalg.norm(mine) * np.linalg.norm(theirs)) > 0.999
 
 
 def test_samples_of_floats_are_no_pixels(tmp_path: Path) -> None:
