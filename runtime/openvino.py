@@ -13,10 +13,11 @@ import numpy as np
 from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Baseline, Buffer, Placement, Request, foreign_dtype, holds_foreign, is_foreign, raw_view
 from aivmm.runtime.config import Config, Knob, Setting
-from aivmm.runtime.cpu import cpu_device, usable_cores
+from aivmm.runtime.cpu import cpu_device
 from aivmm.runtime.nvidia import same_card
 from aivmm.runtime.nvml import nvidia_devices
 from aivmm.runtime.onnx_interface import read_interface
+from aivmm.runtime.openvino_knobs import cpu_knobs, gpu_knobs, npu_knobs
 from aivmm.runtime.remedies import remedy
 from aivmm.runtime.target import Device, DeviceKind, Target, Unavailable
 from aivmm.tensors import TensorSpec
@@ -119,7 +120,7 @@ class OpenVino:
         """List what can be tuned on `target`: those of its knobs that the device itself says may be written."""
         writable = {name for name, mode in _core().get_property(_device(target), "SUPPORTED_PROPERTIES").items() if mode != "RO"}
         kind = target.device.kind
-        knobs = _cpu_knobs() if kind == "cpu" else _gpu_knobs(_most_streams(target)) if kind == "gpu" else _npu_knobs()
+        knobs = cpu_knobs() if kind == "cpu" else gpu_knobs(_most_streams(target)) if kind == "gpu" else npu_knobs()
         return tuple(knob for knob in knobs if knob.name in writable)
 
     def baselines(self, targets: Sequence[Target], objective: str) -> Sequence[Baseline]:
@@ -284,73 +285,12 @@ def _device(target: Target) -> str:
     return "GPU" if target.name == "GPU.0" and "GPU" in _core().available_devices else target.name
 
 
-def _cpu_knobs() -> tuple[Knob, ...]:
-    cores = usable_cores()
-    serving = frozenset({"throughput", "energy"})
-    return (
-        Knob(
-            "INFERENCE_NUM_THREADS",
-            "int",
-            "more threads pay only while each has enough work",
-            low=1,
-            high=cores,
-            log=cores > 8,
-            default=cores,
-        ),
-        Knob("NUM_STREAMS", "int", "streams run requests side by side", low=1, high=cores, log=cores > 8, default=1, objectives=serving),
-        Knob(
-            "ENABLE_CPU_PINNING",
-            "choice",
-            "pinned threads keep their caches; a shared machine wants them free",
-            choices=(True, False),
-            default=True,
-        ),
-        Knob("ENABLE_HYPER_THREADING", "choice", "two threads on one core share its vector units", choices=(True, False), default=True),
-        Knob("TBB_PARTITIONER", "choice", "how work is divided between threads", choices=("AUTO", "STATIC"), default="STATIC"),
-        Knob(
-            "CPU_DENORMALS_OPTIMIZATION",
-            "choice",
-            "denormal numbers are slow; treating them as zero is checked numerically",
-            choices=(False, True),
-            default=False,
-        ),
-    )
-
-
 def _most_streams(target: Target) -> int:
     """Return how many streams the device takes: it refuses more (an NVIDIA card's plug-in takes 2)."""
     try:
         return int(_core().get_property(_device(target), "RANGE_FOR_STREAMS")[1])
     except (RuntimeError, TypeError, IndexError):
         return 1
-
-
-def _gpu_knobs(streams: int) -> tuple[Knob, ...]:
-    serving = frozenset({"throughput", "energy"})
-    return (
-        Knob("NUM_STREAMS", "int", "streams overlap copies with compute", low=1, high=streams, default=1, objectives=serving),
-        Knob("GPU_QUEUE_THROTTLE", "choice", "how eagerly the host polls the queue", choices=("LOW", "MEDIUM", "HIGH"), default="MEDIUM"),
-        Knob(
-            "GPU_HOST_TASK_PRIORITY",
-            "choice",
-            "priority of the host threads that feed the device",
-            choices=("LOW", "MEDIUM", "HIGH"),
-            default="MEDIUM",
-        ),
-    )
-
-
-def _npu_knobs() -> tuple[Knob, ...]:
-    return (
-        Knob("NPU_TURBO", "choice", "raises the clock where the platform allows it", choices=(False, True), default=False),
-        Knob(
-            "NPU_COMPILATION_MODE_PARAMS",
-            "choice",
-            "how hard the compiler optimises",
-            choices=("", "optimization-level=2 performance-hint-override=latency"),
-            default="",
-        ),
-    )
 
 
 class _Executable:
