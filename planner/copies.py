@@ -73,8 +73,9 @@ def best_copies(
     cores: Mapping[str, float] | None = None,
     tolerance: float = 0.0,
     refused: Sequence[Counts] = (),
+    least: int = 1,
 ) -> Counts:
-    """Return the plan of the greatest rate that no device's memory and cores forbid; {} where not one copy fits.
+    """Return the plan of the greatest rate that no device's memory and cores forbid; {} where there is none of `least` copies.
 
     Plans that hold all copies of a `refused` one are left out: what does not run does not run beside more.
 
@@ -97,16 +98,16 @@ def best_copies(
         return _rate(ways, counts, factors), -sum(counts.values())
 
     if math.prod(way.most + 1 for way in ways) <= _MOST_PLANS:
-        plans = list(filter(fits, _every(ways)))
-        least = max((worth(each)[0] for each in plans), default=0.0) / (1.0 + tolerance)
-        good = [each for each in plans if worth(each)[0] >= least * (1 - _SAME)]
+        plans = [each for each in _every(ways) if sum(each.values()) >= least and fits(each)]
+        enough = max((worth(each)[0] for each in plans), default=0.0) / (1.0 + tolerance)
+        good = [each for each in plans if worth(each)[0] >= enough * (1 - _SAME)]
         return min(good, key=lambda each: (sum(each.values()), -worth(each)[0]), default={})
     counts: Counts = {}
     while True:
         more = [{**counts, way.name: counts.get(way.name, 0) + 1} for way in ways if counts.get(way.name, 0) < way.most]
         best = max(filter(fits, more), key=worth, default=counts)
         if worth(best)[0] <= worth(counts)[0] * (1.0 + tolerance):
-            return counts
+            return counts if sum(counts.values()) >= least else {}
         counts = best
 
 

@@ -60,8 +60,8 @@ class Copier:
         batches = sorted({each.candidate.batch for each in known})
         places = {batch: self._places([each for each in known if each.candidate.batch == batch]) for batch in batches}
         ways = {batch: self._ways(places[batch]) for batch in batches}
-        hoped = {batch: best_copies(ways[batch], self.memory_bytes, {}, cores=self._cores(places[batch])) for batch in batches}
         # No plan of several is above what copies would answer if they left each other alone.
+        hoped = {batch: best_copies(ways[batch], self.memory_bytes, {}, cores=self._cores(places[batch]), least=2) for batch in batches}
         hopes = {batch: batch * math.fsum(rates(ways[batch], hoped[batch], {}).values()) for batch in batches}
         least = 0.0 if best_s is None else 1 / (WORTH * best_s)  # samples a second
         looks: dict[str, float] = {}  # what was measured, in words -> the samples a second that it promises

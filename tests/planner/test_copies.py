@@ -83,6 +83,14 @@ def test_copies_on_one_processor_have_no_more_threads_together_than_it_has_cores
     assert place_copies(whole, fixed(free, asked), cores={"cpu": 2.0}) is None
 
 
+def test_the_best_of_several_is_asked_for_where_one_alone_is_better() -> None:
+    ways = [way("a", 0.01, cores=2.0), way("b", 0.05, cores=2.0), *(way(name, 0.04, cores=1.0) for name in "cd")]
+    ways = [Way(name=each.name, device="cpu", seconds=each.seconds, cores=each.cores) for each in ways]
+    assert best_copies(ways, {}, {}, cores={"cpu": 2.0}) == {"a": 1}
+    assert best_copies(ways, {}, {}, cores={"cpu": 2.0}, least=2) == {"c": 1, "d": 1}
+    assert best_copies(ways[:2], {}, {}, cores={"cpu": 2.0}, least=2) == {}
+
+
 def test_copies_whose_factors_cannot_be_measured_are_no_plan() -> None:
     assert place_copies([way("a", 0.01), way("b", 0.01)], fixed({})) is None
     assert place_copies([way("a", 0.01)], fixed({})) is None
