@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from aivmm.probes import phases
@@ -12,6 +13,7 @@ from aivmm.probes.timer import time_steps
 from aivmm.runtime.engine import Engine
 
 _LEAST, _SETTLE, _ROUNDS = 5, 3, 4
+_TWIN_ROUNDS = 8  # each gives one number
 _LEAST_SEVERAL = 2  # completed calls of each thread, where several run at once
 
 Steps = Sequence[Callable[[], None]]
@@ -67,18 +69,21 @@ def _pair(slowed: Steps, beside: Steps, seconds: float) -> tuple[list[float], li
 
 
 def _twins(one: Steps, other: Steps, seconds: float) -> tuple[list[float], list[float]]:
-    """Return durations of the one alone, and of each of the two while both run, taken in turn."""
+    """Return the mean durations of the one alone, and of each of the two while both run, in windows taken in turn.
+
+    Both are means: a stall of the machine is in the mean of what both complete, and would not be in a median of the one's calls.
+    """
     alone: list[float] = []
     together: list[float] = []
-    for _ in range(_ROUNDS):
-        alone += _timed(one, seconds)
-        together += [2 * each for each in _timed([*one, *other], seconds)]
+    for _ in range(_TWIN_ROUNDS):
+        alone.append(fmean(_timed(one, seconds, _TWIN_ROUNDS)))
+        together += [2 * each for each in _timed([*one, *other], seconds, _TWIN_ROUNDS)]
     return alone, together
 
 
-def _timed(steps: Steps, seconds: float) -> list[float]:
+def _timed(steps: Steps, seconds: float, rounds: int = _ROUNDS) -> list[float]:
     least = _LEAST if len(steps) == 1 else _LEAST_SEVERAL
-    return time_steps(steps, seconds=seconds / (2 * _ROUNDS), least=least, settle=_SETTLE, each=True).durations
+    return time_steps(steps, seconds=seconds / (2 * rounds), least=least, settle=_SETTLE, each=True).durations
 
 
 def _until(run: Callable[[], None], ended: threading.Event) -> None:

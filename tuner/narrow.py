@@ -1,8 +1,7 @@
 """Parts of a processor: what runs beside something else there gets some of its cores, and its threads do not spin for each other.
 
-Two thread pools of all cores each on one processor are the worst of neighbours: a thread that waits for its pool's other threads, which the
-system does not run because the neighbour's threads spin, burns its whole slice. Of two copies with a thread for each of two cores,
-each call was seen to take 12 to 33 times as long as alone. So the cores are divided, as they are among several models (`ladder`).
+Two thread pools of all cores each on one processor wait for each other's time slices: a thread of one pool waits, spinning, for another one
+of it that the system does not run because the neighbour's threads spin. So the cores are divided, as they are among several models (`ladder`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from aivmm.tuner.measure import Counts
 from aivmm.tuner.work import Work
 
 Pair = tuple[str, str]
-_SECONDS = 0.4  # for each part beside each other one
+_SECONDS = 0.8  # for each part beside each other one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

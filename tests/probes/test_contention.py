@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from statistics import median
 
 from aivmm.probes.client import Worker
+from aivmm.probes.contention import _twins
 from aivmm.probes.operations import save_arrays
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal
 
@@ -24,3 +29,19 @@ def test_each_stage_is_timed_alone_and_beside_each_other_one(tmp_path: Path) -> 
         assert len(each["alone"]) >= 4
         assert len(each["together"]) >= 4
         assert min(each["alone"] + each["together"]) > 0
+
+
+def test_twins_that_leave_each_other_alone_are_not_slowed_by_the_stalls_that_each_has(tmp_path: Path) -> None:
+    """Of five calls one takes thirty times as long, alone as together: a mean beside a median would call that a factor of six."""
+
+    def step() -> Callable[[], None]:
+        turns = count()
+
+        def run() -> None:
+            time.sleep(0.03 if next(turns) % 5 == 0 else 0.001)
+
+        return run
+
+    alone, together = _twins([step()], [step()], 2.0)
+    assert len(alone) == len(together) == 8
+    assert median(together) < 2 * median(alone)
