@@ -49,7 +49,7 @@ class Ladder:
         best = min((score.ratio for _, _, score in scored), default=0.0)
         for candidate, threads, score in scored:
             if score.ratio <= _HOPELESS * best * threads_of(candidate.target) / threads:
-                self._add(work, candidate, threads, score)
+                self._add(work, candidate, threads, score, explorer.default_precision(candidate.target))
         self._keep_samples(work)
 
     def _candidates(self, work: Work, explorer: Explorer, target: Target) -> list[tuple[Candidate, int]]:
@@ -66,7 +66,7 @@ class Ladder:
         rungs = [(with_threads(best.config, knobs, threads), threads) for threads in thread_ladder(threads_of(target))]
         return [(replace(best, config=config), threads) for config, threads in rungs if config is not None] or [(best, 1)]
 
-    def _add(self, work: Work, candidate: Candidate, threads: int, score: Score) -> None:
+    def _add(self, work: Work, candidate: Candidate, threads: int, score: Score, default: str | None) -> None:
         device = "cpu" if candidate.target.device.kind == "cpu" else candidate.target.device.uid or str(candidate.target)
         units = self.units.setdefault(device, threads_of(candidate.target) if device == "cpu" else 1)
         path = self.folder / f"{len(self.bundles)}.aivmm"
@@ -86,10 +86,16 @@ class Ladder:
             )
             self.options.append(option)
             self.bundles[option.name] = path
-            self.texts[option.name] = describe(draft) + (f", {replicas} replicas" if replicas > 1 else "")
+            self.texts[option.name] = text_of(draft, default) + (f", {replicas} replicas" if replicas > 1 else "")
 
     def _keep_samples(self, work: Work) -> None:
         prepared = work.subject.at(work.subject.base_batch)
         self.sample, self.reference = self.folder / "sample.npz", self.folder / "reference.npz"
         shutil.copyfile(prepared.samples[0], self.sample)
         shutil.copyfile(prepared.references[0], self.reference)
+
+
+def text_of(draft: Draft, default: str | None) -> str:
+    """Say what a draft runs, and what its target computes in by default, where nobody asked for a precision and that is not fp32."""
+    silent = draft.pieces[0].config.precision is None and default not in (None, "fp32")
+    return describe(draft) + (f", {default} by default" if silent else "")

@@ -1,7 +1,7 @@
 """Parts of a processor: what runs beside something else there gets some of its cores, and its threads do not spin for each other.
 
 Two thread pools of all cores each on one processor wait for each other's time slices: a thread of one pool waits, spinning, for another one
-of it that the system does not run because the neighbour's threads spin. So the cores are divided, as they are among several models (`ladder`).
+of it that the system does not run because the neighbour's threads spin. So cores are divided, as they are among several models (`ladder`).
 """
 
 from __future__ import annotations

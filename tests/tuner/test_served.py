@@ -13,12 +13,14 @@ import pytest
 
 import aivmm
 from aivmm.errors import UsageError
+from aivmm.planner.candidates import Candidate, Draft
 from aivmm.planner.workload import Demand, Option, divide
 from aivmm.probes.operations import save_arrays
+from aivmm.runtime.config import Config
 from aivmm.runtime.family import open_family
 from aivmm.runtime.many import Engines
 from aivmm.tuner.entry import run
-from aivmm.tuner.ladder import Ladder
+from aivmm.tuner.ladder import Ladder, text_of
 from aivmm.tuner.options import TuneOptions
 from aivmm.tuner.progress import Silent
 from aivmm.tuner.served import WorkloadTuner, require_alone
@@ -27,6 +29,7 @@ from aivmm.tuner.serving_words import Words
 from aivmm.tuner.shapes import Wanted
 from aivmm.tuner.workload_file import Wish
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, reference, token_model, write_model
+from tests.planner.test_search import target
 from tests.tuner.harness import ONE_RUNTIME, SMALL, Finished, Place
 
 FEASIBLE = """
@@ -216,6 +219,20 @@ def test_what_a_machine_answers_at_most_is_that_of_its_widest_option() -> None:
     broken = {"a": replace(seen_of(demand, answer(latency_s=0.04), 0.999))}
     (text,) = told.why_not(Trial(division=division, seen=broken))
     assert text.endswith("two replicas answers 125/s at most.")
+
+
+@pytest.mark.parametrize(
+    ("precision", "default", "said"),
+    [
+        (None, "bf16", "toy:CPU, default settings, bf16 by default"),
+        (None, "fp32", "toy:CPU, default settings"),
+        (None, None, "toy:CPU, default settings"),
+        ("fp32", "bf16", "toy:CPU, default settings"),
+    ],
+)
+def test_a_precision_that_nobody_asked_for_is_said(precision: str | None, default: str | None, said: str) -> None:
+    candidate = Candidate(target=target(), config=Config(precision=precision))
+    assert text_of(Draft.whole("a", candidate, 1), default) == said
 
 
 @pytest.mark.parametrize(
