@@ -29,7 +29,7 @@ from aivmm.tuner.serving_words import Words
 from aivmm.tuner.shapes import Wanted
 from aivmm.tuner.workload_file import Wish
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, reference, token_model, write_model
-from tests.planner.test_search import target
+from tests.planner.test_search import target as made_up
 from tests.tuner.harness import ONE_RUNTIME, SMALL, Finished, Place
 
 FEASIBLE = """
@@ -231,7 +231,7 @@ def test_what_a_machine_answers_at_most_is_that_of_its_widest_option() -> None:
     ],
 )
 def test_a_precision_that_nobody_asked_for_is_said(precision: str | None, default: str | None, said: str) -> None:
-    candidate = Candidate(target=target(), config=Config(precision=precision))
+    candidate = Candidate(target=made_up(), config=Config(precision=precision))
     assert text_of(Draft.whole("a", candidate, 1), default) == said
 
 
