@@ -62,7 +62,10 @@ class Stage:
     @property
     def where(self) -> str:
         """`openvino:CPU (2 replicas) beside onnxruntime:CPU`."""
-        named = [each.target + (f" ({fmt.count(each.replicas, 'replica')})" if each.replicas > 1 else "") for each in self.places[:3]]
+        named = [
+            fmt.shorten(each.target, 60) + (f" ({fmt.count(each.replicas, 'replica')})" if each.replicas > 1 else "")
+            for each in self.places[:3]
+        ]
         return " beside ".join([*named, *([f"{len(self.places) - 3} more"] if len(self.places) > 3 else [])])
 
     @property
