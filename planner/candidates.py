@@ -120,7 +120,7 @@ class Draft:
     batch: int = 1
     callers: int = 1
     mode: Literal["sequential", "pipelined"] = "sequential"  # pipelined: its stages run at once, each on another request
-    depth: int = 2  # pipelined: requests in flight for each stage and replica
+    depth: int = 3  # pipelined: requests in flight for each stage and replica
 
     @classmethod
     def whole(cls, name: str, candidate: Candidate, blocks: int) -> Draft:

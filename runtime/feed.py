@@ -97,11 +97,12 @@ class Feed:
         Raises:
             UsageError: as `take`.
         """
-        if elsewhere(array):
-            raise UsageError(
-                f"the input {self.name!r} lies on a device, and is to be copied on the host", advice="use run or run_on_device"
-            )
-        array = checked(array, self._spec, self._known)
+        if not (type(array) is ndarray and array.dtype is self._dtype and array.shape == self._shape):
+            if elsewhere(array):
+                raise UsageError(
+                    f"the input {self.name!r} lies on a device, and is to be copied on the host", advice="use run or run_on_device"
+                )
+            array = checked(array, self._spec, self._known)
         own = self.own()
         if own is None:
             self._bind(array.copy())
