@@ -149,7 +149,7 @@ class Execution(Strict, frozen=True, kw_only=True):
     """How the stages are run. Replicas are the stages' own."""
 
     mode: Literal["sequential", "pipelined"] = "sequential"  # pipelined: each stage on a thread of its own
-    depth: Annotated[int, Meta(ge=1, le=64)] = 3  # pipelined: requests in flight for each stage and replica; 2 wait too often, runs take unequally long
+    depth: Annotated[int, Meta(ge=1, le=64)] = 3  # pipelined: in flight for each stage and replica; of 2 too often none waits
     batching: Batching | None = None
 
 

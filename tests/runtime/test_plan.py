@@ -98,7 +98,7 @@ def test_a_plan_cannot_be_changed() -> None:
 
 def test_how_stages_are_run_is_part_of_a_plan_and_old_plans_run_one_after_the_other() -> None:
     old = parse_plan(json.dumps(raw()), "plan.json")
-    assert old.execution == Execution(mode="sequential", depth=2, batching=None) and [each.replicas for each in old.stages] == [1, 1]
+    assert old.execution == Execution(mode="sequential", depth=3, batching=None) and [each.replicas for each in old.stages] == [1, 1]
     plan = raw(execution={"mode": "pipelined", "depth": 3, "batching": {"max_batch": 8, "max_wait_s": 0.002}})
     plan["stages"][0]["replicas"] = 2
     new = parse_plan(json.dumps(plan), "plan.json")

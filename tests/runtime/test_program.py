@@ -138,7 +138,7 @@ def test_nothing_is_copied_between_stages_whatever_lane_it_is(load: Load, execut
     parts = [Part(OPENVINO, 0, 3, replicas=2), Part(ONNXRUNTIME, 4, 5), Part(ONNXRUNTIME, 6, 6), Part(OPENVINO, 7)]
     engine = load(model, parts, execution=execution)
     lanes = engine._program.lanes
-    assert len(lanes) == engine.stats()["lanes"] == (2 if execution.mode == "sequential" else 2 * 4 * 2)
+    assert len(lanes) == engine.stats()["lanes"] == (2 if execution.mode == "sequential" else 2 * 4 * 3)
     list(engine.stream({"x": normal(2, 32, seed=seed)} for seed in range(40)))
     seen = set()
     for lane in lanes:
