@@ -48,7 +48,8 @@ from aivmm.models.order import PreparedGraph
 from aivmm.models.prepare import prepare
 from aivmm.models.slice import Slicer, WeightStore
 from aivmm.probes.accuracy import judge
-from aivmm.probes.operations import ExecutableRunner, load_arrays, save_arrays
+from aivmm.probes.arrays import load_arrays, save_arrays
+from aivmm.probes.runners import ExecutableRunner
 from aivmm.runtime.backend import Backend, Buffer
 from aivmm.runtime.config import Config
 from aivmm.runtime.cpu import cpu_device

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from aivmm.probes.arrays import load_arrays
 from aivmm.probes.compare import APART, compare
 from aivmm.probes.lab import Lab
 from aivmm.probes.machine import measuring, wait_until_quiet
-from aivmm.probes.operations import load_arrays
 from aivmm.probes.records import Samples
 from aivmm.runtime.cpu import cpu_device
 

@@ -80,7 +80,7 @@ def inputs_of(model_plan: Path, destination: Path) -> Path:
     """Write zeros that the plan's inputs take: which values they are does not matter to the time of these models."""
     import numpy as np
 
-    from aivmm.probes.operations import save_arrays
+    from aivmm.probes.arrays import save_arrays
 
     plan = json.loads((model_plan / "plan.json").read_text())
     arrays = {each["name"]: np.zeros([extent or 1 for extent in each["shape"]], each["dtype"]) for each in plan["model"]["inputs"]}

@@ -22,7 +22,7 @@ from aivmm.runtime.target import Target
 if TYPE_CHECKING:
     import onnx
 
-    from aivmm.probes.operations import State
+    from aivmm.probes.runners import State
 
 # Two units in the last place of a bfloat16: what the suite itself allows for that type.
 _BFLOAT16_RTOL = 2**-6

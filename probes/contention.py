@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from aivmm.probes import phases
+from aivmm.probes.arrays import load_arrays
 from aivmm.probes.timer import time_steps
 from aivmm.runtime.engine import Engine
 
@@ -28,8 +29,6 @@ def contention(state: Any, *, bundle: str, inputs: str, seconds: float, actors: 
     `alone` and `together`: seconds from one completed run of the slowed to the next. They run on what the engine has bound, with the values
     of one run of `inputs`: each writes what it has written before.
     """
-    from aivmm.probes.operations import load_arrays  # here: it lists this module's operations
-
     with Engine.load(Path(bundle), cache=False) as engine:
         phases.enter(phases.RUN)
         arrays = load_arrays(inputs)

@@ -16,7 +16,7 @@ from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
 
 if TYPE_CHECKING:
-    from aivmm.probes.operations import State
+    from aivmm.probes.runners import State
 
 _WARM_UP = 3
 _LEAST_COPIES, _LEAST_S = 10, 0.03

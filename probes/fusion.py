@@ -22,7 +22,7 @@ from aivmm.runtime.target import Target
 if TYPE_CHECKING:
     import onnx
 
-    from aivmm.probes.operations import State
+    from aivmm.probes.runners import State
 
 _NO_WORK = frozenset(("Input", "Output", "Const", "Parameter", "Result"))  # layer types of OpenVINO that compute nothing
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aivmm.errors import UsageError
+from aivmm.probes.arrays import load_arrays
 
 if TYPE_CHECKING:
     from aivmm.models.lowering_recipes import Recipe
@@ -25,7 +26,6 @@ def lower(
         Unsupported: the recipe does not apply to this model; with the reason.
     """
     from aivmm.models.lowering_cache import lower_cached
-    from aivmm.probes.operations import load_arrays
 
     chosen = _recipe(recipe, options)
     made = lower_cached(Path(model), Path(folder), chosen, [load_arrays(each) for each in samples], content=content)
@@ -94,7 +94,6 @@ def sensitivity(
     """
     from aivmm.models.lowering_cache import calibration_digest
     from aivmm.models.lowering_parts import Taken
-    from aivmm.probes.operations import load_arrays
 
     inputs, expected = [load_arrays(each) for each in samples], [load_arrays(each) for each in references]
     key = hashlib.sha256(f"{most}.{blocks}.{calibration_digest(inputs)}".encode()).hexdigest()[:16]
@@ -139,7 +138,6 @@ def noise(
 ) -> dict[str, Any]:
     """Say how much noise a lowered model adds when the operators named in `plain` stay as they were."""
     from aivmm.models.lowering_parts import Taken
-    from aivmm.probes.operations import load_arrays
 
     with Taken(Path(model), Path(lowered), _recipe(recipe, options)) as taken:
         found = taken.noise(plain, [load_arrays(each) for each in samples], [load_arrays(each) for each in references])

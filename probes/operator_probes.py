@@ -9,22 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from aivmm.errors import AivmmError, Unsupported
 from aivmm.probes import phases, wire
+from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.machine import wait_until_quiet
+from aivmm.probes.runners import ExecutableRunner, State
 from aivmm.runtime.backend import Backend, Buffer, Executable, aligned_empty
 from aivmm.runtime.cpu import usable_cores
 from aivmm.runtime.onnx_interface import read_interface
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
 from aivmm.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from aivmm.probes.operations import State
 
 _LEAST = 5  # durations of each operator,
 _SLOW_S, _SLOW_LEAST = 0.1, 3  # but not so many of one that takes so long
@@ -91,7 +90,7 @@ def _timed(state: State, ready: _Ready, seconds: float, least: int) -> dict[str,
     executable = ready.executable
     try:
         dense = {spec.name: _pooled(spec, seed) for seed, spec in enumerate(ready.dense)}
-        runner = operations.ExecutableRunner(executable, {**ready.inputs, **dense}, 1, private=dense.keys())
+        runner = ExecutableRunner(executable, {**ready.inputs, **dense}, 1, private=dense.keys())
         state.runners[name] = runner
         started = time.perf_counter()
         runner.steps[0]()
@@ -124,8 +123,6 @@ def _inputs(model: Path, values: str) -> tuple[dict[str, Buffer], list[TensorSpe
 
     Returned apart are the inputs that take any large tensor; see `_pooled`.
     """
-    from aivmm.probes.operations import load_arrays
-
     known = load_arrays(values) if values else {}
     specs = [spec for spec in read_interface(model).inputs if spec.name not in known]
     dense = [spec for spec in specs if _is_dense(spec)]
@@ -171,8 +168,6 @@ def tensor_values(
     since it may have external data there.
     """
     import onnx
-
-    from aivmm.probes.operations import ExecutableRunner, load_arrays, save_arrays
 
     where = wire.target_in(target)
     assert isinstance(where, Target)

@@ -13,6 +13,7 @@ import numpy as np
 from aivmm.errors import AivmmError
 from aivmm.probes import phases
 from aivmm.probes.accuracy import judge
+from aivmm.probes.arrays import load_arrays
 from aivmm.runtime.backend import Buffer
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.many import Engines, ShapedEngine, load, load_one
@@ -25,8 +26,6 @@ _LEAST_ALONE = 5.0  # requests that have to be expected of a rate to time a mode
 
 def fit(state: Any, *, bundle: str, samples: list[str], references: list[str]) -> dict[str, Any]:
     """Load the one model of `bundle`, run each sample, and judge its outputs against its reference."""
-    from aivmm.probes.operations import load_arrays  # here: it lists this module's operations
-
     judged = []
     with load_one(bundle, cache=False) as engine:  # of bundles that are thrown away
         phases.enter(phases.RUN)
@@ -60,8 +59,6 @@ def load_shaped(state: Any, *, name: str, bundle: str, samples: list[str]) -> di
 
     Returns how long the first and the second call of each took, `first_s` and `second_s`: some runtimes prepare for each new shape.
     """
-    from aivmm.probes.operations import load_arrays
-
     engine = load_one(bundle, cache=False)
     phases.enter(phases.RUN)
     times: list[list[float]] = []
@@ -138,8 +135,6 @@ def serve(state: Any, *, bundle: str, models: dict[str, dict[str, Any]], seconds
     each name how close its answers are, and of both services the `latencies_s`, `durations_s`, and how many requests were `offered` and
     `served`.
     """
-    from aivmm.probes.operations import load_arrays
-
     with load(bundle) as engines:
         assert isinstance(engines, Engines)
         phases.enter(phases.RUN)

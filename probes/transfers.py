@@ -27,7 +27,7 @@ from aivmm.runtime.target import Target
 from aivmm.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    from aivmm.probes.operations import State
+    from aivmm.probes.runners import State
 
 SIZES_BYTES = tuple(1 << power for power in range(8, 27, 2))  # 256 B to 64 MiB
 _ROUNDS = 5

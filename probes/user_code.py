@@ -20,10 +20,11 @@ from aivmm.models.dataset import digest, read_samples, split_indices
 from aivmm.models.dataset_shapes import declared_inputs
 from aivmm.models.user_function import UserFunction, text_of
 from aivmm.probes import wire
+from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.client import Worker, WorkerDied
 
 if TYPE_CHECKING:
-    from aivmm.probes.operations import State
+    from aivmm.probes.runners import State
 
 _METRIC_ARGUMENTS = ("samples", "outputs")
 
@@ -36,8 +37,6 @@ def dataset(
     `source` is the model's file: where samples have other shapes than `specs`, it says which ones can be tuned for. `extras` maps the file
     of a sample to the file of what is no input; samples without such are not in it.
     """
-    from aivmm.probes.operations import save_arrays  # it imports us
-
     paths: list[str] = []
     digests: list[str] = []
     extras: dict[str, str] = {}
@@ -95,8 +94,6 @@ def metric(state: State, *, function: str, samples: list[str], extras: list[str]
     Raises:
         UsageError: it is missing, raises, or returns anything but one finite number.
     """
-    from aivmm.probes.operations import load_arrays  # it imports us
-
     found = UserFunction.find(function, option="--metric", arguments=_METRIC_ARGUMENTS)
     pairs = zip(samples, extras, strict=True)
     given = [{**load_arrays(sample), **(load_arrays(extra) if extra else {})} for sample, extra in pairs]

@@ -34,7 +34,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends us when it is done
     _say_where_we_end()
     _be_the_first_to_go()
-    from aivmm.probes.operations import OPERATIONS, State
+    from aivmm.probes.operations import OPERATIONS
+    from aivmm.probes.runners import State
 
     gc.disable()  # a collection in the middle of a timed block would be measured; workers live for minutes and hold little
     state = State()

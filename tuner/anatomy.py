@@ -14,12 +14,12 @@ from aivmm.errors import AivmmError
 from aivmm.models.records import Block
 from aivmm.planner.evidence import Estimate, measured
 from aivmm.probes import wire
+from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.ceilings import Ceilings
 from aivmm.probes.client import WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.compare import cautions
 from aivmm.probes.lab import Lab
 from aivmm.probes.machine import measuring, wait_until_quiet
-from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.probes.records import Failed, Measured, Outcome, ProbeKey, Refused, Samples
 from aivmm.runtime.config import Config
 from aivmm.runtime.environment import environment_of

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from aivmm.errors import UsageError
 from aivmm.models.dataset import Sample, digest, split_indices
+from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.lab import Data, Lab
-from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.runtime.family import Bucket
 from aivmm.runtime.fitting import Fitter
 from aivmm.tensors import TensorSpec

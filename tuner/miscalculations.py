@@ -10,9 +10,9 @@ from aivmm.errors import AivmmError
 from aivmm.models.order import PreparedGraph
 from aivmm.models.records import Block, Structure
 from aivmm.models.slice import Slicer, WeightStore
+from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.client import WorkerDied
 from aivmm.probes.lab import Lab
-from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Target
 from aivmm.tuner.anatomy import answers, tolerance, wrong_numbers

@@ -12,12 +12,12 @@ from aivmm.db.database import Database
 from aivmm.errors import AivmmError, Unsupported
 from aivmm.models.records import Operator
 from aivmm.probes import wire
+from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.ceilings import Ceiling, Ceilings, call_ceiling, copy_ceilings, grows, matmul_ceiling, rates
 from aivmm.probes.client import WorkerDied
 from aivmm.probes.compare import cautions
 from aivmm.probes.lab import Lab
 from aivmm.probes.machine import measuring
-from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.probes.records import Failed, Measured, Outcome, ProbeKey, Refused, Samples
 from aivmm.runtime.config import Config
 from aivmm.runtime.environment import environment_of

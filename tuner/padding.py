@@ -16,9 +16,9 @@ from aivmm.errors import AivmmError
 from aivmm.models.input_contract import InputContract
 from aivmm.models.records import ModelFacts
 from aivmm.probes.accuracy import judge
+from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.client import WorkerDied
 from aivmm.probes.lab import Lab, Loaded
-from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.runtime.config import Config
 from aivmm.runtime.family import Bucket, Crop, Dimension, Padding
 from aivmm.runtime.fitting import Fitter

@@ -8,8 +8,8 @@ from pathlib import Path
 from aivmm.errors import AivmmError, ModelError
 from aivmm.models.records import Block
 from aivmm.probes.accuracy import judge
+from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.client import WorkerDied
-from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.runtime.backend import Buffer
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Target

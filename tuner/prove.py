@@ -13,9 +13,9 @@ from aivmm.planner.objectives import OBJECTIVES, Objective
 from aivmm.probes import conditions
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.machine import BackgroundLoad, measuring, wait_until_quiet
-from aivmm.probes.operations import BATCH_BELOW_S
 from aivmm.probes.race import Contestant, RaceState, block_s, leader_of, race, runs_single
 from aivmm.probes.records import Samples
+from aivmm.probes.timer import BATCH_BELOW_S
 from aivmm.runtime.target import Target
 from aivmm.tuner.joules import ENERGY, absent, counts_cards_only, device_memory, energy_metrics, why_no_energy
 from aivmm.tuner.judging import Judge, Metric

@@ -17,9 +17,9 @@ from aivmm.errors import AivmmError, ModelError, UsageError
 from aivmm.models.dataset import MOST_CALIBRATION
 from aivmm.models.records import ModelFacts, Structure
 from aivmm.probes.accuracy import judge
+from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.client import WorkerDied
 from aivmm.probes.lab import Data, Lab, Loaded
-from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.runtime.config import LOWERED, Config
 from aivmm.runtime.folders import cache_folder
 from aivmm.runtime.target import Target

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from aivmm.models import lowering_model
-from aivmm.probes.operations import save_arrays
+from aivmm.probes.arrays import save_arrays
 from tests.models.hostile import hostile
 from tests.models.test_lowering import by_onnxruntime, feeds
 from tests.models.test_lowering_parts import prepared, references

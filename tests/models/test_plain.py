@@ -17,7 +17,7 @@ from aivmm.errors import ModelError
 from aivmm.models.prepare import prepare
 from aivmm.models.records import ModelFacts
 from aivmm.models.slice import Slicer, WeightStore
-from aivmm.probes.operations import ExecutableRunner
+from aivmm.probes.runners import ExecutableRunner
 from aivmm.runtime.config import Config
 from aivmm.runtime.finding import find_target
 from aivmm.runtime.registry import load_backend

@@ -155,7 +155,7 @@ def compile_wild(wild: Path, worker: Worker, tmp_path: Path) -> Callable[..., di
     """Ask the worker to compile with the wild backend, which misbehaves as told."""
     import numpy as np
 
-    from aivmm.probes.operations import save_arrays
+    from aivmm.probes.arrays import save_arrays
 
     save_arrays(tmp_path / "x.npz", {"x": np.ones(4, dtype=np.float32)})
 

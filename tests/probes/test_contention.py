@@ -8,9 +8,9 @@ from itertools import count
 from pathlib import Path
 from statistics import median
 
+from aivmm.probes.arrays import save_arrays
 from aivmm.probes.client import Worker
 from aivmm.probes.contention import _twins
-from aivmm.probes.operations import save_arrays
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal
 
 

@@ -15,9 +15,9 @@ from onnx import TensorProto, helper
 
 from aivmm.errors import Unsupported
 from aivmm.probes import device_memory, wire
+from aivmm.probes.arrays import save_arrays
 from aivmm.probes.client import Worker
 from aivmm.probes.device_memory import memory_of
-from aivmm.probes.operations import save_arrays
 from aivmm.probes.race import Contestant
 from aivmm.runtime.config import Config
 from aivmm.runtime.no_room import is_no_room

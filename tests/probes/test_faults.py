@@ -17,9 +17,9 @@ import pytest
 
 from aivmm.errors import UsageError
 from aivmm.probes import client, watch
+from aivmm.probes.arrays import save_arrays
 from aivmm.probes.client import Worker, WorkerDied, WorkerLost
 from aivmm.probes.lab import Lab
-from aivmm.probes.operations import save_arrays
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals, forks and numbered pipes are those of POSIX")
 Compile = Callable[..., dict[str, Any]]

@@ -13,9 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from aivmm.errors import Unsupported
 from aivmm.probes import wire
+from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.client import Worker
 from aivmm.probes.fusion import explain, fusion_in
-from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.runtime.config import Config
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Device, Target

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from aivmm.probes import timer, wire
+from aivmm.probes.arrays import save_arrays
 from aivmm.probes.client import Worker, WorkerDied
 from aivmm.probes.machine import freeze, thaw
-from aivmm.probes.operations import save_arrays
 from aivmm.probes.race import Contestant, apart_of, race, versus
 from aivmm.probes.timer import BATCH_BELOW_S, is_tight, one, time_steps, warm_up
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aivmm.probes.arrays import save_arrays
 from aivmm.probes.client import Worker
-from aivmm.probes.operations import save_arrays
 from aivmm.probes.serving import Client, _served, arrivals_s
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, make_family, normal, reference
 

@@ -13,8 +13,8 @@ import pytest
 
 from aivmm.errors import UsageError
 from aivmm.probes import wire
+from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.client import Worker
-from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.probes.user_code import ask, extras_in_order
 from aivmm.tensors import TensorSpec
 

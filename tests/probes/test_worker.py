@@ -20,9 +20,9 @@ import pytest
 
 from aivmm.errors import Unsupported, UsageError
 from aivmm.probes import wire
+from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.client import Worker, WorkerDied
 from aivmm.probes.lab import Lab
-from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.runtime.config import Config, Knob
 from aivmm.runtime.finding import find_target
 from aivmm.runtime.registry import load_backend

@@ -16,8 +16,8 @@ from aivmm.models.prepare import prepare
 from aivmm.planner.candidates import Candidate, Copy, Draft, Piece, Score
 from aivmm.planner.constraints import parse
 from aivmm.planner.search import Search
+from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.client import Worker
-from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Target
 from aivmm.tuner.copying import Copier, Known

@@ -14,7 +14,7 @@ from aivmm.db.database import Database
 from aivmm.planner.candidates import Draft, Piece
 from aivmm.planner.partition import ChainEvidence
 from aivmm.planner.records import RunRecord
-from aivmm.probes.operations import save_arrays
+from aivmm.probes.arrays import save_arrays
 from aivmm.probes.records import Samples
 from aivmm.runtime.config import Config
 from aivmm.runtime.engine import Engine

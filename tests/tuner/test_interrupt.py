@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aivmm.probes.operations import save_arrays
+from aivmm.probes.arrays import save_arrays
 from aivmm.tuner.interrupt import LINE, Interrupts
 from tests.probes.conftest import install_wild, python_path
 from tests.tuner.harness import ROOT

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from aivmm.probes import energy, wire
+from aivmm.probes.arrays import save_arrays
 from aivmm.probes.client import Worker
-from aivmm.probes.operations import save_arrays
 from aivmm.probes.race import Contestant
 from aivmm.runtime.config import Config
 from aivmm.runtime.registry import load_backend

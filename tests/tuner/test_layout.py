@@ -19,8 +19,8 @@ from aivmm.models.prepare import prepare
 from aivmm.models.records import Structure
 from aivmm.models.slice import Slicer
 from aivmm.planner.candidates import Draft, Piece
+from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.lab import Lab
-from aivmm.probes.operations import load_arrays, save_arrays
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Target
 from aivmm.tuner.anatomy import answers, evaluator, tolerance, trusted_for, wrong_numbers

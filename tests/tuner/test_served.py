@@ -15,7 +15,7 @@ import aivmm
 from aivmm.errors import UsageError
 from aivmm.planner.candidates import Candidate, Draft
 from aivmm.planner.workload import Demand, Option, divide
-from aivmm.probes.operations import save_arrays
+from aivmm.probes.arrays import save_arrays
 from aivmm.runtime.config import Config
 from aivmm.runtime.family import open_family
 from aivmm.runtime.many import Engines

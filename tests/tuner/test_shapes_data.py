@@ -12,8 +12,8 @@ from onnx import TensorProto, helper
 
 import aivmm
 from aivmm.models.dataset_shapes import ShapeSurvey, suggested
+from aivmm.probes.arrays import save_arrays
 from aivmm.probes.compare import Comparison
-from aivmm.probes.operations import save_arrays
 from aivmm.runtime.family import Bucket, Crop, Dimension, Served
 from aivmm.tensors import TensorSpec
 from aivmm.tuner.open_or_padded import OpenOrPadded, Timed, _smaller
