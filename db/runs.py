@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, select, update
+from sqlalchemy import Connection, Row, Select, null, select, update
 from sqlalchemy.exc import IntegrityError
 
 from aivmm.db import codec
@@ -62,10 +62,15 @@ class RunStore(Store):
             if not connection.execute(update(run).where(run.c.id == record.id).values(_progress(record))).rowcount:
                 raise ValueError(f"the run {record.id} is not stored")
 
-    def last_run(self, request: str, status: Collection[str]) -> RunRecord | None:
-        """Return the newest run of this request that stands at one of `status`, or None."""
+    def last_run(self, request: str, status: Collection[str], *, begun: str = "") -> RunRecord | None:
+        """Return the newest run of this request that stands at one of `status`, or None.
+
+        With `begun` only runs count whose study of that name had begun to ask.
+        """
         with self._reading() as connection:
             query = select(run).where(run.c.request == request, run.c.status.in_(list(status)))
+            if begun:
+                query = query.where(run.c.id.in_(select(study.c.run_id).where(study.c.name == begun, study.c.objectives.is_not(null()))))
             row = connection.execute(query.order_by(*_NEWEST).limit(1)).first()
         return None if row is None else _run(row)
 

@@ -133,11 +133,12 @@ def place_copies(
     cores: Mapping[str, float] | None = None,
     most: int = 4,
     tolerance: float = 0.0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Copies | None:
     """Return the best plan of several copies whose effect on each other was measured; None where one copy is best, or nothing was measured.
 
-    `measure` returns the factors of the copies of a plan, and nothing where they cannot be measured; it is asked at most `most` times. A
-    plan that cannot be measured is no plan, nor is one with more copies; fewer may be.
+    `measure` returns the factors of the copies of a plan, and nothing where they cannot be measured; it is asked at most `most` times, and
+    no more once `stop` says so. A plan that cannot be measured is no plan, nor is one with more copies; fewer may be.
     `capacity` is the memory of devices, and `cores` what processors have, by name; a device that they lack has no limit. Copies of more
     threads than cores are no plan: they would wait for each other's slices. For `tolerance` see `best_copies`.
     """
@@ -152,7 +153,7 @@ def place_copies(
             break
         pairs = pairs_of(counts)
         if any(pair not in factors for pair in pairs):
-            if asked == most:
+            if asked == most or stop():
                 break
             known, asked = measure(counts), asked + 1
             if any(pair not in known for pair in pairs):

@@ -117,12 +117,13 @@ def look_at_pipelines(
     room: Room = _NO_LIMITS,
     most: int = 4,
     forced: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Pipeline]:
     """Return the pipelines whose stages' effect on each other was measured, the fastest first.
 
     `measure` returns the factors of the stages of a plan beside each other, and nothing where they cannot be measured; it is asked at most
     `most` times. Looks end with a plan that is known, or where one stage is as good as any; unless it is `forced` to be cut, so that plans
-    of one stage do not count. `bound_s` holds for the factors known when the plan was found.
+    of one stage do not count. `stop` ends them before the next is measured. `bound_s` holds for the factors known when the plan was found.
     """
     factors: dict[Pair, float] = {}
     seen: dict[tuple[tuple[Run, ...], tuple[tuple[str, int], ...]], Pipeline] = {}
@@ -135,7 +136,7 @@ def look_at_pipelines(
         if len(runs) < 2:  # in one stage, which in several replicas is for `copies` to say
             break
         key = (runs, tuple(replicas.items()))
-        if key in seen or len(seen) == most:
+        if key in seen or len(seen) == most or stop():
             break
         pairs = [(a, b) for _, _, a in runs for _, _, b in runs if a != b or a in replicas]
         known = measure(runs, replicas)

@@ -16,6 +16,7 @@ from aivmm.runtime.environment import environment_of
 from aivmm.runtime.target import Target, Unavailable, select
 from aivmm.tuner.joules import ENERGY, counts_cards_only, why_no_energy
 from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
+from aivmm.tuner.together import FACTORS
 from aivmm.tuner.work import Work
 
 
@@ -87,6 +88,8 @@ def request(work: Work) -> str:
         "min_segments": options.min_segments,
         "cut_around": sorted(options.cut_around),
         **({"input_contract": asdict(options.contract)} if options.input_contract != "model" else {}),
+        **({"prefer": list(options.prefer)} if options.prefer else {}),  # what is preferred is searched though others are faster
+        **({"at_once": FACTORS} if options.drive == "throughput" else {}),  # a run that repeats one of older factors would have none
         "budget_s": options.budget_s,
         "trials": options.trials,
         "seed": options.seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from aivmm.planner.candidates import Candidate, Copy, Draft, Piece
@@ -42,7 +42,8 @@ def can_be_copied(candidate: Candidate) -> bool:
 class Copier:
     """Finds the replicated plan worth proving. `memory_bytes` is the room on each device, `replicas` how many copies a target may have.
 
-    Batches are tried from the one on that promises most. `found` is the best plan and `batch` its batch, `tried` what came of it all.
+    Batches are tried from the one on that promises most, and nothing is measured once `stop` says so. `found` is the best plan and `batch`
+    its batch, `tried` what came of it all.
     """
 
     work: Work
@@ -50,6 +51,7 @@ class Copier:
     devices: Mapping[str, str]  # target -> the device that it runs on
     memory_bytes: Mapping[str, float] = field(default_factory=dict)
     replicas: Mapping[str, int] = field(default_factory=dict)
+    stop: Callable[[], bool] = lambda: False
     found: Copies | None = None
     batch: int = 1
     tried: Tried | None = None
@@ -94,7 +96,9 @@ class Copier:
                 asked.append(counts)
             return known
 
-        found = place_copies(ways, measure, capacity=self.memory_bytes, cores=self._cores(places), most=most, tolerance=_COPY_ADDS)
+        found = place_copies(
+            ways, measure, capacity=self.memory_bytes, cores=self._cores(places), most=most, tolerance=_COPY_ADDS, stop=self.stop
+        )
         for counts in asked:
             parts = rates(ways, counts, factors)
             whole = math.fsum(parts.values())

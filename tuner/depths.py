@@ -7,7 +7,7 @@ Where that is best no model says, so each depth runs in a worker of its own, in 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -35,11 +35,15 @@ _ADDS = 0.02  # relative: a request more for each stage that gains less is not w
 
 @dataclass(slots=True)
 class DepthSearch:
-    """Finds the depth of a pipelined draft. What an earlier run measured is reused; with `measure_new` False nothing else is."""
+    """Finds the depth of a pipelined draft. What an earlier run measured is reused; with `measure_new` False nothing else is.
+
+    Once `stop` says so nothing more is loaded, and what was loaded is not raced.
+    """
 
     work: Work
     measurer: Measurer
     measure_new: bool = True
+    stop: Callable[[], bool] = lambda: False
 
     def best(self, draft: Draft) -> tuple[Draft, Score | None]:
         """Return the draft as deep as is best, with its score; as it is, without one, where no depth could be measured.
@@ -78,7 +82,7 @@ class DepthSearch:
             self.measurer.counts.reused += len(found)
             self.work.database.link(self.work.run_id, [keys[depth] for depth in found])
         else:
-            found = self._raced(draft, keys) if self.measure_new else {}
+            found = self._raced(draft, keys) if self.measure_new and not self.stop() else {}
         batch = self.measurer.reference.batch
         outcomes: dict[int, Score | Rejection] = {}
         for depth in depths:
@@ -101,6 +105,8 @@ class DepthSearch:
         contestants[0].keep = True
         with ExitStack() as workers:
             for depth in keys:
+                if self.stop():
+                    return {}
                 if depth and (made := self._loaded(draft, depth, workers)) is not None:
                     contestants[depth] = made
             race(list(contestants.values()), budget_s=_RACE_S, seed=self.work.options.seed, stop=self.work.asked)

@@ -331,7 +331,8 @@ class Explorer:
             count = f"{len(asked)} {'trial' if len(asked) == 1 else 'trials'}"
             self.work.note(f"the search goes on where run {self.earlier.id[:8]} stopped: {count} of it are known")
         first = [key for key, goes_on in keys if key is not None and not goes_on]
-        rest = [key for key in within if key not in self._again]
+        # A run that is done was told no more than its trials: parts of a processor, which it measured later, were for its copies alone.
+        rest = [] if self.searched_before and first else [key for key in within if key not in self._again]
         return [within[key] for key in dict.fromkeys((*first, *rest))]
 
     def _of_similar_models(self, targets: Sequence[Target], batches: Sequence[int]) -> list[Candidate]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ class OperatorProber:
     ceilings: dict[tuple[str, str], Ceilings] = field(default_factory=dict)  # (target, precision) -> its limits
     _known: dict[ProbeKey, Outcome] = field(default_factory=dict)
     _used: list[ProbeKey] = field(default_factory=list)
-    _ends: float = 0.0
+    _ends: float = math.inf
     _values: dict[str, Any] | None = None
 
     def run(self, *, budget_s: float, tell: Tell) -> None:
@@ -192,7 +193,11 @@ class OperatorProber:
                 self._store(outcomes)
                 by_key = {each.key: each for each in outcomes}
                 for operator in mine:
-                    self.found[operator.signature, str(place[0]), place[1]] = by_key[self._operator_key(operator, *place)]
+                    outcome = by_key.get(self._operator_key(operator, *place))
+                    if outcome is None:
+                        self.skipped += 1
+                    else:
+                        self.found[operator.signature, str(place[0]), place[1]] = outcome
         finally:
             written = [each for each in built.values() if not isinstance(each, str)]
             for file in (file for files in written for file in files if file is not None):
@@ -238,7 +243,10 @@ class OperatorProber:
         return self._values
 
     def _probe(self, jobs: Sequence[_Job]) -> list[Outcome]:
-        """Probe operators on one target in one request. What a crash leaves open is tried again one by one, so that it costs one probe."""
+        """Probe operators on one target in one request.
+
+        What a crash leaves open is tried again one by one, so that it costs one probe; a hang each time, so only within the budget.
+        """
         if not jobs:
             return []
         first = jobs[0]
@@ -261,7 +269,7 @@ class OperatorProber:
                     return [Failed(key=first.key, reason=died.reason, output=died.output)]
                 answer = None
         if answer is None:
-            return [outcome for job in jobs for outcome in self._probe([job])]
+            return [outcome for job in jobs if self._may_measure() for outcome in self._probe([job])]
         return [self._outcome(job, each) for job, each in zip(jobs, answer["answers"], strict=True)]
 
     def _outcome(self, job: _Job, answer: dict[str, Any]) -> Outcome:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aivmm.planner.candidates import Draft, Piece
@@ -29,7 +29,7 @@ class Pipeliner:
 
     `memory_bytes` is the room on each target, infinite where it is not named; `replicas` how many a stage may have there. `wholes` are the
     seconds of the whole model with `configs` where those are not the ones of the evidence, as on a part of a processor. Plans are
-    `forced` where the model has to be cut. `tried` has what came of it.
+    `forced` where the model has to be cut; none is measured once `stop` says so. `tried` has what came of it.
     """
 
     work: Work
@@ -40,6 +40,7 @@ class Pipeliner:
     replicas: Mapping[str, int] = field(default_factory=dict)
     wholes: Mapping[str, float] = field(default_factory=dict)
     forced: bool = False
+    stop: Callable[[], bool] = lambda: False
     found: Pipeline | None = None
     tried: Tried | None = None
 
@@ -54,7 +55,7 @@ class Pipeliner:
         moves = {(a, b): self._move(a, b) for a in names for b in names if a != b}
         held = block_bytes(self.evidence.structure)
         room = Room(block_bytes=held, memory_bytes=self.memory_bytes, most_replicas=self.replicas)
-        looks = look_at_pipelines(costs, sizes, moves, self._measure, room=room, forced=self.forced)
+        looks = look_at_pipelines(costs, sizes, moves, self._measure, room=room, forced=self.forced, stop=self.stop)
         if not looks:
             hoped = hoped_pipeline(costs, sizes, moves, room)
             if hoped is not None:

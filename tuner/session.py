@@ -220,7 +220,10 @@ class Session:
         anew = self.options.fresh or self.options.retry_failed
         earlier = None if anew else database.last_run(record.request, ("searched", "complete", "infeasible"))
         self._searched_before = earlier is not None
-        cut_short = None if anew or earlier else database.last_run(record.request, ("running", "interrupted", "failed"))
+        cut_short = None
+        if not anew and earlier is None:  # one that was stopped before it asked for anything knows less than the one before it
+            stopped = ("running", "interrupted", "failed")
+            cut_short = database.last_run(record.request, stopped, begun="search") or database.last_run(record.request, stopped)
         self._earlier = earlier or cut_short
         self._earlier_summary = earlier.summary if earlier is not None else {}
         database.start_run(record, unavailable=work.unavailable, model_id=model_id)
@@ -237,13 +240,14 @@ class Session:
         if not self._searched_before and not work.subject.refusals:
             self._cut_around_refused(work, explorer)
         anatomist, handovers = self._anatomise(work, explorer)
+        decider = Decider(work, explorer, anatomist, handovers)
+        entrants = decider.entrants()
+        # Only now: a run that repeats one that was searched measures no cuts, copies, pipelines or depths, so all of them have to be known.
         cut_short = work.asked()
         if cut_short:
             work.note("stopped by Ctrl-C: this is the best plan so far; run the same command again to go on with the search")
         else:
             record = _end(work, record, "searched", finished=False)
-        decider = Decider(work, explorer, anatomist, handovers)
-        entrants = decider.entrants()
         self.progress.phase("proving the best end to end")
         proof = Prover(
             entrants,
@@ -325,7 +329,6 @@ class Session:
             measure_new=not self._searched_before,
             stop=work.asked,
         )
-        copies.run(budget_s=max(0.0, _HANDOVERS_UNTIL * budget - work.elapsed()), tell=tell)  # first: they take a second or two, once
         handovers = HandoverProber(
             lab=work.lab,
             database=work.database,
@@ -338,6 +341,8 @@ class Session:
             stop=work.asked,
         )
         handovers.run(budget_s=max(least, _HANDOVERS_UNTIL * budget - work.elapsed()), tell=tell)
+        # After what plans are made of: copies are only shown.
+        copies.run(budget_s=max(0.0, _HANDOVERS_UNTIL * budget - work.elapsed()), tell=tell)
         anatomist.operators(budget_s=max(0.0, _OPERATORS_UNTIL * budget - work.elapsed()), tell=tell)
         skipped = anatomist.skipped + handovers.skipped + copies.skipped
         if skipped and not self._searched_before:

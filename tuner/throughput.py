@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,6 +24,7 @@ from aivmm.tuner.verdict import describe
 from aivmm.tuner.work import Work
 
 _PIPELINE_SIGMA, _COPIES_SIGMA = 0.2, 0.1  # relative: blocks in proportion to the whole, or the whole itself, and factors of pairs
+_LEAST_S, _SHARE = 90.0, 0.5  # what is measured here comes on top of the budget: no more than so long, or than this share of it
 _BEHIND = 3.0  # a processor's target this many times slower than the best is not measured on parts of it
 
 Learn = Callable[[Sequence[Candidate]], Sequence[Known]]  # measures what is not known yet
@@ -54,9 +56,11 @@ class Finder:
     reference_s: float | None
     measure_new: bool
     tried: list[Tried] = field(default_factory=list)
+    _ends: float = math.inf
 
     def find(self) -> list[AtOnce]:
         """Return what is worth proving: at most one plan of each kind."""
+        self._ends = time.perf_counter() + max(_LEAST_S, _SHARE * self.work.options.budget_s)
         together = Together(work=self.work, counts=self.measurer.counts, measure_new=self.measure_new)
         best_s = min((each.seconds / each.candidate.batch for each in self.known), default=None)
         parts = self.learn(self._parts())
@@ -69,6 +73,9 @@ class Finder:
             found += self._pipelines(together, self.evidence, parts, None if forced else best_s)
         together.say()
         return found
+
+    def _stop(self) -> bool:
+        return self.work.asked() or time.perf_counter() > self._ends
 
     def _parts(self) -> list[Candidate]:
         """Return candidates on parts of a processor: the best of each target there, and what stages are compiled with."""
@@ -96,6 +103,7 @@ class Finder:
             devices={str(target): device_of(target) for target in self.work.targets},
             memory_bytes=memory_of(self.work),
             replicas={str(target): most_replicas(target) for target in self.work.targets},
+            stop=self._stop,
         )
         drafts = copier.drafts(known, best_s=best_s)
         self._remember(copier.tried, best_s)
@@ -124,6 +132,7 @@ class Finder:
                 replicas={str(each): most_replicas(each) for each in self.work.targets if str(each) not in cpus},
                 wholes=wholes,
                 forced=self.work.min_segments > 1,
+                stop=self._stop,
             )
             drafts = pipeliner.drafts(uncut_s=None if best_s is None else best_s * base)
             if pipeliner.tried is not None and not drafts:
@@ -146,7 +155,7 @@ class Finder:
 
     def _as_deep_as_is_best(self, found: AtOnce) -> AtOnce:
         """Return the pipeline with as many requests in flight as is best, and what it takes then, where that was measured."""
-        draft, score = DepthSearch(work=self.work, measurer=self.measurer, measure_new=self.measure_new).best(found.draft)
+        draft, score = DepthSearch(work=self.work, measurer=self.measurer, measure_new=self.measure_new, stop=self._stop).best(found.draft)
         if score is None or self.reference_s is None:
             return AtOnce(draft=draft, expected=found.expected)
         seconds = score.ratio * self.reference_s * draft.batch / self.measurer.reference.batch

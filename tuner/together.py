@@ -16,6 +16,7 @@ from aivmm.tuner.measure import Counts
 from aivmm.tuner.work import Work
 
 Pair = tuple[str, str]
+FACTORS = "by means"  # how factors are made of samples, in their keys: others are not theirs. Before it was by medians
 _SECONDS = 0.8  # for each part beside each other one
 
 
@@ -133,7 +134,7 @@ class Together:
                 callers=slowed.lanes,
             )
 
-        return key("in turn with"), key("beside")
+        return key(f"{FACTORS} in turn with"), key(f"{FACTORS} beside")
 
 
 def parts_of(draft: Draft, labels: Sequence[Sequence[str]]) -> list[Part]:

@@ -13,7 +13,7 @@ from aivmm.db.database import Database
 from aivmm.db.schema import run as run_table
 from aivmm.errors import UsageError
 from aivmm.models.records import ModelFacts, Structure
-from aivmm.planner.records import ProofRecord, RunRecord, TrialRecord
+from aivmm.planner.records import ProofRecord, RunRecord, StudyRecord, TrialRecord
 from aivmm.probes.records import Caution, Measured, Samples
 from aivmm.runtime.config import Config
 from aivmm.runtime.environment import Environment
@@ -226,3 +226,18 @@ def test_a_run_has_one_plan_and_the_last_one_saved_counts(database: Database, ru
     assert database.plan_path(record.id) == "new.aivmm"
     with pytest.raises(ValueError, match="not stored"):
         database.save_plan("unknown", {}, "x")
+
+
+def test_the_last_run_that_had_begun_to_ask_goes_before_newer_ones_that_had_not(database: Database, run_record: Runs) -> None:
+    begun, told, nothing = run_record(1), run_record(2), run_record(3)
+    for record in (begun, told, nothing):
+        database.start_run(record)
+    assert database.last_run("request", ["running"], begun="search") is None
+    trial = TrialRecord(number=0, target="toy:CPU", config=Config(), batch=1, callers=1, state="refused")
+    for record in (begun, told):
+        database.add_trial(record.id, trial)
+    assert database.last_run("request", ["running"], begun="search") is None  # being told is not asking
+    database.end_study(begun.id, StudyRecord(objectives=("latency",)))
+    assert (found := database.last_run("request", ["running"], begun="search")) is not None and found.id == begun.id
+    assert database.last_run("request", ["running"], begun="pipeline") is None
+    assert (found := database.last_run("request", ["running"])) is not None and found.id == nothing.id

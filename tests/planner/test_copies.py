@@ -128,6 +128,16 @@ def test_no_more_plans_are_measured_than_allowed() -> None:
     assert len(asked) <= 2
 
 
+def test_nothing_is_measured_once_it_is_to_stop() -> None:
+    asked: list[Counts] = []
+    ways = [way("a", 0.01), way("b", 0.01), way("c", 0.1)]
+    assert place_copies(ways, fixed(FREE, asked), stop=lambda: True) is None and asked == []
+    place_copies(ways, fixed({}, asked), stop=lambda: bool(asked))
+    assert len(asked) == 1
+    place_copies(ways, fixed({}, asked))
+    assert len(asked) > 2  # looks that are not stopped go on
+
+
 def test_a_copy_that_adds_no_more_than_noise_is_left_out() -> None:
     ways = [way("a", 0.01, most=4), way("b", 0.01, most=4)]
     noisy = {("a", "a"): 1.95, ("b", "b"): 1.93, ("a", "b"): 1.0, ("b", "a"): 1.0}

@@ -59,6 +59,14 @@ def test_no_plan_is_measured_twice_and_none_beyond_the_limit() -> None:
     assert len(asked) == len(set(asked)) <= 3
 
 
+def test_nothing_is_measured_once_it_is_to_stop() -> None:
+    asked: list[tuple[Run, ...]] = []
+    costs, dear = {"a": [1.0] * 9, "b": [1.1] * 9}, fixed({("a", "b"): 1.3, ("b", "a"): 1.2}, asked)
+    assert look_at_pipelines(costs, [0] * 8, MOVES, dear, stop=lambda: True) == [] and asked == []
+    assert len(look_at_pipelines(costs, [0] * 8, MOVES, dear, stop=lambda: bool(asked))) == 1 == len(asked)
+    assert len(look_at_pipelines(costs, [0] * 8, MOVES, dear)) > 1  # looks that are not stopped go on
+
+
 def test_a_target_that_runs_nothing_and_a_pair_that_cannot_hand_over() -> None:
     assert place_pipeline({"a": [1.0] * 3, "b": [None] * 3}, [0] * 2, MOVES, fixed({})) is None
     assert place_pipeline({"a": [1.0] * 3, "b": [1.0] * 3}, [0] * 2, {}, fixed({})) is None

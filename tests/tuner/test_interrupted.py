@@ -14,6 +14,11 @@ from pathlib import Path
 import pytest
 
 from aivmm.db.database import Database
+from aivmm.tuner.decide import Decider
+from aivmm.tuner.options import TuneOptions
+from aivmm.tuner.progress import Silent
+from aivmm.tuner.proof import Entrant
+from aivmm.tuner.session import Session
 from tests.tuner.harness import TINY, Place, living, workers_of
 
 ARGUMENTS = (*TINY, "--targets", "onnxruntime", "--budget", "8s", "--trials", "3", "--top", "1", "--json")
@@ -77,3 +82,26 @@ def test_killed_three_times_it_then_completes_with_all_that_was_measured(place: 
     with Database.open(place.db) as database:
         assert database.check() == []
     assert measured(place) >= kept
+
+
+def test_a_run_is_searched_once_cuts_copies_and_pipelines_were_tried_and_not_if_stopped_among_them(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repeat of a searched run measures none of them: one that is killed or stopped there has to be gone on with."""
+    monkeypatch.setenv("AIVMM_LOCK", str(tmp_path / "lock"))
+    monkeypatch.setenv("AIVMM_CACHE", str(tmp_path / "cache"))
+    options = TuneOptions(
+        model=str(tiny), dims={"side": 16}, backends=("null",), targets=("null:CPU",), budget_s=1.0, trials=1, top=1,
+        output=tmp_path / "tiny.aivmm", db=str(tmp_path / "p.db"),
+    )  # fmt: skip
+    session, seen, choose = Session(options, Silent()), [], Decider.entrants
+
+    def entrants(decider: Decider) -> list[Entrant]:
+        seen.append(decider.work.database.run(decider.work.run_id).status)
+        session.interrupts._count += 1  # as the first Ctrl-C does
+        return choose(decider)
+
+    monkeypatch.setattr(Decider, "entrants", entrants)
+    session.run()
+    with Database.open(options.db) as database:
+        assert (seen, database.run(None).status) == (["running"], "interrupted")

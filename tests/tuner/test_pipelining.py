@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aivmm.planner.candidates import Draft
+from aivmm.planner.candidates import Draft, Rejection
 from aivmm.planner.evidence import Estimate
 from aivmm.planner.partition import ChainEvidence
 from aivmm.planner.records import TrialRecord
@@ -73,6 +73,8 @@ def test_stages_are_measured_at_once_and_remembered_and_the_plan_runs_them_at_on
         assert pipeliner(measure_new=False).drafts(uncut_s=1e-9) == []
         draft = first.draft("p", [(0, 0, OPENVINO), (1, len(work.subject.structure.blocks) - 1, ONNXRUNTIME)], {})
         work.emitter(draft.batch).write(replace(draft, depth=3), tmp_path / "p.aivmm", objective="throughput")
+        stopped = DepthSearch(work=work, measurer=explorer.measurer, stop=lambda: True)._outcomes(draft, [1, 2])
+        assert all(isinstance(each, Rejection) for each in stopped.values())  # nothing was measured
         _search_depth(work, explorer, draft, measure_new=True)
         raise _EnoughError
 

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from aivmm.db.database import Database
 from aivmm.models.records import Operator
+from aivmm.probes.client import WorkerDied
 from aivmm.probes.lab import Lab
 from aivmm.probes.records import Failed, Measured, ProbeKey
 from aivmm.runtime.config import Config
@@ -215,3 +217,34 @@ def test_a_crash_costs_one_operator_and_the_others_of_its_batch_are_tried_again(
     assert [each.key.subject for each in failed] == ["a", "b"]
     assert all(isinstance(each, Failed) and "SIGABRT" in each.reason for each in failed)
     assert isinstance(fine[0], Measured)
+
+
+@pytest.mark.parametrize("lets", [2, 9])
+def test_one_by_one_after_a_crash_only_within_the_budget(own_lock: None, tmp_path: Path, lets: int) -> None:
+    """Each of a batch that hangs may hang again: what is not tried any more is skipped, not known and not lost from the count."""
+    calls: list[int] = []
+
+    class Dying:
+        def call(self, *_: Any, models: list[Any], **__: Any) -> Any:
+            calls.append(len(models))
+            raise WorkerDied("hung")
+
+    worker = Dying()
+    prober = OperatorProber(
+        lab=cast(Any, SimpleNamespace(worker=lambda _: worker, wait_for_others=lambda _: None)),
+        subject=cast(Any, SimpleNamespace(base_batch=1)),
+        database=cast(Any, SimpleNamespace(add_many=lambda *_, **__: None)),
+        run_id=None,
+        targets=[WILD],
+        folder=tmp_path,
+        counts=Counts(),
+        stop=lambda: len(calls) >= lets,
+    )
+    batch = [
+        Operator(signature=each, op_type="Relu", domain="", description="", count=1, nodes=("n",), flops=1.0, bytes=1) for each in "abcd"
+    ]
+    models = cast(Any, SimpleNamespace(build=lambda _: b"", values_needed=lambda _: {}))
+    prober._probe_batch(models, batch, [(each, WILD, "fp32") for each in batch])
+    tried = min(lets - 1, len(batch))
+    assert calls == [4] + [1] * tried
+    assert (len(prober.found), prober.skipped) == (tried, 4 - tried)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 
 from aivmm.planner.candidates import Candidate, Rejection, Score
 from aivmm.planner.records import TrialRecord
+from aivmm.planner.space import Space
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Device, Target
+from aivmm.tuner.asked import request
+from aivmm.tuner.explore import Explorer
+from aivmm.tuner.options import TuneOptions
 from aivmm.tuner.told import as_told
 
 TARGET = Target(runtime="null", name="CPU", device=Device(kind="cpu", model="made-up"), runtime_version="1")
@@ -57,3 +65,26 @@ def test_a_trial_without_a_time_changes_nothing(state: str) -> None:
     mine = candidate()
     known = {mine.key: (mine, newest())}
     assert as_told(known, [told(state, value=None, reason="no room")]) == known
+
+
+def test_a_run_that_repeats_another_tells_its_search_no_more_than_that_one_did() -> None:
+    """What the first measured after its search, parts of the processor for copies, is known and was no point of it."""
+    mine, part = candidate(), replace(candidate(), config=Config(settings=(("threads", 1),), precision="fp32"))
+    database = SimpleNamespace(trials=lambda _, study_name: [told()] if study_name == "search" else [], studies=lambda _: [])
+    work, earlier = cast(Any, SimpleNamespace(database=database, note=lambda _: None)), cast(Any, SimpleNamespace(id="earlier"))
+    for searched_before, wanted in ((True, [mine]), (False, [mine, part])):
+        explorer = Explorer(work, searched_before=searched_before, earlier=earlier)
+        explorer.known = {each.key: (each, newest()) for each in (mine, part)}
+        found = explorer._told_before(Space(targets=[TARGET], knobs={}, objective="throughput", precisions={str(TARGET): ["fp32"]}))
+        assert [each for each, _ in found] == wanted
+
+
+def test_what_is_preferred_is_part_of_a_request() -> None:
+    """It decides which targets are searched at all, so a run with another preference repeats nothing."""
+    subject = SimpleNamespace(structure=SimpleNamespace(content="c"), base_batch=1, data_digest="", ways=list, subject_of=str)
+
+    def asked_for(**changes: Any) -> str:
+        return request(cast(Any, SimpleNamespace(options=TuneOptions(model="m", **changes), subject=subject, targets=())))
+
+    found = [asked_for(), asked_for(prefer=("*:GPU*",)), asked_for(prefer=("*:CPU", "*:GPU*")), asked_for(prefer=("*:GPU*", "*:CPU"))]
+    assert len(set(found)) == 4 and asked_for(prefer=("*:GPU*",)) == found[1]
