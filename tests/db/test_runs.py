@@ -233,7 +233,7 @@ def test_the_last_run_that_had_begun_to_ask_goes_before_newer_ones_that_had_not(
     for record in (begun, told, nothing):
         database.start_run(record)
     assert database.last_run("request", ["running"], begun="search") is None
-    trial = TrialRecord(number=0, target="toy:CPU", config=Config(), batch=1, callers=1, state="refused")
+    trial = TrialRecord(number=0, target="toy:CPU", config=Config(), batch=1, callers=1, state="refused", value=None)
     for record in (begun, told):
         database.add_trial(record.id, trial)
     assert database.last_run("request", ["running"], begun="search") is None  # being told is not asking
