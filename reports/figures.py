@@ -91,7 +91,7 @@ def distribution(data: ReportData, colours: Mapping[str, int]) -> Chart | None:
             axes.plot(values, shares, color=colour, linestyle=_DASHES[index], linewidth=3 if proof.role == "plan" else 1.6)
         if log:
             axes.set_xscale("log")
-        pad = (high - low) * 0.04
+        pad = 0.04 * (high - low or high)  # all calls of null devices take the same
         bounds = (low / 1.1, high * 1.1) if log else (max(0.0, low - pad), high + pad)
         axes.set_xlim(*bounds)
         axes.set_ylim(0, 1.02)

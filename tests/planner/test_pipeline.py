@@ -61,7 +61,7 @@ def test_no_plan_is_measured_twice_and_none_beyond_the_limit() -> None:
 
 def test_nothing_is_measured_once_it_is_to_stop() -> None:
     asked: list[tuple[Run, ...]] = []
-    costs, dear = {"a": [1.0] * 9, "b": [1.1] * 9}, fixed({("a", "b"): 1.3, ("b", "a"): 1.2}, asked)
+    costs, dear = {"a": [1.0] * 9, "b": [1.0] * 9}, fixed({("a", "b"): 2.0, ("b", "a"): 1.0}, asked)
     assert look_at_pipelines(costs, [0] * 8, MOVES, dear, stop=lambda: True) == [] and asked == []
     assert len(look_at_pipelines(costs, [0] * 8, MOVES, dear, stop=lambda: bool(asked))) == 1 == len(asked)
     assert len(look_at_pipelines(costs, [0] * 8, MOVES, dear)) > 1  # looks that are not stopped go on
