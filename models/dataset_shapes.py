@@ -58,10 +58,12 @@ class ShapeSurvey:
                     if extent != known:
                         return False
                     continue
+                if bound is None:
+                    continue  # it takes any
                 name = known if isinstance(known, str) and _NAME.fullmatch(known) else f"{spec.name}[{axis}]"
                 if found.setdefault(name, extent) != extent:
                     return False  # the inputs of one sample disagree
-                bound_to[name] = bound or 0
+                bound_to[name] = bound
             whole[spec.name] = shape
         for name, extent in found.items():
             counted = self._extents.setdefault(name, {})
@@ -102,9 +104,10 @@ class ShapeSurvey:
 def suggested(extents: Sequence[int], most: int = _MOST) -> list[int]:
     """Return the extents to tune for, given those that samples have: all where they are few, else the largest and its neighbours by twos.
 
-    Powers of two between which no sample lies are left out. At most `most`, the larger ones.
+    Powers of two between which no sample lies are left out, and so is an extent of 0, which no model is tuned for. At most `most`, the
+    larger ones.
     """
-    known = sorted(set(extents))
+    known = sorted({each for each in extents if each > 0}) or [1]
     if len(known) <= min(_FEW, most):
         return known
     rising = [*(1 << power for power in range(known[0].bit_length() - 1, known[-1].bit_length()) if 1 << power < known[-1]), known[-1]]

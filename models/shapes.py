@@ -69,6 +69,11 @@ def bind(inputs: Sequence[OpenInput], *, shapes: Mapping[str, tuple[int, ...]], 
     return binding.result()
 
 
+def names_the_batch(symbol: str) -> bool:
+    """Say whether an open dimension of this name is the batch by its name alone."""
+    return bool(_BATCH.search(symbol)) and not _SEQUENCE.search(symbol)
+
+
 @dataclass(slots=True)
 class _Axis:
     """One extent to be bound: every place with the same symbol, or one nameless place."""
@@ -179,7 +184,7 @@ class _Binding:
 
     def _is_batch(self, axis: _Axis) -> bool:
         if axis.symbol and _BATCH.search(axis.symbol):
-            return not _SEQUENCE.search(axis.symbol)
+            return names_the_batch(axis.symbol)
         if axis.symbol and any(pattern.search(axis.symbol) for pattern in (_SEQUENCE, _IMAGE, _NOT_BATCH)):
             return False
         if axis.symbol is None or _INVENTED.match(axis.symbol):

@@ -128,6 +128,25 @@ def arrivals_s(rate_per_s: float, seconds: float, seed: int) -> list[float]:
     return [float(each) for each in times[times < seconds]] or [float(rng.uniform(0, seconds))]
 
 
+def client_of(
+    engine: Engine | ShapedEngine,
+    inputs: Mapping[str, Buffer],
+    rate_per_s: float | None,
+    callers: int,
+    *,
+    for_s: float,
+    seed: int,
+    alone: bool,
+) -> Client:
+    """Return who sends a model's requests for so long; where it is `alone`, to find out what a call takes when nothing else runs.
+
+    Where few would arrive in that time, one request after the other says more of it; with several callers they would slow each other.
+    """
+    if alone and rate_per_s is not None and rate_per_s * for_s < _LEAST_ALONE:
+        return Client(engine, inputs, None, 1)
+    return Client(engine, inputs, None if rate_per_s is None else arrivals_s(rate_per_s, for_s, seed), callers)
+
+
 def serve(state: Any, *, bundle: str, models: dict[str, dict[str, Any]], seconds: float, alone_s: float, seed: int) -> dict[str, Any]:
     """Load a workload's bundle and serve its models: each alone for `alone_s`, then all at once for `seconds`.
 
@@ -146,15 +165,15 @@ def serve(state: Any, *, bundle: str, models: dict[str, dict[str, Any]], seconds
             for _ in range(_WARM_UP):
                 engines[name].run(inputs[name])
 
-        def client(number: int, name: str, for_s: float, least: float = 0.0) -> Client:
-            rate = models[name]["rate_per_s"]
-            due = None if rate is None or rate * for_s < least else arrivals_s(rate, for_s, seed + number)
-            return Client(engines[name], inputs[name], due, models[name]["callers"])
+        def client(number: int, name: str, for_s: float, *, alone: bool) -> Client:
+            asked = models[name]
+            return client_of(
+                engines[name], inputs[name], asked["rate_per_s"], asked["callers"], for_s=for_s, seed=seed + number, alone=alone
+            )
 
         for number, name in enumerate(models):
-            # Where few would arrive, one request after the other says more of what a call takes.
-            answers[name]["alone"] = _served({name: client(number, name, alone_s, _LEAST_ALONE)}, alone_s)[name]
-        together = {name: client(number, name, seconds) for number, name in enumerate(models)}
+            answers[name]["alone"] = _served({name: client(number, name, alone_s, alone=True)}, alone_s)[name]
+        together = {name: client(number, name, seconds, alone=False) for number, name in enumerate(models)}
         for name, one in _served(together, seconds).items():
             answers[name]["together"] = one
     return {"models": answers}

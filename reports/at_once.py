@@ -52,6 +52,8 @@ def _outcome(raw: Mapping[str, Any]) -> str:
         return "the plan"
     if number(raw.get("proven_per_s")) is not None:
         return "proven, and not the best"
+    if raw.get("could_not_be_measured") is True:
+        return "could not be measured"
     if raw.get("assumes_no_contention") is True:
         return "not measured: too slow even if its parts cost each other nothing"
     return "could not be proven" if raw.get("entrant") is True else "not proven: it promised too little"

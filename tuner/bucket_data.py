@@ -5,6 +5,7 @@ So a shape is calibrated and judged with what it will be asked in production, an
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +13,17 @@ from pathlib import Path
 
 from aivmm.errors import UsageError
 from aivmm.models.dataset import Sample, digest, split_indices
+from aivmm.models.shapes import names_the_batch
 from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.lab import Data, Lab
-from aivmm.runtime.family import Bucket
+from aivmm.runtime.family import Bucket, Dimension
 from aivmm.runtime.fitting import Fitter
 from aivmm.tensors import TensorSpec
 from aivmm.tuner.padding import Paddings
 from aivmm.tuner.subject import MOST_READ
 
 Inputs = Mapping[str, TensorSpec]
+_IMAGES = 4  # axes of a batch of images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,10 +76,7 @@ class BucketData:
             UsageError: they cannot be read, are not what the model takes, or fit none of the shapes.
         """
         fitter = Fitter(specs=self._open(), buckets=self.buckets, dimensions=self.paddings.dimensions)
-        raw = self.folder / "read"
-        raw.mkdir(parents=True)
-        specs = tuple(fitter.specs.values())
-        read = self.lab.read_dataset(self.given, specs, raw, most=MOST_READ, seed=self.seed, source=self.source)
+        read = self._read()
         beside = dict(zip((*read.calibration, *read.validation), (*read.calibration_extras, *read.extras), strict=True))
         paths: dict[str, list[Path]] = {each.name: [] for each in self.buckets}
         padded: Counter[str] = Counter()
@@ -92,14 +92,38 @@ class BucketData:
         left_out = f"{self._left_out.total()} left out, which fit none ({self._left()})" if self._left_out else ""
         return Shares(shares=tuple(shares), left_out=left_out, notes=read.notes)
 
-    def _open(self) -> dict[str, TensorSpec]:
-        """Return the inputs with open extents where the shapes differ."""
-        places = {place for each in self.paddings.dimensions for place in each.places}
+    def _read(self) -> Data:
+        """Read the samples one by one where a batch of 1 is listed, since several in one file look like one large batch; else as they are.
+
+        Where they are whole batches of their own, as files of a folder may be, they are read as they are, too.
+        """
+        raw = self.folder / "read"
+        raw.mkdir(parents=True)
+        batch = next((each for each in self.paddings.dimensions if self._is_batch(each)), None)
+        if batch is not None:
+            with contextlib.suppress(UsageError):
+                return self._read_as(self._open(single=batch.places), raw)
+        return self._read_as(self._open(), raw, source=self.source)
+
+    def _read_as(self, specs: Inputs, folder: Path, *, source: Path | None = None) -> Data:
+        return self.lab.read_dataset(self.given, tuple(specs.values()), folder, most=MOST_READ, seed=self.seed, source=source)
+
+    def _is_batch(self, dimension: Dimension) -> bool:
+        """Say whether a dimension is the batch, in front of every input that it is in, and a batch of 1 is listed."""
+        if min(each.extents[dimension.name] for each in self.buckets) != 1 or any(axis != 0 for _, axis in dimension.places):
+            return False
+        name, axis = dimension.places[0]
+        nameless = dimension.name == f"{name}[{axis}]"
+        return names_the_batch(dimension.name) or (nameless and len(self.shapes[0][name].shape) == _IMAGES)
+
+    def _open(self, *, single: Sequence[tuple[str, int]] = ()) -> dict[str, TensorSpec]:
+        """Return the inputs with open extents where the shapes differ, and 1 at `single` places."""
+        extents = {place: None for each in self.paddings.dimensions for place in each.places} | dict.fromkeys(single, 1)
         return {
             name: TensorSpec(
                 name=name,
                 dtype=spec.dtype,
-                shape=tuple(None if (name, axis) in places else extent for axis, extent in enumerate(spec.shape)),
+                shape=tuple(extents.get((name, axis), extent) for axis, extent in enumerate(spec.shape)),
             )
             for name, spec in self.shapes[0].items()
         }

@@ -132,7 +132,9 @@ class BucketTuner:
         folder.mkdir()
         batch = self.options.batches[0] if self.options.batches else 1
         try:
-            facts = lab.prepare(source, folder / "model.onnx", shapes=each.shapes, dims=each.dims, batch=batch)
+            facts = lab.prepare(
+                source, folder / "model.onnx", shapes=each.shapes, dims=each.dims, batch=batch, contract=self.options.contract
+            )
         except WorkerDied as died:
             raise ModelError(f"{source} cannot be read: preparing it {died.reason}", advice="is the file damaged?") from died
         return {spec.name: spec for spec in facts.inputs}

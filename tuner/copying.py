@@ -75,9 +75,8 @@ class Copier:
             if found is not None and found.rate_per_s * batch > least:
                 self.found, self.batch, least = found, batch, found.rate_per_s * batch
         if self.found is None:
-            self.tried = _lost(
-                hopes, {batch: self._draft(NAME, places[batch], hoped[batch], {}) for batch in batches if hoped[batch]}, looks
-            )
+            drafts = {batch: self._draft(NAME, places[batch], hoped[batch], {}) for batch in batches if hoped[batch]}
+            self.tried = _lost(hopes, drafts, looks, asked=self._measured > 0)
             return []
         draft = self._draft(NAME, places[self.batch], self.found.counts, self.found.shares)
         self.tried = Tried(kind="copies", text=describe(draft), promised_per_s=least, factors=self.found.factors, entrant=NAME)
@@ -189,12 +188,15 @@ class Copier:
         return replace(draft, callers=min(_MOST_CALLERS, callers))
 
 
-def _lost(hopes: Mapping[int, float], hoped: Mapping[int, Draft], looks: Mapping[str, float]) -> Tried | None:
-    """Return what is said where no plan of copies promises enough: the best that was measured, else the best that could be hoped for."""
+def _lost(hopes: Mapping[int, float], hoped: Mapping[int, Draft], looks: Mapping[str, float], *, asked: bool) -> Tried | None:
+    """Return what is said where no plan of copies promises enough: the best that was measured, else the best that could be hoped for.
+
+    Measurements were `asked` for, or none was worth it.
+    """
     if looks:
         best = max(looks, key=lambda each: looks[each])
         return Tried(kind="copies", text=best, promised_per_s=looks[best])
     if not hoped:
         return None
     batch = max(hoped, key=lambda each: hopes[each])
-    return Tried(kind="copies", text=describe(hoped[batch]), promised_per_s=hopes[batch], hoped=True)
+    return Tried(kind="copies", text=describe(hoped[batch]), promised_per_s=hopes[batch], hoped=True, unmeasurable=asked)

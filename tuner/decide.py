@@ -149,6 +149,7 @@ class Decider:
             known=self.copyable(),
             learn=self._learn,
             reference_s=self._reference_s(),
+            best_s=self.best_s(),
             measure_new=not self.explorer.searched_before,
         )
         found, self.tried = finder.find(), finder.tried
@@ -170,6 +171,18 @@ class Decider:
     def copyable(self) -> list[Known]:
         """Return what may be a copy among others. A limit on throughput is theirs together: alone none of them may reach it."""
         return self._known(self.explorer.search.best(_ALL))
+
+    def best_s(self) -> float | None:
+        """Return the least seconds per sample that the search knows of a plan, replicas included; None where none keeps the limits.
+
+        A limit on throughput is left out: what has to be beaten where none reaches it is the best there is.
+        """
+        found = (
+            self._expected(each, score).seconds / each.batch
+            for each, score in self.explorer.search.best(_ALL)
+            if not self.explorer.barred(each.target, each.config) and self._keeps(each, score, without=("throughput",))
+        )
+        return min(found, default=None)
 
     def _known(self, scored: Iterable[tuple[Candidate, Score]]) -> list[Known]:
         return [

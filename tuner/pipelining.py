@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aivmm.planner.candidates import Draft, Piece
 from aivmm.planner.partition import BYTES_PER_S, CUT_S, ChainEvidence
@@ -43,6 +43,7 @@ class Pipeliner:
     stop: Callable[[], bool] = lambda: False
     found: Pipeline | None = None
     tried: Tried | None = None
+    _asked: bool = False  # for measurements
 
     def drafts(self, *, uncut_s: float | None) -> list[Draft]:
         """Return the pipelined plan, if one promises to beat `uncut_s`, the time per request of the best plan known; or if it is forced."""
@@ -59,7 +60,8 @@ class Pipeliner:
         if not looks:
             hoped = hoped_pipeline(costs, sizes, moves, room)
             if hoped is not None:
-                self.tried = self._tried(self.draft(NAME, hoped.runs, hoped.replicas), hoped, hoped=True)
+                lost = self._tried(self.draft(NAME, hoped.runs, hoped.replicas), hoped, hoped=True)
+                self.tried = replace(lost, unmeasurable=self._asked)
             return []
         self.found, rival_s = looks[0], uncut_s if uncut_s is not None else in_one_stage(costs, room)
         draft = self.draft(NAME, self.found.runs, self.found.replicas)
@@ -105,4 +107,5 @@ class Pipeliner:
         return deep(Draft(name=name, pieces=pieces, batch=self.work.subject.base_batch, mode="pipelined"), DEPTH)
 
     def _measure(self, runs: Sequence[Run], replicas: Replicas) -> dict[Pair, float]:
+        self._asked = True
         return self.together.factors(self.draft("the pipelined plan", runs, replicas), [[name] for _, _, name in runs])

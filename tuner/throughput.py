@@ -43,7 +43,8 @@ class Finder:
     """Finds the pipelined and the replicated plan that promise to beat all that is known. `tried` says what came of both.
 
     `configs` are what stages of a cut model are compiled with; `known` what the search knows of whole models, kept busy, where a call of
-    the reference takes `reference_s`; `learn` measures more of them. Memory is that of the devices, and of the user's own limits: what has
+    the reference takes `reference_s`; `best_s` is the time per sample of the best plan known, which need not be one that can be a part, and
+    None where there is none; `learn` measures more of them. Memory is that of the devices, and of the user's own limits: what has
     no room there is not considered. Parts on one processor get a part of its cores each.
     """
 
@@ -54,6 +55,7 @@ class Finder:
     known: Sequence[Known]
     learn: Learn
     reference_s: float | None
+    best_s: float | None
     measure_new: bool
     tried: list[Tried] = field(default_factory=list)
     _ends: float = math.inf
@@ -62,7 +64,7 @@ class Finder:
         """Return what is worth proving: at most one plan of each kind."""
         self._ends = time.perf_counter() + max(_LEAST_S, _SHARE * self.work.options.budget_s)
         together = Together(work=self.work, counts=self.measurer.counts, measure_new=self.measure_new)
-        best_s = min((each.seconds / each.candidate.batch for each in self.known), default=None)
+        best_s = self.best_s
         parts = self.learn(self._parts())
         found = []
         forced = self.work.min_segments > 1

@@ -17,14 +17,15 @@ Pair = tuple[str, str]
 class Tried:
     """The best plan of one kind. Rates are samples a second; `best_per_s` is what the best other plan promised, that it had to beat.
 
-    `hoped`: nothing was measured, since even parts that cost each other nothing would not be enough. `entrant` is its name in the proof,
-    where it was proven.
+    `hoped`: nothing was measured, since even parts that cost each other nothing would not be enough; or, where it is `unmeasurable`, since
+    that was tried and failed. `entrant` is its name in the proof, where it was proven.
     """
 
     kind: Literal["copies", "pipeline"]
     text: str
     promised_per_s: float
     hoped: bool = False
+    unmeasurable: bool = False
     best_per_s: float | None = None
     factors: Mapping[Pair, float] = field(default_factory=dict)
     entrant: str = ""
@@ -36,6 +37,7 @@ class Tried:
             "what": self.text,
             "promised_per_s": self.promised_per_s,
             "assumes_no_contention": self.hoped,
+            "could_not_be_measured": self.unmeasurable,
             "to_beat_per_s": self.best_per_s,
             "factors": [{"slowed": slowed, "beside": beside, "factor": factor} for (slowed, beside), factor in self.factors.items()],
             "proven_per_s": self._proven_per_s(proof),
@@ -47,11 +49,12 @@ class Tried:
     def sentence(self, proof: Proof) -> str:
         """Say what came of it."""
         what, promised = f"{KINDS[self.kind]} ({self.text})", human(self.promised_per_s, "throughput")
-        best = "" if self.best_per_s is None else human(self.best_per_s, "throughput")
+        best = "" if self.best_per_s is None else f", and {human(self.best_per_s, 'throughput')} is promised without"
         if self.hoped:
-            return f"{what} would answer {promised} if the parts cost each other nothing, and {best} is promised without: not measured"
+            why = "could not be measured" if self.unmeasurable else "not measured"
+            return f"{what} would answer {promised} if the parts cost each other nothing{best}: {why}"
         if not self.entrant:
-            return f"{what} promises {promised} by what the parts were seen to cost each other, and {best} is promised without: not proven"
+            return f"{what} promises {promised} by what the parts were seen to cost each other{best}: not proven"
         proven = self._proven_per_s(proof)
         if proven is None:
             return f"{what} promised {promised}, and could not be proven: {self._problem(proof)}"

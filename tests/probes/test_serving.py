@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aivmm.probes.arrays import save_arrays
 from aivmm.probes.client import Worker
-from aivmm.probes.serving import Client, _served, arrivals_s
+from aivmm.probes.serving import Client, _served, arrivals_s, client_of
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, make_family, normal, reference
 
 
@@ -72,6 +72,16 @@ def test_a_rate_at_which_none_would_arrive_in_time_is_served_all_the_same(worker
     found = serve(worker, bundle, seconds=0.3, a=0.01)["a"]
     assert found["together"]["offered"] == found["together"]["served"] == 1
     assert found["alone"]["served"] > 5  # one after the other: else nobody knows what a call takes alone
+
+
+@pytest.mark.parametrize(
+    ("rate_per_s", "alone", "closed", "callers"),
+    [(0.01, True, True, 1), (0.01, False, False, 3), (100.0, True, False, 3), (None, True, True, 3)],
+)
+def test_what_a_call_takes_alone_is_not_slowed_by_other_callers(rate_per_s: float | None, alone: bool, closed: bool, callers: int) -> None:
+    engine: Any = None  # nobody calls it
+    found = client_of(engine, {}, rate_per_s, 3, for_s=1.0, seed=3, alone=alone)
+    assert (found.due_s is None, found.callers) == (closed, callers)
 
 
 def test_a_bug_in_a_client_is_no_quiet_client() -> None:

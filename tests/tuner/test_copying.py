@@ -173,6 +173,32 @@ def test_what_could_be_hoped_for_is_said_where_nothing_is_worth_measuring() -> N
     assert "would answer 1600/s if the parts cost each other nothing, and 10000/s is promised without: not measured" in sentence
 
 
+def test_what_could_not_be_measured_is_not_called_too_slow() -> None:
+    class Refused:
+        def factors(self, draft: Draft, labels: Sequence[Sequence[str]]) -> dict[tuple[str, str], float]:
+            return {}
+
+    known = [at_batch(8, 0.010)]
+    found = copier(known, 1e9, together=Refused())
+    assert found.drafts(known, best_s=None) == []
+    assert found.tried is not None and found.tried.unmeasurable and found.tried.as_json(Proof(entrants=[]))["could_not_be_measured"]
+    sentence = found.tried.sentence(Proof(entrants=[]))
+    assert sentence.endswith("would answer 1600/s if the parts cost each other nothing: could not be measured")  # and no best to beat
+    slow = copier(known, 1e9, together=Refused())
+    assert slow.drafts(known, best_s=0.0001) == []
+    assert slow.tried is not None and not slow.tried.unmeasurable
+
+
+def test_what_several_have_to_beat_is_the_best_plan_whether_it_can_be_copied_or_not() -> None:
+    alone, (best, score) = rated("GPU.0", FP32, 100.0), rated("GPU.0", Config(), 160.0)
+    found = decider(TuneOptions(model="m", objective="throughput"), alone, (replace(best, replicas=2, callers=2), score))
+    assert [each.candidate for each in found.copyable()] == [alone[0]]
+    assert found.best_s() == pytest.approx(1 / 160.0)
+    limited = decider(TuneOptions(model="m", objective="throughput", constraints=("throughput>=1000/s",)), alone)
+    assert limited.best_s() == pytest.approx(1 / 100.0)
+    assert decider(TuneOptions(model="m", objective="throughput", constraints=("latency<=1ms",)), alone).best_s() is None
+
+
 def test_on_one_processor_copies_share_its_cores() -> None:
     device = replace(target("CPU"), device=replace(target("CPU").device, cores=2))
     whole = at_batch(1, 0.01, device=device)

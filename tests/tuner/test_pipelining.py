@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,13 @@ from tests.making import ONNXRUNTIME, OPENVINO, chain_model, normal, reference, 
 
 class _EnoughError(Exception):
     """The tuning need not go on."""
+
+
+class _Unmeasurable(Together):
+    """Stages that do not run beside each other."""
+
+    def factors(self, draft: Draft, labels: Sequence[Sequence[str]]) -> dict[tuple[str, str], float]:
+        return {}
 
 
 def evidence(work: Work, block_s: float) -> ChainEvidence:
@@ -71,6 +79,9 @@ def test_stages_are_measured_at_once_and_remembered_and_the_plan_runs_them_at_on
         assert counts.reused >= 4
         assert again.together.seen == first.together.seen
         assert pipeliner(measure_new=False).drafts(uncut_s=1e-9) == []
+        failing = Pipeliner(work=work, evidence=evidence(work, 1.0), configs=configs, together=_Unmeasurable(work=work, counts=counts))
+        assert failing.drafts(uncut_s=None) == [] and failing.tried is not None
+        assert (failing.tried.hoped, failing.tried.unmeasurable) == (True, True)
         draft = first.draft("p", [(0, 0, OPENVINO), (1, len(work.subject.structure.blocks) - 1, ONNXRUNTIME)], {})
         work.emitter(draft.batch).write(replace(draft, depth=3), tmp_path / "p.aivmm", objective="throughput")
         stopped = DepthSearch(work=work, measurer=explorer.measurer, stop=lambda: True)._outcomes(draft, [1, 2])

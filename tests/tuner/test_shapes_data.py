@@ -14,11 +14,17 @@ import aivmm
 from aivmm.models.dataset_shapes import ShapeSurvey, suggested
 from aivmm.probes.arrays import save_arrays
 from aivmm.probes.compare import Comparison
+from aivmm.probes.lab import Lab
 from aivmm.runtime.family import Bucket, Crop, Dimension, Served
 from aivmm.tensors import TensorSpec
+from aivmm.tuner.bucket_data import BucketData
+from aivmm.tuner.buckets import BucketTuner
 from aivmm.tuner.open_or_padded import OpenOrPadded, Timed, _smaller
+from aivmm.tuner.options import TuneOptions
 from aivmm.tuner.other_shapes import OpenPlan
-from aivmm.tuner.padding import Case
+from aivmm.tuner.padding import Case, Paddings
+from aivmm.tuner.progress import Silent
+from aivmm.tuner.shapes import Wanted
 from tests.making import ONNXRUNTIME, Part, make_bundle, make_family, normal, onnx_model, token_model, write_model
 from tests.tuner.harness import ONE_RUNTIME, SMALL, Finished, Place
 
@@ -48,6 +54,8 @@ def folder_of(path: Path, lengths: list[int]) -> Path:
         ([5, 6, 7, 300, 301], 1, [301]),
         (range(1, 100_000), 16, [4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 99999]),
         ([16, 32, 64, 128, 256], 16, [16, 32, 64, 128, 256]),
+        ([0, 1, 5, 9, 17, 33], 16, [1, 8, 16, 32, 33]),  # no model is tuned for an extent of 0
+        ([0], 16, [1]),
     ],
 )
 def test_suggested_extents_are_few_and_each_takes_a_sample(extents: Any, most: int, wanted: list[int]) -> None:
@@ -71,6 +79,15 @@ def test_a_survey_asks_for_what_the_file_leaves_open_and_nothing_else() -> None:
         "d: its samples have several shapes (x[2]=64,224; x[3]=48,224; seq=17,128), and the model is bound to x[2]=224, x[3]=224, seq=128; "
         "tune for several: --dim seq=17,128 --shape x=1x3x64x48,1x3x224x224"
     )
+
+
+def test_a_survey_says_nothing_of_extents_that_may_be_any() -> None:
+    survey = ShapeSurvey((TensorSpec(name="x", dtype="float32", shape=(1, 3, None, 224)),), {"x": ("batch", 3, "H", "W")})
+    survey.add_bound(2)
+    assert survey.refusal("d") is None
+    assert survey.add({"x": (3, 192, 48)})
+    told = "d: its samples have several shapes (W=48,224), and the model is bound to W=224; tune for several: --dim W=48,224"
+    assert str(survey.refusal("d")) == told
 
 
 @pytest.mark.parametrize(
@@ -140,6 +157,61 @@ def test_a_metric_needs_samples_of_each_shape(place: Place, in_process: Callable
     done = in_process(place, "tune", "tokens.onnx", "--dim", "rows=4,16", "--dataset", "data", *asked, *ONE_RUNTIME, "-q")
     assert done.code == 2
     assert done.error_lines == ["aivmm: --metric judges on your samples, and data has none for rows=16; drop those shapes, or add samples"]
+
+
+def used_of(lab: Lab, folder: Path, given: Path, shapes: dict[str, tuple[int, ...]], dimension: Dimension) -> list[tuple[int, int]]:
+    """Return how many samples of a data set each shape has, and how many of them are padded."""
+    (folder / "samples").mkdir(parents=True)
+    shares = BucketData(
+        lab=lab,
+        given=str(given),
+        source=folder / "no.onnx",
+        folder=folder / "samples",
+        buckets=[Bucket(name=name, plan="p", extents={dimension.name: shape[0]}) for name, shape in shapes.items()],
+        shapes=[{"x": TensorSpec(name="x", dtype="float32", shape=shape)} for shape in shapes.values()],
+        paddings=Paddings(dimensions=(dimension,)),
+    ).sorted()
+    return [(each.samples, each.padded) for each in shares.shares]
+
+
+def test_samples_in_one_file_are_single_ones_where_a_batch_of_one_is_listed(tmp_path: Path) -> None:
+    images = {"batch=1": (1, 3, 4, 4), "batch=8": (8, 3, 4, 4)}
+    batch, nameless = (Dimension(name=name, places=[("x", 0)], padding="zero") for name in ("batch", "x[0]"))
+    stacked, one, whole, rows = (tmp_path / name for name in ("stacked.npz", "one.npz", "whole", "rows.npz"))
+    np.savez(stacked, x=normal(17, 3, 4, 4))
+    np.savez(one, x=normal(3, 4, 4))
+    whole.mkdir()
+    np.savez(whole / "0.npz", x=normal(8, 3, 4, 4))
+    np.savez(whole / "1.npz", x=normal(1, 3, 4, 4))
+    np.savez(rows, x=normal(7, 16))
+    with Lab() as lab:
+        assert used_of(lab, tmp_path / "a", stacked, images, batch) == [(17, 0), (2, 0)]
+        assert used_of(lab, tmp_path / "b", stacked, images, nameless) == [(17, 0), (2, 0)]
+        assert used_of(lab, tmp_path / "c", one, images, batch) == [(1, 0), (0, 0)]
+        assert used_of(lab, tmp_path / "d", whole, images, batch) == [(1, 0), (1, 0)]
+        # What leads and is no batch is a sample's own length.
+        length = Dimension(name="rows", places=[("x", 0)], padding="zero")
+        assert used_of(lab, tmp_path / "e", rows, {"rows=1": (1, 16), "rows=16": (16, 16)}, length) == [(0, 0), (1, 1)]
+
+
+def test_samples_are_sorted_as_the_plan_will_take_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an input contract that is in fewer bits."""
+    monkeypatch.setenv("AIVMM_LOCK", str(tmp_path / "lock"))
+    model = onnx_model(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [("x", TensorProto.FLOAT, ("rows", 8))],
+        [("y", TensorProto.FLOAT, ("rows", 4))],
+        {"w": normal(8, 4)},
+    )
+    source = write_model(tmp_path / "m.onnx", model)
+    options = TuneOptions(model=str(source), input_contract="narrow")
+    (tmp_path / "prepared").mkdir()
+    with Lab() as lab:
+        for rows in (1, 4):
+            tuner = BucketTuner(options, [], Silent())
+            wanted = Wanted(name=f"rows={rows}", shapes={}, dims={"rows": rows})
+            found = tuner._inputs(lab, source, wanted, tmp_path / "prepared" / str(rows))
+            assert [str(each) for each in found.values()] == [f"x: float16[{rows}, 8]"]
 
 
 @pytest.mark.slow
