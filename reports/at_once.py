@@ -55,7 +55,9 @@ def _outcome(raw: Mapping[str, Any]) -> str:
     if raw.get("could_not_be_measured") is True:
         return "could not be measured"
     if raw.get("assumes_no_contention") is True:
-        return "not measured: too slow even if its parts cost each other nothing"
+        promised, to_beat = number(raw.get("promised_per_s")), number(raw.get("to_beat_per_s"))
+        slow = promised is not None and to_beat is not None and promised <= to_beat
+        return "not measured: too slow even if its parts cost each other nothing" if slow else "not measured"  # it may have been stopped
     return "could not be proven" if raw.get("entrant") is True else "not proven: it promised too little"
 
 
