@@ -22,6 +22,7 @@ from aivmm.runtime.drift import Drift, DriftMonitor
 from aivmm.runtime.finding import find_named
 from aivmm.runtime.inputs import kept
 from aivmm.runtime.lane import Lane
+from aivmm.runtime.loan import Loan
 from aivmm.runtime.plan import Execution, Plan, Stage, agree
 from aivmm.runtime.pool import closed
 from aivmm.runtime.program import Program
@@ -472,31 +473,6 @@ class Engine:
     def _event(self, text: str) -> None:
         self.events.append(text)
         log.warning("%s: %s", self.plan.model.name, text)
-
-
-class Loan:
-    """Outputs lent for a `with` block; see `Engine.lend`. Used once."""
-
-    __slots__ = ("_engine", "_inputs", "_lane", "_program")
-
-    def __init__(self, engine: Engine, inputs: Mapping[str, Any]) -> None:
-        self._engine, self._inputs = engine, inputs
-        self._lane: Lane | None = None
-
-    def __enter__(self) -> dict[str, Buffer]:
-        self._program = self._engine._program
-        try:
-            if self._program.gives:
-                return self._program.ask(self._inputs)
-            self._lane, outputs = self._program.borrow(self._inputs)
-        except (Unsupported, UsageError) as error:
-            return self._engine._instead(self._program, self._inputs, error)
-        return outputs
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._lane is not None:
-            self._program.free.put(self._lane)
-            self._lane = None
 
 
 def _listen(listener: Callable[[Drift], None], found: Drift) -> None:
