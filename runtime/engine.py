@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from functools import update_wrapper
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -64,6 +63,7 @@ class Engine:
         except BundleError:
             self._program.close()
             raise
+        self._ask: Callable[[Mapping[str, Any]], dict[str, Buffer]] = self._asked_at_length  # what `run` does
         self._deadlines: Deadlines | None = None
         self.tracer: Trace | None = None  # that records now
         self._admission: ThreadPoolExecutor | None = None  # brings in the requests of `arun`
@@ -128,6 +128,10 @@ class Engine:
             UsageError: an input is missing, unknown, or of another type or shape; or the engine is closed.
             Unsupported: a stage's runtime refuses, in its own words.
         """
+        return self._ask(inputs)
+
+    def _asked_at_length(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
+        """Do what `run` does, whatever is to be done, and see whether there is a shorter way by now."""
         if self._deadlines is not None:
             return self.submit(inputs).result()
         program = self._program
@@ -139,16 +143,17 @@ class Engine:
             self._shorten(program)
 
     def _shorten(self, program: Program) -> None:
-        """Have `run` be what the program does for a request, in one function, where nothing more is to be done; see `Program.shortest`."""
+        """Have `run` do what the program does for a request, in one function, where nothing more is to be done; see `Program.shortest`."""
         shortest = program.shortest(self._instead)
-        with self._lock:
-            if shortest is not None and program is self._program and self._deadlines is None and not self._closed:
-                self.__dict__["run"] = update_wrapper(shortest, type(self).run)
+        if shortest is not None:
+            with self._lock:
+                if program is self._program and self._deadlines is None and not self._closed:
+                    self._ask = shortest
 
     def _lengthen(self) -> None:
         """Have `run` look anew what is to be done."""
         with self._lock:
-            self.__dict__.pop("run", None)
+            self._ask = self._asked_at_length
 
     def submit(self, inputs: Mapping[str, Any]) -> Future[dict[str, Buffer]]:
         """Start a run and return a future of what `run` returns. The inputs are copied: their arrays are free as soon as this returns.

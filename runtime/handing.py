@@ -8,6 +8,7 @@ of an output, however it was sliced, counts there.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from sys import getrefcount
@@ -19,6 +20,7 @@ from aivmm.errors import AivmmError
 from aivmm.runtime.backend import Buffer, CallsDirectly, Executable, aligned_empty
 from aivmm.tensors import TensorSpec
 
+log = logging.getLogger("aivmm.engine")
 _MOST = 3  # requests whose arrays are handed out. A caller who keeps more of them than that gets copies.
 
 
@@ -65,14 +67,15 @@ class Slot:
 
 
 def _count(slot: Slot) -> int:
-    for _, face in slot.faces:
-        return getrefcount(face)
+    # Never through a variable: a debugger that looks at those of this frame would be counted, too.
+    for face in slot.faces:
+        return getrefcount(face[1])
     return 0
 
 
 def _is_free(slot: Slot) -> bool:
-    for _, face in slot.faces:  # noqa: SIM110 - counted as `alone` was
-        if getrefcount(face) > slot.alone:
+    for face in slot.faces:  # noqa: SIM110 - counted as `alone` was
+        if getrefcount(face[1]) > slot.alone:
             return False
     return True
 
@@ -103,6 +106,7 @@ class Handing:
         self.now = self.private  # the one that ran last, by `run`
         self.turn: Slot | None = None  # the one to look at first
         self._ran = False
+        self._most = _MOST
         self._made: Callable[[Slot], Callable[[], object]] = direct_call
         request = self.private.request
         found = request.direct() if isinstance(request, CallsDirectly) else None
@@ -145,16 +149,38 @@ class Handing:
         for slot in self.slots:
             if _is_free(slot):
                 return slot
-        if not self._ran or len(self.slots) >= _MOST:
-            self._ran = True
+        slot = None
+        if self._ran and len(self.slots) < self._most:
+            slot = self._new_slot()
+        self._ran = True
+        if slot is None:
             self.private.after = self.turn
             return self.private
-        slot = Slot(self._executable, self._specs, lent=True)
-        slot.runs = self._made(slot)
-        self.slots.append(slot)
         for each, after in zip(self.slots, (*self.slots[1:], self.slots[0]), strict=True):
             each.after = after
         return slot
+
+    def _new_slot(self) -> Slot | None:
+        try:
+            slot = Slot(self._executable, self._specs, lent=True)
+        except Exception as error:  # noqa: BLE001 - whatever the runtime says (no memory left, say): it has requests enough to answer
+            log.info("outputs are copied: the runtime makes no further request (%s)", error)
+            self._most = len(self.slots)
+            return None
+        self.slots.append(slot)
+        made = None
+        while made is not self._made:  # which a trace that begins or ends may change meanwhile
+            made = self._made
+            slot.runs = made(slot)
+        return slot
+
+    def close(self) -> None:
+        """Let go of the requests; as long as one lives, so does what the runtime holds for it."""
+        for slot in self.slots:
+            slot.after = None  # they refer to each other in a ring
+        self.private.after = self.turn = None
+        self.slots.clear()
+        self._inputs.clear()
 
     def catch_up(self, slot: Slot) -> None:
         """Bind the inputs to a request that has missed some."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from aivmm.errors import Unsupported, UsageError
-from aivmm.runtime.backend import Buffer, DeviceTensor, DeviceTensors, Executable, Request, host_buffer
+from aivmm.runtime.backend import Buffer, DeviceTensor, DeviceTensors, Executable, Request, host_buffer, is_foreign
 from aivmm.runtime.clocks import StageClock
 from aivmm.runtime.drift import BLOCK
 from aivmm.runtime.feed import Feed, wanted_buffer
@@ -95,8 +95,9 @@ class Lane:
         self._fixed = [(name, self._buffers[name]) for name in named if name in self._buffers and name in made]
         fixed = dict(self._fixed)
         self._readers = [self._reader(name, stages) for name in named if name not in fixed]
+        self._order = [each.name for each in outputs]
         self.short = False
-        self.call = self._new_call()  # `run`, in the fewest lines that this lane's stages allow: `short` where they allow it
+        self._shorten()
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
         """Run once and return the outputs; the arrays are the caller's own.
@@ -108,16 +109,26 @@ class Lane:
         self.execute()
         return self.copies()
 
-    def _new_call(self) -> Callable[[Mapping[str, Any]], dict[str, Buffer]]:
-        """Return `run` for a lane of one stage, in one function; `run` itself for all others.
+    def call(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
+        """Do what `run` does, in the fewest lines that this lane's stages allow: `short` where they allow it."""
+        return self.run(inputs)
+
+    def _shorten(self) -> None:
+        """Put the short `call` in the place of the long one. Only there: as an attribute that a lane has of itself, it would be a cycle."""
+        short = self._new_call()
+        if short is not None:
+            self.short = True
+            self.__dict__["call"] = short
+
+    def _new_call(self) -> Callable[[Mapping[str, Any]], dict[str, Buffer]] | None:
+        """Return `run` for a lane of one stage, in one function; None for all others.
 
         A model leaves the caches cold, and then each line of memory that is touched, the interpreter's own too, costs a part of the ten
         microseconds that the whole engine may take: so there are few steps, and what they refer to lies side by side, in the defaults.
         """
         handing = self._handing
         if handing is None or len(self._steps) != 1 or self._fixed or self._readers:
-            return self.run
-        self.short = True
+            return None
         if len(self._feeds) == 1 and len(handing.private.arrays) == 1:
             return self._new_call_of_one(handing)
 
@@ -138,8 +149,8 @@ class Lane:
                 refuse_unknown(inputs, lane._specs)
             slot = handing.turn  # `Handing.next` without its call
             if slot is not None:
-                for _, face in slot.faces:
-                    if references(face) > slot.alone:
+                for face in slot.faces:
+                    if references(face[1]) > slot.alone:
                         slot = None
                         break
             if slot is None:
@@ -267,8 +278,10 @@ class Lane:
         """Run each stage by what `wrapped` makes of its number and its run, for a trace; None runs the stages themselves again."""
         self._wrapped = wrapped
         self._steps = self._new_steps()  # a new list: who is on the way goes by the old one
+        if not self._requests:  # closed meanwhile
+            self._steps = []
         if self._steps:
-            self.call = self._new_call()
+            self._shorten()
 
     def step(self, index: int) -> None:
         """Run one stage, after those before it."""
@@ -311,12 +324,16 @@ class Lane:
             outputs[name] = buffer.copy()
         for name, read in self._readers:
             outputs[name] = read(name).copy()
-        return outputs
+        return self._ordered(outputs)
 
     def views(self) -> dict[str, Buffer]:
         """Return the outputs of the last run where they are: this lane's next run overwrites them."""
         handed = () if self._handing is None else self._handing.now.arrays
-        return dict((*handed, *self._fixed)) | {name: read(name) for name, read in self._readers}
+        return self._ordered(dict((*handed, *self._fixed)) | {name: read(name) for name, read in self._readers})
+
+    def _ordered(self, outputs: dict[str, Buffer]) -> dict[str, Buffer]:
+        """Return the outputs in the plan's order, whatever stage made them."""
+        return {name: outputs[name] for name in self._order}
 
     @property
     def on_host(self) -> bool:
@@ -341,7 +358,10 @@ class Lane:
     def close(self) -> None:
         """Let go of requests and buffers: as long as a request lives, so does what the runtime holds for it. The clocks stay."""
         self._requests, self._steps, self._readers, self._feeds, self._fixed = [], [], [], (), []
-        self._handing, self.call = None, self.run
+        if self._handing is not None:
+            self._handing.close()
+        self._handing = None
+        self.__dict__.pop("call", None)
         self._late.clear()
         self._makers.clear()
         self._buffers.clear()
@@ -399,7 +419,9 @@ class Lane:
             return None
         if not all(each.static for each in executable.inputs):
             return None
-        if not all(each.static and is_numpy(each.dtype) and host_buffer(executable, each) is None for each in made):
+        if not all(each.static and is_numpy(each.dtype) and not is_foreign(each.dtype) for each in made):
+            return None
+        if getattr(executable, "requests_are_callers", False) or any(host_buffer(executable, each) is not None for each in made):
             return None
         return Handing(executable, sorted(made, key=lambda each: order.index(each.name)))
 

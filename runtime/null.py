@@ -194,6 +194,8 @@ class NullBackend:
 class NullExecutable:
     """A model on a made-up device. Every open request is taken to be kept busy: that is what `callers` means here."""
 
+    requests_are_callers = True  # each open request counts as one that is kept busy: the engine makes no more than it has callers
+
     def __init__(
         self, proto: Any, device: NullDevice, setup: Setup, *, clock: FakeClock, seed: str, turn: threading.Lock | None = None
     ) -> None:

@@ -187,8 +187,10 @@ class Program:
         try:
             for index in range(max(map(len, self._executables))):
                 lane = self._new_lane(index, [index % len(each) for each in self._executables])
-                lane.run(inputs)
-                lane.close()
+                try:
+                    lane.run(inputs)
+                finally:
+                    lane.close()
         except Unsupported:
             return False
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.handing import Handing
 from aivmm.runtime.plan import Execution
@@ -197,3 +199,100 @@ def test_no_run_ever_writes_where_an_array_is_kept(steps: list[int]) -> None:
         elif kept:
             kept.pop(next(iter(kept)))
         assert all((array == value).all() for value, array in kept.values())
+
+
+@pytest.mark.parametrize("target", [OPENVINO, ONNXRUNTIME])
+def test_closing_frees_what_the_runtime_holds_at_once(load: Load, model: Any, target: str) -> None:
+    engine = load(model, [Part(target)], Execution(), 1)
+    for seed in range(4):
+        engine.run(inputs(seed))
+    (lane,) = engine.lanes()
+    assert lane._handing is not None
+    requests = [weakref.ref(each.request) for each in (lane._handing.private, *lane._handing.slots)]
+    del lane
+    gc.disable()  # a cycle would be found sometime
+    try:
+        engine.close()
+        assert [each() for each in requests] == [None] * len(requests) and len(requests) > 1
+    finally:
+        gc.enable()
+
+
+def test_a_run_that_was_taken_before_closing_is_told_and_does_not_keep_it_from_closing(load: Load, model: Any) -> None:
+    engine = load(model, [Part(ONNXRUNTIME)], Execution(), 1)
+    engine.run(inputs(0))
+    run, told = engine.run, threading.Event()
+
+    def ask() -> None:
+        try:
+            while True:
+                run(inputs(0))
+        except UsageError:
+            told.set()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    closing.join(60)
+    assert not closing.is_alive() and told.wait(60)
+
+
+def test_a_run_that_was_taken_before_a_deadline_was_set_is_watched(load: Load, model: Any) -> None:
+    engine = load(model, [Part(ONNXRUNTIME)], Execution(), 1)
+    engine.run(inputs(0))
+    run = engine.run
+    engine.timeout_s = 60
+    run(inputs(0))
+    assert any(each.name.startswith("aivmm-stage") for each in threading.enumerate())
+
+
+def test_runs_of_subclasses_are_asked_every_time(tmp_path: Path, model: Any) -> None:
+    asked = []
+
+    class Mine(Engine):
+        def run(self, inputs: Any) -> Any:
+            asked.append(inputs)
+            return super().run(inputs)
+
+    with Mine.load(make_bundle(tmp_path / "m.aivmm", model, [Part(ONNXRUNTIME)])) as engine:
+        for seed in range(4):
+            engine.run(inputs(seed))
+    assert len(asked) == 4
+
+
+def test_where_no_further_request_can_be_made_answers_are_copies(load: Load, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load(model, [Part(ONNXRUNTIME)], Execution(), 1)
+    (executable,) = engine._program._executables[0]
+
+    def refuse() -> Any:
+        raise RuntimeError("no memory for another request")
+
+    monkeypatch.setattr(executable, "new_request", refuse)
+    kept = [engine.run(inputs(seed))["y"] for seed in range(4)]
+    for seed, each in enumerate(kept):
+        assert_right(model, each, seed)
+    assert engine.events == []
+
+
+def test_outputs_come_in_the_plans_order_whatever_stage_makes_them(load: Load) -> None:
+    nodes = [helper.make_node("Neg", ["x"], ["b"]), helper.make_node("Exp", ["b"], ["a"])]
+    model = onnx_model(nodes, [("x", TensorProto.FLOAT, (3,))], [("b", TensorProto.FLOAT, (3,)), ("a", TensorProto.FLOAT, (3,))])
+    for parts in ([Part(ONNXRUNTIME)], [Part(ONNXRUNTIME, 0, 0), Part(OPENVINO, 1)]):
+        engine = load(model, parts, Execution(), 1)
+        for _ in range(3):
+            assert list(engine.run({"x": normal(3)})) == [each.name for each in engine.outputs] == ["b", "a"]
+            with engine.lend({"x": normal(3)}) as outputs:
+                assert list(outputs) == ["b", "a"]
+
+
+def test_a_type_that_numpy_has_by_a_library_alone_is_copied(load: Load) -> None:
+    pytest.importorskip("ml_dtypes")
+    node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT8E5M2)
+    model = onnx_model([node], [("x", TensorProto.FLOAT, (4,))], [("y", TensorProto.FLOAT8E5M2, (4,))])
+    try:
+        engine = load(model, [Part(ONNXRUNTIME)], Execution(), 1)
+    except Unsupported as refusal:
+        pytest.skip(str(refusal))
+    x = np.array([1, 2, 4, 8], dtype=np.float32)
+    assert all((engine.run({"x": x})["y"].astype(np.float32) == x).all() for _ in range(4))
