@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aivmm.errors import UsageError
-from aivmm.models.load import load_model
 from aivmm.tensors import TensorSpec
 
 Shape = tuple[int, ...]
@@ -21,6 +20,8 @@ _NAME = re.compile(r"[^\s,=+*/()]+")  # what --dim takes as a name, and no arith
 
 def declared_inputs(path: Path) -> Declared:
     """Return the extents of each input as the model's file has them; inputs without a rank are left out. Raises as `load_model`."""
+    from aivmm.models.load import load_model  # here: it loads onnx, and whoever reads a data set need not
+
     found: dict[str, tuple[int | str, ...]] = {}
     for value in load_model(path).proto.graph.input:
         if value.type.tensor_type.HasField("shape"):

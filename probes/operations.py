@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from aivmm.models.input_contract import InputContract
 from aivmm.probes import conformance, contention, copies, fusion, operator_probes, phases, serving, transfers, wire
 from aivmm.probes.accuracy import combined, judge, narrowed
 from aivmm.probes.arrays import load_arrays, save_arrays
@@ -59,13 +60,13 @@ def prepare(
     shapes: dict[str, list[int]],
     dims: dict[str, int],
     batch: int,
-    contract: dict[str, Any],
+    contract: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Prepare a model file; see `models.prepare`."""
     from aivmm.models.prepare import prepare as prepare_model
 
     bound = {name: tuple(shape) for name, shape in shapes.items()}
-    asked = wire.contract_in(contract)
+    asked = InputContract() if contract is None else wire.contract_in(contract)
     return {"facts": wire.facts_out(prepare_model(Path(source), Path(destination), shapes=bound, dims=dims, batch=batch, contract=asked))}
 
 

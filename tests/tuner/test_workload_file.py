@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,9 +118,11 @@ def test_any_text_is_a_workload_or_one_line_of_refusal(text: str) -> None:
     ],
 )
 def test_the_command_refuses_what_does_not_go_together(
-    place: Place, in_process: Callable[..., Finished], arguments: tuple[str, ...], words: str
+    place: Place, in_process: Callable[..., Finished], tiny: Path, arguments: tuple[str, ...], words: str
 ) -> None:
     (place.work / "w.toml").write_text("[a]\npriority = 1\n")
+    for name in ("a.onnx", "b.onnx"):
+        shutil.copy(tiny, place.work / name)
     done = in_process(place, "tune", *arguments, "-q")
     assert done.code == 2
     assert len(done.error_lines) == 1
