@@ -149,16 +149,14 @@ class Handing:
         for slot in self.slots:
             if _is_free(slot):
                 return slot
-        slot = None
-        if self._ran and len(self.slots) < self._most:
-            slot = self._new_slot()
+        new = self._new_slot() if self._ran and len(self.slots) < self._most else None
         self._ran = True
-        if slot is None:
+        if new is None:
             self.private.after = self.turn
             return self.private
         for each, after in zip(self.slots, (*self.slots[1:], self.slots[0]), strict=True):
             each.after = after
-        return slot
+        return new
 
     def _new_slot(self) -> Slot | None:
         try:
