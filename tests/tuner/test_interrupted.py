@@ -15,6 +15,8 @@ import pytest
 
 from aivmm.db.database import Database
 from aivmm.tuner.decide import Decider
+from aivmm.tuner.handover import HandoverProber
+from aivmm.tuner.memory_copies import CopyProber
 from aivmm.tuner.options import TuneOptions
 from aivmm.tuner.progress import Silent
 from aivmm.tuner.proof import Entrant
@@ -102,6 +104,10 @@ def test_a_run_is_searched_once_cuts_copies_and_pipelines_were_tried_and_not_if_
         return choose(decider)
 
     monkeypatch.setattr(Decider, "entrants", entrants)
+    order: list[str] = []
+    for prober in (CopyProber, HandoverProber):  # plans are made of hand-overs: copies between memories take what they leave
+        monkeypatch.setattr(prober, "run", lambda self, *, budget_s, tell: order.append(type(self).__name__))
     session.run()
+    assert order == ["HandoverProber", "CopyProber"]
     with Database.open(options.db) as database:
         assert (seen, database.run(None).status) == (["running"], "interrupted")

@@ -57,7 +57,9 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TuneOptions:
     return TuneOptions(model=str(model), objective="throughput", budget_s=1.0, trials=1, **where)  # type: ignore[arg-type]
 
 
-def test_stages_are_measured_at_once_and_remembered_and_the_plan_runs_them_at_once(options: TuneOptions, tmp_path: Path) -> None:
+def test_stages_are_measured_at_once_and_remembered_and_the_plan_runs_them_at_once(
+    options: TuneOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def look(work: Work, explorer: Explorer) -> None:
         assert len(work.subject.structure.blocks) >= 2
         configs = {name: Config(precision="fp32") for name in (OPENVINO, ONNXRUNTIME)}
@@ -82,6 +84,9 @@ def test_stages_are_measured_at_once_and_remembered_and_the_plan_runs_them_at_on
         failing = Pipeliner(work=work, evidence=evidence(work, 1.0), configs=configs, together=_Unmeasurable(work=work, counts=counts))
         assert failing.drafts(uncut_s=None) == [] and failing.tried is not None
         assert (failing.tried.hoped, failing.tried.unmeasurable) == (True, True)
+        with monkeypatch.context() as other:  # factors made otherwise are not these
+            other.setattr("aivmm.tuner.together.FACTORS", "otherwise")
+            assert pipeliner(measure_new=False).drafts(uncut_s=None) == []
         draft = first.draft("p", [(0, 0, OPENVINO), (1, len(work.subject.structure.blocks) - 1, ONNXRUNTIME)], {})
         work.emitter(draft.batch).write(replace(draft, depth=3), tmp_path / "p.aivmm", objective="throughput")
         stopped = DepthSearch(work=work, measurer=explorer.measurer, stop=lambda: True)._outcomes(draft, [1, 2])

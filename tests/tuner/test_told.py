@@ -79,8 +79,8 @@ def test_a_run_that_repeats_another_tells_its_search_no_more_than_that_one_did()
         assert [each for each, _ in found] == wanted
 
 
-def test_what_is_preferred_is_part_of_a_request() -> None:
-    """It decides which targets are searched at all, so a run with another preference repeats nothing."""
+def test_what_is_preferred_is_part_of_a_request_and_for_throughput_how_factors_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one decides which targets are searched at all; of the other a run that only repeats would have none."""
     subject = SimpleNamespace(structure=SimpleNamespace(content="c"), base_batch=1, data_digest="", ways=list, subject_of=str)
 
     def asked_for(**changes: Any) -> str:
@@ -88,3 +88,7 @@ def test_what_is_preferred_is_part_of_a_request() -> None:
 
     found = [asked_for(), asked_for(prefer=("*:GPU*",)), asked_for(prefer=("*:CPU", "*:GPU*")), asked_for(prefer=("*:GPU*", "*:CPU"))]
     assert len(set(found)) == 4 and asked_for(prefer=("*:GPU*",)) == found[1]
+    before = asked_for(), asked_for(objective="throughput")
+    monkeypatch.setattr("aivmm.tuner.asked.FACTORS", "otherwise")
+    after = asked_for(), asked_for(objective="throughput")
+    assert before[0] == after[0] and before[1] != after[1]
