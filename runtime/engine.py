@@ -143,7 +143,7 @@ class Engine:
             self._shorten(program)
 
     def _shorten(self, program: Program) -> None:
-        """Have `run` do what the program does for a request, in one function, where nothing more is to be done; see `Program.shortest`."""
+        """Have `run` do what the program does for a request, in one function, where that is all; see `Program.shortest`."""
         shortest = program.shortest(self._instead)
         if shortest is not None:
             with self._lock:

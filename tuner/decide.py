@@ -14,30 +14,25 @@ from aivmm.planner.constraints import ACCURACY, AGREEMENT, check
 from aivmm.planner.evidence import Estimate, shares, total
 from aivmm.probes.transfers import TransferFit
 from aivmm.runtime.config import Config
-from aivmm.runtime.plan import Accuracy, Number
-from aivmm.runtime.plan import Certificate as Planned
+from aivmm.runtime.plan import Accuracy
 from aivmm.runtime.target import Target
 from aivmm.tuner.anatomy import Anatomist
 from aivmm.tuner.copying import Known, can_be_copied
 from aivmm.tuner.cutting import CutPlan, Cutter
 from aivmm.tuner.emit import Other, folder_bytes
+from aivmm.tuner.expected import expected
 from aivmm.tuner.explore import HOPELESS, JUDGED_IN_SEARCH, Explorer
 from aivmm.tuner.finalists import Selection
 from aivmm.tuner.judging import judged_on
 from aivmm.tuner.options import DEFAULT_COSINE
 from aivmm.tuner.precision_record import kept_plain
-from aivmm.tuner.proof import Entrant, Proof, call_s, constraint_metrics, interval_s
+from aivmm.tuner.proof import Entrant, Proof, constraint_metrics
 from aivmm.tuner.subject import Prepared
 from aivmm.tuner.throughput import Finder
 from aivmm.tuner.tried import Tried
 from aivmm.tuner.verdict import accuracy_text, describe, factor_text, sentence
 from aivmm.tuner.work import Work
 
-# What a plan says of itself besides the duration of a call, as far as it was measured.
-_EXPECTED = (
-    "p99_s", "throughput_per_s", "peak_memory_bytes", "device_memory_bytes", "compile_s", "load_cached_s", "first_inference_s", "energy_j",
-    "card_energy_j", "stray_nodes", "stray_copies", "stray_s",
-)  # fmt: skip
 _ALL = 1000
 _PARTS_S = 4.0  # for racing settings on parts of a processor
 
@@ -508,20 +503,3 @@ def _same(candidate: Candidate, draft: Draft) -> bool:
         draft.batch,
         draft.callers,
     )
-
-
-def as_planned(certificate: Certificate | None) -> Planned | None:
-    """Return a certificate as the plan holds it."""
-    return None if certificate is None else Planned.from_json(certificate.as_json())
-
-
-def expected(plan: Entrant) -> dict[str, Number]:
-    """Return the numbers that the proof found, as the plan holds them."""
-    assert plan.confirmed
-    low, high = interval_s(plan)
-    count = len(plan.confirmed.timed_s)
-    found = {"median_s": Number(value=call_s(plan), low=low, high=high, source="measured", samples=count)}
-    for name in _EXPECTED:
-        if name in plan.metrics:
-            found[name] = Number(value=plan.metrics[name], source="measured", samples=count if name == "throughput_per_s" else 0)
-    return found

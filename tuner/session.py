@@ -32,7 +32,8 @@ from aivmm.runtime.registry import default_backends
 from aivmm.runtime.target import matches
 from aivmm.tuner.anatomy import Anatomist
 from aivmm.tuner.asked import allowed, assumed, request, require_counters
-from aivmm.tuner.decide import Decider, as_planned, expected
+from aivmm.tuner.decide import Decider
+from aivmm.tuner.expected import as_planned, expected
 from aivmm.tuner.explore import Explorer
 from aivmm.tuner.handover import HandoverProber
 from aivmm.tuner.interrupt import Interrupts
