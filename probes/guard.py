@@ -64,7 +64,7 @@ def _start() -> int:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-    except BaseException:
+    except BaseException:  # not handled, only cleaned up: without a guard nobody else closes its end
         os.close(ours)
         raise
     finally:
