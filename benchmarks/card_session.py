@@ -4,6 +4,8 @@
     python -m benchmarks.gpu --state DIR --render benchmarks/results/h200.md
 
 Each step is a process of its own. What it came to is in DIR as soon as it ends, so a machine that goes away costs the step under way.
+Tunings run several at once: on one card they take turns by the machine-wide lock; of several cards each has its own tunings, with its
+share of the cores and a lock of its own.
 Steps that have a result in DIR, or in `--earlier` (a folder that an earlier machine left), are not run again. A step that is not likely to
 end in the time left is left out, and a shorter one after it may still run. Steps for two cards are for a machine that has them: run the
 same command there.
@@ -18,8 +20,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,21 +46,26 @@ TESTS = {
 }
 _SECTIONS = {"requests": 60, "overhead": 120, "pixels": 70, "beside": 120, "boundaries": 25, "throughput": 110}
 _TWO = {"two_tuned": 400, "two": 150}
-_AT_ONCE = 4  # tunings: their races take turns by the machine-wide lock, what they compile does not
-_TUNES_S = 110  # of so many tunings at once
+_AT_ONCE = 4  # tunings on one card: their races take turns by the machine-wide lock, what they compile does not
+_TUNE_S = 80  # of one on a card of its own
 _FIRST = ("vit", "resnet50")  # models that were never tuned there, or not as the code is now
 _TAIL = 4000
+_CORES = "AIVMM_LANE_CORES"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Commands that run at once, and about how many seconds they take. `makes` are files that show, each, that a command need not run."""
+    """Commands, and about how many seconds they take. `makes` are files that show, each, that a command need not run.
+
+    Where `shared`, commands run several at once, as the machine has room, and one after the other until the time is up.
+    """
 
     name: str
     commands: tuple[tuple[str, ...], ...]
     seconds: float
     makes: tuple[str, ...] = ()
     cards: int = 1
+    shared: bool = False
 
 
 def steps(state: Path, folder: Path, shared: Path, budget: str) -> list[Step]:
@@ -71,7 +81,6 @@ def steps(state: Path, folder: Path, shared: Path, budget: str) -> list[Step]:
     ]
     models = sorted(MODELS, key=lambda each: each not in _FIRST)
     pairs = [(model, goal) for goal in sorted(GOALS, key=lambda goal: goal != "throughput lower") for model in models]
-    tunes = [_tunes(pairs[start : start + _AT_ONCE], gpu, folder, budget) for start in range(0, len(pairs), _AT_ONCE)]
     sections = {
         name: Step(
             name=name,
@@ -86,24 +95,32 @@ def steps(state: Path, folder: Path, shared: Path, budget: str) -> list[Step]:
         *tests,
         sections["requests"],
         sections["overhead"],
-        *tunes,
+        _tunes(pairs, gpu, folder, budget),
         *(sections[name] for name in _SECTIONS if name not in ("requests", "overhead")),
     ]
     return [*(sections[name] for name in _TWO), *alone]  # who has two cards has come for these
 
 
 def _tunes(pairs: Sequence[tuple[str, str]], gpu: tuple[str, ...], folder: Path, budget: str) -> Step:
-    """Return a step of several tunings at once, each with a folder, and so a database, of its own."""
+    """Return the step of the tunings, each with a folder, and so a database, of its own."""
     names = [f"{model}.{goal.replace(' ', '.')}" for model, goal in pairs]
     commands = tuple(
         (*gpu, "--folder", str(folder / name), "--only", "tune", "--models", model, "--goals", goal, "--budget", budget)
         for name, (model, goal) in zip(names, pairs, strict=True)
     )
-    return Step(name=f"tunes-{names[0]}", commands=commands, seconds=_TUNES_S, makes=tuple(f"tune.{name}.json" for name in names))
+    return Step(name="tunes", commands=commands, seconds=_TUNE_S, makes=tuple(f"tune.{name}.json" for name in names), shared=True)
 
 
-def run(every: Sequence[Step], state: Path, *, minutes: float, cards: int, again: Sequence[str] = ()) -> dict[str, str]:
-    """Run what has no result yet while there is time, and return what became of each step."""
+def run(
+    every: Sequence[Step],
+    state: Path,
+    *,
+    minutes: float,
+    cards: int,
+    again: Sequence[str] = (),
+    together: Sequence[Mapping[str, str]] = ({},),
+) -> dict[str, str]:
+    """Run what has no result yet while there is time, and return what became of each step. `together`: an environment for each lane."""
     ends = time.monotonic() + 60 * minutes
     became = {}
     for step in every:
@@ -115,6 +132,8 @@ def run(every: Sequence[Step], state: Path, *, minutes: float, cards: int, again
             became[step.name] = f"needs {step.cards} cards, {cards} here"
         elif left < step.seconds:
             became[step.name] = f"no time: about {step.seconds:.0f} s, {max(0, left):.0f} left"
+        elif step.shared:
+            became[step.name] = _run_shared(step, commands or step.commands, state, lanes=together, limit_s=left)
         else:
             became[step.name] = _run(step, commands or step.commands, state, limit_s=min(2.5 * step.seconds, left))
         print(f"{step.name}: {became[step.name]}", flush=True)
@@ -157,6 +176,57 @@ def _run(step: Step, commands: Sequence[Sequence[str]], state: Path, *, limit_s:
     return f"exit {', '.join(map(str, codes))} after {seconds:.0f} s"
 
 
+def lanes(cards: int, chosen: Sequence[int] = ()) -> list[dict[str, str]]:
+    """Return the environment of each command that runs at once: each of several cards (or of `chosen`) has its cores and lock."""
+    if cards < 2:
+        return [{}] * _AT_ONCE
+    cores = range(os.cpu_count() or 1)
+    size = max(1, len(cores) // cards)
+    return [
+        {
+            "CUDA_VISIBLE_DEVICES": str(number),
+            "AIVMM_LOCK": f"{tempfile.gettempdir()}/aivmm-measuring-{number}.lock",
+            _CORES: ",".join(map(str, cores[number * size : (number + 1) * size])),
+        }
+        for number in chosen or range(cards)
+    ]
+
+
+def _run_shared(step: Step, commands: Sequence[Sequence[str]], state: Path, *, lanes: Sequence[Mapping[str, str]], limit_s: float) -> str:
+    """Give each lane the next command until the time is up, and keep what each said."""
+    ends, waiting, ended = time.monotonic() + limit_s, deque(enumerate(commands)), []
+
+    def lane(given: Mapping[str, str]) -> None:
+        cores = given.get(_CORES)
+        while ends - time.monotonic() > step.seconds:
+            try:
+                number, command = waiting.popleft()
+            except IndexError:
+                return
+            pinned = ("taskset", "-c", cores, *command) if cores else command
+            with (state / f"session.{step.name}.{number}.log").open("wb") as log:
+                one = subprocess.Popen(
+                    pinned,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    env={**os.environ, **given},
+                )
+                try:
+                    ended.append(one.wait(max(0.1, ends - time.monotonic())))
+                except subprocess.TimeoutExpired:
+                    os.killpg(one.pid, signal.SIGKILL)
+                    one.wait()
+
+    threads = [threading.Thread(target=lane, args=(each,)) for each in lanes]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    return f"{len(ended)} of {len(commands)} ended ({sum(map(bool, ended))} of them not with exit 0)"
+
+
 def take_over(earlier: Path, state: Path) -> int:
     """Copy the results that an earlier machine left, where there are none yet; return how many."""
     taken = 0
@@ -179,6 +249,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=28.0)
     parser.add_argument("--budget", default="6s")
     parser.add_argument("--again", default="", help="names of steps, with commas, to run though they have a result")
+    parser.add_argument("--only", default="", help="names of steps, with commas: no others")
+    parser.add_argument("--cards", default="", help="numbers of the cards that tunings run on, with commas; all by default")
     parser.add_argument("--list", action="store_true")
     asked = parser.parse_args()
     asked.state.mkdir(parents=True, exist_ok=True)
@@ -189,7 +261,10 @@ def main() -> None:
         for step in every:
             print(f"{step.name}: about {step.seconds:.0f} s{', has a result' if _record(asked.state, step).exists() else ''}")
         return
-    run(every, asked.state, minutes=asked.minutes, cards=len(cards()), again=asked.again.split(","))
+    only, count = set(filter(None, asked.only.split(","))), len(cards())
+    every = [each for each in every if not only or each.name in only]
+    chosen = [int(each) for each in asked.cards.split(",") if each]
+    run(every, asked.state, minutes=asked.minutes, cards=count, again=asked.again.split(","), together=lanes(count, chosen))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ GOALS = ("latency fp32", "latency lower", "throughput fp32", "throughput lower")
 _SHARED = {"ultraface": "ultraface_rfb_320.onnx", "silero": "silero_vad_16k_op15.onnx", "magika": "magika_v3_3.onnx"}
 _LOWER = "fp32,bf16,fp16"
 _ROUNDS, _BLOCK_S = 6, 0.5
+_TUNE_LIMIT_S = 400
 FAST = {"host_memory": "pinned", "provider.prefer_nhwc": "1", "provider.fuse_conv_bias": "1"}
 PLAIN = {"host_memory": "pinned"}
 Step = Callable[[], object]
@@ -338,21 +339,23 @@ def tune(folder: Path, shared: Path, *, models: Sequence[str], goals: Sequence[s
             if place.exists():
                 continue
             output = folder / f"{name}-{objective}-{precision}.aivmm"
-            command = [sys.executable, "-m", "aivmm", "tune", str(path), "--objective", objective, "--budget", budget, "--json", "-q"]
+            command = [sys.executable, "-m", "aivmm", "tune", str(path), "--objective", objective, "--budget", budget, "--json"]
             command += ["--precisions", "fp32" if precision == "fp32" else _LOWER, "-o", str(output), "--db", str(folder / "gpu.db")]
             command += ["--dim", "seq=128"] if name == "minilm" else []
             began = time.monotonic()
+            said = place.with_suffix(".log")
             try:
-                ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
+                with said.open("w") as log:
+                    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, timeout=_TUNE_LIMIT_S)
             except subprocess.TimeoutExpired:
-                place.with_suffix(".failed").write_text("no end within 240 s")
+                place.with_suffix(".failed").write_text(f"no end within {_TUNE_LIMIT_S} s")
                 continue
             print(f"{name} {goal}: {time.monotonic() - began:.0f} s, exit {ran.returncode}", flush=True)
             if ran.returncode in (0, 3) and ran.stdout.strip():
                 place.write_text(ran.stdout)
             else:
-                place.with_suffix(".failed").write_text(ran.stderr[-3000:])
-                print(ran.stderr[-1500:], flush=True)
+                place.with_suffix(".failed").write_text(said.read_text()[-3000:])
+                print(said.read_text()[-1500:], flush=True)
             report = output / "report.html"
             if report.exists():
                 (keep / f"{name}-{objective}-{precision}.html").write_bytes(report.read_bytes())

@@ -147,6 +147,11 @@ class Stream:
         self._copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
         self._wait.argtypes = [ctypes.c_void_p]
 
+    @property
+    def handle(self) -> int:
+        """CUDA's own name for it, good as long as this object lives."""
+        return self._stream.value or 0
+
     def copy(self, destination: int, source: int, size: int) -> None:
         """Begin to copy `size` bytes between two addresses, on the host or on cards.
 

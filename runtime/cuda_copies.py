@@ -29,9 +29,11 @@ class CardCopier:
         self._cards: list[tuple[int, int]] = []  # index, address
         self.host: Buffer = np.empty(0, np.uint8)  # the host's end, if there is one
         try:
-            self._source, self._destination = (self._end(each, route.pinned) for each in (route.source, route.destination))
             card = route.destination or route.source
             assert card is not None
+            # The card's end first: it is refused at once, where the host's is touched page by page until the system kills somebody.
+            ends = [self._end(each, route.pinned) for each in sorted((route.source, route.destination), key=lambda end: end is None)]
+            self._source, self._destination = ends if route.source is not None else reversed(ends)
             self._stream = Stream(index_of(card))
         except Unsupported:
             self.close()

@@ -129,11 +129,28 @@ class BoundRequest:
 class RebindingRequest(BoundRequest):
     """For devices with memory of their own: the binding copies an input there when it is bound, and never looks again."""
 
+    def __init__(self, session: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+        super().__init__(session, inputs, outputs)
+        self._again: dict[str, Buffer] = {}
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        """Read an input from `buffer` at each run, not before, or write an output there. Raises as `BoundRequest.bind`."""
+        if name not in self._inputs:
+            super().bind(name, buffer)
+            return
+        if not buffer.flags.c_contiguous:
+            raise Unsupported(f"the array for {name!r} is not C-contiguous, so it cannot be shared")
+        self._again[name] = buffer
+
+    def bind_device(self, name: str, tensor: DeviceTensor) -> None:
+        """Read or write a tensor where it is."""
+        self._again.pop(name, None)
+        super().bind_device(name, tensor)
+
     def run(self) -> None:
         """Bind the inputs anew, and run."""
-        for name, buffer in list(self._bound.items()):
-            if name in self._inputs:
-                self.bind(name, buffer)
+        for name, buffer in self._again.items():
+            super().bind(name, buffer)
         super().run()
 
 
@@ -153,8 +170,9 @@ class Copies(Protocol):
 class StagedRequest(BoundRequest):
     """Runs on tensors in a card's memory at fixed addresses, as CUDA graphs need it; what is on the host is copied in before and out after.
 
-    The copies go through a stream of their own. Inputs and outputs have static shapes, and `place` gives a tensor for each. Where `pinned`,
-    what comes from other memory goes through page-locked memory.
+    The copies go through a stream of their own, or, where `ordered`, through the one that the session computes on, which then needs no
+    wait in between. Inputs and outputs have static shapes, and `place` gives a tensor for each. Where `pinned`, what comes from other
+    memory goes through page-locked memory.
     """
 
     def __init__(
@@ -167,10 +185,12 @@ class StagedRequest(BoundRequest):
         place: Callable[[TensorSpec], DeviceTensor],
         pinned: bool,
         recorded: bool,
+        ordered: bool = False,
     ) -> None:
         super().__init__(session, inputs, outputs)
         self._turn = _RECORDING if recorded else _NO_TURN
         self._pinned = pinned
+        self._ordered = ordered
         self._stream = stream
         self._tensors: dict[str, Any] = {}
         self._into: dict[str, tuple[int, int, int]] = {}  # destination, source, bytes
@@ -230,7 +250,7 @@ class StagedRequest(BoundRequest):
             self._stream.upload(destination, array)
         for destination, source, size in self._into.values():
             self._stream.copy(destination, source, size)
-        if self._into or self._through:
+        if (self._into or self._through) and not self._ordered:
             self._stream.wait()
 
     def output(self, name: str) -> Buffer:

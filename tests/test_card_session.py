@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.card_session import TESTS, Step, run, steps, take_over
+from benchmarks.card_session import TESTS, Step, lanes, run, steps, take_over
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,6 +61,26 @@ def test_what_does_not_fit_is_left_out_and_what_fails_is_a_result(tmp_path: Path
     later.mkdir()
     assert take_over(tmp_path, later) == 1
     assert run(every[2:], later, minutes=1, cards=1) == {"fails": "has a result"}
+
+
+def test_shared_commands_take_turns_in_lanes_until_the_time_is_up(tmp_path: Path) -> None:
+    code = "import os, sys, time, pathlib; time.sleep(.2); pathlib.Path(sys.argv[1]).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
+    names = [f"{number}.json" for number in range(4)]
+    commands = tuple((sys.executable, "-c", code, str(tmp_path / name)) for name in names)
+    step = Step(name="tunes", commands=commands, seconds=0.1, makes=tuple(names), shared=True)
+    together = [{"CUDA_VISIBLE_DEVICES": each["CUDA_VISIBLE_DEVICES"]} for each in lanes(4, [2, 3])]
+    (tmp_path / names[0]).write_text("earlier")
+    assert run([step], tmp_path, minutes=1, cards=4, together=together) == {"tunes": "3 of 3 ended (0 of them not with exit 0)"}
+    assert {(tmp_path / name).read_text() for name in names} == {"earlier", "2", "3"}
+    (tmp_path / names[1]).unlink()
+    hangs = Step(name="tunes", commands=((sys.executable, "-c", "import time; time.sleep(60)"),), seconds=0.1, shared=True)
+    assert run([hangs], tmp_path, minutes=0.01, cards=4, together=together) == {"tunes": "0 of 1 ended (0 of them not with exit 0)"}
+
+
+def test_cards_have_locks_of_their_own() -> None:
+    four = lanes(4)
+    assert len({each["AIVMM_LOCK"] for each in four}) == 4
+    assert lanes(4, [3]) == four[3:] and len(lanes(1)) == 4
 
 
 def test_every_file_with_tests_of_cards_is_in_a_step() -> None:
