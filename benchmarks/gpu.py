@@ -342,6 +342,7 @@ def tune(folder: Path, shared: Path, *, models: Sequence[str], goals: Sequence[s
             command = [sys.executable, "-m", "aivmm", "tune", str(path), "--objective", objective, "--budget", budget, "--json"]
             command += ["--precisions", "fp32" if precision == "fp32" else _LOWER, "-o", str(output), "--db", str(folder / "gpu.db")]
             command += ["--dim", "seq=128"] if name == "minilm" else []
+            command += _of_the_lane()
             began = time.monotonic()
             said = place.with_suffix(".log")
             try:
@@ -359,6 +360,17 @@ def tune(folder: Path, shared: Path, *, models: Sequence[str], goals: Sequence[s
             report = output / "report.html"
             if report.exists():
                 (keep / f"{name}-{objective}-{precision}.html").write_bytes(report.read_bytes())
+
+
+def _of_the_lane() -> list[str]:
+    """Return the option that leaves one card to a tuning where `CUDA_VISIBLE_DEVICES` means to, but OpenCL shows all of them."""
+    import openvino
+
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    shown = [name for name in openvino.Core().available_devices if name.startswith("GPU")]
+    if not mine.isdigit() or len(shown) < 2:
+        return []
+    return ["--targets", f"openvino:CPU,openvino:GPU.{mine},onnxruntime:CPU,onnxruntime:CUDA:0"]
 
 
 def cards() -> list[str]:
