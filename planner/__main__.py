@@ -63,8 +63,9 @@ def as_text(found: Solution, unit: str) -> str:
         f"contiguous  {'yes' if found.contiguous else 'no'}",
         "loads       " + ", ".join(f"{name}:{index} {load:.6g}" for (name, index), load in sorted(found.evaluation.slowed.items())),
         "assignment",
+        *(f"  {id}  {place}" for id, place in found.assignment.items()),
     ]
-    return "\n".join([*lines, *(f"  {id}  {place}" for id, place in found.assignment.items())])
+    return "\n".join(line if line.isprintable() else ascii(line)[1:-1] for line in lines)  # names may hold anything that JSON can spell
 
 
 def _parser() -> argparse.ArgumentParser:

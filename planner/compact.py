@@ -127,7 +127,7 @@ def _ungrouped(problem: Problem) -> Compact:
             for (source, _, size), to in readers.items()
         ),
         device=np.array([devices[each.device] for each in problem.choices]),
-        count=np.array([each.count for each in problem.devices]),
+        count=np.array([min(each.count, len(problem.nodes)) for each in problem.devices]),  # more than one a node have nothing to do
         capacity=np.array([each.memory_bytes for each in problem.devices], dtype=np.float64),
         slowed=slowed,
     )

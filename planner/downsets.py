@@ -26,6 +26,7 @@ Doubt = Literal["exact", "least", "most"]  # how a transfer whose price depends 
 _Tables = tuple[Array, npt.NDArray[np.int32], npt.NDArray[np.int16], npt.NDArray[np.int16]]
 
 _CHECK_EVERY = 64  # downsets between two looks at the clock
+_MOST_HEIGHTS = 25_000_000  # of one topological order: groups by chains; four orders take four times as much, at 4 bytes each
 _SWEPT = 400  # downsets, about, of a family that is not complete
 
 
@@ -68,6 +69,8 @@ def every_downset(merged: Compact, most: int, deadline: float) -> Family | None:
                 more = held | bit
                 if more not in larger:
                     group = bit.bit_length() - 1
+                    if len(rows) > most:
+                        return None  # of a wide graph, one level alone may have more than memory holds
                     larger[more] = (ready ^ bit) | sum(1 << each for each in merged.after[group] if not needs[each] & ~more)
                     origins.append((rows[held], group))
                     rows[more] = len(origins)
@@ -77,8 +80,13 @@ def every_downset(merged: Compact, most: int, deadline: float) -> Family | None:
     return _family(merged, origins)
 
 
-def swept_downsets(merged: Compact) -> Family:
-    """Return some of the downsets that a few topological orders of the groups run through, enough for a plan to start from."""
+def swept_downsets(merged: Compact) -> Family | None:
+    """Return some of the downsets that a few topological orders of the groups run through, enough for a plan to start from.
+
+    None where the graph is so wide that they would fill the memory.
+    """
+    if len(merged.members) * len(chains_of(merged)) > _MOST_HEIGHTS:
+        return None
     origins, kept = [], [0]
     orders = sweeps(merged)
     step = math.ceil(len(orders) * len(merged.members) / _SWEPT)

@@ -28,6 +28,8 @@ from aivmm.errors import UsageError
 
 Goal = Literal["latency", "throughput"]
 
+_MOST = 1e80  # of any number: products of three of them, and sums of those over any graph, are still numbers
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedDevice:
@@ -219,13 +221,14 @@ def _require_numbers(problem: Problem) -> None:
         _require_amount(move.fixed, f"transfer {where} has a fixed cost of")
         _require_amount(move.per_byte, f"transfer {where} has a cost per byte of")
     for pair, factor in problem.contention.items():
-        if not (1 <= factor < math.inf):
-            raise UsageError(f"the contention of {pair[0]!r} beside {pair[1]!r} is {factor}", advice="a factor is 1 (no effect) or more")
+        if not (1 <= factor <= _MOST):
+            advice = f"a factor is 1 (no effect) to {_MOST:g}"
+            raise UsageError(f"the contention of {pair[0]!r} beside {pair[1]!r} is {factor}", advice=advice)
 
 
 def _require_amount(value: float, what: str) -> None:
-    if not (0 <= value < math.inf):
-        raise UsageError(f"{what} {value}", advice="give a finite number, 0 or more; leave away what is not supported")
+    if not (0 <= value <= _MOST):
+        raise UsageError(f"{what} {value}", advice=f"give a finite number from 0 to {_MOST:g}; leave away what is not supported")
 
 
 def _require_tensors(problem: Problem) -> None:

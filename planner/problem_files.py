@@ -128,7 +128,7 @@ def read_problem(path: Path) -> Problem:
         UsageError: the file cannot be read, is not JSON, or is no problem; the message says where.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}", advice="name a JSON file") from error
     try:
@@ -145,8 +145,9 @@ def problem_from_json(text: str) -> Problem:
     """
     try:
         found = json.loads(text, object_pairs_hook=_without_repeats)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UsageError(f"not JSON: {error}", advice="see `pydoc aivmm.planner.problem_files` for the schema") from error
+    except (ValueError, RecursionError) as error:  # also an integer of more digits than Python reads
+        reason = str(error).partition(";")[0]
+        raise UsageError(f"not JSON: {reason}", advice="see `pydoc aivmm.planner.problem_files` for the schema") from error
     if not isinstance(found, dict):
         raise UsageError("the file holds no JSON object", advice="see `pydoc aivmm.planner.problem_files` for the schema")
     try:

@@ -84,7 +84,7 @@ def solve(problem: Problem, goal: Goal, *, contiguous: bool = False, time_limit_
         _throughput(merged, best)
     if best.evaluation is None:
         if best.bound == math.inf:
-            raise Infeasible("no plan keeps the limits on memory and the unsupported pairs", advice=_advice(contiguous))
+            raise _no_plan(problem, contiguous)
         raise UsageError(f"no plan was found within {time_limit_s:g} s", advice="raise the time limit")
     objective = best.evaluation.objective(goal)
     if best.bound > objective * (1 + _TOLERANCE):
@@ -173,8 +173,17 @@ def _in_one_place(merged: Compact, best: _Best) -> None:
         best.offer(merged, [(choice, 0)] * len(merged.members))
 
 
-def _advice(contiguous: bool) -> str:
-    return "raise memory_bytes, allow more choices" + (", or drop --contiguous" if contiguous else "")
+def _no_plan(problem: Problem, contiguous: bool) -> Infeasible:
+    """Return the error where each node fits somewhere, and all of them nowhere; it names what the problem has of what can be in the way."""
+    limits = [
+        (any(math.isfinite(each.memory_bytes) for each in problem.devices), "the limits on memory", "raise memory_bytes"),
+        (bool(problem.unsupported), "the unsupported pairs", "give one of them a transfer"),
+        (contiguous, "one segment on each device", "drop --contiguous"),
+    ]
+    ways = [*(way for here, _, way in limits if here), "allow more choices"]
+    names = [name for here, name, _ in limits if here]
+    what = ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
+    return Infeasible(f"no plan keeps {what}", advice=", ".join(ways[:-1]) + f", or {ways[-1]}")
 
 
 # --- latency ---
@@ -319,7 +328,9 @@ def _contiguous(merged: Compact, best: _Best) -> None:
     if best.bound == math.inf:
         return  # what a cycle of groups joins, no choice supports
     forgetful = depends_on_sender(merged) and not merged.is_chain()
-    _over_downsets(merged, swept_downsets(merged), best, "most" if forgetful else "exact")
+    some = swept_downsets(merged)
+    if some is not None:
+        _over_downsets(merged, some, best, "most" if forgetful else "exact")
     family = every_downset(merged, _MOST_DOWNSETS, time.perf_counter() + best.left() / 2)
     if family is not None:
         if forgetful:

@@ -57,6 +57,15 @@ def test_a_published_instance_is_solved_and_nothing_else_is_printed() -> None:
     assert {place.partition(":")[0] for place in found["assignment"].values()} <= {"acc", "cpu"}
 
 
+def test_names_that_no_terminal_shows_keep_to_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "names.json"
+    text = problem_to_json(chain({"a": 1.0}, {"a": 1.0}))
+    path.write_text(text.replace('"0"', r'"\ud800"').replace('"1"', r'"b\n\u001b[31m"'))
+    done = run("solve", path, "--objective", "latency")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-2:] == [r"  \ud800  a:0", r"  b\n\x1b[31m  a:0"]
+
+
 def test_what_the_user_can_fix_is_one_line_and_exit_2(tmp_path: Path) -> None:
     bad = tmp_path / "bad.json"
     bad.write_text('{"schema": 1}')
@@ -79,5 +88,5 @@ def test_no_plan_is_exit_3_and_with_json_the_error_is_an_object(tmp_path: Path) 
     assert done.returncode == 3
     error = json.loads(done.stdout)
     assert error["schema"] == 1
-    assert error["error"]["message"] == "no plan keeps the limits on memory and the unsupported pairs"
+    assert error["error"]["message"] == "no plan keeps the limits on memory"
     assert "raise memory_bytes" in error["error"]["advice"]

@@ -71,6 +71,9 @@ NODE = {"id": "a", "costs": {"c": 1}}
         (changed(nodes=[{"id": "a", "costs": {"c": -1}}]), r"nodes\[0\].costs.c: Input should be greater than or equal to 0"),
         (changed(nodes=[{"id": "a", "costs": {"c": math.nan}}]), r"nodes\[0\].costs.c: Input should be"),
         (changed(nodes=[{"id": "a", "costs": {"c": math.inf}}]), r"nodes\[0\].costs.c: Input should be a finite number"),
+        (changed(nodes=[{"id": "a", "costs": {"c": 1e300}}], edges=[]), r"node 'a' in 'c' costs 1e\+300; give a finite number from 0 to"),
+        (changed(contention=[{"device": "cpu", "beside": "gpu", "factor": 1e300}]), "the contention of 'cpu' beside 'gpu' is 1e"),
+        ('{"schema": ' + "1" * 5000 + "}", "not JSON: Exceeds the limit"),
         (changed(nodes=[{"id": "a", "costs": {"c": True}}]), r"nodes\[0\].costs.c: Input should be a valid number"),
         (changed(nodes=[{"id": "a", "costs": {"tpu": 1}}], edges=[]), "node 'a' names the unknown choice 'tpu'; known: 'c', 'g'"),
         (changed(edges=[{"from": "a", "to": "z"}]), "the edge from 'a' to 'z' names the unknown node 'z'"),
@@ -103,6 +106,11 @@ def test_a_bad_file_is_refused_in_one_line_that_says_where(text: str, words: str
     assert str(file) in caught.value.message
     assert caught.value.advice
     assert "\n" not in str(caught.value)
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "windows.json").write_text(json.dumps(GOOD), encoding="utf-8-sig")
+    assert read_problem(tmp_path / "windows.json") == problem_from_json(json.dumps(GOOD))
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_with_too_many_ways_to_use_the_devices_the_bound_leaves_contention_out()
     problem = Problem(
         devices=[PlacedDevice(name=name, count=20) for name in names],
         choices=[Choice(name=name, target=name, device=name) for name in names],
-        nodes=[Node(id=str(index), costs={"a": 2.0, "b": 3.0}) for index in range(8)],
+        nodes=[Node(id=str(index), costs={"a": 2.0, "b": 3.0}) for index in range(20)],
         contention={("a", "a"): 1.01, ("b", "a"): 1.01, ("a", "b"): 1.01},
     )
     found = solve(problem, "throughput", time_limit_s=3)
@@ -246,10 +246,10 @@ def test_identical_devices_slow_each_other_and_not_themselves(factor: float, bes
     [
         (chain({"a": 1}, {}), "no choice supports node '1'; allow more choices"),
         (chain({"a": 1}, {"a": 1}, a=0.5), "no device that supports node '0' has the memory for it; raise memory_bytes"),
-        (chain({"a": 1}, {"a": 1}, a=1.5), "no plan keeps the limits on memory and the unsupported pairs; raise"),
+        (chain({"a": 1}, {"a": 1}, a=1.5), "no plan keeps the limits on memory.*; raise memory_bytes"),
         (
             replace(chain({"a": 1}, {"b": 1}), transfers={("a", "a"): Move(), ("b", "a"): Move()}, unsupported=frozenset({("a", "b")})),
-            "no plan keeps the limits on memory and the unsupported pairs",
+            "no plan keeps the unsupported pairs",
         ),
         (
             replace(

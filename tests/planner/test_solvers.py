@@ -20,6 +20,7 @@ from aivmm.planner.evaluate import evaluate
 from aivmm.planner.improve import improve
 from aivmm.planner.problem import Choice, Edge, Goal, Move, Node, PlacedDevice, Problem
 from aivmm.planner.program import Program
+from aivmm.planner.solve import solve
 from tests.planner.placing import chain, dense, optima, problems
 
 GOALS: tuple[Goal, ...] = ("latency", "throughput")
@@ -95,7 +96,7 @@ def test_some_downsets_give_a_plan_that_costs_what_they_say() -> None:
         problem, best = problem_and_optima(seed)
         merged = condensed(compact(problem))
         family = swept_downsets(merged)
-        assert not family.complete
+        assert family is not None and not family.complete
         found = Search(merged, family, "throughput", "exact").run(in_time())
         if found is not None:
             priced = evaluate(problem, assignment_of(problem, merged, found[0]))
@@ -107,6 +108,23 @@ def test_too_many_downsets_and_no_time_are_no_answer() -> None:
     merged = condensed(compact(dense(0)))
     assert every_downset(merged, 1, in_time()) is None
     assert every_downset(merged, 1000, time.perf_counter() - 1) is None
+
+
+def test_of_a_graph_too_wide_for_memory_no_downsets_are_made() -> None:
+    wide = replace(chain(*[{"a": 1.0, "b": 2.0}] * 6000), edges=[])  # its second level alone has 18 million, of 6000 bits each
+    merged = condensed(compact(wide))
+    assert every_downset(merged, 20_000, in_time()) is None
+    assert swept_downsets(merged) is None
+
+
+def test_devices_beyond_one_a_node_change_nothing() -> None:
+    problem = replace(chain({"a": 1.0, "b": 3.0}, {"a": 1.0, "b": 3.0}), edges=[])
+    for contention in ({}, {("a", "a"): 1.5, ("b", "a"): 2.0}):
+        found = []
+        for count in (2, 10**30):
+            many = replace(problem, devices=[replace(each, count=count) for each in problem.devices], contention=contention)
+            found += [solve(many, goal, contiguous=way).objective for goal in GOALS for way in (False, True)]
+        assert found[:4] == found[4:]
 
 
 def test_a_row_has_one_downset_more_than_groups() -> None:
