@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -306,6 +306,11 @@ class DeviceRequest(Request, Protocol):
 
     def bind_device(self, name: str, tensor: DeviceTensor) -> None:
         """Read an input or write an output where it is; as `bind`, and in its place."""
+
+
+def on_device(executable: object) -> TypeGuard[DeviceTensors]:
+    """Say whether an executable has `DeviceTensors`. By one of its methods, as below."""
+    return hasattr(executable, DeviceTensors.device_tensor.__name__)
 
 
 def host_buffer(executable: Executable, spec: TensorSpec) -> Buffer | None:

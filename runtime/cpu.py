@@ -35,16 +35,16 @@ def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/
         folder = f"{root}/{controllers}" if controllers else str(root)
         for name in ("", *filter(None, path.split("/"))):
             folder = f"{folder}/{name}" if name else folder
-            quota = _quota_of(folder)
+            quota = _quota_of(folder, first_version=bool(controllers))
             if quota is not None:
                 quotas.append(quota)
     return min(quotas, default=None)
 
 
-def _quota_of(folder: str) -> float | None:
+def _quota_of(folder: str, *, first_version: bool) -> float | None:
     try:
-        text = _start_of(f"{folder}/cpu.max")
-        if text is None and (text := _start_of(f"{folder}/cpu.cfs_quota_us")) is not None:
+        text = _start_of(f"{folder}/{'cpu.cfs_quota_us' if first_version else 'cpu.max'}")
+        if first_version and text is not None:
             text = f"{text} {_start_of(f'{folder}/cpu.cfs_period_us')}"
         if text is None:
             return None

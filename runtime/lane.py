@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from aivmm.errors import Unsupported, UsageError
-from aivmm.runtime.backend import Buffer, DeviceTensor, DeviceTensors, Executable, Request, host_buffer, is_foreign
+from aivmm.runtime.backend import Buffer, DeviceTensor, Executable, Request, host_buffer, is_foreign, on_device
 from aivmm.runtime.clocks import StageClock
 from aivmm.runtime.drift import BLOCK
 from aivmm.runtime.feed import Feed, wanted_buffer
@@ -29,9 +29,7 @@ _FOLD_CALLS, _SHORT_NS = 256, 500_000
 
 def _one_memory(executables: Sequence[Executable]) -> bool:
     """Say whether all keep their tensors in one device's memory."""
-    return len({each.memory if isinstance(each, DeviceTensors) else None for each in executables}) == 1 and isinstance(
-        executables[0], DeviceTensors
-    )
+    return len({each.memory if on_device(each) else None for each in executables}) == 1 and on_device(executables[0])
 
 
 _Step = tuple[Callable[[], None], Callable[[int], None], list[tuple[str, StageClock, Request, list[Request]]]]
@@ -415,7 +413,7 @@ class Lane:
         order = [each.name for each in outputs]
         specs = {each.name: each for each in executable.outputs}
         made = [specs.get(each.name, each.spec) for each in stage.outputs]
-        if isinstance(executable, DeviceTensors) or not counts_references() or not made or any(each.name not in order for each in made):
+        if on_device(executable) or not counts_references() or not made or any(each.name not in order for each in made):
             return None
         if not all(each.static for each in executable.inputs):
             return None
@@ -441,7 +439,7 @@ class Lane:
         own = dict(self._fixed)
         handed = () if self._handing is None else self._handing.private.arrays
         for name in (*own, *(name for name, _ in handed), *(name for name, _ in self._readers)):
-            if name not in own or not isinstance(self._makers[name][1], DeviceTensors):
+            if name not in own or not on_device(self._makers[name][1]):
                 raise UsageError(f"the output {name!r} is not made in a device's memory, or has no fixed shape", advice="use run")
             if name in self._read_again:
                 raise UsageError(f"a later stage reads the output {name!r} too, from the host", advice="use run")
@@ -449,7 +447,7 @@ class Lane:
         try:
             for name in own:
                 request, executable = self._makers[name]
-                assert isinstance(executable, DeviceTensors)
+                assert on_device(executable)
                 made[name] = executable.device_tensor(next(each for each in executable.outputs if each.name == name))
                 request.bind_device(name, made[name])
             self.execute()
