@@ -212,8 +212,9 @@ class Engine:
     def stream(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Buffer]]:
         """Run each of `requests` and yield the outputs in their order, as many in flight as the plan provides for.
 
-        Requests are taken from the iterable when there is room for them: it may be endless. What a request raises is raised at its place
-        in the order, which ends the stream; those already in flight are finished unseen.
+        Requests are taken from the iterable when there is room for them: it may be endless. Where they come slowly, an answer that is there
+        waits for the next of them; one that hangs keeps none before it. What a request raises is raised at its place in the order, which
+        ends the stream; those already in flight are finished unseen.
         """
         return ordered(self.submit, self._program.window, requests)
 

@@ -5,28 +5,46 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
+from time import perf_counter
 from typing import Any
 
 from aivmm.errors import AivmmError
 from aivmm.runtime.batching import Outputs
 
 Submit = Callable[[Mapping[str, Any]], "Future[Outputs]"]
+_HELD_S = 0.002  # for which an answer may be held back, so that several are given at once
 
 
 def ordered(submit: Submit, window: int, requests: Iterable[Mapping[str, Any]]) -> Iterator[Outputs]:
     """Submit each of `requests` and yield the outputs in their order, at most `window` in flight; see `Engine.stream`."""
     pending: deque[Future[Outputs]] = deque()
-    # To be woken for each answer costs a busy processor more than to be woken for several, and half of the window keeps it busy meanwhile.
-    several = max(0, window // 2 - 1)
+    given = perf_counter()
     for inputs in requests:
-        if len(pending) >= window:
-            if not pending[0].done():
-                pending[several].exception()
-            yield pending.popleft().result()
         try:
             pending.append(submit(inputs))
         except AivmmError as error:  # its turn comes
             pending.append(Future())
             pending[-1].set_exception(error)
+        if len(pending) >= window:
+            _wait(pending, window)
+            yield pending.popleft().result()
+            given = perf_counter()
+        elif perf_counter() - given > _HELD_S:
+            # The requests come slowly. What is there is given, but for what would leave nothing to do meanwhile.
+            while pending[0].done() and not pending[-1].done():
+                yield pending.popleft().result()
+            given = perf_counter()
     while pending:
         yield pending.popleft().result()
+
+
+def _wait(pending: deque[Future[Outputs]], window: int) -> None:
+    """Wait until half of the window is answered, which keeps the rest busy, but not for long where that takes longer than the first.
+
+    To be woken for each answer costs a busy processor up to a sixth of its work.
+    """
+    several = window // 2 - 1
+    if several > 0 and not pending[0].done():
+        with suppress(TimeoutError):
+            pending[several].exception(_HELD_S)

@@ -1,0 +1,55 @@
+"""Streams: each answer is given as soon as it and those before it are there, whatever the later ones do."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from aivmm.runtime.plan import Execution
+from aivmm.runtime.streaming import ordered
+from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, normal, reference
+from tests.runtime.engines import Load
+
+
+def test_answers_are_given_while_a_later_request_hangs(load: Load) -> None:
+    parts = [Part(ONNXRUNTIME, 0, 3), Part(OPENVINO, 4)]
+    engine = load(chain_model(), parts, execution=Execution(mode="pipelined"))
+    assert engine._program.window > 4
+    go = threading.Event()
+    lane = engine._program.lanes[2]  # lanes are taken in their order: the third request's
+    run, *rest = lane._steps[1]
+    lane._steps[1] = (lambda: (go.wait(60), run()), *rest)
+    requests = [{"x": normal(2, 32, seed=seed)} for seed in range(12)]
+    stream = engine.stream(requests)
+    with ThreadPoolExecutor(1) as asks:
+        try:
+            for each in requests[:2]:
+                found = asks.submit(next, stream).result(30)
+                np.testing.assert_allclose(found["y"], reference(chain_model(), each)["y"], rtol=1e-4, atol=1e-5)
+        finally:
+            go.set()
+        assert len(asks.submit(list, stream).result(30)) == 10
+
+
+def test_answers_are_given_while_requests_come_slowly() -> None:
+    taken: list[int] = []
+
+    def slowly() -> Iterator[dict[str, Any]]:
+        for number in range(8):
+            time.sleep(0.02)
+            taken.append(number)
+            yield {"number": number}
+
+    def submit(inputs: Any) -> Future[Any]:
+        answer: Future[Any] = Future()
+        threading.Timer(0.001, answer.set_result, [inputs]).start()
+        return answer
+
+    for number, answer in enumerate(ordered(submit, 6, slowly())):
+        assert answer == {"number": number}
+        assert taken[-1] <= number + 4  # all six of the window were, before; a busy machine may be late with an answer
