@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from aivmm.errors import Unsupported, UsageError
-from aivmm.runtime.backend import Buffer, DeviceTensor, Executable, Request, host_buffer, is_foreign, on_device
+from aivmm.runtime.backend import Buffer, DeviceTensor, DeviceTensors, Executable, Request, host_buffer, is_foreign, on_device
 from aivmm.runtime.clocks import StageClock
 from aivmm.runtime.drift import BLOCK
 from aivmm.runtime.feed import Feed, wanted_buffer
@@ -439,7 +439,7 @@ class Lane:
         own = dict(self._fixed)
         handed = () if self._handing is None else self._handing.private.arrays
         for name in (*own, *(name for name, _ in handed), *(name for name, _ in self._readers)):
-            if name not in own or not on_device(self._makers[name][1]):
+            if name not in own or not isinstance(self._makers[name][1], DeviceTensors):
                 raise UsageError(f"the output {name!r} is not made in a device's memory, or has no fixed shape", advice="use run")
             if name in self._read_again:
                 raise UsageError(f"a later stage reads the output {name!r} too, from the host", advice="use run")
@@ -447,7 +447,7 @@ class Lane:
         try:
             for name in own:
                 request, executable = self._makers[name]
-                assert on_device(executable)
+                assert isinstance(executable, DeviceTensors)
                 made[name] = executable.device_tensor(next(each for each in executable.outputs if each.name == name))
                 request.bind_device(name, made[name])
             self.execute()
