@@ -19,11 +19,12 @@ _WORDS: Mapping[Source, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """What the planner knew of the plan before it was proven. Seconds are of one call.
+    """What the planner knew of the plan before it was proven. Seconds are of one call, or from one answer to the next for "throughput".
 
-    `bound_s` is None where nothing bounds it; `why_no_bound` then says why. `rests_on` are the shares of `objective_s` by source; they add
-    to 1. Of `segments_possible` (runs of blocks times targets that run them) `segments_measured` were measured. `proven` is False where
-    the search for cuts ended before nothing could be better. `planning_s` and `solves` are what placing took, without any measuring.
+    `more` is a sentence on what the rest does not speak of. `bound_s` is None where nothing bounds it; `why_no_bound` then says why.
+    `rests_on` are the shares of `objective_s` by source; they add to 1. Of `segments_possible` (runs of blocks times targets that run
+    them) `segments_measured` were measured. `proven` is False where the search for cuts ended before nothing could be better.
+    `planning_s` and `solves` are what placing took, without any measuring.
     """
 
     objective: str
@@ -39,6 +40,7 @@ class Certificate:
     segments_possible: int = 0
     planning_s: float = 0.0
     solves: int = 0
+    more: str = ""
 
     @property
     def gap(self) -> float | None:
@@ -64,11 +66,16 @@ class Certificate:
 
     @property
     def sentence(self) -> str:
-        """All of it for a reader, in two or three sentences."""
+        """All of it for a reader, in two to four sentences."""
+        return f"{self._time_told} {self.more}".strip()
+
+    @property
+    def _time_told(self) -> str:
         parts = [f"{_percent(share)} {_WORDS[source]}" for source, share in self.rests_on.items() if share > 0]
         low, middle, high = map(_time, (self.low_s, self.objective_s, self.high_s))
         # Where all three read the same, an interval would claim more than is known: a measured number is believed as it is.
-        expected = f"The plan was expected to take {middle}" + (f" ({low} to {high})" if low != high else "")
+        does = "answer a call every" if self.objective == "throughput" else "take"
+        expected = f"The plan was expected to {does} {middle}" + (f" ({low} to {high})" if low != high else "")
         rests = f"{expected}; that is {' and '.join(parts)}."
         if self.bound_s is None:
             return f"{rests} Nothing bounds what another plan could take: {self.why_no_bound}."
@@ -93,10 +100,11 @@ def certify(
     looked: Look | None,
     among: str,
     why_no_bound: str = "",
+    more: str = "",
 ) -> Certificate:
     """Return the certificate of a plan whose segments are expected to take `parts`, its boundaries `boundaries_s`, and any call `call_s`.
 
-    `looked` is the search among the placements that `among` names; without one there is no bound.
+    `looked` is the search among the placements that `among` names; without one there is no bound, and `why_no_bound` says why.
     """
     whole = total(parts)
     factor = (whole.seconds + boundaries_s + call_s) / whole.seconds
@@ -119,6 +127,7 @@ def certify(
         rests_on=shares(parts),
         among=among,
         why_no_bound="" if looked else why_no_bound,
+        more=more,
         **bound,  # type: ignore[arg-type]
     )
 

@@ -184,7 +184,8 @@ class Accuracy(Strict, frozen=True, kw_only=True):
 
 
 class Certificate(Strict, frozen=True, kw_only=True):
-    """How good the plan was known to be before it was proven, as `sentence` says to a reader. Seconds are of one call.
+    """How good the plan was known to be before it was proven, as `sentence` says to a reader. Seconds are of one call, or from one answer
+    to the next where `objective` is "throughput".
 
     `bound_s` is what no other plan of the kind was expected to go below; null where nothing bounds it. `rests_on` are shares of
     `objective_s` by source.

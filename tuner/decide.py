@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from aivmm.planner.candidates import Candidate, Draft, Rejection, Score
-from aivmm.planner.certificate import Certificate, certify
+from aivmm.planner.certificate import Certificate
 from aivmm.planner.choice import Option, best_in, distance, rank, relaxed
 from aivmm.planner.constraints import ACCURACY, AGREEMENT, check
 from aivmm.planner.evidence import Estimate, shares, total
@@ -17,6 +17,7 @@ from aivmm.runtime.config import Config
 from aivmm.runtime.plan import Accuracy
 from aivmm.runtime.target import Target
 from aivmm.tuner.anatomy import Anatomist
+from aivmm.tuner.certifying import certificate_of
 from aivmm.tuner.copying import Known, can_be_copied
 from aivmm.tuner.cutting import CutPlan, Cutter
 from aivmm.tuner.emit import Other, folder_bytes
@@ -295,31 +296,9 @@ class Decider:
         found = self._prediction(draft)
         if found is None:
             return None
-        objective = "latency" if draft.callers == 1 else "throughput"
         cut = self._cut_plans.get(draft.name)
-        if cut is not None:
-            parts: tuple[Estimate, ...] = cut.parts
-            boundaries_s = cut.predicted_s - math.fsum(each.seconds for each in parts)
-        else:
-            parts, boundaries_s = (found,), 0.0
         looked = cut.look if cut else self._cutter.cuts.looked if self._cutter else None
-        plain = draft.callers == 1 and draft.batch == self.work.subject.base_batch and not draft.lowered
-        blocks, targets = len(self.work.subject.structure.blocks), len(self.work.targets)
-        least = self.work.min_segments
-        among = f"placements of {blocks} blocks on {targets} {'target' if targets == 1 else 'targets'}"
-        among += f" in {least} segments or more" if least > 1 else ""
-        why = "the model has one block" if blocks < 2 else "not every block was measured on some target"
-        if not plain:
-            why = "bounds are for one call at a time, at the model's own batch and precision"
-        return certify(
-            parts,
-            objective=objective,
-            boundaries_s=max(0.0, boundaries_s),
-            call_s=self._engine_s(),
-            looked=looked if plain else None,
-            among=among,
-            why_no_bound=why,
-        )
+        return certificate_of(self.work, draft, found, cut=cut, looked=looked, engine_s=self._engine_s())
 
     def _measured_as(self, draft: Draft) -> list[Candidate]:
         """Return the measured candidates that run what a draft runs; a hint that resolves to the default was measured as the default."""
