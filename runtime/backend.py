@@ -83,6 +83,13 @@ class CallsDirectly(Protocol):
         """
 
 
+class ForgetsInputs(Protocol):
+    """A request that keeps the arrays of its inputs alive, and can be told that they are not read any more."""
+
+    def forget_inputs(self) -> None:
+        """Let go of the arrays of all inputs. No run comes before others were bound in their place."""
+
+
 class Executable(Protocol):
     """A model compiled for one target with one config."""
 

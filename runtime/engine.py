@@ -124,6 +124,8 @@ class Engine:
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
         """Run once, with arrays by input name, and return arrays by output name; the arrays are the caller's own.
 
+        Inputs are not kept, but for those of the last request of each caller that the plan provides for (`stats()["lanes"]`).
+
         Raises:
             UsageError: an input is missing, unknown, or of another type or shape; or the engine is closed.
             Unsupported: a stage's runtime refuses, in its own words.

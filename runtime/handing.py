@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from aivmm.errors import AivmmError
-from aivmm.runtime.backend import Buffer, CallsDirectly, Executable, aligned_empty
+from aivmm.runtime.backend import Buffer, CallsDirectly, Executable, ForgetsInputs, aligned_empty
 from aivmm.tensors import TensorSpec
 
 log = logging.getLogger("aivmm.engine")
@@ -48,13 +48,14 @@ class Slot:
     is asked at first, in the same way. Where there is one output only, `face` is its face, and `face_alone` what is counted by that way.
     """
 
-    __slots__ = ("after", "alone", "arrays", "face", "face_alone", "faces", "request", "runs", "stale")
+    __slots__ = ("after", "alone", "arrays", "face", "face_alone", "faces", "forget", "request", "runs", "stale")
 
     def __init__(self, executable: Executable, outputs: Sequence[TensorSpec], *, lent: bool) -> None:
         self.after: Slot | None = None
         self.request = executable.new_request()
         self.runs: Callable[[], object] = self.request.run
         self.stale = True  # inputs were bound since it ran last
+        self.forget: Callable[[], None] | None = getattr(self.request, ForgetsInputs.forget_inputs.__name__, None)
         arrays = []
         for spec in outputs:
             array = aligned_empty(spec)
@@ -122,9 +123,11 @@ class Handing:
     def bind(self, name: str, buffer: Buffer) -> None:
         """Have each run read `buffer`; the runtime is told when a request runs next, and refuses it then."""
         self._inputs[name] = buffer
-        self.private.stale = True
-        for slot in self.slots:
-            slot.stale = True
+        for slot in (self.private, *self.slots):
+            if not slot.stale:
+                slot.stale = True
+                if slot.forget is not None:  # what callers gave once is theirs to free: a slot may not run again for hours
+                    slot.forget()
 
     def refresh(self, made: Callable[[Slot], Callable[[], object]]) -> None:
         """Run each request, those to come too, by what `made` returns for it."""

@@ -409,6 +409,11 @@ class _Request:
             raise Unsupported(f"OpenVINO takes no such array for {name!r}: {_words(error)}") from error
         self._bound[name] = buffer
 
+    def forget_inputs(self) -> None:
+        """Let go of the inputs' arrays; see `ForgetsInputs`. The request keeps their addresses, and does not look there."""
+        for name in self._inputs:
+            self._bound.pop(name, None)
+
     def _shared(self, name: str, buffer: Buffer) -> Any:
         """Return a tensor over the array's own memory; strings have to be copied."""
         if not isinstance(buffer, np.ndarray):

@@ -56,6 +56,10 @@ class BoundRequest:
         self._free = list(self._order)
         self._places: dict[str, int] = {}  # output -> its place among those of the binding, which go by who was bound first
         self._call, self._argument = _direct(session, self._binding)
+        # The method in Python keeps the array alive, which `_bound` does as long as that is needed.
+        self._bind_array: Callable[[str, Buffer], None] = getattr(
+            getattr(self._binding, "_iobinding", None), "bind_input", self._binding.bind_cpu_input
+        )
 
     def bind(self, name: str, buffer: Buffer) -> None:
         """Share `buffer` with the session; kept alive here, since the binding holds its address only.
@@ -67,7 +71,7 @@ class BoundRequest:
             raise Unsupported(f"the array for {name!r} is not C-contiguous, so it cannot be shared")
         foreign = holds_foreign(buffer)
         if name in self._inputs and not foreign:
-            self._binding.bind_cpu_input(name, buffer)
+            self._bind_array(name, buffer)
         else:
             kind = ort_value()
             raw = raw_view(buffer, name) if foreign else buffer
@@ -79,6 +83,11 @@ class BoundRequest:
                 self._free = [each for each in self._free if each != name]
                 self._binding.bind_ortvalue_output(name, value)
         self._bound[name] = buffer
+
+    def forget_inputs(self) -> None:
+        """Let go of the inputs' arrays; see `ForgetsInputs`. The binding keeps their addresses, and does not look there."""
+        for name in self._inputs:
+            self._bound.pop(name, None)
 
     def run(self) -> None:
         """Run. No RunOptions: an unset one costs 50 µs inside the library."""

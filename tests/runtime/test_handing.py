@@ -296,3 +296,24 @@ def test_a_type_that_numpy_has_by_a_library_alone_is_copied(load: Load) -> None:
         pytest.skip(str(refusal))
     x = np.array([1, 2, 4, 8], dtype=np.float32)
     assert all((engine.run({"x": x})["y"].astype(np.float32) == x).all() for _ in range(4))
+
+
+@pytest.mark.parametrize("target", [ONNXRUNTIME, OPENVINO])
+def test_an_idle_engine_refers_to_the_last_inputs_at_most(load: Load, target: str) -> None:
+    rows = 4096  # large enough to be bound where it is, on both
+    engine = load(chain_model(rows=rows, width=WIDTH), [Part(target)], Execution(), 1)
+    given: list[weakref.ref[Any]] = []
+    kept = []
+    for seed in range(8):  # who keeps answers has all of a lane's requests in use, each of which was bound to other inputs
+        x = normal(rows, WIDTH, seed=seed).copy()
+        given.append(weakref.ref(x))
+        kept.append(engine.run({"x": x})["y"])
+    del x
+    gc.collect()
+    assert [each() is not None for each in given] == [False] * 7 + [True]
+    again = normal(rows, WIDTH, seed=3)  # and a request that forgot its inputs gets others before it runs
+    for answer in (kept[3], engine.run({"x": again})["y"], engine.run({"x": again})["y"]):
+        np.testing.assert_allclose(answer, reference(chain_model(rows=rows, width=WIDTH), {"x": again})["y"], rtol=1e-4, atol=1e-5)
+    engine.close()
+    gc.collect()
+    assert given[-1]() is None
