@@ -91,7 +91,15 @@ def steps(state: Path, folder: Path, shared: Path, budget: str) -> list[Step]:
         )
         for name, seconds in {**_SECTIONS, **_TWO}.items()
     }
+    worker = "from aivmm.probes.lab import Lab; lab = Lab(); print(*lab.discover(['openvino', 'onnxruntime']), sep='\\n'); lab.close()"
+    plain = "import openvino; print(openvino.Core().available_devices)"
+    doctor = Step(  # what each process finds: once, workers did not find OpenVINO's GPU that a plain process did
+        name="doctor",
+        commands=((sys.executable, "-c", plain), (sys.executable, "-c", worker), (sys.executable, "-m", "aivmm", "doctor")),
+        seconds=20,
+    )
     alone = [
+        doctor,
         *tests,
         sections["requests"],
         sections["overhead"],

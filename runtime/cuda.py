@@ -68,6 +68,30 @@ def _on(device: int) -> Iterator[None]:
         library.cudaSetDevice(before)
 
 
+class ThreadsCard:
+    """Leaves the calling thread's choice of a card as it was: ONNX Runtime's own calls change it, and others in the process go by it.
+
+    For one thread at a time. Where there is one card it does nothing.
+    """
+
+    def __init__(self) -> None:
+        count = ctypes.c_int()
+        _check(_library().cudaGetDeviceCount(ctypes.byref(count)), "count its devices")
+        self._several = count.value > 1
+        self._before, self._after = ctypes.c_int(), ctypes.c_int()
+        self._get, self._set = _library().cudaGetDevice, _library().cudaSetDevice
+
+    def __enter__(self) -> None:
+        if self._several:
+            self._get(ctypes.byref(self._before))
+
+    def __exit__(self, *_: object) -> None:
+        if self._several:
+            self._get(ctypes.byref(self._after))
+            if self._after.value != self._before.value:
+                self._set(self._before)
+
+
 class _Block:
     """Page-locked memory; freed when no array refers to it any more."""
 

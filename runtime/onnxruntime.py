@@ -13,7 +13,7 @@ from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Baseline, Buffer, CopyRoute, DeviceTensor, Placement, Request, Strays, routes_of
 from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.cpu import cpu_device
-from aivmm.runtime.cuda import Stream, pinned_empty
+from aivmm.runtime.cuda import Stream, ThreadsCard, pinned_empty
 from aivmm.runtime.cuda_copies import CardCopier, index_of
 from aivmm.runtime.inputs import is_numpy
 from aivmm.runtime.nvidia import DRIVER_ADVICE, cuda_devices, libraries_loaded, missing_library
@@ -437,7 +437,7 @@ class _CardExecutable(_Executable):
         if any(spec.dtype in ("string", "unknown") for spec in specs) or not all(spec.static for spec in specs):
             return super().new_request()
         if not self._pinned:  # the provider's own copies: ours from such memory took a tenth longer on an H100
-            return RebindingRequest(self._session, self.inputs, self.outputs)
+            return RebindingRequest(self._session, self.inputs, self.outputs, around=ThreadsCard())
         owner = self
         if self.graphed and self._taken:
             assert self.again is not None
@@ -455,6 +455,7 @@ class _CardExecutable(_Executable):
             pinned=not self.graphed,  # one caller at a time waits for the driver's own pieces no longer than for ours
             recorded=self.graphed,
             ordered=owner._stream is not None,
+            around=ThreadsCard(),
         )
 
     def host_buffer(self, spec: TensorSpec) -> Buffer | None:

@@ -138,9 +138,18 @@ class BoundRequest:
 class RebindingRequest(BoundRequest):
     """For devices with memory of their own: the binding copies an input there when it is bound, and never looks again."""
 
-    def __init__(self, session: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    def __init__(
+        self,
+        session: Any,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        *,
+        around: AbstractContextManager[Any] = _NO_TURN,
+    ) -> None:
+        """Make one; each run is inside `around`."""
         super().__init__(session, inputs, outputs)
-        self._again: dict[str, Buffer] = {}
+        self._around = around
+        self._again: dict[str, Callable[[], None]] = {}
 
     def bind(self, name: str, buffer: Buffer) -> None:
         """Read an input from `buffer` at each run, not before, or write an output there. Raises as `BoundRequest.bind`."""
@@ -149,7 +158,10 @@ class RebindingRequest(BoundRequest):
             return
         if not buffer.flags.c_contiguous:
             raise Unsupported(f"the array for {name!r} is not C-contiguous, so it cannot be shared")
-        self._again[name] = buffer
+        if holds_foreign(buffer):
+            self._again[name] = partial(super().bind, name, buffer)
+        else:
+            self._again[name] = partial(self._binding.bind_cpu_input, name, buffer)
 
     def bind_device(self, name: str, tensor: DeviceTensor) -> None:
         """Read or write a tensor where it is."""
@@ -158,9 +170,10 @@ class RebindingRequest(BoundRequest):
 
     def run(self) -> None:
         """Bind the inputs anew, and run."""
-        for name, buffer in self._again.items():
-            super().bind(name, buffer)
-        super().run()
+        with self._around:
+            for again in self._again.values():
+                again()
+            super().run()
 
 
 class Copies(Protocol):
@@ -195,11 +208,13 @@ class StagedRequest(BoundRequest):
         pinned: bool,
         recorded: bool,
         ordered: bool = False,
+        around: AbstractContextManager[Any] = _NO_TURN,
     ) -> None:
         super().__init__(session, inputs, outputs)
         self._turn = _RECORDING if recorded else _NO_TURN
         self._pinned = pinned
         self._ordered = ordered
+        self._around = around
         self._stream = stream
         self._tensors: dict[str, Any] = {}
         self._into: dict[str, tuple[int, int, int]] = {}  # destination, source, bytes
@@ -243,7 +258,7 @@ class StagedRequest(BoundRequest):
 
     def run(self) -> None:
         """Copy in, run, copy out."""
-        with self._turn:
+        with self._around, self._turn:
             self._copy_in()
             try:
                 self._call(self._argument, None)

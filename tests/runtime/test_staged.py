@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Buffer
-from aivmm.runtime.ort_requests import StagedRequest, ort_value
+from aivmm.runtime.ort_requests import RebindingRequest, StagedRequest, ort_value
 from aivmm.tensors import TensorSpec
 from tests.making import normal, onnx_model
 
@@ -171,3 +171,37 @@ def test_a_run_that_fails_writes_no_answer() -> None:
     index[0] = 2
     request.run()
     assert y.tolist() == [2, 1]
+
+
+def test_a_request_that_binds_anew_reads_its_arrays_at_each_run_and_tensors_where_they_are() -> None:
+    nodes = [helper.make_node("Sub", ["a", "b"], ["y"])]
+    kind = TensorProto.FLOAT
+    model = onnx_model(nodes, [("a", kind, SHAPE), ("b", kind, SHAPE)], [("y", kind, SHAPE)])
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    inside: list[str] = []
+
+    class Around:
+        def __enter__(self) -> None:
+            inside.append("in")
+
+        def __exit__(self, *_: object) -> None:
+            inside.append("out")
+
+    request = RebindingRequest(session, (A, B), (Y,), around=Around())
+    a, b, y = normal(*SHAPE, seed=1), normal(*SHAPE, seed=2), np.empty(SHAPE, np.float32)
+    request.bind("a", a), request.bind("b", b), request.bind("y", y)
+    for _ in range(3):
+        a += 1
+        request.run()
+        np.testing.assert_array_equal(y, a - b)
+    assert inside == ["in", "out"] * 3
+    tensor = there(a)
+    request.bind_device("a", tensor)
+    a[...] = np.nan
+    request.run()
+    np.testing.assert_array_equal(y, tensor.numpy() - b)
+    request.bind("a", b)
+    request.run()
+    assert not y.any()
+    with pytest.raises(Unsupported, match="not C-contiguous"):
+        request.bind("a", np.zeros((5, 3), np.float32).T)
