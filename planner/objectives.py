@@ -86,6 +86,11 @@ def drive_of(objectives: Sequence[Objective]) -> Literal["latency", "throughput"
     return "throughput" if any(each.drive == "throughput" for each in objectives) else "latency"
 
 
+def counts_rate(objectives: Sequence[Objective]) -> bool:
+    """Say whether what is answered in a second is all that counts of times: then means of windows do, and else the median of calls."""
+    return drive_of(objectives) == "throughput" and all(each.metric not in ("latency", "p99") for each in objectives)
+
+
 def searched(objectives: Sequence[Objective]) -> tuple[Objective, ...]:
     """Return those that the search can steer by; latency where there is none."""
     return tuple(each for each in objectives if each.in_search) or (OBJECTIVES["latency"],)

@@ -57,7 +57,7 @@ class Demand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """A way to run a model. `service_s` is one call with nothing beside it."""
+    """A way to run a model. `service_s` is one call with nothing beside it, `least_s` the shortest that was seen, 0 where nobody knows."""
 
     name: str  # for whoever made it, to find it again
     model: str
@@ -65,6 +65,7 @@ class Option:
     threads: int
     service_s: float
     replicas: int = 1
+    least_s: float = 0.0
 
     @property
     def units(self) -> int:

@@ -306,6 +306,7 @@ def timed(
     outspin_s: float = 0.0,
     core: int | None = None,
     tight: float = 0.0,
+    window: bool = False,
 ) -> dict[str, Any]:
     """Time what is loaded under `name`; see `timer.time_steps`. Also tells the worker's peak memory in bytes.
 
@@ -335,6 +336,7 @@ def timed(
             steady_s=steady_s,
             settle_s=settle_s,
             tight=tight,
+            window=window,
         )
     return {
         "durations": timing.durations,

@@ -23,6 +23,7 @@ from aivmm.runtime.target import Target
 _BLOCK_CALLS = 3
 _BLOCK_LEAST_S, _BLOCK_MOST_S = 0.003, 0.15
 _SEVERAL_BLOCK_S = 0.12  # with several callers one block gives one duration, so it must hold many calls
+_WINDOW_S = 0.04  # of one caller whose rate counts: the mean of a block is one duration, and it must hold some of the machine's stalls
 _SLOW_S = 0.02  # one such call settles the caches
 _VERY_SLOW_S = 0.2  # one such call is a block
 _BUSY_LEAST = 4  # durations to a block on a busy machine, so that one of them is likely to have run through
@@ -62,6 +63,7 @@ class Contestant:
     others: tuple[Worker, ...] = ()
     other_names: tuple[str, ...] = ()  # as long as `others`, or empty
     repeat: int = 1  # steps to one duration
+    rate: bool = False  # what it answers in a second counts, as it is of several callers anyhow: a block gives one duration, the mean
     single: bool = False  # it runs on the thread that calls it and on no other
     core: int | None = None  # when it is single: the core that its last block ran on, or -1
     cautions: tuple[Caution, ...] = ()  # what the race found doubtful at its end
@@ -112,13 +114,15 @@ class Contestant:
             self.failed = WorkerDied("lost with its worker, which died during another candidate")
             self.lost = True
             return
-        seconds = block_s(self.expected_s, self.callers)
+        seconds = block_s(self.expected_s, self.callers, rate=self.rate)
         settle = 1 if self.expected_s > _SLOW_S or self.repeat > 1 else 2
         least = 1 if self.expected_s > _VERY_SLOW_S else _BUSY_LEAST if self.busy and self.callers == 1 else 2
         more: dict[str, float | int] = {"steady_s": _WARM_S} if warmup else {"outspin_s": _OUTSPIN_S} if outspin else {}
         if self.repeat > 1:
             more["repeat"] = self.repeat
-        if self.single and self.callers == 1:
+        if self.rate:
+            more["window"] = True
+        elif self.single and self.callers == 1:
             more["core"] = core
         limit_s = run_limit_s() + seconds
         try:
@@ -147,10 +151,12 @@ def runs_single(targets: Iterable[Target], configs: Iterable[Config]) -> bool:
     return all(target.device.kind == "cpu" for target in targets) and all(1 in map(config.get, names) for config in configs)
 
 
-def block_s(expected_s: float, callers: int) -> float:
-    """Return how long one block of calls that take `expected_s` each should be timed."""
+def block_s(expected_s: float, callers: int, *, rate: bool = False) -> float:
+    """Return how long one block of calls that take `expected_s` each should be timed; `rate` where only their mean counts."""
     if callers > 1:
         return max(_SEVERAL_BLOCK_S, 3 * expected_s)
+    if rate:
+        return max(_WINDOW_S, 3 * expected_s)
     return min(_BLOCK_MOST_S, max(_BLOCK_LEAST_S, _BLOCK_CALLS * expected_s))
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 
 BATCH_BELOW_S = 100e-6  # steps shorter than this are timed several at a time, so that the clock does not matter
 _BATCH_OF_S = 200e-6
@@ -48,6 +48,7 @@ def time_steps(
     steady_s: float = 0.0,
     settle_s: float = SETTLE_S,
     tight: float = 0.0,
+    window: bool = False,
 ) -> Timing:
     """Run for `seconds` (and at least `least` times) after `settle` untimed calls or `settle_s` of them.
 
@@ -55,7 +56,8 @@ def time_steps(
     for `seconds`, each in a thread, and the one duration is elapsed time per call completed. `each` forbids batches: tails need single
     calls. `repeat` makes one duration that of so many calls (a known difference, for tests of the timer). With `steady_s` calls are made
     until they no longer become faster, for about so long at most, before anything is timed. With `tight` one step is timed no longer than
-    until its median is known to that share of it; see `is_tight`.
+    until its median is known to that share of it; see `is_tight`. With `window` the mean of all calls of one step is the one duration, as
+    it is of several steps: what is answered in a second has every stall of the machine in it, and a median of calls has none.
     """
     if len(steps) > 1:
         warm = warm_up(lambda: several(steps, _SEVERAL_STRETCH_S, 1), steady_s) if steady_s else []
@@ -64,7 +66,8 @@ def time_steps(
     warm = warm_up(lambda: median(one(step, _STRETCH_S, 1, most, 1)), steady_s) if steady_s else []
     typical = warm[-1] if warm else _settle(step, settle, settle_s)
     inner = 1 if each or typical >= BATCH_BELOW_S else math.ceil(_BATCH_OF_S / max(typical, 1e-7))
-    return Timing(durations=one(step, seconds, least, most, inner, tight=tight), warmup=warm, inner=inner)
+    durations = one(step, seconds, least, most, inner, tight=tight)
+    return Timing(durations=[fmean(durations)] if window else durations, warmup=warm, inner=inner)
 
 
 def warm_up(stretch: Callable[[], float], most_s: float) -> list[float]:

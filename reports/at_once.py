@@ -58,6 +58,8 @@ def _outcome(raw: Mapping[str, Any]) -> str:
         promised, to_beat = number(raw.get("promised_per_s")), number(raw.get("to_beat_per_s"))
         slow = promised is not None and to_beat is not None and promised <= to_beat
         return "not measured: too slow even if its parts cost each other nothing" if slow else "not measured"  # it may have been stopped
+    if raw.get("measured_whole") is True and raw.get("entrant") is not True:
+        return "not proven: measured whole, it was no better"
     return "could not be proven" if raw.get("entrant") is True else "not proven: it promised too little"
 
 

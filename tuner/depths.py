@@ -11,13 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from aivmm.errors import AivmmError
 from aivmm.planner.candidates import Draft, Policy, Rejection, Score
 from aivmm.planner.importance import importances
 from aivmm.planner.records import StudyRecord
 from aivmm.planner.search import Search
 from aivmm.planner.space import Space
-from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.compare import cautions, compare
 from aivmm.probes.race import Contestant, race
 from aivmm.probes.records import Measured, ProbeKey, Samples
@@ -25,6 +23,7 @@ from aivmm.runtime.environment import environment_of
 from aivmm.runtime.null import counts_itself
 from aivmm.tuner.inplace import chain_digest
 from aivmm.tuner.measure import Measurer, fresh
+from aivmm.tuner.whole import load_engine
 from aivmm.tuner.work import Work
 
 STUDY = "pipeline"
@@ -101,7 +100,7 @@ class DepthSearch:
         if reference is None:
             return {}
         self.work.progress.detail("pipeline: measuring how many requests its stages take at once")
-        contestants = {0: fresh(reference)}
+        contestants = {0: fresh(reference, rate=self.measurer.rate)}
         contestants[0].keep = True
         with ExitStack() as workers:
             for depth in keys:
@@ -114,21 +113,8 @@ class DepthSearch:
         return self._stored({depth: each for depth, each in samples.items() if each is not None}, keys)
 
     def _loaded(self, draft: Draft, depth: int, workers: ExitStack) -> Contestant | None:
-        made = deep(draft, depth)
-        bundle = self.work.folder / f"depth-{depth}.aivmm"
-        self.work.emitter(made.batch).write(made, bundle, objective=self.work.options.objective)
-        worker = Worker(f"a pipeline of depth {depth}")
-        workers.callback(worker.close)
-        sample = self.work.subject.at(made.batch).samples[0]
-        try:
-            answer = worker.call(
-                "load_bundle", limit_s=compile_limit_s(), run_limit_s=run_limit_s(), name="engine", bundle=str(bundle), inputs=str(sample)
-            )
-        except (WorkerDied, AivmmError) as error:
-            why = error.reason if isinstance(error, WorkerDied) else error.message
-            self.work.note(f"{draft.name} with {depth} requests for each stage could not be measured: {why}")
-            return None
-        return Contestant("engine", worker, batch=made.batch, callers=made.callers, expected_s=answer["first_inference_s"])
+        made = replace(deep(draft, depth), name=f"{draft.name} with {depth} requests for each stage")
+        return load_engine(self.work, made, self.work.folder / f"depth-{depth}.aivmm", workers, rate=self.measurer.rate)
 
     def _stored(self, samples: Mapping[int, Samples], keys: Mapping[int, ProbeKey]) -> dict[int, Measured]:
         if 0 not in samples:
@@ -143,7 +129,8 @@ class DepthSearch:
         """Return what the depths, and as 0 the reference beside them, are known by."""
         structures = [self.work.emitter(draft.batch).segment(each.first, each.last).structure for each in draft.pieces]
         replicas = " ".join(str(each.replicas) for each in draft.pieces)
-        chain = f"pipeline {chain_digest(draft, structures, self.measurer.reference.key)} x {replicas}"
+        how = " by windows" if self.measurer.rate else ""
+        chain = f"pipeline{how} {chain_digest(draft, structures, self.measurer.reference.key)} x {replicas}"
         first = draft.pieces[0]
 
         def key(depth: int) -> ProbeKey:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from aivmm.errors import ModelError
 from aivmm.planner.candidates import Candidate, Rejection, Score
 from aivmm.planner.choice import rank
-from aivmm.planner.objectives import searched
+from aivmm.planner.objectives import counts_rate, searched
 from aivmm.planner.records import RunRecord, StudyRecord
 from aivmm.planner.room import Room, possible
 from aivmm.planner.search import Search, record_of
@@ -102,6 +102,7 @@ class Explorer:
             seed=self.work.options.seed,
             counts_energy=any(each.name == "energy" for each in self.work.options.objectives),
             needs=frozenset(each.metric for each in searched(self.work.options.objectives)),
+            rate=counts_rate(self.work.options.objectives),
             cards_only=counts_cards_only(self.work.targets),
             stop=self.work.asked,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,8 +32,14 @@ class Ladder:
     bundles: dict[str, Path] = field(default_factory=dict)  # by option; replicas of one share a bundle
     texts: dict[str, str] = field(default_factory=dict)  # by option: what people are told
     units: dict[str, int] = field(default_factory=dict)  # of the devices that were met
+    proven_s: float = math.inf  # the least that its tuning proved a call of anything to take, at the lower end of its interval
     sample: Path = Path()
     reference: Path = Path()
+
+    @property
+    def least_s(self) -> float:
+        """The shortest call of any option that was seen, or proven to be possible; 0 where nobody knows."""
+        return min(self.proven_s, min((each.least_s for each in self.options), default=0.0))
 
     def look(self, work: Work, explorer: Explorer) -> None:
         """Measure what is not known yet, and write bundles."""
@@ -49,7 +56,7 @@ class Ladder:
         best = min((score.ratio for _, _, score in scored), default=0.0)
         for candidate, threads, score in scored:
             if score.ratio <= _HOPELESS * best * threads_of(candidate.target) / threads:
-                self._add(work, candidate, threads, score, explorer.default_precision(candidate.target))
+                self._add(work, explorer, candidate, threads, score)
         self._keep_samples(work)
 
     def _candidates(self, work: Work, explorer: Explorer, target: Target) -> list[tuple[Candidate, int]]:
@@ -66,13 +73,14 @@ class Ladder:
         rungs = [(with_threads(best.config, knobs, threads), threads) for threads in thread_ladder(threads_of(target))]
         return [(replace(best, config=config), threads) for config, threads in rungs if config is not None] or [(best, 1)]
 
-    def _add(self, work: Work, candidate: Candidate, threads: int, score: Score, default: str | None) -> None:
+    def _add(self, work: Work, explorer: Explorer, candidate: Candidate, threads: int, score: Score) -> None:
         device = "cpu" if candidate.target.device.kind == "cpu" else candidate.target.device.uid or str(candidate.target)
         units = self.units.setdefault(device, threads_of(candidate.target) if device == "cpu" else 1)
         path = self.folder / f"{len(self.bundles)}.aivmm"
         draft = Draft.whole(self.name, candidate, len(work.subject.structure.blocks))
         expected = {"median_s": Number(value=score.median_s, source="measured")}
         work.emitter(candidate.batch).write(draft, path, objective="latency", expected=expected)
+        text, least_s = text_of(draft, explorer.default_precision(candidate.target)), explorer.measurer.least_s(candidate)
         for replicas in self.replicas:
             if threads * replicas > units:
                 continue
@@ -83,10 +91,11 @@ class Ladder:
                 threads=threads,
                 service_s=score.median_s,
                 replicas=replicas,
+                least_s=least_s,
             )
             self.options.append(option)
             self.bundles[option.name] = path
-            self.texts[option.name] = text_of(draft, default) + (f", {replicas} replicas" if replicas > 1 else "")
+            self.texts[option.name] = text + (f", {replicas} replicas" if replicas > 1 else "")
 
     def _keep_samples(self, work: Work) -> None:
         prepared = work.subject.at(work.subject.base_batch)

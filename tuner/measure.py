@@ -26,6 +26,7 @@ from aivmm.tuner.joules import energy_metrics
 from aivmm.tuner.subject import Subject
 
 Tell = Callable[[RaceState], None]
+WINDOWS = "by_windows"  # a metric of what one caller was measured by windows, for throughput: its durations are means, of no one call
 
 
 @dataclass(slots=True)
@@ -64,6 +65,7 @@ class Measurer:
     seed: int = 0
     counts_energy: bool = False  # of each candidate, for seconds each: only where that is an objective
     needs: frozenset[str] = frozenset()  # metrics of the objectives: without one of them there is nothing to compare
+    rate: bool = False  # what is answered in a second counts, also of one caller; see `Contestant.rate`
     cards_only: bool = False  # the energy that counts is that of cards: nothing counts the host's
     stop: Callable[[], bool] | None = None  # True: races end as soon as they may
     counts: Counts = field(default_factory=Counts)
@@ -146,6 +148,8 @@ class Measurer:
 
     def _tells_enough(self, candidate: Candidate, mine: Measured) -> bool:
         """Say whether a measurement of an earlier run holds what the objectives need: times outlast the inputs they were judged on."""
+        if (WINDOWS in mine.metrics) != (self.rate and candidate.callers == 1):
+            return False  # medians of calls and means of windows are not of one kind
         judged = self.subject.judged_of(candidate.config.lowered)
         accuracy = "cosine" not in self.needs or f"cosine@{judged}" in mine.metrics or f"unusable@{judged}" in mine.metrics
         return accuracy and (not self.counts_energy or self._energy_name in mine.metrics)
@@ -171,7 +175,7 @@ class Measurer:
             if self.reference.key not in field_:
                 self._unload_except(())
                 return _complete(results, candidates)
-            contestants = [fresh(loaded.contestant) for _, loaded in field_.values()]
+            contestants = [fresh(loaded.contestant, rate=self.rate) for _, loaded in field_.values()]
             by_name = {each.name: each for each in contestants}
             self._number += 1
             left = max(1.0, budget_s - (time.perf_counter() - started))
@@ -330,6 +334,8 @@ class Measurer:
         judged = {f"{name}@{holds_for}": value for name, value in loaded.accuracy.items()}
         if loaded.problem:
             judged[f"unusable@{holds_for}"] = 1.0
+        if self.rate and candidate.callers == 1:
+            judged[WINDOWS] = 1.0
         if loaded.strays and candidate.target.device.kind != "cpu":
             judged["stray_nodes"] = float(loaded.strays)
         return {"compile_s": loaded.compile_s, "first_inference_s": loaded.first_inference_s, **self._around, **judged}
@@ -384,7 +390,7 @@ class Measurer:
             "device_memory": mine.metrics.get("device_memory_bytes"),
             "size": self.subject.size_bytes(candidate.config.lowered),
             # Of what one race gives: a hint for the search, while the proof takes 500 calls.
-            "p99": mine.samples.quantile_s(0.99) if candidate.callers == 1 else None,
+            "p99": mine.samples.quantile_s(0.99) if candidate.callers == 1 and not self.rate else None,
         }
         return {name: float(value) for name, value in known.items() if value is not None}
 
@@ -393,6 +399,11 @@ class Measurer:
         suffix = f"@{self.subject.judged_of(candidate.config.lowered)}"
         known = (each[candidate.key].metrics for each in reversed(self._races.values()) if candidate.key in each)
         return next(({name.removesuffix(suffix): value for name, value in each.items() if name.endswith(suffix)} for each in known), {})
+
+    def least_s(self, candidate: Candidate) -> float:
+        """Return the shortest duration of a call that any race saw of a candidate; 0 where none did."""
+        seen = (each[candidate.key].samples for each in self._races.values() if candidate.key in each)
+        return min((min(each.timed_s) for each in seen), default=0.0)
 
     def effective_config(self, candidate: Candidate) -> Mapping[str, Setting] | None:
         """Return the settings that the runtime read back for a candidate, now or when it was last measured; None when it never ran."""
@@ -429,7 +440,7 @@ def _complete(results: dict[str, Score | Rejection], candidates: Iterable[Candid
     return results
 
 
-def fresh(contestant: Contestant) -> Contestant:
+def fresh(contestant: Contestant, *, rate: bool = False) -> Contestant:
     """Return a contestant for the same loaded model with nothing measured yet."""
     made = Contestant(
         contestant.name,
@@ -438,6 +449,7 @@ def fresh(contestant: Contestant) -> Contestant:
         callers=contestant.callers,
         expected_s=contestant.expected_s,
         single=contestant.single,
+        rate=rate,
     )
     made.keep = contestant.keep
     made.generation = contestant.generation

@@ -17,6 +17,7 @@ _TOTAL = ("INFERENCE_NUM_THREADS",)  # of all of an executable's streams togethe
 _THREADS = (*_TOTAL, "intra_op_num_threads", "threads")
 _STREAMS = "NUM_STREAMS"
 _QUIET: dict[str, Setting] = {"session.intra_op.allow_spinning": "0"}
+_LOOSE: dict[str, Setting] = {"ENABLE_CPU_PINNING": False}
 _PARTS = (2, 4)  # that a processor is divided into
 
 
@@ -26,16 +27,26 @@ def threads_of(target: Target) -> int:
 
 
 def with_threads(config: Config, knobs: Iterable[Knob], threads: int) -> Config | None:
-    """Return `config` with so many threads that do not spin; None where the target has no knob for their number."""
-    names = {each.name for each in knobs}
-    name = next((each for each in _THREADS if each in names), None)
-    if name is None:
+    """Return `config` with so many threads that leave others their cores; None where the target has no knob for their number."""
+    settings = sharing(knobs, threads)
+    if settings is None:
         return None
-    quiet = {key: value for key, value in _QUIET.items() if key in names and threads > 1}
-    settings = {**config.as_dict(), name: threads, **quiet}
+    settings = {**config.as_dict(), **settings}
     if _count(settings.get(_STREAMS)) > threads:
         del settings[_STREAMS]  # each has a thread at least
     return Config.of(settings, precision=config.precision)
+
+
+def sharing(knobs: Iterable[Knob], threads: int) -> dict[str, Setting] | None:
+    """Return the settings of something that runs with so many threads beside others: they do not spin, and are not pinned where there are
+    more cores than that. None where there is no knob for their number."""
+    by_name = {each.name: each for each in knobs}
+    name = next((each for each in _THREADS if each in by_name), None)
+    if name is None:
+        return None
+    quiet = {key: value for key, value in _QUIET.items() if key in by_name and threads > 1}
+    loose = {key: value for key, value in _LOOSE.items() if key in by_name and threads < by_name[name].high}
+    return {name: threads, **quiet, **loose}
 
 
 def cores_of(candidate: Candidate) -> int:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from aivmm.errors import AivmmError
 from aivmm.planner.choice import Option, alternatives, as_good, misfit, preferred
 from aivmm.planner.constraints import Constraint, Violation, check, unjudged
-from aivmm.planner.objectives import OBJECTIVES, Objective
+from aivmm.planner.objectives import OBJECTIVES, Objective, counts_rate
 from aivmm.probes import conditions
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.machine import BackgroundLoad, measuring, wait_until_quiet
@@ -61,6 +61,7 @@ class Prover:
         self._forced = forced
         self._judge_outputs = Judge(cosine_limit=cosine_limit, metric=metric, further=further, constraints=constraints)
         self._objectives, self._prefer = objectives, prefer
+        self._rate = counts_rate(objectives)
         wanted = {constraint.metric for constraint in constraints} | {each.metric for each in objectives}
         self._asks_tail, self._asks_energy = "p99" in wanted, not wanted.isdisjoint(ENERGY)
         self._asks_compile = not wanted.isdisjoint({"compile", "first_inference"})
@@ -123,6 +124,7 @@ class Prover:
             callers=entrant.draft.callers,
             expected_s=expected,
             keep=entrant.role == "baseline",
+            rate=self._rate,
             single=runs_single(targets_of(entrant), entrant.draft.all_configs),
         )
 
@@ -350,7 +352,7 @@ class Prover:
             return True
         typical = entrant.confirmed.median_s
         # Below 100 µs the durations of a race are means of several calls, and a mean has no tail.
-        durations = list(entrant.confirmed.timed_s) if typical >= BATCH_BELOW_S else []
+        durations = list(entrant.confirmed.timed_s) if typical >= BATCH_BELOW_S and not self._rate else []
         missing = TAIL_SAMPLES - len(durations)
         if missing > 0 and typical * missing <= (TAIL_ASKED_S if self._asks_tail else TAIL_S):
             for other in self._proof.entrants:
@@ -374,4 +376,8 @@ class Prover:
 
 def _racing_s(contestants: Sequence[Contestant]) -> float:
     """Return how long to race: so many rounds as make an interval, within limits that keep the whole proof below 30 s."""
-    return min(_MOST_S, max(_LEAST_S, _ROUNDS * sum(block_s(each.expected_s, each.callers) + _SWITCH_S for each in contestants)))
+    return min(_MOST_S, max(_LEAST_S, _ROUNDS * sum(_turn_s(each) for each in contestants)))
+
+
+def _turn_s(contestant: Contestant) -> float:
+    return block_s(contestant.expected_s, contestant.callers, rate=contestant.rate) + _SWITCH_S

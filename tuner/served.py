@@ -84,6 +84,9 @@ class WorkloadTuner:
                 name = missing[0].demand.name
                 why = f"{name} has no plan even alone. {missing[1].summary['verdict']}"
                 return self._infeasible((why,), outcomes, None, (), started)
+            why = tuple(filter(None, (self._words.impossible(each.demand) for each in self.wishes[: len(outcomes)])))
+            if why:
+                return self._infeasible(why, outcomes, None, (), started)
             chosen, trials = self.divided(folder)
             if chosen.failed:
                 return self._infeasible(self._words.why_not(chosen), outcomes, chosen, trials, started)
@@ -118,7 +121,8 @@ class WorkloadTuner:
             assert isinstance(found, TuneOutcome)
             outcomes.append(found)
             asked = asked or session.interrupts.asked
-            if found.plan_path is None:
+            ladder.proven_s = _proven_s(found.summary)
+            if found.plan_path is None or self._words.impossible(wish.demand):
                 break
         return outcomes
 
@@ -346,6 +350,12 @@ def require_alone(options: TuneOptions, shapes: Sequence[Wanted]) -> None:
     odd = next((name for name, there in given.items() if there), None)
     if odd is not None:
         raise UsageError(f"{odd} is for one model, not for a workload", advice="say in the workload file what each model is to reach")
+
+
+def _proven_s(summary: Mapping[str, Any]) -> float:
+    """Return the least that a tuning proved a call to take, at the lower end of its interval: of its plan, or of a baseline."""
+    proven = [summary.get("measured"), *summary.get("baselines", ())]
+    return min((each["ci95_s"][0] for each in proven if each and each.get("ci95_s")), default=math.inf)
 
 
 def _same(one: Division, other: Division) -> bool:

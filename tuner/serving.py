@@ -16,7 +16,7 @@ from aivmm.runtime.plan import Number
 from aivmm.tuner.prove import TAIL_SAMPLES
 from aivmm.tuner.verdict import time_text
 
-_LATE = 0.03  # the share of the requests that may be unanswered at the end, besides two that are under way
+LATE = 0.03  # the share of the requests that may be unanswered at the end, besides two that are under way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ def seen_of(demand: Demand, answer: Mapping[str, Any], cosine: float) -> Seen:
     unanswered = max(0, together["offered"] - together["served"])
     median_s, tail_s = (_quantile_s(together["latencies_s"], unanswered, q) for q in (0.5, 0.99))
     broken = []
-    late = unanswered > max(2, _LATE * together["offered"])
+    late = unanswered > max(2, LATE * together["offered"])
     if demand.latency_s is not None and median_s > demand.latency_s:
         broken.append(f"median {_waited(median_s)}, limit {time_text(demand.latency_s)}")
     # Of few requests the tail is near their worst: enough to break a limit, too little to be published.

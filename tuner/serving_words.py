@@ -10,7 +10,7 @@ from typing import Any
 from aivmm.planner.workload import Demand, Division, Option
 from aivmm.reports.family import Overview, Row
 from aivmm.tuner.ladder import Ladder
-from aivmm.tuner.serving import Seen, Trial, rate_text
+from aivmm.tuner.serving import LATE, Seen, Trial, rate_text
 from aivmm.tuner.verdict import time_text
 
 
@@ -51,6 +51,32 @@ class Words:
         if trial.error:
             return (f"Serving the models at once failed: {trial.error}.",)
         return tuple(self._why_not(each, trial.seen[each.name]) for each in self.demands if trial.seen[each.name].broken)
+
+    def impossible(self, demand: Demand) -> str:
+        """Say why a demand cannot be met whatever else runs here; "" where it may be.
+
+        Not by what is typical: by the shortest call that was ever seen of the model, so that no noise refuses what could hold.
+        """
+        ladder = self.ladders[demand.name]
+        if not ladder.least_s:
+            return ""
+        start = f"{demand.name} (priority {demand.priority}) cannot be served"
+        fastest = min(ladder.options, key=lambda each: each.service_s)
+        for name, limit in (("median", demand.latency_s), ("p99", demand.p99_s)):
+            if limit is not None and limit < ladder.least_s:
+                return (
+                    f"{start}: its {name} is limited to {time_text(limit)}, and not even alone on the whole machine was any call shorter"
+                    f" than {time_text(ladder.least_s)}; its fastest plan takes {time_text(fastest.service_s)} ({self._what(fastest)})."
+                )
+        most = max(each.replicas for each in ladder.options) / ladder.least_s
+        if demand.rate_per_s is not None and demand.rate_per_s * (1 - LATE) > most:
+            widest = max(ladder.options, key=lambda each: each.replicas / each.service_s)
+            alone = rate_text(widest.replicas / widest.service_s)
+            return (
+                f"{start}: {rate_text(demand.rate_per_s)} arrive, and not even alone on the whole machine more than {rate_text(most)} could"
+                f" be answered by its shortest calls; {self._what(widest)} answers {alone}."
+            )
+        return ""
 
     def _why_not(self, demand: Demand, seen: Seen) -> str:
         fastest = min(self.ladders[demand.name].options, key=lambda each: each.service_s)

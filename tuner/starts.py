@@ -9,6 +9,7 @@ from aivmm.planner.space import Space
 from aivmm.runtime.config import Config
 from aivmm.runtime.null import NullBackend
 from aivmm.runtime.target import Target
+from aivmm.tuner.narrow import sharing
 from aivmm.tuner.room import most_replicas
 
 _LOADS = ((64, 4), (128, 8), (32, 8), (128, 4))  # (batch, callers) that keep a card busy, in the order to try them
@@ -53,6 +54,6 @@ def side_by_side(space: Space, precisions: Mapping[Target, Sequence[str | None]]
         if replicas < 2 or threads is None:
             continue
         share = max(int(threads.low), 1, (target.device.cores or replicas) // replicas)
-        config = Config.of({threads.name: share}, precision=known[0])
+        config = Config.of(sharing(space.knobs_of(target), share) or {}, precision=known[0])
         found.append(Candidate(target=target, config=config, batch=space.batches[0], callers=replicas, replicas=replicas))
     return found

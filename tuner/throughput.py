@@ -12,7 +12,7 @@ from aivmm.planner.evidence import Estimate
 from aivmm.planner.partition import ChainEvidence
 from aivmm.planner.placement import device_of
 from aivmm.runtime.config import Config
-from aivmm.tuner.copying import Copier, Known
+from aivmm.tuner.copying import WORTH, Copier, Known
 from aivmm.tuner.depths import DepthSearch
 from aivmm.tuner.measure import Measurer
 from aivmm.tuner.narrow import narrowed, parts_of, with_threads
@@ -21,6 +21,7 @@ from aivmm.tuner.room import memory_of, most_replicas
 from aivmm.tuner.together import Together
 from aivmm.tuner.tried import Tried
 from aivmm.tuner.verdict import describe
+from aivmm.tuner.whole import Whole
 from aivmm.tuner.work import Work
 
 _PIPELINE_SIGMA, _COPIES_SIGMA = 0.2, 0.1  # relative: blocks in proportion to the whole, or the whole itself, and factors of pairs
@@ -108,12 +109,25 @@ class Finder:
             stop=self._stop,
         )
         drafts = copier.drafts(known, best_s=best_s)
-        self._remember(copier.tried, best_s)
-        if copier.found is None:
+        if copier.found is None or copier.tried is None:
+            self._remember(copier.tried, best_s)
             return []
         because = "what each copy takes alone, and what the copies cost each other, measured in place"
-        expected = Estimate(seconds=1.0 / copier.found.rate_per_s, sigma=_COPIES_SIGMA, source="modelled", because=because)
-        return [AtOnce(draft=draft, expected=expected) for draft in drafts]
+        hoped = Estimate(seconds=1.0 / copier.found.rate_per_s, sigma=_COPIES_SIGMA, source="modelled", because=because)
+        whole = Whole(work=self.work, measurer=self.measurer, reference_s=self.reference_s, measure_new=self.measure_new, stop=self._stop)
+        found = []
+        for draft in drafts:
+            seen = whole.expected(draft)
+            found += self._worth_proving(AtOnce(draft=draft, expected=seen or hoped), copier.tried, best_s, whole=seen is not None)
+        return found
+
+    def _worth_proving(self, found: AtOnce, tried: Tried, best_s: float | None, *, whole: bool) -> list[AtOnce]:
+        """Return what was found, unless it was measured whole and is no better than what is known; remember what came of it."""
+        seconds = found.expected.seconds / found.draft.batch
+        lost = whole and self.work.min_segments == 1 and best_s is not None and seconds > WORTH * best_s
+        shown = replace(tried, text=describe(found.draft), promised_per_s=1.0 / seconds, whole=whole)
+        self._remember(replace(shown, entrant="") if lost else shown, best_s)
+        return [] if lost else [found]
 
     def _pipelines(self, together: Together, evidence: ChainEvidence, parts: Sequence[Known], best_s: float | None) -> list[AtOnce]:
         """Return the best pipeline of the ways to use a processor: by one of its targets as a whole, or by several, each on its part."""
@@ -149,9 +163,7 @@ class Finder:
         if found:
             best, tried = min(found, key=lambda each: each[0].expected.seconds)
             best = self._as_deep_as_is_best(best)
-            promised = best.draft.batch / best.expected.seconds
-            self._remember(replace(tried, text=describe(best.draft), promised_per_s=promised), best_s)
-            return [best]
+            return self._worth_proving(best, tried, best_s, whole=best.expected.source == "measured")
         self._remember(max(lost, key=lambda each: (not each.hoped, each.promised_per_s), default=None), best_s)
         return []
 

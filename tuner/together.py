@@ -16,7 +16,8 @@ from aivmm.tuner.measure import Counts
 from aivmm.tuner.work import Work
 
 Pair = tuple[str, str]
-FACTORS = "by means"  # how factors are made of samples, in their keys: others are not theirs. Before it was by medians
+# How factors are made of samples, in their keys: others are not theirs. It was by medians, then by means of twins alone.
+FACTORS = "by means of windows"
 _SECONDS = 0.8  # for each part beside each other one
 
 

@@ -18,7 +18,8 @@ class Tried:
     """The best plan of one kind. Rates are samples a second; `best_per_s` is what the best other plan promised, that it had to beat.
 
     `hoped`: nothing was measured, since even parts that cost each other nothing would not be enough; or, where it is `unmeasurable`, since
-    that was tried and failed. `entrant` is its name in the proof, where it was proven.
+    that was tried and failed. `whole`: it was measured with all of its parts at once, so that the promise is no sum. `entrant` is its
+    name in the proof, where it was proven.
     """
 
     kind: Literal["copies", "pipeline"]
@@ -26,6 +27,7 @@ class Tried:
     promised_per_s: float
     hoped: bool = False
     unmeasurable: bool = False
+    whole: bool = False
     best_per_s: float | None = None
     factors: Mapping[Pair, float] = field(default_factory=dict)
     entrant: str = ""
@@ -37,6 +39,7 @@ class Tried:
             "what": self.text,
             "promised_per_s": self.promised_per_s,
             "assumes_no_contention": self.hoped,
+            "measured_whole": self.whole,
             "could_not_be_measured": self.unmeasurable,
             "to_beat_per_s": self.best_per_s,
             "factors": [{"slowed": slowed, "beside": beside, "factor": factor} for (slowed, beside), factor in self.factors.items()],
@@ -54,6 +57,8 @@ class Tried:
             why = "could not be measured" if self.unmeasurable else "not measured"
             return f"{what} would answer {promised} if the parts cost each other nothing{best}: {why}"
         if not self.entrant:
+            if self.whole:
+                return f"{what} answered {promised}{best}: not proven"
             return f"{what} promises {promised} by what the parts were seen to cost each other{best}: not proven"
         proven = self._proven_per_s(proof)
         if proven is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from itertools import count
@@ -10,7 +11,7 @@ from statistics import median
 
 from aivmm.probes.arrays import save_arrays
 from aivmm.probes.client import Worker
-from aivmm.probes.contention import _twins
+from aivmm.probes.contention import _pair, _twins
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal
 
 
@@ -45,3 +46,23 @@ def test_twins_that_leave_each_other_alone_are_not_slowed_by_the_stalls_that_eac
     alone, together = _twins([step()], [step()], 2.0)
     assert len(alone) == len(together) == 8
     assert median(together) < 2 * median(alone)
+
+
+def test_what_the_one_loses_to_stalls_beside_the_other_is_in_the_factor(tmp_path: Path) -> None:
+    """Beside the other each fifth call waits for it: four fifths of the calls do not, and so a median would call that nothing."""
+    running = threading.Event()
+
+    def beside() -> None:
+        running.set()
+        time.sleep(0.001)
+        running.clear()
+
+    turns = count()
+
+    def slowed() -> None:
+        waits = next(turns) % 5 == 0 and running.is_set()
+        time.sleep(0.03 if waits else 0.001)
+
+    alone, together = _pair([slowed], [beside], 1.0)
+    assert len(alone) == len(together) == 8
+    assert 3 < median(together) / median(alone) < 9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,6 +68,13 @@ def test_a_duration_may_hold_several_calls() -> None:
     step = Spin(0.0)
     timing = time_steps([step], seconds=0.0, least=4, most=4, settle=1, repeat=21, each=True)
     assert len(timing.durations) == 4 and step.calls % 21 == 0
+
+
+def test_a_window_is_one_duration_with_every_stall_in_it() -> None:
+    turns = count()
+    timing = time_steps([lambda: time.sleep(0.02 if next(turns) % 4 == 0 else 0.001)], seconds=0.15, settle=1, window=True)
+    (duration,) = timing.durations
+    assert 0.004 < duration < 0.015
 
 
 def test_warming_up_goes_on_while_calls_become_faster_and_not_much_longer() -> None:

@@ -204,11 +204,13 @@ def test_the_page_says_what_was_tried_at_once_and_what_came_of_it(copies: Report
     assert lost.factors[1] == f"{OV} takes 2.50× as long beside another copy of it"
     failed = {"kind": "copies", "what": "two", "promised_per_s": 400.0, "assumes_no_contention": True, "could_not_be_measured": True}
     stopped = failed | {"could_not_be_measured": False, "to_beat_per_s": 300.0}
-    tried = [failed, stopped | {"to_beat_per_s": 500.0}, stopped]
-    first, second, third = attempts(replace(copies, run=replace(copies.run, summary={"at_once": tried})))
+    whole = {"kind": "copies", "what": "two", "promised_per_s": 400.0, "to_beat_per_s": 500.0, "measured_whole": True}
+    tried = [failed, stopped | {"to_beat_per_s": 500.0}, stopped, whole]
+    first, second, third, fourth = attempts(replace(copies, run=replace(copies.run, summary={"at_once": tried})))
     assert first.outcome == "could not be measured"
     assert second.outcome == "not measured: too slow even if its parts cost each other nothing"
     assert third.outcome == "not measured"
+    assert fourth.outcome == "not proven: measured whole, it was no better"
     text = Page(render(copies)).text
     assert "What was tried at once" in text and "300/s" in text and f"{GPU} takes 1.84× as long beside {OV}" in text
     assert "What was tried at once" not in Page(render(full)).text

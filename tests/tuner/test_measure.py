@@ -12,7 +12,7 @@ from aivmm.planner.candidates import Candidate, Rejection, Score
 from aivmm.planner.objectives import OBJECTIVES
 from aivmm.probes.records import Measured, ProbeKey, Samples
 from aivmm.runtime.config import Config
-from aivmm.tuner.measure import Measurer
+from aivmm.tuner.measure import WINDOWS, Measurer
 from tests.planner.test_search import target
 
 ONE = Candidate(target=target(), config=Config())
@@ -38,6 +38,14 @@ def test_a_race_on_other_inputs_tells_the_time_and_not_the_accuracy() -> None:
     assert OBJECTIVES["accuracy"].loss(ONE, known) > -10
     unusable = remembered({"unusable@these inputs": 1.0}, needs=frozenset({"cosine"}))
     assert isinstance(unusable, Rejection)
+
+
+def test_calls_and_windows_of_one_caller_are_not_taken_for_each_other() -> None:
+    """A median of calls has none of the machine's stalls in it, and a mean of a window has them all."""
+    assert remembered({}) is not None and remembered({WINDOWS: 1.0}) is None
+    assert remembered({}, rate=True) is None
+    known = remembered({WINDOWS: 1.0}, rate=True)
+    assert isinstance(known, Score) and "p99" not in known.metrics
 
 
 @pytest.mark.parametrize(("metrics", "said"), [({"energy_j": 0.0}, "energy could not be counted"), ({}, "compile is not known")])

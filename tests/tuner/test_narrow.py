@@ -13,6 +13,7 @@ from aivmm.tuner.narrow import cores_of, narrowed, parts_of, with_threads
 from tests.planner.test_search import target
 
 OV = (Knob(name="INFERENCE_NUM_THREADS", kind="int", low=1, high=16, default=None, why="-"),)
+PINNED = (*OV, Knob(name="ENABLE_CPU_PINNING", kind="choice", choices=(True, False), default=True, why="-"))
 ORT = (
     Knob(name="intra_op_num_threads", kind="int", low=1, high=16, default=None, why="-"),
     Knob(name="session.intra_op.allow_spinning", kind="choice", choices=("1", "0"), default="1", why="-"),
@@ -57,6 +58,11 @@ def test_on_a_part_of_the_processor_nothing_spins_and_no_stream_is_without_a_thr
     assert with_threads(Config(), ORT, 2) == Config.of({"intra_op_num_threads": 2, "session.intra_op.allow_spinning": "0"})
     assert with_threads(Config(), ORT, 1) == Config.of({"intra_op_num_threads": 1})
     assert with_threads(Config(), (), 1) is None
+
+
+def test_what_runs_beside_others_is_not_pinned_to_the_cores_that_they_are_pinned_to() -> None:
+    assert with_threads(Config(), PINNED, 8) == Config.of({"INFERENCE_NUM_THREADS": 8, "ENABLE_CPU_PINNING": False})
+    assert with_threads(Config(), PINNED, 16) == Config.of({"INFERENCE_NUM_THREADS": 16})  # there is no core left to run on
 
 
 def test_a_candidate_on_parts_runs_one_call_at_a_time_in_what_it_computed_in() -> None:

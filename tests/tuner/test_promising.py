@@ -49,6 +49,7 @@ def test_replicas_that_divide_the_cores_are_looked_at_early_and_only_on_processo
     )
     (found,) = side_by_side(space, {cpu: ["fp32"], CARD: ["fp32"]})
     assert (found.target, found.replicas, found.callers, found.config.get("intra_op_num_threads")) == (cpu, 4, 4, 2)
+    assert found.config.get("session.intra_op.allow_spinning") == "0"
     assert space.params(found) is not None
     assert can_be_replicated(cpu) and not can_be_replicated(CARD)
     assert not can_be_replicated(replace(cpu, device=replace(cpu.device, cores=1)))  # nothing to divide

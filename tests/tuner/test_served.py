@@ -122,13 +122,13 @@ def test_a_limit_that_nothing_can_hold_ends_with_3_and_says_which_and_why(place:
     assert done.code == 3, done.err
     found = done.json
     assert found["plan"] is None
-    assert "tokens (priority 1) cannot be served: median" in found["verdict"]
-    assert "Not even alone on the whole machine" in found["verdict"]
+    assert "tokens (priority 1) cannot be served: its median is limited to 0.001 µs, and not even alone on" in found["verdict"]
+    assert found["tried"] == []  # what no machine of one model holds is not tried with two
     assert not (place.work / "h.aivmm").exists()
     assert Path(found["report"]).is_file()
     for each in found["models"]:
         assert Path(each["alone"]["report"]).is_file() and each["alone"]["plan"]["path"] is None
-    assert [each["holds"] for each in found["models"]] == [False, True]
+    assert [(each["holds"], each["seen"]) for each in found["models"]] == [(False, None)] * 2
 
 
 # --- dividing and serving, without the tuning before it
@@ -192,6 +192,32 @@ def answer(*, latency_s: float = 0.01, alone_s: float = 0.01, offered: int = 600
         "together": {**together, "seconds": 5.0, "error": ""},
         "alone": {"durations_s": [alone_s] * 10},
     }
+
+
+def words_of(option: Option, demand: Demand, *, proven_s: float = float("inf")) -> Words:
+    ladder = Ladder(option.model, Path(), options=[option], texts={option.name: "one thread"}, units={"cpu": 2}, proven_s=proven_s)
+    return Words(demands=[demand], ladders={option.model: ladder})
+
+
+@pytest.mark.parametrize("limit", ["latency_s", "p99_s"])
+def test_only_a_limit_below_every_call_that_was_ever_seen_is_refused_unserved(limit: str) -> None:
+    """Calls typically take 10 ms, and one of 6 was seen: a quiet machine may hold 7."""
+    option = Option(name="a1", model="a", device="cpu", threads=1, service_s=0.010, least_s=0.006)
+
+    def why(limit_s: float, **more: float) -> str:
+        demand = Demand(name="a", **{limit: limit_s})
+        return words_of(option, demand, **more).impossible(demand)
+
+    assert why(0.007) == "" == why(0.011)
+    assert "limited to 5 ms, and not even alone on the whole machine was any call shorter than 6 ms" in why(0.005)
+    assert why(0.005, proven_s=0.004) == ""  # what its tuning proved was faster
+    assert words_of(replace(option, least_s=0.0), Demand(name="a", latency_s=1e-9)).impossible(Demand(name="a", latency_s=1e-9)) == ""
+
+
+def test_only_a_rate_beyond_the_shortest_calls_of_all_replicas_is_refused_unserved() -> None:
+    option = Option(name="a2", model="a", device="cpu", threads=1, service_s=0.010, least_s=0.005, replicas=2)
+    assert words_of(option, Demand(name="a")).impossible(Demand(name="a", rate_per_s=410)) == ""  # three of a hundred may be late
+    assert "415/s arrive" in words_of(option, Demand(name="a")).impossible(Demand(name="a", rate_per_s=415))
 
 
 def test_who_was_never_answered_counts_among_those_who_waited() -> None:
