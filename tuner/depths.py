@@ -1,7 +1,8 @@
 """How deep a pipeline runs: how many requests each stage has at once, searched on the engine itself once the stages are placed.
 
 A stage that waits for its neighbour's request stands still; one with more of them waiting holds more memory, and finds its caches colder.
-Where that is best no model says, so each depth runs in a worker of its own, in one race with the search's reference.
+Where that is best no model says, so each depth runs in a worker of its own, in a race with the best depth before it, and the first one with
+the search's reference.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from aivmm.planner.candidates import Draft, Policy, Rejection, Score
 from aivmm.planner.importance import importances
 from aivmm.planner.records import StudyRecord
 from aivmm.planner.search import Search
 from aivmm.planner.space import Space
-from aivmm.probes.compare import cautions, compare
+from aivmm.probes.compare import Comparison, cautions, compare
 from aivmm.probes.race import Contestant, race
-from aivmm.probes.records import Measured, ProbeKey, Samples
+from aivmm.probes.records import Measured, Outcome, ProbeKey
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.null import counts_itself
 from aivmm.tuner.inplace import chain_digest
@@ -28,7 +29,7 @@ from aivmm.tuner.work import Work
 
 STUDY = "pipeline"
 MOST_DEPTH = 4
-_RACE_S = 5.0
+_RACE_S = 2.5  # of two
 _ADDS = 0.02  # relative: a request more for each stage that gains less is not worth its memory
 
 
@@ -72,79 +73,134 @@ class DepthSearch:
         return deep(draft, chosen), scored[chosen]
 
     def _outcomes(self, draft: Draft, depths: Sequence[int]) -> dict[int, Score | Rejection]:
-        keys = self._keys(draft, depths)
-        known = {} if self.work.options.fresh else self.work.database.find_many(keys.values())
-        found = {depth: each for depth, key in keys.items() if isinstance(each := known.get(key), Measured)}
-        races = {each.race for each in found.values()}
-        reused = 0 in found and len(races) == 1
-        if reused:
-            self.measurer.counts.reused += len(found)
-            self.work.database.link(self.work.run_id, [keys[depth] for depth in found])
-        else:
-            found = self._raced(draft, keys) if self.measure_new and not self.stop() else {}
-        batch = self.measurer.reference.batch
+        """Return how the depths came out: the first against the reference, each next one against the best before it, in one race each.
+
+        So no more than two of them are loaded at once, and whoever is compared ran in turn with what it is compared to.
+        """
         outcomes: dict[int, Score | Rejection] = {}
-        for depth in depths:
-            if depth in found and 0 in found:
-                seen = compare(found[depth].samples, found[0].samples, scale=batch / draft.batch)
-                median_s = found[depth].samples.median_s
-                metrics = {"throughput": draft.batch / median_s}
-                outcomes[depth] = Score(ratio=seen.ratio, low=seen.low, high=seen.high, median_s=median_s, reused=reused, metrics=metrics)
-            else:
-                outcomes[depth] = Rejection(state="failed", reason="it could not be measured")
+        known = self._known(draft, depths)
+        with ExitStack() as workers:
+            held = _Held(work=self.work, draft=draft, measurer=self.measurer, workers=workers)
+            for depth in sorted(depths):
+                scored = {each: found for each, found in outcomes.items() if isinstance(found, Score)}
+                best = min(scored, key=lambda each: scored[each].ratio, default=0)
+                mine, beside = self._keys(draft, depth, best)
+                pair = [found for key in (mine, beside) if isinstance(found := known.get(key), Measured)]
+                reused = len(pair) == 2 and pair[0].race == pair[1].race
+                if reused:
+                    self.measurer.counts.reused += 2
+                    self.work.database.link(self.work.run_id, [mine, beside])
+                else:
+                    pair = self._raced(held, depth, best, mine, beside) if self.measure_new and not self.stop() else []
+                if len(pair) == 2:
+                    outcomes[depth] = self._score(draft, pair[0], pair[1], scored.get(best), reused=reused)
+                else:
+                    outcomes[depth] = Rejection(state="failed", reason="it could not be measured")
         return outcomes
 
-    def _raced(self, draft: Draft, keys: Mapping[int, ProbeKey]) -> dict[int, Measured]:
-        """Race the depths with the reference, and store what came out; 0 is the reference."""
-        reference = self.measurer.load_reference()
-        if reference is None:
+    def _known(self, draft: Draft, depths: Sequence[int]) -> Mapping[ProbeKey, Outcome]:
+        if self.work.options.fresh:
             return {}
+        keys = [key for depth in depths for best in (0, *depths) if best < depth for key in self._keys(draft, depth, best)]
+        return self.work.database.find_many(keys)
+
+    def _score(self, draft: Draft, mine: Measured, beside: Measured, best: Score | None, *, reused: bool) -> Score:
+        """Return the score of a depth by its race with the `best` before it; with the reference, where that is None."""
+        scale = 1.0 if best is not None else self.measurer.reference.batch / draft.batch
+        seen = compare(mine.samples, beside.samples, scale=scale)
+        ratio = seen.ratio * (best.ratio if best is not None else 1.0)
+        spread = math.hypot(_spread(seen), _spread(best)) if best is not None else _spread(seen)
+        median_s = mine.samples.median_s
+        metrics = {"throughput": draft.batch / median_s}
+        low, high = ratio * math.exp(-spread / 2), ratio * math.exp(spread / 2)
+        return Score(ratio=ratio, low=low, high=high, median_s=median_s, reused=reused, metrics=metrics)
+
+    def _raced(self, held: _Held, depth: int, best: int, mine: ProbeKey, beside: ProbeKey) -> list[Measured]:
+        """Race a depth with the best before it, 0 the reference, and store what came out."""
         self.work.progress.detail("pipeline: measuring how many requests its stages take at once")
-        contestants = {0: fresh(reference, rate=self.measurer.rate)}
-        contestants[0].keep = True
-        with ExitStack() as workers:
-            for depth in keys:
-                if self.stop():
-                    return {}
-                if depth and (made := self._loaded(draft, depth, workers)) is not None:
-                    contestants[depth] = made
-            race(list(contestants.values()), budget_s=_RACE_S, seed=self.work.options.seed, stop=self.work.asked)
-        samples = {depth: each.samples() for depth, each in contestants.items() if each.failed is None}
-        return self._stored({depth: each for depth, each in samples.items() if each is not None}, keys)
-
-    def _loaded(self, draft: Draft, depth: int, workers: ExitStack) -> Contestant | None:
-        made = replace(deep(draft, depth), name=f"{draft.name} with {depth} requests for each stage")
-        return load_engine(self.work, made, self.work.folder / f"depth-{depth}.aivmm", workers, rate=self.measurer.rate)
-
-    def _stored(self, samples: Mapping[int, Samples], keys: Mapping[int, ProbeKey]) -> dict[int, Measured]:
-        if 0 not in samples:
-            return {}
-        name = f"{self.work.run_id} {STUDY}"
-        found = {depth: Measured(key=keys[depth], samples=each, cautions=cautions(each), race=name) for depth, each in samples.items()}
-        self.work.database.add_many(found.values(), run_id=self.work.run_id)
+        contestants = [held.contestant(each) for each in (depth, best)]
+        both = [each for each in contestants if each is not None]
+        if len(both) < 2:
+            return []
+        for each in both:
+            each.keep = True
+        race(both, budget_s=_RACE_S, seed=self.work.options.seed, stop=self.work.asked)
+        samples = [each.samples() for each in both if each.failed is None]
+        name = f"{self.work.run_id} {STUDY} {depth}"
+        found = [
+            Measured(key=key, samples=each, cautions=cautions(each), race=name)
+            for key, each in zip((mine, beside), samples, strict=False)
+            if each is not None
+        ]
+        if len(samples) < 2 or len(found) < 2:
+            held.drop(depth)
+            return []
+        self.work.database.add_many(found, run_id=self.work.run_id)
         self.measurer.counts.measured += len(found)
+        slower = depth if best and compare(found[0].samples, found[1].samples).ratio > 1 else best
+        held.drop(slower)
         return found
 
-    def _keys(self, draft: Draft, depths: Sequence[int]) -> dict[int, ProbeKey]:
-        """Return what the depths, and as 0 the reference beside them, are known by."""
+    def _keys(self, draft: Draft, depth: int, best: int) -> tuple[ProbeKey, ProbeKey]:
+        """Return what a depth, and what it raced with, the depth `best` or 0 for the reference, are known by."""
         structures = [self.work.emitter(draft.batch).segment(each.first, each.last).structure for each in draft.pieces]
         replicas = " ".join(str(each.replicas) for each in draft.pieces)
         how = " by windows" if self.measurer.rate else ""
         chain = f"pipeline{how} {chain_digest(draft, structures, self.measurer.reference.key)} x {replicas}"
         first = draft.pieces[0]
+        rival = f"{best} deep" if best else "reference"
 
-        def key(depth: int) -> ProbeKey:
+        def key(subject: str, callers: int) -> ProbeKey:
             return ProbeKey(
                 kind="segment",
-                subject=f"{chain}, {depth} deep" if depth else f"beside {chain}",
+                subject=subject,
                 target=str(first.target),
                 environment=environment_of(first.target).fingerprint,
                 config=first.config,
                 batch=draft.batch,
-                callers=deep(draft, depth).callers if depth else 1,
+                callers=callers,
             )
 
-        return {depth: key(depth) for depth in (0, *depths)}
+        return (
+            key(f"{chain}, {depth} deep beside {rival}", deep(draft, depth).callers),
+            key(f"{rival} beside {chain}, {depth} deep", deep(draft, best).callers if best else 1),
+        )
+
+
+@dataclass(slots=True)
+class _Held:
+    """The depths of a draft that are loaded, each in a worker of its own: two at most, for memory's sake."""
+
+    work: Work
+    draft: Draft
+    measurer: Measurer
+    workers: ExitStack
+    _loaded: dict[int, tuple[Contestant, ExitStack]] = field(default_factory=dict)
+
+    def contestant(self, depth: int) -> Contestant | None:
+        """Return a depth, loaded, with nothing measured yet, or the reference for 0; None where it does not load."""
+        if not depth:
+            reference = self.measurer.load_reference()
+            return None if reference is None else fresh(reference, rate=self.measurer.rate)
+        if depth not in self._loaded:
+            made = replace(deep(self.draft, depth), name=f"{self.draft.name} with {depth} requests for each stage")
+            worker = self.workers.enter_context(ExitStack())
+            loaded = load_engine(self.work, made, self.work.folder / f"depth-{depth}.aivmm", worker, rate=self.measurer.rate)
+            if loaded is None:
+                worker.close()
+                return None
+            self._loaded[depth] = loaded, worker
+        return fresh(self._loaded[depth][0], rate=self.measurer.rate)
+
+    def drop(self, depth: int) -> None:
+        """End the worker of a depth, where it has one."""
+        if depth in self._loaded:
+            self._loaded.pop(depth)[1].close()
+
+
+def _spread(seen: Comparison | Score) -> float:
+    """Return the width of an interval, of logarithms; 0 where it has none."""
+    return math.log(seen.high / seen.low) if 0 < seen.low <= seen.high < math.inf else 0.0
 
 
 def deep(draft: Draft, depth: int) -> Draft:
