@@ -116,7 +116,13 @@ class Whole:
             f"{environment_of(each.target).fingerprint} {each.config.digest()} x{each.replicas} of {each.weight:g}"
             for each in piece.everywhere()
         ]
-        how = [*places, self.measurer.reference.key, f"{self.measurer.rate}", self.work.subject.subject_of(draft.lowered)]
+        how = [
+            *places,
+            f"{draft.callers} callers",
+            self.measurer.reference.key,
+            f"{self.measurer.rate}",
+            self.work.subject.subject_of(draft.lowered),
+        ]
         digest = hashlib.sha256("\n".join(how).encode()).hexdigest()[:16]
 
         def key(what: str, callers: int) -> ProbeKey:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aivmm.planner.candidates import Draft, Rejection
+from aivmm.planner.candidates import Copy, Draft, Piece, Rejection
 from aivmm.planner.evidence import Estimate
 from aivmm.planner.partition import ChainEvidence
 from aivmm.planner.records import TrialRecord
@@ -24,6 +24,7 @@ from aivmm.tuner.pipelining import DEPTH, Pipeliner
 from aivmm.tuner.progress import Silent
 from aivmm.tuner.session import Session
 from aivmm.tuner.together import Together
+from aivmm.tuner.whole import Whole
 from aivmm.tuner.work import Work
 from tests.making import ONNXRUNTIME, OPENVINO, chain_model, normal, reference, write_model
 
@@ -92,6 +93,7 @@ def test_stages_are_measured_at_once_and_remembered_and_the_plan_runs_them_at_on
         stopped = DepthSearch(work=work, measurer=explorer.measurer, stop=lambda: True)._outcomes(draft, [1, 2])
         assert all(isinstance(each, Rejection) for each in stopped.values())  # nothing was measured
         _search_depth(work, explorer, draft, measure_new=True)
+        _copies_measured_whole(work, explorer)
         raise _EnoughError
 
     def look_again(work: Work, explorer: Explorer) -> None:
@@ -106,6 +108,21 @@ def test_stages_are_measured_at_once_and_remembered_and_the_plan_runs_them_at_on
         deeper, score = DepthSearch(work=work, measurer=explorer.measurer, measure_new=measure_new).best(draft)
         assert score is not None and score.reused is not measure_new
         found.append((deeper, work.database.trials(work.run_id, study_name=STUDY)))
+
+    def _copies_measured_whole(work: Work, explorer: Explorer) -> None:
+        config = Config(precision="fp32")
+        first, second = (each for each in work.targets if str(each) in (OPENVINO, ONNXRUNTIME))
+        piece = Piece(
+            target=first, config=config, first=0, last=len(work.subject.structure.blocks) - 1, copies=(Copy(target=second, config=config),)
+        )
+        both = Draft(name="both", pieces=(piece,), callers=2)
+        whole = Whole(work=work, measurer=explorer.measurer, reference_s=1.0)
+        assert replace(whole, measure_new=False).expected(both) is None
+        seen = whole.expected(both)
+        assert seen is not None and seen.source == "measured" and seen.seconds > 0
+        assert replace(whole, measure_new=False).expected(both) == seen
+        assert replace(whole, measure_new=False).expected(replace(both, callers=3)) is None  # driven otherwise
+        assert replace(whole, reference_s=None).expected(both) is None
 
     for each in (look, look_again):
         with pytest.raises(_EnoughError):
