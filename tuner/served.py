@@ -84,9 +84,9 @@ class WorkloadTuner:
                 name = missing[0].demand.name
                 why = f"{name} has no plan even alone. {missing[1].summary['verdict']}"
                 return self._infeasible((why,), outcomes, None, (), started)
-            why = tuple(filter(None, (self._words.impossible(each.demand) for each in self.wishes[: len(outcomes)])))
-            if why:
-                return self._infeasible(why, outcomes, None, (), started)
+            reasons = tuple(filter(None, (self._words.impossible(each.demand) for each in self.wishes[: len(outcomes)])))
+            if reasons:
+                return self._infeasible(reasons, outcomes, None, (), started)
             chosen, trials = self.divided(folder)
             if chosen.failed:
                 return self._infeasible(self._words.why_not(chosen), outcomes, chosen, trials, started)
