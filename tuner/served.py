@@ -86,7 +86,9 @@ class WorkloadTuner:
                 return self._infeasible((why,), outcomes, None, (), started)
             reasons = tuple(filter(None, (self._words.impossible(each.demand) for each in self.wishes[: len(outcomes)])))
             if reasons:
-                return self._infeasible(reasons, outcomes, None, (), started)
+                left = [each.demand.name for each in self.wishes[len(outcomes) :]]
+                told = (f"{' and '.join(left)} {'were' if len(left) > 1 else 'was'} not tuned then.",) if left else ()
+                return self._infeasible((*reasons, *told), outcomes, None, (), started)
             chosen, trials = self.divided(folder)
             if chosen.failed:
                 return self._infeasible(self._words.why_not(chosen), outcomes, chosen, trials, started)

@@ -149,10 +149,20 @@ class Words:
             title=f"{len(self.demands)} models on {self.machine() or 'this machine'}",
             lines=lines,
             columns=columns,
-            rows=tuple(self._row(each, chosen, links.get(each.name, "")) for each in self.demands) if chosen else (),
+            rows=tuple(
+                self._row(each, chosen, links.get(each.name, "")) if chosen else self._not_served(each, links.get(each.name, ""))
+                for each in self.demands
+            ),
             notes=tuple(notes),
             created=f"aivmm {version('aivmm')}",
         )
+
+    def _not_served(self, demand: Demand, link: str) -> Row:
+        """Return the row of a model where nothing was served."""
+        ladder = self.ladders.get(demand.name)
+        why = "not tuned" if ladder is None else "cannot be served" if ladder.options and self.impossible(demand) else "not served"
+        cells = (str(demand.priority), "", ", ".join(self._asked(demand)) or "what is left", "", "", "", "", why)
+        return Row(name=demand.name, link=link, cells=cells, tone="bad" if why == "cannot be served" else "")
 
     def _row(self, demand: Demand, chosen: Trial, link: str) -> Row:
         seen = chosen.seen.get(demand.name)
