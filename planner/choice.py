@@ -35,8 +35,12 @@ class Misfit:
 
     def __str__(self) -> str:
         if self.alone:
-            return f"nothing that was proven keeps {' or '.join(map(str, self.alone))}"
-        return f"nothing that was proven keeps {' and '.join(map(str, self.together))} at once, though each is kept by something"
+            return f"nothing that was proven keeps {' or '.join(map(_as_asked, self.alone))}"
+        return f"nothing that was proven keeps {' and '.join(map(_as_asked, self.together))} at once, though each is kept by something"
+
+
+def _as_asked(constraint: Constraint) -> str:
+    return constraint.text or str(constraint)  # the canonical form is exact and may read badly: 0.1ms is 100000ns
 
 
 def violated(option: Option, constraints: Sequence[Constraint]) -> tuple[Constraint, ...]:

@@ -88,6 +88,7 @@ TARGETS = "targets"
 _TARGETS_EXAMPLE = "targets in (openvino:NPU, openvino:GPU)"
 
 KNOWN = frozenset({*_METRICS, TARGETS})
+_FAR_PERCENT = 900.0  # beyond a limit: what is further off is told as a multiple of it
 _LEAST_BEYOND = 1e-9  # the limit itself, where it has to be passed
 AGREEMENT = ("top1_agreement", "top5_agreement")  # with the reference, of classifiers
 ACCURACY = ("metric", *AGREEMENT, "sqnr", "cosine")  # the user's own first: the one named in a verdict
@@ -243,7 +244,10 @@ def _violation(constraint: Constraint, value: float) -> Violation:
         sentence = f"{constraint.metric} is {shown}, not {'below' if below else 'above'} it as {constraint} asks"
     else:
         by_how_much = f"{_rounded(percent, 2)} % " if math.isfinite(percent) else ""
-        sentence = f"{constraint.metric} is {shown}, {by_how_much}{'above' if below else 'below'} the limit of {wanted}"
+        where = f"{by_how_much}{'above' if below else 'below'}"
+        if _FAR_PERCENT < percent < math.inf and value > limit > 0:
+            where = f"{_rounded(value / limit, 2)} times"
+        sentence = f"{constraint.metric} is {shown}, {where} the limit of {wanted}"
     return Violation(constraint=constraint, value=value, percent=percent, sentence=sentence)
 
 

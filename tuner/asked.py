@@ -34,7 +34,9 @@ def allowed(options: TuneOptions, found: Sequence[Target], unavailable: Sequence
         keep = select(found, constraint.names, unavailable)
         targets = tuple(target for target in targets if target in keep)
     if not targets:
-        raise UsageError("--targets and the constraint on targets leave nothing to run on", advice="drop one of them")
+        limits = [str(each) for each in options.parsed_constraints() if each.metric == "targets"]
+        asked = [f"--targets {','.join(options.targets)}"] * bool(options.targets) + [f"the constraint `{each}`" for each in limits]
+        raise UsageError(f"{' and '.join(asked)} leave nothing to run on", advice="drop one of them")
     for each in options.precisions:
         if each not in LOWERED and not any(each in target.precisions or converts(target, each) for target in targets):
             known = sorted({precision for target in targets for precision in target.precisions})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,13 @@ def lines_of(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "stage", stage_line(stage)
     for other in plan.fallbacks:
         yield "fallback", f"{other.name}: {' + '.join(stage_line(stage) for stage in other.stages)}"
+    for other in plan.alternatives:
+        best = f", best in {other.objective.replace(',', ' and ')}" if other.objective else ""
+        yield "otherwise", f"{other.name}{best}: {', '.join(starmap(_value, other.expected.items()))}"
     for name, number in plan.expected.items():
         yield "expected", f"{name} {number_line(name, number)}"
+    if plan.certificate is not None:
+        yield "sure", plan.certificate.sentence
     if plan.accuracy is not None:
         found = plan.accuracy
         yield "accuracy", f"{found.metric} {found.value:.6g} (limit {found.limit:.6g}) on {found.data} data against {found.reference}"
@@ -106,11 +112,20 @@ def stage_line(stage: Stage) -> str:
 
 def number_line(name: str, number: Number) -> str:
     """Return a number with its unit, its interval and where it comes from."""
-    scale, unit = next((known for suffix, known in _UNITS.items() if name.endswith(suffix)), (1.0, ""))
+    scale, unit = _unit(name)
     value = f"{number.value * scale:.4g}{unit}"
     if number.low is not None and number.high is not None:
         value += f" ({number.low * scale:.4g} to {number.high * scale:.4g}{unit})"
     return f"{value}, {number.source}" + (f", {number.samples} samples" if number.samples else "")
+
+
+def _value(name: str, number: Number) -> str:
+    scale, unit = _unit(name)
+    return f"{name} {number.value * scale:.4g}{unit}"
+
+
+def _unit(name: str) -> tuple[float, str]:
+    return next((known for suffix, known in _UNITS.items() if name.endswith(suffix)), (1.0, ""))
 
 
 def verified(path: Path, keys: Sequence[Key] | None) -> dict[str, Any]:

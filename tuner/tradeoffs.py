@@ -14,6 +14,7 @@ from aivmm.planner.records import StudyRecord
 from aivmm.tuner.proof import Entrant, Proof, constraint_metrics
 
 _SHOWN_KNOBS = 3
+_NAMED = {"p99": "p99 {}", "memory": "{} of memory", "energy": "{} a sample", "compile": "{} to compile", "size": "{} on disk"}
 
 
 def figure(entrant: Entrant, objective: Objective) -> str:
@@ -29,9 +30,14 @@ def alternatives_text(proof: Proof, objectives: Sequence[Objective], describe: M
         return ""
     if not proof.alternatives:
         return f"Nothing proven beats it in {' or '.join(each.what for each in objectives[1:])}."
-    parts = [f"{describe[each.draft.name]} ({', '.join(figure(each, one) for one in objectives)})" for each in proof.alternatives]
-    mine = f" ({', '.join(figure(proof.plan, each) for each in objectives)})" if proof.plan else ""
+    parts = [f"{describe[each.draft.name]} ({_figures(each, objectives)})" for each in proof.alternatives]
+    mine = f" ({_figures(proof.plan, objectives)})" if proof.plan else ""
     return f"The plan{mine} keeps {len(parts)} {'alternative' if len(parts) == 1 else 'alternatives'}: {'; '.join(parts)}."
+
+
+def _figures(entrant: Entrant, objectives: Sequence[Objective]) -> str:
+    """Return what was proven of an entrant in each objective; where two are times, or two are sizes, each says of what."""
+    return ", ".join(_NAMED.get(each.name, "{}").format(figure(entrant, each)) for each in objectives)
 
 
 def tradeoffs_json(

@@ -225,6 +225,8 @@ def test_a_kept_limit_is_no_violation_and_equality_follows_the_operator() -> Non
         ("latency<100ms", 0.12, 20, "latency is 120 ms, 20 % above the limit of 100 ms"),
         ("throughput>=500/s", 400.0, 20, "throughput is 400/s, 20 % below the limit of 500/s"),
         ("cosine>=0.999", 0.99, 0.9009, "cosine is 0.99, 0.9 % below the limit of 0.999"),
+        ("latency<1us", 72.4e-6, 7140, "latency is 72.4 µs, 72 times the limit of 1 µs"),
+        ("sqnr>=300dB", -5000.0, 1766.67, "sqnr is -5000 dB, 1800 % below the limit of 300 dB"),
         ("memory<4GB", 4.0004e9, 0.01, "memory is 4.0004 GB, 0.01 % above the limit of 4 GB"),
         ("metric>=0", -0.5, math.inf, "metric is -0.5, below the limit of 0"),
     ],

@@ -14,7 +14,13 @@ import pytest
 from onnx import TensorProto, helper
 
 import aivmm
+from aivmm.planner.certificate import certify
+from aivmm.planner.evidence import Estimate
 from aivmm.runtime.family import Bucket, Dimension, Served
+from aivmm.runtime.packing import opened
+from aivmm.runtime.plan import Alternative, Number
+from aivmm.tuner.bundles import lines_of
+from aivmm.tuner.expected import as_planned
 from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, make_family, normal, onnx_model, token_model
 from tests.tuner.harness import Place, Shell
 
@@ -50,6 +56,22 @@ def test_show_says_what_runs_where(place: Shell) -> None:
     found = place.aivmm("plan", "show", "m.aivmm", "--json").json
     assert found["plans"]["plan.json"] == json.loads((place.work / "m.aivmm" / "plan.json").read_text())
     assert found["size_bytes"] == sum(map(len, content(place.work / "m.aivmm").values()))
+
+
+def test_show_says_what_it_can_be_traded_for_and_how_sure_it_is(made: Path) -> None:
+    with opened(made) as bundle:
+        plan = bundle.plans["plan.json"]
+    numbers = {"median_s": Number(value=0.012, source="measured"), "peak_memory_bytes": Number(value=5e6, source="measured")}
+    others = [
+        Alternative(name=name, objective=best, stages=plan.stages, expected=numbers) for name, best in (("a", "memory,size"), ("b", ""))
+    ]
+    found = certify(
+        [Estimate(seconds=4e-3, sigma=0.0, source="measured")], objective="latency", looked=None, among="", why_no_bound="it is one"
+    )
+    lines = list(lines_of(plan.replaced(alternatives=others, certificate=as_planned(found))))
+    assert ("otherwise", "a, best in memory and size: median_s 12 ms, peak_memory_bytes 5 MB") in lines
+    assert ("otherwise", "b: median_s 12 ms, peak_memory_bytes 5 MB") in lines
+    assert ("sure", found.sentence) in lines
 
 
 def test_verify_grades_each_way_to_run_it_here(place: Shell) -> None:

@@ -63,6 +63,16 @@ def test_the_tail_of_several_callers_is_unknown_for_another_reason_than_time() -
     assert "p99 is not known (with 4 callers the time between answers is measured, not that of a call)" in violation.sentence
 
 
+def test_what_is_traded_says_which_of_its_times_and_sizes_is_what() -> None:
+    plan, other = entrant("candidate 1", 10e-3, role="candidate"), entrant("toy default", 12e-3)
+    for each, compile_s, memory in ((plan, 0.9, 2e8), (other, 0.2, 1e8)):
+        each.metrics |= {"compile_s": compile_s, "peak_memory_bytes": memory}
+    proof = Proof(entrants=[other, plan], plan=plan, alternatives=[other])
+    said = told(proof, "latency,compile,memory")
+    assert "The plan (10 ms, 900 ms to compile, 200 MB of memory) keeps 1 alternative: toy:CPU" in said
+    assert "(12 ms, 200 ms to compile, 100 MB of memory)" in said
+
+
 def test_percent_and_times_say_the_same_of_one_ratio() -> None:
     near, far = (Comparison(ratio=ratio, low=ratio, high=ratio, pairs=9, verdict="faster") for ratio in (0.8, 0.5))
     assert factor_text(near) == "25 % faster than"  # the report's 1.25x, and not the 20 % of time that is saved
