@@ -66,6 +66,10 @@ class Drift:
     high_s: float | None
     calls: int  # since the excursion began
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields, for statistics."""
+        return asdict(self)
+
     def __str__(self) -> str:
         said = "the plan names no latency" if self.plan_s is None else f"the plan says {_ms(self.plan_s)}"
         if self.low_s is not None and self.high_s is not None:
@@ -124,7 +128,7 @@ class DriftMonitor:
     def state(self) -> dict[str, Any]:
         """Return the state for statistics: `warming up`, `inside` or `outside`, the baseline, and the events."""
         state = "warming up" if self._warming else "outside" if self._outside else "inside"
-        return {"state": state, "baseline_s": self.baseline_s, "events": [asdict(each) for each in self.events]}
+        return {"state": state, "baseline_s": self.baseline_s, "events": [each.as_json() for each in self.events]}
 
     def _warm_up(self, durations_ns: Sequence[int]) -> Drift | None:
         if self._skip:

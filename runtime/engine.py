@@ -17,11 +17,12 @@ from aivmm.runtime.backend import Buffer, DeviceTensor, Executable
 from aivmm.runtime.blobs import BlobCache
 from aivmm.runtime.bundle import Bundle
 from aivmm.runtime.deadline import Deadlines
-from aivmm.runtime.drift import Drift, DriftMonitor
+from aivmm.runtime.drift import Drift
 from aivmm.runtime.finding import find_named
 from aivmm.runtime.inputs import kept
 from aivmm.runtime.lane import Lane
 from aivmm.runtime.loan import Loan
+from aivmm.runtime.paces import PacedMonitor, tell_apart
 from aivmm.runtime.plan import Execution, Plan, Stage, agree
 from aivmm.runtime.pool import closed
 from aivmm.runtime.program import Program
@@ -453,7 +454,7 @@ class Engine:
             raise
         return executable
 
-    def _watch(self) -> tuple[DriftMonitor | None, str]:
+    def _watch(self) -> tuple[PacedMonitor | None, str]:
         """Watch the latency of calls, or say why it cannot be told from other things that change it."""
         if self._program.execution.batching is not None:
             return None, "requests are batched, and a batch takes as long as it has rows"
@@ -462,32 +463,19 @@ class Engine:
         # Where the plan's numbers do not hold anyway, an engine is held against its own beginning.
         names = {_PLAN: self.plan.expected, **{each.name: each.expected for each in self.plan.fallbacks}}
         expected = None if self.validity.grade == "retune" else names[self._running].get("median_s")
-        drift = DriftMonitor(expected, callers=self._program.window, tell=self._drifted)
+        drift = PacedMonitor(expected, callers=self._program.window, tell=self._drifted)
         for lane in self._program.lanes:
             lane.watch = drift.add
         return drift, ""
 
     def _drifted(self, found: Drift) -> None:
         self._event(str(found))
-        listener = self.on_drift
-        if listener is None:
-            return
-        # The call that showed it has its turn still: a listener that asked the engine, or closed it, would wait for that turn for ever.
-        try:
-            threading.Thread(target=_listen, args=(listener, found), name="aivmm-drift", daemon=True).start()
-        except RuntimeError:  # no threads any more: the interpreter ends
-            log.exception("on_drift cannot be called")
+        if self.on_drift is not None:
+            tell_apart(self.on_drift, found)
 
     def _event(self, text: str) -> None:
         self.events.append(text)
         log.warning("%s: %s", self.plan.model.name, text)
-
-
-def _listen(listener: Callable[[Drift], None], found: Drift) -> None:
-    try:
-        listener(found)
-    except Exception:  # a listener's own fault is told, and costs nobody anything
-        log.exception("on_drift failed")
 
 
 def _check_interface(stage: Stage, executable: Executable) -> None:

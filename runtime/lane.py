@@ -67,7 +67,9 @@ class Lane:
         if self._handing is not None:
             self._requests.append(self._handing)
         self.clocks = [StageClock() for _ in stages]
-        self.watch: Callable[[Sequence[int]], None] | None = None  # takes the durations of runs, in nanoseconds, by whole blocks
+        # Takes the durations of runs by whole blocks, and in what time they came, all in nanoseconds.
+        self.watch: Callable[[Sequence[int], int], None] | None = None
+        self._passed_at_ns = perf_counter_ns()  # up to when that was told
         self._whole: list[int] = []  # durations of runs of several stages
         self._rest: list[int] = []  # of the block that is not whole yet
         self._due_ns = 0  # when what was timed is counted next
@@ -313,7 +315,9 @@ class Lane:
             end = len(whole) // BLOCK * BLOCK
             self._rest = whole[end:]
             if end:
-                self.watch(whole[:end])
+                passed_ns = (now - self._passed_at_ns) * end // len(whole)
+                self._passed_at_ns += passed_ns
+                self.watch(whole[:end], passed_ns)
 
     def copies(self) -> dict[str, Buffer]:
         """Return the outputs of the last run; the arrays are the caller's own. Those of the last stage are not copied: see `handing`."""

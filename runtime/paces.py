@@ -1,0 +1,90 @@
+"""Drift where calls come at a changing pace: each pace is held against its own beginning.
+
+A call after a pause is slower by itself: caches are cold, threads parked, clocks low. On a virtual machine a model of 0.33 ms took twice as long
+after 2 ms without a call and 2.7 times after 100 ms, one of 6 µs thirty times, and one of 6 ms a tenth more. Who gets few requests has no drift
+for that. So calls are told apart by the mean pause between them: those that come without one are held against the plan, which was proven so,
+and the rest against what calls took at first that came as far apart, within a factor of two.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from time import monotonic
+from typing import Any
+
+from aivmm.runtime.drift import Drift, DriftMonitor
+from aivmm.runtime.plan import Number
+
+log = logging.getLogger("aivmm.engine")
+_NO_PAUSE_NS = 50_000  # what callers do between two calls: nothing is parked, and little is cold
+_NO_PAUSE_SHARE = 8  # nor where the pause is this part of a call
+_APART_S = 60.0  # between events of two paces: one slowdown is told once
+
+
+class PacedMonitor:
+    """Watches the latencies of one engine. Thread-safe."""
+
+    def __init__(self, expected: Number | None, *, callers: int = 1, tell: Callable[[Drift], None]) -> None:
+        """Watch as `DriftMonitor` does, with one of it for each pace."""
+        self._expected, self._callers, self._tell = expected, callers, tell
+        self._monitors: dict[int, DriftMonitor] = {}
+        self._lock = threading.Lock()
+        self._last = self._monitor(0)  # whose pace it is now
+        self._told: tuple[int, float] | None = None  # the pace of the last event, and when that was
+        self._events: list[Drift] = []
+
+    def add(self, durations_ns: Sequence[int], passed_ns: int) -> None:
+        """Take the durations of calls by whole blocks, as `DriftMonitor.add` does, of one caller, and in what time they came."""
+        self._last = monitor = self._monitor(self._pace(durations_ns, passed_ns))
+        monitor.add(durations_ns)
+
+    def state(self) -> dict[str, Any]:
+        """Return the state for statistics: that of the pace that calls came at last, and the events."""
+        with self._lock:
+            events = list(self._events)
+        return self._last.state() | {"events": [each.as_json() for each in events]}
+
+    def _pace(self, durations_ns: Sequence[int], passed_ns: int) -> int:
+        """Return 0 for calls without a pause, and else a number that grows by one where pauses are twice as long."""
+        call_ns = sum(durations_ns) / len(durations_ns)
+        # A lane has one turn of as many as there are callers for.
+        pause_ns = passed_ns / len(durations_ns) / self._callers - call_ns
+        if pause_ns <= max(_NO_PAUSE_NS, call_ns / _NO_PAUSE_SHARE):
+            return 0
+        return int(pause_ns / _NO_PAUSE_NS).bit_length()
+
+    def _monitor(self, pace: int) -> DriftMonitor:
+        with self._lock:
+            found = self._monitors.get(pace)
+            if found is None:
+                expected = self._expected if pace == 0 else None
+                self._monitors[pace] = found = DriftMonitor(expected, callers=self._callers, tell=partial(self._found, pace))
+            return found
+
+    def _found(self, pace: int, event: Drift) -> None:
+        now = monotonic()
+        with self._lock:
+            if self._told is not None and self._told[0] != pace and now - self._told[1] < _APART_S:
+                return
+            self._told = pace, now
+            self._events = [*self._events[-99:], event]
+        self._tell(event)
+
+
+def tell_apart(listener: Callable[[Drift], None], found: Drift) -> None:
+    """Tell a listener on a thread of its own: a call that showed drift has its turn still, and who asked the engine, or closed it, would
+    wait for that turn for ever."""
+    try:
+        threading.Thread(target=_listen, args=(listener, found), name="aivmm-drift", daemon=True).start()
+    except RuntimeError:  # no threads any more: the interpreter ends
+        log.exception("on_drift cannot be called")
+
+
+def _listen(listener: Callable[[Drift], None], found: Drift) -> None:
+    try:
+        listener(found)
+    except Exception:  # a listener's own fault is told, and costs nobody anything
+        log.exception("on_drift failed")
