@@ -1,9 +1,9 @@
 """Drift where calls come at a changing pace: each pace is held against its own beginning.
 
-A call after a pause is slower by itself: caches are cold, threads parked, clocks low. On a virtual machine a model of 0.33 ms took twice as long
-after 2 ms without a call and 2.7 times after 100 ms, one of 6 µs thirty times, and one of 6 ms a tenth more. Who gets few requests has no drift
-for that. So calls are told apart by the mean pause between them: those that come without one are held against the plan, which was proven so,
-and the rest against what calls took at first that came as far apart, within a factor of two.
+A call after a pause is slower by itself: caches are cold, threads parked, clocks low. On a virtual machine a model of 0.33 ms took
+twice as long after 2 ms without a call and 2.7 times after 100 ms, one of 6 µs thirty times, and one of 6 ms a tenth more. Who gets few
+requests has no drift for that. So calls are told apart by the mean pause between them: those that come without one are held against the
+plan, which was proven so, and the rest against what calls took at first that came as far apart, within a factor of two.
 """
 
 from __future__ import annotations
