@@ -15,7 +15,7 @@ from aivmm.probes.timer import time_steps
 from aivmm.runtime.backend import Buffer
 from aivmm.runtime.engine import Engine
 
-_LEAST, _SETTLE = 5, 3
+_LEAST, _SETTLE = 2, 1  # calls, timed and not: of slow ones there are windows enough
 _ROUNDS = 8  # each gives one number
 _LEAST_SEVERAL = 2  # completed calls of each thread, where several run at once
 

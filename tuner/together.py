@@ -96,7 +96,7 @@ class Together:
                 answer = worker.call(
                     "contention",
                     limit_s=compile_limit_s(),
-                    run_limit_s=run_limit_s(),
+                    run_limit_s=run_limit_s() + _SECONDS * len(pairs),
                     bundle=str(bundle),
                     inputs=str(self.work.subject.at(draft.batch).samples[0]),
                     seconds=_SECONDS,
