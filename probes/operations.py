@@ -8,7 +8,10 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import numpy as np
 
 from aivmm.models.input_contract import InputContract
 from aivmm.probes import conformance, contention, copies, fusion, operator_probes, phases, serving, transfers, wire
@@ -26,6 +29,8 @@ from aivmm.runtime.engine import Engine
 from aivmm.runtime.null_device import METER
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
+
+_CALLS = 1000  # so many of the last calls of an engine are told of
 
 
 def discover(state: State, *, backends: list[str]) -> dict[str, Any]:
@@ -220,32 +225,33 @@ def load_cached(state: State, *, bundle: str) -> dict[str, Any]:
     return {"load_s": seconds, "found": cache["hits"], "problems": cache["problems"]}
 
 
-def stages(state: State, *, name: str, inputs: str, seconds: float) -> dict[str, Any]:
-    """Time each stage of a loaded bundle in its place, for `seconds` in all, and then alone, on the buffers that the engine has bound.
+def stages(state: State, *, name: str, seconds: float) -> dict[str, Any]:
+    """Tell what each stage of a loaded bundle took in its place in the calls so far, and time it alone, on the engine's own buffers.
 
-    Returns `stages`, each with `placed` and `alone`: durations in seconds, and `called`, those of calling the engine as a user does. In its
-    place a stage finds the caches as its neighbours left
-    them, and what it takes includes taking over what they made.
+    Returns `stages`, each with `placed` and `alone`: durations in seconds, those in its place of the same calls for each stage; and
+    `beyond`, what single calls of the engine take beyond all of their stages. In its place a stage finds the caches as its neighbours left
+    them, and what it takes includes taking over what they made. `seconds` are spent on timing alone, and half as many on `beyond`.
     """
     runner = state.runners[name]
     assert isinstance(runner, EngineRunner)
-    arrays, lane, clock = load_arrays(inputs), runner.engine.one_lane(), time.perf_counter
+    lane, clock = max(runner.engine.lanes(), key=lambda each: each.clocks[0].count), time.perf_counter
     if runner.simulated:  # neighbours cost nothing there
-        lane.run(arrays)
         exact = [_simulated(run, 5, 1) for run in lane.runs]
-        return {"stages": [{"placed": each, "alone": each} for each in exact], "called": _simulated(runner.steps[0], 5, 1)}
-    for _ in range(3):
-        lane.run(arrays)
-    counts = [each.count for each in lane.clocks]
-    end = clock() + seconds
-    while lane.clocks[0].count < counts[0] + 5 or clock() < end:
-        lane.run(arrays)
-    placed = [
-        [each / 1e9 for each in stage.recent_ns()[-(stage.count - before) :]] for stage, before in zip(lane.clocks, counts, strict=True)
-    ]
+        beyond_s = median(_simulated(runner.steps[0], 5, 1)) - sum(map(median, exact))
+        return {"stages": [{"placed": each, "alone": each} for each in exact], "beyond": [beyond_s]}
+    placed = [each.recent_ns()[-_CALLS:] / 1e9 for each in lane.clocks]
+    called: list[float] = []
+    end = clock() + seconds / 2
+    while len(called) < 5 or (clock() < end and len(called) < _CALLS):
+        before = clock()
+        runner.steps[0]()
+        called.append(clock() - before)
+    inside = sum(each.recent_ns()[-len(called) :] / 1e9 for each in lane.clocks)
     alone = [time_steps([run], seconds=seconds / len(placed), least=5, settle=3, each=True).durations for run in lane.runs]
-    called = time_steps(runner.steps, seconds=seconds / 2, least=5, settle=1, each=True).durations
-    return {"stages": [{"placed": one, "alone": other} for one, other in zip(placed, alone, strict=True)], "called": called}
+    return {
+        "stages": [{"placed": one.tolist(), "alone": other} for one, other in zip(placed, alone, strict=True)],
+        "beyond": (np.array(called) - inside).tolist(),
+    }
 
 
 def outputs(state: State, *, name: str, inputs: str, destination: str, everywhere: bool = False) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 
 from aivmm.planner.candidates import Draft
 from aivmm.planner.certificate import Certificate, certify
@@ -30,7 +29,7 @@ def certificate_of(work: Work, draft: Draft, found: Estimate, *, cut: CutPlan | 
     return certify(
         parts,
         objective="latency" if one_by_one else "throughput",
-        boundaries_s=max(0.0, cut.predicted_s - math.fsum(each.seconds for each in parts)) if cut else 0.0,
+        boundaries_s=cut.boundaries_s if cut else 0.0,
         call_s=engine_s / draft.callers,
         looked=looked if plain else None,
         among=among,

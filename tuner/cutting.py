@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
 from aivmm.planner.candidates import Draft, Piece
-from aivmm.planner.evidence import Estimate
+from aivmm.planner.evidence import Estimate, total
 from aivmm.planner.lazy import Look, Span
 from aivmm.planner.partition import ChainEvidence, Cuts, beliefs_of, place_cuts
 from aivmm.probes.compare import cautions
@@ -19,6 +20,7 @@ from aivmm.tuner.anatomy import Anatomist, estimates
 from aivmm.tuner.guessing import modelled_blocks
 from aivmm.tuner.inplace import InPlace, probe_in_place
 from aivmm.tuner.measure import Measurer
+from aivmm.tuner.narrow import resting
 from aivmm.tuner.policies import PolicySearch
 from aivmm.tuner.room import room_of
 from aivmm.tuner.work import Work
@@ -34,11 +36,14 @@ class CutPlan:
     draft: Draft
     look: Look
     parts: tuple[Estimate, ...]
+    boundaries_s: float  # what the boundaries take beyond the parts: nothing where these were timed in this very chain
 
     @property
-    def predicted_s(self) -> float:
-        """Seconds of one call, boundaries included."""
-        return self.look.plan.cost_s
+    def expected(self) -> Estimate:
+        """One call, boundaries included. What was timed beside one reference errs together: their deviations add up as they are."""
+        whole = total(self.parts)
+        sigma = math.fsum(each.seconds * each.sigma for each in self.parts) / whole.seconds
+        return replace(whole, seconds=whole.seconds + self.boundaries_s, sigma=sigma)
 
 
 class Cutter:
@@ -64,6 +69,7 @@ class Cutter:
         self._stored: dict[str, list[tuple[list[InPlace], list[str]]]] = {}  # by chain: looks of the database that were not asked for yet
         self._number = 0
         self._configs: Mapping[str, Config] = {}
+        self._resting: dict[str, Config] = {}  # the same for a target that shares its processor with other segments
         self.cuts = Cuts()
         self.evidence: ChainEvidence | None = None
 
@@ -75,6 +81,11 @@ class Cutter:
         """
         work, structure = self._work, self._work.subject.structure
         self._configs = configs
+        self._resting = {
+            str(each): resting(configs.get(str(each), Config(precision="fp32")), work.lab.knobs(each))
+            for each in work.targets
+            if each.device.kind == "cpu"
+        }
         names = [str(target) for target in work.targets]
         # What was measured, wrong or refused is known; only what the budget left out is modelled.
         alone = self._modelled(names, wholes) | estimates(self._anatomist.found, self._anatomist.wrong)
@@ -126,17 +137,34 @@ class Cutter:
         return median(known) if known else 0.0
 
     def _plan(self, name: str, look: Look) -> CutPlan:
+        """Say what is expected of a cut plan, as it was timed; one that is put together from parts of others that were is timed now."""
         assert self.evidence is not None
-        parts = [self.evidence.segment(*span) for span in look.plan.segments]
-        return CutPlan(draft=self._draft(name, look.plan.segments), look=look, parts=tuple(part for part in parts if part is not None))
+        draft = self._draft(name, look.plan.segments)
+        looks = self._seen.get(_chain(draft), [])
+        if not looks and len(draft.pieces) > 1 and not self._work.asked():
+            self._look_at(draft)
+            looks = self._seen[_chain(draft)]
+        if looks:
+            placed = _together(looks)
+            parts = [Estimate(seconds=self._seconds(each), sigma=each.sigma, source="measured", because="in its place") for each in placed]
+            return CutPlan(draft=draft, look=look, parts=tuple(parts), boundaries_s=0.0)
+        known = tuple(part for span in look.plan.segments if (part := self.evidence.segment(*span)) is not None)
+        boundaries_s = max(0.0, look.plan.cost_s - math.fsum(each.seconds for each in known))
+        return CutPlan(draft=draft, look=look, parts=known, boundaries_s=boundaries_s)
 
     def _draft(self, name: str, spans: Sequence[Span]) -> Draft:
         by_name = {str(target): target for target in self._work.targets}
+        shared = sum(by_name[target].device.kind == "cpu" for _, _, target in spans) > 1
         pieces = tuple(
-            Piece(target=by_name[target], config=self._configs.get(target, Config(precision="fp32")), first=first, last=last)
+            Piece(target=by_name[target], config=self._config(target, shared=shared), first=first, last=last)
             for first, last, target in spans
         )
         return Draft(name=name, pieces=pieces, batch=self._work.subject.base_batch)
+
+    def _config(self, target: str, *, shared: bool) -> Config:
+        """Return what a segment is compiled with; `shared` says whether others run on the processor before or after it."""
+        config = self._configs.get(target, Config(precision="fp32"))
+        return self._resting.get(target, config) if shared else config
 
     def _handover_s(self, source: str, destination: str, size_bytes: int) -> float | None:
         fit = self._handovers.get((source, destination))
@@ -239,8 +267,8 @@ class Cutter:
             for index, (pair, piece) in enumerate(zip(keys, draft.pieces, strict=True)):
                 place = (number - count) * alike[pair] + keys[:index].count(pair)
                 (alone_id, alone), (placed_id, placed) = (rows[key][place] for key in pair)
-                if "engine_s" not in placed.metrics:
-                    return []  # what an earlier version measured lacks what the engine's call takes, and is measured anew
+                if "reference_ratio" in placed.metrics or "engine_s" not in placed.metrics:
+                    return []  # an earlier version measured it in another way: it is measured anew
                 used += [alone_id, placed_id]
                 found.append(InPlace.recalled(piece, placed.samples, alone.samples, placed.metrics))
             looks.append((found, used))

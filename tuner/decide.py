@@ -11,7 +11,7 @@ from aivmm.planner.candidates import Candidate, Draft, Rejection, Score
 from aivmm.planner.certificate import Certificate
 from aivmm.planner.choice import Option, best_in, distance, rank, relaxed
 from aivmm.planner.constraints import ACCURACY, AGREEMENT, check
-from aivmm.planner.evidence import Estimate, shares, total
+from aivmm.planner.evidence import Estimate, shares
 from aivmm.probes.transfers import TransferFit
 from aivmm.runtime.config import Config
 from aivmm.runtime.plan import Accuracy
@@ -35,6 +35,7 @@ from aivmm.tuner.verdict import accuracy_text, describe, factor_text, sentence
 from aivmm.tuner.work import Work
 
 _ALL = 1000
+_AUTO_SIGMA = 0.1  # of the logarithm of what OpenVINO's AUTO takes over what the default of its only device does
 _PARTS_S = 4.0  # for racing settings on parts of a processor
 
 
@@ -243,14 +244,11 @@ class Decider:
     def _prediction(self, draft: Draft) -> Estimate | None:
         """Return what the search expected of a draft, or None when it never measured it."""
         if draft.name in self._cut_plans:
-            plan = self._cut_plans[draft.name]
-            whole = total(plan.parts)
-            return replace(whole, seconds=plan.predicted_s)
-        known = [
-            self._expected(candidate, outcome)
-            for candidate in self._measured_as(draft)
-            if isinstance(outcome := self.explorer.outcome(candidate), Score)
-        ]
+            return self._cut_plans[draft.name].expected
+        scored = ((each, self.explorer.outcome(each)) for each in self._measured_as(draft))
+        known = [self._expected(each, outcome) for each, outcome in scored if isinstance(outcome, Score)]
+        if known and draft.pieces[0].target.name == "AUTO":  # it was not measured: it should do what the default does, by one more hand
+            known = [replace(known[0], source="modelled", sigma=math.hypot(known[0].sigma, _AUTO_SIGMA), because="the default")]
         return self._predicted.get(draft.name, known[0] if known else None)
 
     def predicted(self, proof: Proof) -> dict[str, Any]:

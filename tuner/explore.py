@@ -115,9 +115,8 @@ class Explorer:
         usable = self._leave_aliases(usable)
         missing = [candidate for _, candidate in usable if candidate.key not in self.known]
         if missing:
-            found = self.measurer.measure(
-                missing, budget_s=max(4.0, _BASELINES * self.work.options.budget_s), tell=self.work.tell_race, keep=missing
-            )
+            limit_s = max(4.0, _BASELINES * self.work.options.budget_s)
+            found = self.measurer.measure(missing, budget_s=limit_s, tell=self.work.tell_race, keep=missing, precise=True)
             for _, candidate in usable:
                 if candidate.key in found:
                     self.known[candidate.key] = (candidate, found[candidate.key])
@@ -242,7 +241,8 @@ class Explorer:
                 twins.append((twin, self._candidate(twin)))
         missing = [candidate for _, candidate in twins if candidate.key not in self.known]
         if missing:
-            for key, outcome in self.measurer.measure(missing, budget_s=4.0, tell=self.work.tell_race, keep=missing).items():
+            raced = self.measurer.measure(missing, budget_s=4.0, tell=self.work.tell_race, keep=missing, precise=True)
+            for key, outcome in raced.items():
                 for candidate in missing:
                     if candidate.key == key:
                         self.known[key] = (candidate, outcome)

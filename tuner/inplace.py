@@ -1,28 +1,37 @@
-"""Segments in their place: timed between their neighbours as the engine runs them, and alone, since isolated times do not add up."""
+"""Segments in their place: timed between their neighbours as the engine runs them, and alone, since isolated times do not add up.
+
+What is raced against the reference is the whole chain, as the proof will race it: blocks of a few calls in turn, the other process frozen.
+Each segment has its share of that, by the middle half of the calls. Medians of segments do not add up: where threads come to lie, one
+segment is slow in the very calls in which another one is fast (docs/decisions/0057).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
+
+import numpy as np
 
 from aivmm.errors import AivmmError
 from aivmm.planner.candidates import Draft, Piece
 from aivmm.probes.accuracy import over_limit
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
+from aivmm.probes.compare import Comparison, compare
 from aivmm.probes.machine import measuring, wait_until_quiet
-from aivmm.probes.race import Contestant
+from aivmm.probes.race import Contestant, by_of, known_well, race
 from aivmm.probes.records import ProbeKey, Samples
 from aivmm.runtime.environment import environment_of
+from aivmm.tuner.measure import fresh
 
-# Rounds of the chain, its segments alone, and the reference: probe and proof lie minutes apart, and only what is measured beside the same
-# thing can be compared.
-_ROUNDS, _SECONDS, _REFERENCE_S = 6, 0.06, 0.04
+# Of the race against the reference: probe and proof lie minutes apart, and only what is measured beside the same thing can be compared.
+_LEAST_ROUNDS, _MOST_ROUNDS, _RACE_S = 8, 60, 1.2
+_ALONE_S = 0.1
 Span = tuple[int, int, str]  # first block, last block, target
 
 
@@ -30,8 +39,9 @@ Span = tuple[int, int, str]  # first block, last block, target
 class InPlace:
     """One segment of a cut plan: what it takes between its neighbours, hand-over included, and what it takes alone.
 
-    `ratio` is its time in its place over that of the reference executable, measured in turn with it, and `sigma` the standard error of the
-    ratio's logarithm; None where there was no reference. `engine_s` is what a call of the engine takes beyond all of the chain's segments.
+    `ratio` is its share of what the whole chain takes, over the time of the reference executable that took turns with it, and `sigma` the
+    standard error of the ratio's logarithm, which all segments of a chain have in common; None where there was no reference. `engine_s` is
+    what a call of the engine takes beyond all of the chain's segments.
     `look` counts the measurements of this chain in one run: rows that belong together are the newest `look` ones.
     """
 
@@ -55,13 +65,13 @@ class InPlace:
 
     def metrics(self) -> dict[str, float]:
         """Return what is stored beside the samples in its place; see `recalled`."""
-        beside = {} if self.ratio is None else {"reference_ratio": self.ratio, "reference_sigma": self.sigma}
+        beside = {} if self.ratio is None else {"share_ratio": self.ratio, "share_sigma": self.sigma}
         return {**beside, "engine_s": self.engine_s, "look": float(self.look)}
 
     @classmethod
     def recalled(cls, piece: Piece, placed: Samples, alone: Samples, metrics: Mapping[str, float]) -> InPlace:
         """Return what was stored."""
-        ratio, sigma = metrics.get("reference_ratio"), metrics.get("reference_sigma", 0.0)
+        ratio, sigma = metrics.get("share_ratio"), metrics.get("share_sigma", 0.0)
         look = int(metrics.get("look", 1))
         return cls(piece=piece, placed=placed, alone=alone, ratio=ratio, sigma=sigma, engine_s=metrics.get("engine_s", 0.0), look=look)
 
@@ -132,8 +142,6 @@ def probe_in_place(
     `others` are the processes that have to be quiet first. `reference` is loaded elsewhere, and takes turns. Where
     `expected` outputs are given, what is too far from them is a reason too.
     """
-    rounds: list[tuple[list[dict[str, Any]], float | None]] = []
-    beyond: list[float] = []
     with Worker("segments in place") as worker:
         try:
             loaded = worker.call(
@@ -147,29 +155,71 @@ def probe_in_place(
             )
             if problem := _problem(loaded, cosine_limit):
                 return problem
-            for _ in range(_ROUNDS):
-                beside = None
+            for pid in others:
+                wait_until_quiet(pid)
+            mine = Contestant("engine", worker, batch=draft.batch, expected_s=loaded["first_inference_s"], keep=True)
+            beside = None if reference is None else fresh(reference)
+            _race(mine, beside)
+            if mine.failed is not None:
+                return mine.failed.reason
+            with measuring():
                 for pid in others:
                     wait_until_quiet(pid)
-                with measuring():
-                    answer = worker.call("stages", limit_s=run_limit_s(), name="engine", inputs=str(sample), seconds=_SECONDS)
-                    if reference is not None:
-                        wait_until_quiet(worker.pid)
-                        timed = reference.worker.call(
-                            "timed", limit_s=run_limit_s(), name=reference.name, seconds=_REFERENCE_S, least=5, settle=2
-                        )
-                        beside = median(timed["durations"])
-                rounds.append((answer["stages"], beside))
-                beyond.append(median(answer["called"]) - sum(median(each["placed"]) for each in answer["stages"]))
+                answer = worker.call("stages", limit_s=run_limit_s(), name="engine", seconds=_ALONE_S)
         except WorkerDied as died:
             return died.reason
         except AivmmError as error:
             return error.message
-    engine_s = max(0.0, median(beyond))
+    return _shared_out(draft, answer, mine, beside)
+
+
+def _race(mine: Contestant, beside: Contestant | None) -> None:
+    """Race the chain against the reference until their ratio is known well, or the time is over."""
+
+    both = [mine] if beside is None else [mine, beside]
+    for each in both:
+        each.keep = True  # never hopeless: how slow it is is the question
+    race(both[::-1], budget_s=_RACE_S, least_rounds=_LEAST_ROUNDS, most_rounds=_MOST_ROUNDS, enough=known_well(both[::-1]))
+
+
+def _compared(mine: Contestant, beside: Contestant | None) -> Comparison | None:
+    """Compare a call of the chain with one of the reference; None where one of them was not timed."""
+    chain, reference = mine.samples(), beside.samples() if beside is not None and beside.failed is None else None
+    if chain is None or reference is None or beside is None:
+        return None
+    return compare(chain, reference, by=by_of(mine, beside))
+
+
+def _shared_out(draft: Draft, answer: Mapping[str, Any], mine: Contestant, beside: Contestant | None) -> list[InPlace]:
+    """Share out what the chain takes among its segments, and what is the engine's own."""
+    found = _compared(mine, beside)
+    sigma = 0.0 if found is None else math.log(found.high / found.low) / (2 * 1.96)
+    engine_s = max(0.0, median(answer["beyond"]))
+    middle_s = middle_half([stage["placed"] for stage in answer["stages"]])
+    total_s = math.fsum(middle_s) + engine_s
     return [
-        replace(_of_rounds(piece, [(stages[index], beside) for stages, beside in rounds]), engine_s=engine_s)
-        for index, piece in enumerate(draft.pieces)
+        InPlace(
+            piece=piece,
+            placed=Samples(timed_s=tuple(stage["placed"])),
+            alone=Samples(timed_s=tuple(stage["alone"])),
+            ratio=None if found is None else found.ratio * seconds / total_s,
+            sigma=sigma,
+            engine_s=engine_s,
+        )
+        for piece, stage, seconds in zip(draft.pieces, answer["stages"], middle_s, strict=True)
     ]
+
+
+def middle_half(stages: Sequence[Sequence[float]]) -> list[float]:
+    """Return the mean seconds of each stage in the calls whose sum over all stages is in the middle half; `stages` are of the same calls.
+
+    Means add up, as medians do not; and what disturbs a call lies outside.
+    """
+    table = np.array(stages)
+    order = np.argsort(table.sum(axis=0), kind="stable")
+    count = len(order)
+    kept = order[count // 4 : max(count // 4 + 1, count - count // 4)]
+    return [float(each) for each in table[:, kept].mean(axis=1)]
 
 
 def _problem(loaded: Mapping[str, Any], cosine_limit: float | None) -> str:
@@ -180,30 +230,12 @@ def _problem(loaded: Mapping[str, Any], cosine_limit: float | None) -> str:
     return over_limit(accuracy["cosine"], accuracy.get("relative_l2", math.inf), cosine_limit)
 
 
-def _of_rounds(piece: Piece, rounds: Sequence[tuple[Mapping[str, Sequence[float]], float | None]]) -> InPlace:
-    """Put together what the rounds say of one segment."""
-
-    def samples(name: str) -> Samples:
-        return Samples(
-            timed_s=tuple(each for stage, _ in rounds for each in stage[name]),
-            rounds=tuple(number for number, (stage, _) in enumerate(rounds) for _ in stage[name]),
-        )
-
-    logs = [math.log(median(stage["placed"]) / beside) for stage, beside in rounds if beside is not None]
-    ratio, sigma = None, 0.0
-    if logs:
-        ratio = math.exp(median(logs))
-        spread = math.sqrt(fmean((each - fmean(logs)) ** 2 for each in logs) * len(logs) / max(1, len(logs) - 1))
-        sigma = 1.2533 * spread / math.sqrt(len(logs))
-    return InPlace(piece=piece, placed=samples("placed"), alone=samples("alone"), ratio=ratio, sigma=sigma)
-
-
 def _joined(parts: Sequence[Samples]) -> Samples:
-    """Return the samples of several measurements, their rounds counted on."""
+    """Return the samples of several measurements, their rounds counted on; one that has none is one round."""
     rounds: list[int] = []
     for each in parts:
         after = max(rounds, default=-1) + 1
-        rounds += [after + number for number in each.rounds]
+        rounds += [after + number for number in each.rounds or (0,) * len(each.timed_s)]
     return Samples(timed_s=tuple(chain.from_iterable(each.timed_s for each in parts)), rounds=tuple(rounds))
 
 

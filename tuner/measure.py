@@ -16,7 +16,7 @@ from aivmm.probes.client import WorkerDied
 from aivmm.probes.compare import cautions, compare
 from aivmm.probes.lab import Lab, Loaded
 from aivmm.probes.machine import BackgroundLoad
-from aivmm.probes.race import Contestant, RaceState, race
+from aivmm.probes.race import Contestant, RaceState, known_well, race
 from aivmm.probes.records import Caution, Failed, Measured, Outcome, ProbeKey, Refused, in_replicas
 from aivmm.runtime.config import Setting
 from aivmm.runtime.environment import environment_of
@@ -27,6 +27,7 @@ from aivmm.tuner.subject import Subject
 
 Tell = Callable[[RaceState], None]
 WINDOWS = "by_windows"  # a metric of what one caller was measured by windows, for throughput: its durations are means, of no one call
+_PRECISE_S = 1.5  # what is predicted of a plan is a multiple of the reference
 
 
 @dataclass(slots=True)
@@ -162,8 +163,12 @@ class Measurer:
         tell: Tell | None = None,
         keep: Sequence[Candidate] = (),
         beside: Sequence[Candidate] = (),
+        precise: bool = False,
     ) -> dict[str, Score | Rejection]:
-        """Load and race `candidates` (with the reference and those in `beside`); store what came out; return scores by candidate key."""
+        """Load and race `candidates` (with the reference and those in `beside`); store what came out; return scores by candidate key.
+
+        A race ends when it is clear who is faster. With `precise` it goes on until it is also known by how much, within some more seconds.
+        """
         started = time.perf_counter()
         on = {each.target for each in (*candidates, *beside)}
         load, before, cards = BackgroundLoad(self.lab.pids()), conditions.read(on), conditions.CardWatch(on)
@@ -179,7 +184,13 @@ class Measurer:
             by_name = {each.name: each for each in contestants}
             self._number += 1
             left = max(1.0, budget_s - (time.perf_counter() - started))
-            race(contestants, budget_s=left, seed=self.seed + self._number, tell=cards.beside(tell), stop=self.stop)
+            seed = self.seed + self._number
+            shown = cards.beside(tell)
+            number = race(contestants, budget_s=left, seed=seed, tell=shown, stop=self.stop)
+            left = min(_PRECISE_S if precise else 0.0, budget_s - (time.perf_counter() - started))
+            if left > 0 and not any(each.failed for each in contestants):
+                well = known_well(contestants)
+                race(contestants, budget_s=left, seed=seed, first_round=number, warmup=False, enough=well, tell=shown, stop=self.stop)
             guilty = {key: each for key, each in field_.items() if (by := by_name[each[1].contestant.name]).failed and not by.lost}
             if not guilty or not any(each.lost for each in contestants):
                 break

@@ -18,6 +18,7 @@ _THREADS = (*_TOTAL, "intra_op_num_threads", "threads")
 _STREAMS = "NUM_STREAMS"
 _QUIET: dict[str, Setting] = {"session.intra_op.allow_spinning": "0"}
 _LOOSE: dict[str, Setting] = {"ENABLE_CPU_PINNING": False}
+_STOP: dict[str, Setting] = {"session.force_spinning_stop": "1"}
 _PARTS = (2, 4)  # that a processor is divided into
 
 
@@ -47,6 +48,17 @@ def sharing(knobs: Iterable[Knob], threads: int) -> dict[str, Setting] | None:
     quiet = {key: value for key, value in _QUIET.items() if key in by_name and threads > 1}
     loose = {key: value for key, value in _LOOSE.items() if key in by_name and threads < by_name[name].high}
     return {name: threads, **quiet, **loose}
+
+
+def resting(config: Config, knobs: Iterable[Knob]) -> Config:
+    """Return `config` with threads that rest as soon as a run ends, where the target has a knob for that and nothing is said of spinning.
+
+    For what takes turns with something else on one processor: threads that spin on after a run take the cores from the one that runs then.
+    """
+    names = {each.name for each in knobs}
+    said = any(config.get(each) is not None for each in (*_QUIET, *_STOP))
+    stop = {} if said else {key: value for key, value in _STOP.items() if key in names}
+    return Config.of({**config.as_dict(), **stop}, precision=config.precision)
 
 
 def cores_of(candidate: Candidate) -> int:

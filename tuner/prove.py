@@ -123,7 +123,7 @@ class Prover:
             batch=entrant.draft.batch,
             callers=entrant.draft.callers,
             expected_s=expected,
-            keep=entrant.role == "baseline",
+            keep=entrant.role == "baseline" or self._forced,  # what is forced is the plan however slow it is: it is measured as well
             rate=self._rate,
             single=runs_single(targets_of(entrant), entrant.draft.all_configs),
         )
