@@ -1,12 +1,14 @@
 """How far the planner's predictions are from what is measured: tier by tier, and end to end.
 
-    python benchmarks/prediction.py [--state FOLDER] [--minutes M] [--out benchmarks/results/prediction.md] [--data FILE] [MODEL ...]
+    python benchmarks/prediction.py [--state FOLDER] [--minutes M] [--segments 2 0 3 4] [--out benchmarks/results/prediction.md]
+        [--data FILE] [MODEL ...]
 
 Records, then evaluates. Twenty quiet minutes make about thirty forced cuts and the parts of ten models. Recorded are, for each model
 (default: all demo models but the three with hundreds of megabytes of weights, and in `../shared/models`) on each CPU target: the whole
 model in fp32 at several batches, raced together; each unique operator and each block alone; the ceilings; and what the runtime makes of the
 nodes. And tunes with forced cuts: the proof of each gives the cut plan and the baselines, each over the reference executable in the same
-race, while what was predicted of it is over the reference that took turns with its probes minutes before. What is done is kept in
+race, while what was predicted of it is over the reference that took turns with its probes minutes before. `--segments` records a part
+only: cuts in so many segments, 0 for the parts (`--segments 3 demo:lstm` is one tune). What is done is kept in
 `--state`, one file a model or tune, and the next call goes on from there; with `--minutes` nothing is begun after that time.
 `--data` writes what was recorded into one file, and the errors found in it as the accepted
 ones: `tests/planner/prediction.json` is such a file, and a test fails when errors on it grow.
@@ -35,7 +37,7 @@ import psutil
 from aivmm.models.demo import demo_names
 from aivmm.planner.evidence import Estimate
 from aivmm.planner.modelled import Alone, Factors, operator
-from aivmm.planner.scaling import Point, left_out
+from aivmm.planner.scaling import Point, batch_points, left_out
 from aivmm.planner.segments import Segments
 from aivmm.probes.ceilings import Ceilings
 from aivmm.probes.compare import compare
@@ -45,7 +47,7 @@ ROOT = Path(__file__).parent.parent
 HEAVY = ("alexnet", "zfnet512", "vgg19")
 SLOW = ("densenet121", "inception_v1", "inception_v2", "resnet50", "bertsquad", "vgg16")  # a minute a tune: they come last
 BATCHES = (1, 2, 4, 8, 16)
-SEGMENTS = (2, 3, 4)
+SEGMENTS = (2, 0, 3, 4)  # forced cuts in so many; 0 stands for the parts. What there is after half of the time says something of each
 PARTS_S, BATCHES_S = 10.0, 8.0
 Row = Mapping[str, Any]
 
@@ -56,12 +58,13 @@ def main() -> None:
     parser.add_argument("models", nargs="*")
     parser.add_argument("--state", type=Path, default=Path(tempfile.gettempdir()) / "aivmm-prediction")
     parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--segments", type=int, nargs="*", default=[*SEGMENTS], help="forced cuts in so many segments; 0 is the parts")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "prediction.md")
     parser.add_argument("--data", type=Path)
     arguments = parser.parse_args()
     arguments.state.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * arguments.minutes
-    whole = record(arguments.models or all_models(), arguments.state, ends)
+    whole = record(arguments.models or all_models(), arguments.state, ends, arguments.segments)
     data = {
         "parts": [json.loads(path.read_text()) for path in sorted(arguments.state.glob("parts-*.json"))],
         "plans": [row for path in sorted(arguments.state.glob("plans-*.json")) for row in json.loads(path.read_text())],
@@ -93,10 +96,8 @@ def environment(whole: bool) -> list[str]:
 # --- recording
 
 
-def record(models: Sequence[str], state: Path, ends: float) -> bool:
-    """Record what is not there yet; return whether all is."""
-    # Plans in two segments first, then parts, then the other plans: what there is after half of the time says something of each tier.
-    counts = (SEGMENTS[0], 0, *SEGMENTS[1:])
+def record(models: Sequence[str], state: Path, ends: float, counts: Sequence[int]) -> bool:
+    """Record what is not there yet, plans in so many segments (0: the parts), in that order; return whether all is."""
     jobs = [
         (state / (f"plans-{stem(model)}-{count}.json" if count else f"parts-{stem(model)}.json"), model, count)
         for count in counts
@@ -323,13 +324,7 @@ def floor_s(ceilings: Ceilings, flops: float | None, moved: float | None) -> flo
 def batches_left_out(row: Row) -> Iterator[float]:
     """Yield the errors at batches between others, each predicted from the others."""
     for place in row["targets"].values():
-        points = []
-        for batch, seconds in place["whole"].items():
-            factor = int(batch) / row["batch"]
-            moved = row["weight_bytes"] + factor * max(0.0, row["bytes"] - row["weight_bytes"])
-            least = floor_s(ceilings_of(place), None if row["flops"] is None else factor * row["flops"], moved)
-            if least is not None:
-                points.append(Point(floor_s=least, seconds=seconds))
+        points = batch_points({int(batch): seconds for batch, seconds in place["whole"].items()})
         yield from (error(found.seconds, point.seconds) for point, found in left_out(points))
 
 
@@ -410,6 +405,10 @@ def report(data: Row) -> list[str]:
         within = sum(each <= 0.10 for each in errors) / len(errors)
         ninety = sorted(errors)[min(len(errors) - 1, math.ceil(0.9 * len(errors)) - 1)]
         lines.append(f"| {name} | {len(errors)} | {middle(errors):.1%} | {ninety:.1%} | {within:.0%} | {verdict(name, errors, within)} |")
+    told = [row for row in plans if row["measured"] > 0.999]
+    if told:
+        inside = sum(abs(math.log(row["predicted"] / row["proven"])) <= 1.96 * row["sigma"] for row in told)
+        lines += ["", f"{inside} of the {len(told)} plans that rest on measurements were proven within the 95 % interval told of them."]
     lines += [
         "",
         "## End to end",

@@ -4,13 +4,16 @@ Interpolated is not time but how much of the ceiling is reached. The least time 
 is its *floor*, time over floor its *slowness* (the inverse of utilisation). Between two measured sizes slowness is linear in 1 / floor,
 which is right for whatever takes a fixed time and then one in proportion to its work, also where the bound goes over from bandwidth to
 compute. Beyond the measured sizes it is held. Without a measured size there is no number.
+
+Batches of one model need no ceilings: each sample is the same work, so the floor is in proportion to the samples, and what is done once
+for all of them (weights are read once) belongs to the fixed time (docs/decisions/0057).
 """
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -60,6 +63,11 @@ def scaled(points: Sequence[Point], floor_s: float, *, unit: str = "sizes") -> E
     wide = math.log(above.floor_s / below.floor_s) / math.log(4)
     sigma = math.hypot(max(below.sigma, above.sigma), _BETWEEN * wide)
     return Estimate(seconds=slowness * floor_s, sigma=sigma, source="interpolated", because=f"between 2 of {len(ordered)} {unit}")
+
+
+def batch_points(seconds: Mapping[int, float]) -> list[Point]:
+    """Return the sizes of one model that were measured, from what a call with so many samples takes. Floors are in samples: see above."""
+    return [Point(floor_s=float(batch), seconds=each) for batch, each in seconds.items()]
 
 
 def left_out(points: Sequence[Point]) -> list[tuple[Point, Estimate]]:

@@ -21,7 +21,7 @@ from aivmm.tuner.certifying import certificate_of
 from aivmm.tuner.copying import Known, can_be_copied
 from aivmm.tuner.cutting import CutPlan, Cutter
 from aivmm.tuner.emit import Other, folder_bytes
-from aivmm.tuner.expected import expected
+from aivmm.tuner.expected import expected, in_other_processes, unmeasured_auto
 from aivmm.tuner.explore import HOPELESS, JUDGED_IN_SEARCH, Explorer
 from aivmm.tuner.finalists import Selection
 from aivmm.tuner.judging import judged_on
@@ -35,7 +35,6 @@ from aivmm.tuner.verdict import accuracy_text, describe, factor_text, sentence
 from aivmm.tuner.work import Work
 
 _ALL = 1000
-_AUTO_SIGMA = 0.1  # of the logarithm of what OpenVINO's AUTO takes over what the default of its only device does
 _PARTS_S = 4.0  # for racing settings on parts of a processor
 
 
@@ -247,8 +246,8 @@ class Decider:
             return self._cut_plans[draft.name].expected
         scored = ((each, self.explorer.outcome(each)) for each in self._measured_as(draft))
         known = [self._expected(each, outcome) for each, outcome in scored if isinstance(outcome, Score)]
-        if known and draft.pieces[0].target.name == "AUTO":  # it was not measured: it should do what the default does, by one more hand
-            known = [replace(known[0], source="modelled", sigma=math.hypot(known[0].sigma, _AUTO_SIGMA), because="the default")]
+        if draft.pieces[0].target.name == "AUTO":
+            known = [*map(unmeasured_auto, known)]
         return self._predicted.get(draft.name, known[0] if known else None)
 
     def predicted(self, proof: Proof) -> dict[str, Any]:
@@ -263,7 +262,7 @@ class Decider:
         callers, reference_s, engine_s = proof.plan.draft.callers, self._reference_s(), self._engine_s()
         return {
             "median_s": found.seconds * callers + engine_s,
-            "interval_s": [each * callers + engine_s for each in found.interval_s],
+            "interval_s": [each * callers + engine_s for each in in_other_processes(found).interval_s],
             "source": found.source,
             "reference": reference,
             "ratio_to_reference": (found.seconds * callers + engine_s) / (reference_s + engine_s) if reference_s else None,
@@ -282,7 +281,7 @@ class Decider:
             cut = self._cut_plans.get(each.draft.name)
             each.metrics |= {
                 "predicted_ratio": (found.seconds + self._engine_s()) / (reference_s + self._engine_s()),
-                "predicted_sigma": found.sigma,
+                "predicted_sigma": in_other_processes(found).sigma,
                 "predicted_measured": shares(cut.parts if cut else [found]).get("measured", 0.0),
             }
 

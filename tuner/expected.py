@@ -1,8 +1,13 @@
-"""What a proof found, as the plan holds it."""
+"""What a proof is expected to find, and what it found, as the plan holds it."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from aivmm.planner.certificate import Certificate
+from aivmm.planner.evidence import Estimate
+from aivmm.probes.compare import APART
 from aivmm.runtime.plan import Certificate as Planned
 from aivmm.runtime.plan import Number
 from aivmm.tuner.proof import Entrant, call_s, interval_s
@@ -12,6 +17,18 @@ _EXPECTED = (
     "p99_s", "throughput_per_s", "peak_memory_bytes", "device_memory_bytes", "compile_s", "load_cached_s", "first_inference_s", "energy_j",
     "card_energy_j", "stray_nodes", "stray_copies", "stray_s",
 )  # fmt: skip
+
+_AUTO_SIGMA = 0.1  # of the logarithm of what OpenVINO's AUTO takes over what the default of its only device does
+
+
+def in_other_processes(found: Estimate) -> Estimate:
+    """Return what to expect where plan and reference are loaded again: each load has its memory and threads somewhere else."""
+    return replace(found, sigma=math.hypot(found.sigma, 2 * APART.sd))  # four loads: two that were measured, two that will be
+
+
+def unmeasured_auto(default: Estimate) -> Estimate:
+    """Return what to expect of AUTO, which was not measured: what the default takes, through one more hand."""
+    return replace(default, source="modelled", sigma=math.hypot(default.sigma, _AUTO_SIGMA), because="the default of its only device")
 
 
 def as_planned(certificate: Certificate | None) -> Planned | None:

@@ -12,7 +12,7 @@ from aivmm.planner.certificate import certify
 from aivmm.planner.chain import ChainPlan
 from aivmm.planner.evidence import Estimate, measured, shares, total
 from aivmm.planner.lazy import Look
-from aivmm.planner.scaling import Point, left_out, scaled
+from aivmm.planner.scaling import Point, batch_points, left_out, scaled
 from aivmm.planner.segments import Segments
 from aivmm.probes.records import Samples
 
@@ -31,6 +31,15 @@ def test_a_measurement_is_its_median_and_more_samples_make_it_surer() -> None:
     assert 0 < many.sigma < few.sigma < 0.2  # the one disturbed run does not count
     low, high = few.interval_s
     assert low < 1.05 < high and low * high == pytest.approx(1.05**2)
+
+
+def test_a_batch_lies_between_others_whatever_is_read_once_for_all_samples() -> None:
+    points = batch_points({1: 6.0, 2: 7.0, 8: 13.0, 16: 30.0})  # 5 ms once, 1 ms a sample; beyond 8 the caches are too small
+    (_, two), (_, eight) = left_out(points)
+    assert two.seconds == pytest.approx(7.0) and two.source == "interpolated"
+    assert 13.0 < eight.seconds < 30.0
+    found = scaled(points, 4.0)
+    assert found is not None and found.seconds == pytest.approx(9.0)
 
 
 def test_only_what_was_not_measured_may_be_hoped_to_be_less() -> None:

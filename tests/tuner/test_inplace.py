@@ -12,18 +12,24 @@ import pytest
 
 from aivmm.db.database import Database
 from aivmm.planner.candidates import Draft, Piece
+from aivmm.planner.chain import ChainPlan
+from aivmm.planner.evidence import Estimate
+from aivmm.planner.lazy import Look
 from aivmm.planner.partition import ChainEvidence
 from aivmm.planner.records import RunRecord
 from aivmm.probes.arrays import save_arrays
+from aivmm.probes.client import Worker
+from aivmm.probes.race import Contestant
 from aivmm.probes.records import Samples
 from aivmm.runtime.config import Config
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
-from aivmm.tuner.cutting import Cutter
-from aivmm.tuner.inplace import InPlace, chain_digest, probe_in_place
+from aivmm.tuner.cutting import CutPlan, Cutter
+from aivmm.tuner.inplace import InPlace, chain_digest, middle_half, probe_in_place
 from aivmm.tuner.measure import Counts
+from aivmm.tuner.narrow import resting
 from tests.db.killing import FACTS
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal
 from tests.planner.test_partition import structure
@@ -55,6 +61,27 @@ def test_each_segment_is_timed_between_its_neighbours_and_alone(tmp_path: Path, 
     again = InPlace.recalled(found[0].piece, found[0].placed, found[0].alone, found[0].metrics())
     assert again == found[0]
     assert found[0].difference == pytest.approx(found[0].placed.median_s / found[0].alone.median_s - 1)
+
+
+def test_segments_have_their_shares_of_the_whole_chain() -> None:
+    # The two are slow in turn: no call takes less than 5, and the medians of the two add up to 2.
+    assert middle_half([[1, 4, 1, 4, 1, 90], [4, 1, 4, 1, 4, 90]]) == [pytest.approx(2.5), pytest.approx(2.5)]
+    assert middle_half([[3.0], [1.0]]) == [3.0, 1.0]
+
+
+def test_a_chain_takes_turns_with_the_reference(tmp_path: Path, draft: Draft) -> None:
+    bundle = make_bundle(tmp_path / "cut.aivmm", chain_model(width=64), [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4, 7)])
+    sample = tmp_path / "sample.npz"
+    save_arrays(sample, {"x": normal(2, 64)})
+    with Worker("reference") as worker:
+        worker.call("load_bundle", limit_s=60, name="reference", bundle=str(bundle), inputs=str(sample))
+        found = probe_in_place(draft, bundle, sample=sample, others=[worker.pid], reference=Contestant("reference", worker))
+    assert not isinstance(found, str), found
+    # The reference is the same chain: its segments and the engine's own share make one of it.
+    whole_s = sum(each.placed.median_s for each in found) + found[0].engine_s
+    assert sum(each.ratio or 0.0 for each in found) + found[0].engine_s / whole_s == pytest.approx(1.0, abs=0.35)
+    assert found[0].sigma == found[1].sigma > 0
+    assert all(len(each.placed.timed_s) == len(found[0].placed.timed_s) for each in found)
 
 
 def test_wrong_numbers_are_a_reason(tmp_path: Path, draft: Draft) -> None:
@@ -113,6 +140,7 @@ class Tuning:
             cosine_limit=None,
             options=SimpleNamespace(fresh=fresh, objective="latency"),
             progress=SimpleNamespace(detail=lambda text: None),
+            asked=lambda: False,
             lab=SimpleNamespace(pids=list),
             subject=SimpleNamespace(base_batch=1, deterministic=True, at=lambda batch: SimpleNamespace(samples=[sample])),
             emitter=lambda batch: self,
@@ -154,3 +182,34 @@ def test_a_second_look_in_one_run_measures_again_and_later_runs_know_both(tmp_pa
     after = Tuning(tmp_path)
     after.look()
     assert (after.counts.measured, after.counts.reused) == (0, 4)  # what was measured afresh replaces what was known
+
+
+def test_what_is_told_of_a_cut_plan_is_what_its_own_chain_took(tmp_path: Path) -> None:
+    tuning = Tuning(tmp_path)
+    spans = ((0, 1, ONNXRUNTIME), (2, 3, ONNXRUNTIME))
+    plan = ChainPlan(assignment=(ONNXRUNTIME,) * 4, segments=spans, cost_s=9.0, bound_s=9.0, seconds=0.0)  # from parts of other chains
+    found = tuning.cutter._plan("cut plan", Look(plan=plan, bound_s=9.0, proven=True, probes=2, possible=8, solves=1, seconds=0.0))
+    (looks,) = tuning.cutter._seen.values()
+    assert [each.seconds for each in found.parts] == [each.placed.median_s for each in looks[0]]  # there is no reference here
+    assert found.boundaries_s == 0 and found.expected.seconds == pytest.approx(sum(each.seconds for each in found.parts))
+    assert {each.source for each in found.parts} == {"measured"}
+
+
+def test_parts_that_were_timed_beside_one_reference_err_together() -> None:
+    part = Estimate(seconds=1.0, sigma=0.1, source="measured")
+    found = CutPlan(draft=cast(Any, None), look=cast(Any, None), parts=(part, part), boundaries_s=0.5)
+    assert (found.expected.seconds, found.expected.sigma) == (2.5, pytest.approx(0.1))
+
+
+def test_segments_that_take_turns_on_one_processor_rest_after_a_run(tmp_path: Path) -> None:
+    backend, here = load_backend("onnxruntime"), target(ONNXRUNTIME)
+    rests = resting(Config(precision="fp32"), backend.knobs(here))
+    assert rests.get("session.force_spinning_stop") == "1" and rests.precision == "fp32"
+    never = Config.of({"session.intra_op.allow_spinning": "0"})
+    assert resting(never, backend.knobs(here)) == never  # they do not spin anyway
+    plain = Config(precision="fp32")
+    assert resting(plain, load_backend("openvino").knobs(target(OPENVINO))) == plain
+    cutter = Tuning(tmp_path).cutter
+    cutter._configs, cutter._resting = {ONNXRUNTIME: plain}, {ONNXRUNTIME: rests}
+    assert [each.config for each in cutter._draft("two", [(0, 1, ONNXRUNTIME), (2, 3, ONNXRUNTIME)]).pieces] == [rests, rests]
+    assert [each.config for each in cutter._draft("one", [(0, 3, ONNXRUNTIME)]).pieces] == [plain]

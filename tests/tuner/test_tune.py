@@ -100,6 +100,15 @@ def test_the_certificate_is_in_json_plan_and_report_alike(tuned: Tuned) -> None:
     assert html.escape(found["sentence"]) in (tuned.plan / "report.html").read_text()
 
 
+def test_what_is_expected_of_a_plan_says_whether_it_was_measured(tuned: Tuned) -> None:
+    with Database.open(tuned.place.db) as database:
+        proofs = {each.name: each.metrics for each in database.proofs(database.runs()[-1].id)}
+    shares = {name: metrics["predicted_measured"] for name, metrics in proofs.items() if "predicted_measured" in metrics}
+    assert shares["openvino:CPU default"] == shares["openvino:CPU LATENCY hint"] == 1  # which resolves to the default
+    assert shares["openvino:AUTO"] == 0  # nobody timed it
+    assert proofs["openvino:AUTO"]["predicted_sigma"] > proofs["openvino:CPU default"]["predicted_sigma"]
+
+
 def test_every_baseline_is_there_with_its_verdict(tuned: Tuned) -> None:
     baselines = {each["name"]: each for each in tuned.summary["baselines"]}
     assert {"onnxruntime:CPU default", "openvino:CPU default", "openvino:CPU LATENCY hint", "openvino:AUTO"} <= baselines.keys()
