@@ -20,7 +20,7 @@ from aivmm.probes import race as racing
 from aivmm.probes.client import WorkerDied
 from aivmm.probes.compare import bootstrap_median, cautions, compare, median_interval, round_medians, verdict
 from aivmm.probes.machine import BackgroundLoad, lock_path, machine_cautions, measuring, peak_memory_bytes, wait_until_quiet
-from aivmm.probes.race import Contestant, RaceState, leader_of, per_sample_s, race, versus
+from aivmm.probes.race import Contestant, RaceState, known_well, leader_of, per_sample_s, race, versus
 from aivmm.probes.records import Samples
 from aivmm.runtime.null_device import FakeClock
 
@@ -172,6 +172,17 @@ def test_the_fastest_leads_and_a_clear_race_ends_early() -> None:
 def test_a_close_race_goes_on_to_its_last_round() -> None:
     worker = Known({"a": 1.0, "b": 1.0}, noise=1.0)
     assert race(contestants(worker, "a", "b"), budget_s=60, least_rounds=4, most_rounds=12) == 12
+
+
+def test_a_race_goes_on_until_it_is_known_by_how_much() -> None:
+    field = contestants(Known({"reference": 3.0, "fast": 1.0}, noise=0.2), "reference", "fast", keep=True)
+    rounds = race(field, budget_s=60, least_rounds=8)
+    assert rounds == 8  # who is faster is clear
+    ends = race(field, budget_s=60, first_round=rounds, warmup=False, enough=known_well(field))
+    found = compare(field[1].samples(), field[0].samples())  # type: ignore[arg-type]
+    assert ends > 20 and found.high / found.low < 1.031 and found.pairs == ends
+    assert known_well(field)(4) and not known_well(field)(5)  # looking costs more than a short round
+    assert not known_well(contestants(Known({}), "reference", "fast"))(4)  # nothing was timed
 
 
 def test_what_a_race_could_not_settle_says_so_and_nothing_else_does() -> None:
