@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from aivmm.planner.candidates import Draft
 from aivmm.planner.certificate import Certificate, certify
 from aivmm.planner.evidence import Estimate

@@ -242,10 +242,7 @@ class Explorer:
         missing = [candidate for _, candidate in twins if candidate.key not in self.known]
         if missing:
             raced = self.measurer.measure(missing, budget_s=4.0, tell=self.work.tell_race, keep=missing, precise=True)
-            for key, outcome in raced.items():
-                for candidate in missing:
-                    if candidate.key == key:
-                        self.known[key] = (candidate, outcome)
+            self.known |= {each.key: (each, raced[each.key]) for each in missing if each.key in raced}
         return twins
 
     def _nothing_to_search(self) -> Search:
