@@ -54,6 +54,13 @@ def goal(level: str | None, objective: str | None, constraints: Sequence[str]) -
     return objective or known.objective, (*known.constraints, *constraints)
 
 
+def told(level: str, objective: str) -> str:
+    """Say what a service level stands for, and what of it gave way to the objective that was asked for beside it."""
+    known = SERVICE_LEVELS[level]
+    instead = "" if objective == known.objective else f"; objective {objective} was asked for instead of {known.objective}"
+    return f"service level {level}: {known}{instead}"
+
+
 def unknown_level(level: str) -> UsageError:
     """Return the error for a level that there is none of; it lists what each stands for."""
     known = "; ".join(f"{name} ({each})" for name, each in SERVICE_LEVELS.items())

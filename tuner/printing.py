@@ -74,6 +74,8 @@ def print_dry_run(found: dict[str, Any], as_json: bool) -> None:
         return
     print(f"model      {found['model']['path']} ({found['model']['category']['name']}: {found['model']['category']['reason']})")
     print(f"inputs     {', '.join(found['inputs'])}")
+    limits = f", limited by {', '.join(found['constraints'])}" if found["constraints"] else ""
+    print(f"goal       {found['objective']}{limits}")
     print(f"targets    {', '.join(found['targets'])}")
     for each in found["unavailable"]:
         print(f"           not available: {each}")

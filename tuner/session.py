@@ -20,7 +20,7 @@ from typing import Any
 
 from aivmm.db.database import Database
 from aivmm.planner.constraints import ACCURACY, Constraint
-from aivmm.planner.levels import SERVICE_LEVELS
+from aivmm.planner.levels import told
 from aivmm.planner.records import RunRecord
 from aivmm.probes.lab import Data, Lab
 from aivmm.probes.race import RaceState
@@ -131,11 +131,11 @@ class Session:
             remove_orphans(Path(folder).parent)
             work = self._prepare(database, lab, Path(folder))
             try:
+                if self.options.service_level is not None:
+                    work.note(told(self.options.service_level, self.options.objective))
+                self._say_what_is_assumed(work)
                 if self.options.dry_run:
                     return _dry_run(work)
-                if self.options.service_level is not None:
-                    work.note(f"service level {self.options.service_level}: {SERVICE_LEVELS[self.options.service_level]}")
-                self._say_what_is_assumed(work)
                 record = self._begin(work)
                 try:
                     return self._tune(work, record)
@@ -455,6 +455,8 @@ def _dry_run(work: Work) -> dict[str, Any]:
         "dry_run": True,
         "model": {"path": work.options.model, "sha256": work.subject.facts.sha256, "category": asdict(work.subject.facts.category)},
         "inputs": [str(each) for each in work.subject.facts.inputs],
+        "objective": work.options.objective,
+        "constraints": [str(each) for each in work.constraints],
         "notes": [*work.subject.facts.notes, *work.subject.notes],
         "targets": [str(each) for each in work.targets],
         "unavailable": [str(each) for each in work.unavailable],

@@ -78,9 +78,9 @@ def sentence(
     assert plan and plan.confirmed
     first = objectives[0]
     objective = first.name
-    text = f"{describe(plan.draft)}: {figure(plan, first) if objective != 'latency' else time_text(call_s(plan))}"
+    text = f"{describe(plan.draft)}: {figure(plan, first) if objective == 'throughput' else time_text(call_s(plan))}"
     if objective not in ("latency", "throughput"):
-        text += f" {first.what}, {time_text(call_s(plan))}"
+        text = f"{describe(plan.draft)}: {first.what} {_bare(plan, first)}, {time_text(call_s(plan))} a call"
     clauses = []
     # What breaks a limit and is faster gets a sentence of its own; what is slower is compared with, whatever it breaks.
     known = [each for each in proof.entrants if each.role == "baseline" and each is not plan and each.confirmed and each.eligible]
@@ -108,6 +108,11 @@ def sentence(
     if len(objectives) > 1:
         text += f" {alternatives_text(proof, objectives, {each.draft.name: describe(each.draft) for each in proof.entrants})}"
     return " ".join(filter(None, (text, accuracy_text, plan.strays)))
+
+
+def _bare(entrant: Entrant, objective: Objective) -> str:
+    """Return a figure to stand behind what it is of."""
+    return figure(entrant, objective).removeprefix("cosine ")
 
 
 def accuracy_text(accuracy: Accuracy, *, samples: int, kind: str, beside: Mapping[str, float] | None = None) -> str:
@@ -177,7 +182,7 @@ def _by_objective(plan: Entrant, proof: Proof, objective: Objective) -> str:
         return f"No baseline's {objective.what} is known."
     best = min(known, key=lambda each: objective.loss_of(constraint_metrics(each)[objective.metric]))
     alone = " It is the card's alone: nothing counts here what the host used." if plan.cards_only and objective.name == "energy" else ""
-    return f"Its {objective.what} is {figure(plan, objective)}; that of {best.draft.name} is {figure(best, objective)}.{alone}"
+    return f"The {objective.what} of {best.draft.name} is {_bare(best, objective)}.{alone}"
 
 
 def _worth_telling(plan: Entrant, baselines: Sequence[Entrant], proof: Proof) -> list[Entrant]:

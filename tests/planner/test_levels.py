@@ -6,7 +6,7 @@ import pytest
 
 from aivmm.errors import UsageError
 from aivmm.planner.constraints import KNOWN, parse
-from aivmm.planner.levels import SERVICE_LEVELS, goal
+from aivmm.planner.levels import SERVICE_LEVELS, goal, told
 
 
 def test_without_a_level_what_was_asked_is_the_goal() -> None:
@@ -24,6 +24,12 @@ def test_a_level_is_its_objective_and_its_limits(name: str) -> None:
 
 def test_what_is_said_beside_a_level_adds_to_it_and_another_objective_replaces_its_own() -> None:
     assert goal("interactive", "throughput", ["size<50MB"]) == ("throughput", ("p99<=100ms", "size<50MB"))
+
+
+def test_what_gave_way_to_an_objective_beside_it_is_said() -> None:
+    assert told("interactive", "latency") == "service level interactive: objective latency, p99<=100ms"
+    said = "service level interactive: objective latency, p99<=100ms; objective throughput was asked for instead of latency"
+    assert told("interactive", "throughput") == said
 
 
 def test_an_unknown_level_is_refused_with_the_known_ones() -> None:

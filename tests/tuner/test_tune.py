@@ -277,6 +277,8 @@ def test_a_dry_run_says_what_it_would_measure_and_writes_nothing(place: Place, t
     assert {"openvino:CPU", "onnxruntime:CPU"} <= set(found["targets"])
     assert "onnxruntime:CPU default" in found["baselines"]
     assert found["blocks"] >= 2 and found["operators"] >= 3
+    assert (found["objective"], found["constraints"]) == ("latency", [])
+    assert 'not asked for, and so assumed: --objective latency, --constraint "cosine>=0.999"' in done.err
     assert found["knobs"]["onnxruntime:CPU"]
     assert listing(place.work) == {}
     if place.db.exists():

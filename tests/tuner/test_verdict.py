@@ -92,3 +92,14 @@ def test_a_device_that_is_resolved_at_load_is_chosen_only_where_it_is_faster_tha
     entrants = [entrant("toy default", 10e-3), entrant("toy AUTO", share * 10e-3, on="AUTO")]
     plan = Prover(entrants, constraints=(), cosine_limit=None, seed=0, tell=lambda what, state: None)._pick()
     assert plan is not None and plan.draft.name == chosen
+
+
+def test_what_is_neither_latency_nor_throughput_is_named_before_its_figure() -> None:
+    plan, other = entrant("candidate 1", 10e-3, role="candidate"), entrant("toy default", 12e-3)
+    for each, memory, cosine in ((plan, 1e8, 0.99999), (other, 2e8, 0.9999)):
+        each.metrics |= {"peak_memory_bytes": memory, "cosine": cosine}
+    proof = Proof(entrants=[other, plan], plan=plan)
+    assert "peak memory 100 MB, 10 ms a call, 20 % faster than toy default. The peak memory of toy default is 200 MB." in told(
+        proof, "memory"
+    )
+    assert ": cosine to the reference 0.99999, 10 ms a call," in told(proof, "accuracy")
