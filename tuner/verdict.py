@@ -8,6 +8,7 @@ from typing import Any
 
 from aivmm.models.records import ModelFacts
 from aivmm.planner.candidates import Copy, Draft
+from aivmm.planner.choice import rank
 from aivmm.planner.constraints import human
 from aivmm.planner.objectives import OBJECTIVES, Objective
 from aivmm.planner.records import StudyRecord
@@ -98,7 +99,7 @@ def sentence(
         text += ", " + " and ".join([", ".join(clauses[:-1]), clauses[-1]] if len(clauses) > 2 else clauses)
     text += "."
     if prefer:
-        text += f" It is the best on the hardware that is preferred ({', '.join(prefer)})."
+        text += f" {_as_preferred(plan.draft, prefer)}"
     elif objective not in ("latency", "throughput"):
         text += f" {_by_objective(plan, proof, first)}"
     elif plan.role == "baseline":
@@ -146,6 +147,16 @@ def _why_baseline(plan: Entrant, proof: Proof) -> str:
         reason = first.problem or proof.violations[first.draft.name][0].sentence
         return f"The baseline won: of what was tried, {describe(first.draft)} is out ({reason})."
     return "The baseline won: the search found nothing that promised to be faster."
+
+
+def _as_preferred(draft: Draft, prefer: Sequence[str]) -> str:
+    """Say how far down the order of preference the plan runs, and that nothing before it could be the plan."""
+    place = rank([str(each) for each in draft.all_targets], prefer)
+    if place == 0:
+        return f"It is the best on the hardware that is preferred ({', '.join(prefer)})."
+    before = " or ".join(prefer[:place])
+    where = f"It is the best on {prefer[place]}, which is wanted next" if place < len(prefer) else "It is the best of all others"
+    return f"{where}: nothing that was proven on {before} may be the plan."
 
 
 def _driven_alike(plan: Entrant, other: Entrant) -> bool:

@@ -73,6 +73,20 @@ def test_what_is_traded_says_which_of_its_times_and_sizes_is_what() -> None:
     assert "(12 ms, 200 ms to compile, 100 MB of memory)" in said
 
 
+@pytest.mark.parametrize(
+    ("prefer", "said"),
+    [
+        (("*:CPU", "*:GPU"), "It is the best on the hardware that is preferred (*:CPU, *:GPU)."),
+        (("*:NPU", "*:CPU"), "It is the best on *:CPU, which is wanted next: nothing that was proven on *:NPU may be the plan."),
+        (("*:NPU", "*:GPU"), "It is the best of all others: nothing that was proven on *:NPU or *:GPU may be the plan."),
+    ],
+)
+def test_preferred_hardware_is_told_as_it_came_out(prefer: tuple[str, ...], said: str) -> None:
+    plan = entrant("candidate 1", 10e-3, role="candidate")
+    proof = Proof(entrants=[entrant("toy default", 12e-3), plan], plan=plan)
+    assert said in sentence(proof, accuracy_text="Right.", prefer=prefer)
+
+
 def test_percent_and_times_say_the_same_of_one_ratio() -> None:
     near, far = (Comparison(ratio=ratio, low=ratio, high=ratio, pairs=9, verdict="faster") for ratio in (0.8, 0.5))
     assert factor_text(near) == "25 % faster than"  # the report's 1.25x, and not the 20 % of time that is saved
