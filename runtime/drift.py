@@ -50,6 +50,7 @@ _SLICE_NS = 5_000_000  # for which Linux lets somebody else run, and a little mo
 _LEARNT = 512  # observations, from which level and limit are taken: at first those of the warm-up, again when there are twice as many
 _NEIGHBOURS = 4  # observations
 _REMEMBERED = 100  # events
+_SKEWED = 1.1  # a mean so much above the median is told, too
 _LEAST_CALLS, _LEAST_S = 10 * BLOCK, 0.5
 _PAUSE_S = 60.0  # of calls, between two events
 _TOLERANCE = 1.15  # loads of one model differ by up to 10 % (docs/decisions/0009); beyond this a warm-up is outside of the plan's interval
@@ -65,6 +66,9 @@ class Drift:
     low_s: float | None
     high_s: float | None
     calls: int  # since the excursion began
+    # What is compared: means, in which a long call counts for a few others at most. Where few calls are slow medians say nothing of them.
+    live_mean_s: float
+    baseline_mean_s: float
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields, for statistics."""
@@ -74,8 +78,11 @@ class Drift:
         said = "the plan names no latency" if self.plan_s is None else f"the plan says {_ms(self.plan_s)}"
         if self.low_s is not None and self.high_s is not None:
             said += f" ({_ms(self.low_s)} to {_ms(self.high_s)})"
-        against = "" if self.live_s == self.baseline_s else f", and the first calls of this engine took {_ms(self.baseline_s)}"
-        return f"drift: a call takes {_ms(self.live_s)} over the last {self.calls} calls; {said}{against}"
+        means = self.live_mean_s > self.live_s * _SKEWED or self.baseline_mean_s > self.baseline_s * _SKEWED
+        live = _ms(self.live_s) + (f" ({_ms(self.live_mean_s)} on average)" if means else "")
+        first = _ms(self.baseline_s) + (f" ({_ms(self.baseline_mean_s)} on average)" if means else "")
+        against = "" if self.live_s == self.baseline_s else f", and the first calls of this engine took {first}"
+        return f"drift: a call takes {live} over the last {self.calls} calls; {said}{against}"
 
 
 class DriftMonitor:
@@ -102,6 +109,7 @@ class DriftMonitor:
         self._logs: list[float] = []  # logarithms of the means that were seen without an event, at first
         self._pending: list[float] = []  # those of the excursion that goes on
         self._learned = 0  # from so many
+        self._baseline = 0.0  # the logarithm of a mean, in nanoseconds
         self._most_ns = 0  # what a call counts for at most
         self._least_ns = _LEAST_BLOCK_NS * callers  # what makes an observation, with `BLOCK` calls at least
         self._part_ns = self._part_calls = 0  # of one that is not whole
@@ -155,7 +163,7 @@ class DriftMonitor:
         limit = baseline + math.log(high_ns / call_ns)
         if self._callers == 1 and call_ns > high_ns * _TOLERANCE:
             self._level, self._sum = limit + _ALLOWANCE, self._limit  # it is back when it is where the plan says
-            return self._left(self.baseline_s, calls)
+            return self._left(self.baseline_s, calls, math.exp(baseline) / 1e9)
         self._floor = limit + (_ALLOWANCE if self._callers > 1 else 0.0)
         self._level = max(self._level, self._floor)
         return None
@@ -172,6 +180,7 @@ class DriftMonitor:
         self._level = max(baseline + unsure + _ALLOWANCE, self._floor)
         self._limit = max(_LIMIT, _PATIENCE * noise / (2 * _ALLOWANCE))
         self._learned = len(self._logs)
+        self._baseline = baseline
         return baseline, unsure
 
     def _gather(self, durations_ns: Sequence[int]) -> Drift | None:
@@ -208,9 +217,9 @@ class DriftMonitor:
         lasted = self._calls >= _LEAST_CALLS and self._busy_ns >= _LEAST_S * 1e9 * self._callers
         if self._outside or self._sum < self._limit or not lasted or self._paused_ns < _PAUSE_S * 1e9 * self._callers:
             return None
-        return self._left(median(self._recent) / 1e9, self._calls)
+        return self._left(median(self._recent) / 1e9, self._calls, self._busy_ns / self._calls / 1e9)
 
-    def _left(self, live_s: float, calls: int) -> Drift:
+    def _left(self, live_s: float, calls: int, mean_s: float) -> Drift:
         assert self.baseline_s is not None
         self._outside, self._paused_ns = True, 0
         said = self._expected
@@ -221,6 +230,8 @@ class DriftMonitor:
             low_s=None if said is None else said.low,
             high_s=None if said is None else said.high,
             calls=calls,
+            live_mean_s=mean_s,
+            baseline_mean_s=math.exp(self._baseline) / 1e9,
         )
         self.events.append(found)
         return found
