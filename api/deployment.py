@@ -99,6 +99,8 @@ class Deployment:
         named = self.options.get("dims", {}) if not self.model.startswith("demo:") else {}
         for name, extents in named.items():
             have_extents = {each.spec.shape[axis] for plan in plans for each in plan.model.inputs for axis in self._axes(each.name, name)}
+            if not have_extents:
+                return f"none of its inputs has a dimension {name!r}"
             if have_extents != set(extents):
                 return f"it was made for {name}={','.join(map(str, sorted(each or 0 for each in have_extents)))}"
         return ""

@@ -23,8 +23,21 @@ _BUSY = 0.15  # of the cores that we may use, kept busy by others
 
 
 def lock_path() -> Path:
-    """Return the file of the machine-wide measuring lock. It belongs to the machine and not to a user or a database."""
-    return Path(os.environ.get("AIVMM_LOCK") or Path(tempfile.gettempdir()) / "aivmm-measuring.lock")
+    """Return the file of the machine-wide measuring lock. It belongs to the machine and not to a user or a database.
+
+    Raises:
+        UsageError: there is no folder for it.
+    """
+    named = os.environ.get("AIVMM_LOCK")
+    if named:
+        return Path(named)
+    try:
+        return Path(tempfile.gettempdir()) / "aivmm-measuring.lock"
+    except FileNotFoundError as error:
+        raise UsageError(
+            "no folder for temporary files can be written, and what is measured locks the machine there",
+            advice="set AIVMM_LOCK to a file that you may write, or TMPDIR to a folder",
+        ) from error
 
 
 @contextmanager

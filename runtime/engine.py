@@ -19,7 +19,7 @@ from aivmm.runtime.bundle import Bundle
 from aivmm.runtime.deadline import Deadlines
 from aivmm.runtime.drift import Drift
 from aivmm.runtime.finding import find_named
-from aivmm.runtime.inputs import kept
+from aivmm.runtime.inputs import kept, refuse_unnamed
 from aivmm.runtime.lane import Lane
 from aivmm.runtime.loan import Loan
 from aivmm.runtime.paces import PacedMonitor, tell_apart
@@ -131,7 +131,11 @@ class Engine:
             UsageError: an input is missing, unknown, or of another type or shape; or the engine is closed.
             Unsupported: a stage's runtime refuses, in its own words.
         """
-        return self._ask(inputs)
+        try:
+            return self._ask(inputs)
+        except (AttributeError, TypeError):
+            refuse_unnamed(inputs)
+            raise
 
     def _asked_at_length(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
         """Do what `run` does, whatever is to be done, and see whether there is a shorter way by now."""
@@ -171,6 +175,9 @@ class Engine:
         again = {} if deadlines is None else kept(inputs)
         try:
             running = program.submit(inputs, lambda loaded, error: self._instead(program, loaded, error))
+        except (AttributeError, TypeError):
+            refuse_unnamed(inputs)
+            raise
         except (UsageError, Unsupported):
             if self._program is program:
                 raise

@@ -110,6 +110,13 @@ def _strings(value: Buffer, name: str) -> Buffer:
     return value
 
 
+def refuse_unnamed(inputs: object) -> None:
+    """Raise UsageError for inputs that are not given by name: an array, or a list of them."""
+    if not isinstance(inputs, Mapping):
+        kind = type(inputs).__name__
+        raise UsageError(f"inputs are given by name, and this is a {kind}", advice="give a mapping: {'name': array}") from None
+
+
 def refuse_unknown(inputs: Mapping[str, Any], known: Mapping[str, TensorSpec]) -> None:
     """Raise UsageError when `inputs` names a tensor that the plan does not take."""
     unknown = [name for name in inputs if name not in known]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.backend import Buffer
+from aivmm.runtime.inputs import refuse_unnamed
 from aivmm.runtime.lane import Lane
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ class Loan:
             if self._program.gives:
                 return self._program.ask(self._inputs)
             self._lane, outputs = self._program.borrow(self._inputs)
+        except (AttributeError, TypeError):
+            refuse_unnamed(self._inputs)
+            raise
         except (Unsupported, UsageError) as error:
             return self._engine._instead(self._program, self._inputs, error)
         return outputs

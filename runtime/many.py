@@ -15,6 +15,7 @@ from aivmm.runtime.bundle import is_family
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.family import Family, OpenFamily, Served, open_family
 from aivmm.runtime.fitting import Fitter
+from aivmm.runtime.inputs import refuse_unnamed
 from aivmm.runtime.signing import Key
 from aivmm.runtime.streaming import ordered
 from aivmm.runtime.validity import check_policy
@@ -101,6 +102,7 @@ class ShapedEngine:
 
     def _placed(self, inputs: Mapping[str, Any]) -> tuple[Engine, Mapping[str, Any], dict[str, int] | None]:
         """Return what runs `inputs`, them as it takes them, and their extents where outputs are to be cropped to those."""
+        refuse_unnamed(inputs)
         engine = self._exact.get(tuple(getattr(inputs.get(name), "shape", None) for name in self._names))
         if engine is not None:
             return engine, inputs, None

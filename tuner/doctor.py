@@ -208,7 +208,10 @@ def _database(db: str | None) -> Finding:
 
 
 def _lock() -> Finding:
-    path = lock_path()
+    try:
+        path = lock_path()
+    except AivmmError as error:
+        return Finding("lock", "broken", error.message, error.advice)
     lock = FileLock(path, timeout=0, mode=0o666)
     try:
         with lock:

@@ -286,6 +286,17 @@ def test_a_lock_that_cannot_be_made_says_what_to_set(monkeypatch: pytest.MonkeyP
         pass
 
 
+def test_where_no_folder_can_be_written_there_is_no_lock_and_it_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container whose file systems are all read-only."""
+    monkeypatch.delenv("AIVMM_LOCK", raising=False)
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: ["/proc"])
+    with pytest.raises(UsageError, match="set AIVMM_LOCK to a file that you may write, or TMPDIR to a folder"), measuring(timeout_s=0.1):
+        pass
+
+
 def test_waiting_for_quiet_ends_soon_for_what_is_quiet_gone_or_never_quiet() -> None:
     assert wait_until_quiet(2**22 + 1) < 10
     assert wait_until_quiet(os.getpid()) < 10  # which is never quiet: this very call burns time

@@ -389,3 +389,13 @@ def test_a_zip_is_loaded_and_its_copy_removed(tmp_path: Path) -> None:
     assert engine.run({"x": normal(2, 32)})["y"].shape == (2, 32)
     engine.close()
     assert not copy.exists()
+
+
+@pytest.mark.parametrize("given", [None, normal(2, 32), [normal(2, 32)], "x", 7], ids=lambda each: type(each).__name__)
+def test_inputs_without_names_are_refused_in_words(load: Load, given: Any) -> None:
+    engine = load(chain_model(), [Part(ONNXRUNTIME)])
+    for _ in range(2):  # the second time by the shorter way
+        for ask in (engine.run, engine.submit, lambda each: list(engine.stream([each])), lambda each: engine.lend(each).__enter__()):
+            with pytest.raises(UsageError, match=f"inputs are given by name, and this is a {type(given).__name__}; give a mapping"):
+                ask(given)
+        assert engine.run({"x": normal(2, 32)})["y"].shape == (2, 32)
