@@ -2,89 +2,42 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
-from aivmm.db.database import Database
 from aivmm.errors import AivmmError
 from aivmm.probes import wire
 from aivmm.probes.client import WorkerDied, run_limit_s
 from aivmm.probes.copies import points_of, route_in, route_out
-from aivmm.probes.lab import Lab
 from aivmm.probes.machine import measuring
 from aivmm.probes.records import Transfer
 from aivmm.runtime.backend import CopyRoute
 from aivmm.runtime.environment import environment_of
-from aivmm.runtime.target import Target
-from aivmm.tuner.handover import FEW_SIZES, Tell, count_of
-from aivmm.tuner.measure import Counts
+from aivmm.tuner.transfers import Ends, TransferProber
 
 
-@dataclass(slots=True, kw_only=True)
-class CopyProber:
-    """Probes each route of the targets that have memory of their own. What came out is in `found`, by the names of both ends."""
+class CopyProber(TransferProber[tuple[str, CopyRoute]]):
+    """Probes each route of the targets that have memory of their own."""
 
-    lab: Lab
-    database: Database
-    run_id: str | None
-    targets: Sequence[Target]
-    counts: Counts
-    fresh: bool = False
-    retry_failed: bool = False
-    measure_new: bool = True  # False: only recall what the database has
-    stop: Callable[[], bool] = lambda: False
-    sizes_bytes: Sequence[int] = FEW_SIZES
-    skipped: int = 0
-    found: dict[tuple[str, str], Transfer] = field(default_factory=dict)
+    WHAT: ClassVar[str] = "copies"
 
-    def run(self, *, budget_s: float, tell: Tell) -> None:
-        """Probe what is not known yet, until done or out of budget. Where all targets compute in the host's memory nothing is asked."""
-        routes = self._routes()
-        self._recall(routes)
-        ends = time.perf_counter() + budget_s
-        for number, (runtime, route) in enumerate(routes):
-            if route.ends in self.found:
-                continue
-            if not self.measure_new or self.stop() or time.perf_counter() > ends:
-                self.skipped += 1
-                continue
-            tell("copies", number, len(routes))
-            transfer, waited = self._probe(runtime, route)
-            ends += waited
-            self.found[route.ends] = transfer
-            self.database.add_transfers([transfer], run_id=self.run_id)
-            count_of(transfer, self.counts, reused=False)
-
-    def _routes(self) -> list[tuple[str, CopyRoute]]:
-        """Return the routes of all runtimes, each with its runtime."""
+    def _ways(self) -> Sequence[tuple[Ends, tuple[str, CopyRoute]]]:
+        """Return the routes of all runtimes, each with its runtime; none where all targets compute in the host's memory."""
         found: list[tuple[str, CopyRoute]] = []
-        for runtime in dict.fromkeys(each.runtime for each in self.targets if each.device.kind != "cpu"):
-            mine = [wire.target_out(each) for each in self.targets if each.runtime == runtime]
+        for runtime in dict.fromkeys(each.runtime for each in self.given.targets if each.device.kind != "cpu"):
+            mine = [wire.target_out(each) for each in self.given.targets if each.runtime == runtime]
             try:
-                answer = self.lab.worker(runtime).call("copy_routes", limit_s=run_limit_s(), runtime=runtime, targets=mine)
+                answer = self.given.lab.worker(runtime).call("copy_routes", limit_s=run_limit_s(), runtime=runtime, targets=mine)
             except WorkerDied as died:
-                self.lab.trouble.append(f"copies from and to the devices of {runtime} were not measured: asked for them, it {died.reason}")
+                said = f"copies from and to the devices of {runtime} were not measured: asked for them, it {died.reason}"
+                self.given.lab.trouble.append(said)
                 continue
             found += [(runtime, route_in(each)) for each in answer["routes"]]
-        return found
+        return [(each.ends, (runtime, each)) for runtime, each in found]
 
-    def _recall(self, routes: Sequence[tuple[str, CopyRoute]]) -> None:
-        if self.fresh or not routes:
-            return
-        wanted = {route.ends for _, route in routes}
-        for transfer in self.database.find_transfers({environment_of(each).fingerprint for each in self.targets}):
-            ends = (transfer.source, transfer.destination)
-            if ends in wanted and not (self.retry_failed and transfer.state == "failed"):
-                self.found[ends] = transfer
-                count_of(transfer, self.counts, reused=True)
-        if self.run_id is not None:
-            self.database.link(self.run_id, chain.from_iterable(map(Transfer.keys, self.found.values())))
-
-    def _probe(self, runtime: str, route: CopyRoute) -> tuple[Transfer, float]:
-        """Measure one route; return it with the seconds waited for the machine-wide lock. The host is known by the device's environment."""
+    def _probe(self, way: tuple[str, CopyRoute]) -> tuple[Transfer, float]:
+        """Measure one route. The host is known by the device's environment."""
+        runtime, route = way
         card = route.destination or route.source
         assert card is not None
         source, destination = route.ends
@@ -96,8 +49,8 @@ class CopyProber:
         }
         with measuring() as waited:
             try:
-                answer = self.lab.worker(runtime).call(
-                    "copies", limit_s=run_limit_s(), runtime=runtime, route=route_out(route), sizes_bytes=list(self.sizes_bytes)
+                answer = self.given.lab.worker(runtime).call(
+                    "copies", limit_s=run_limit_s(), runtime=runtime, route=route_out(route), sizes_bytes=list(self.given.sizes_bytes)
                 )
             except AivmmError as error:
                 return Transfer(**ends, state="refused", reason=error.message), waited

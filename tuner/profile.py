@@ -36,6 +36,7 @@ from aivmm.tuner.progress import Progress
 from aivmm.tuner.refusals import as_laid_out_before
 from aivmm.tuner.subject import Subject
 from aivmm.tuner.text import printable
+from aivmm.tuner.transfers import Probing
 from aivmm.tuner.work import remove_orphans
 
 DEFAULT_BUDGET_S = 600.0
@@ -182,7 +183,7 @@ def _measure(
         blocks.blocks(budget_s=left_s(), tell=tell)
         blocks.emitter.close()
     progress.phase("measuring transfers between targets")
-    transfers = HandoverProber(
+    probing = Probing(
         lab=lab,
         database=database,
         run_id=None,
@@ -192,17 +193,9 @@ def _measure(
         retry_failed=options.retry_failed,
         sizes_bytes=SIZES_BYTES,
     )
+    transfers = HandoverProber(probing)
     transfers.run(budget_s=left_s(), tell=tell)
-    copies = CopyProber(
-        lab=lab,
-        database=database,
-        run_id=None,
-        targets=targets,
-        counts=counts,
-        fresh=options.fresh,
-        retry_failed=options.retry_failed,
-        sizes_bytes=SIZES_BYTES,
-    )
+    copies = CopyProber(probing)
     copies.run(budget_s=left_s(), tell=tell)
     progress.phase("asking what is fused")
     notes: list[str] = [*subject.facts.notes, *subject.notes]

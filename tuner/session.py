@@ -49,6 +49,7 @@ from aivmm.tuner.refusals import as_laid_out_before
 from aivmm.tuner.reporting import write_report
 from aivmm.tuner.subject import Subject
 from aivmm.tuner.tradeoffs import importance_text
+from aivmm.tuner.transfers import Probing
 from aivmm.tuner.verdict import summary
 from aivmm.tuner.work import Work, remove_orphans
 
@@ -319,7 +320,7 @@ class Session:
             anatomist.blocks(budget_s=max(least, _BLOCKS_UNTIL * budget - work.elapsed()), tell=tell)
         for each in anatomist.not_placed():
             work.note(each)
-        copies = CopyProber(
+        probing = Probing(
             lab=work.lab,
             database=work.database,
             run_id=work.run_id,
@@ -330,17 +331,7 @@ class Session:
             measure_new=not self._searched_before,
             stop=work.asked,
         )
-        handovers = HandoverProber(
-            lab=work.lab,
-            database=work.database,
-            run_id=work.run_id,
-            targets=work.targets,
-            counts=explorer.measurer.counts,
-            fresh=self.options.fresh,
-            retry_failed=self.options.retry_failed,
-            measure_new=not self._searched_before,
-            stop=work.asked,
-        )
+        handovers, copies = HandoverProber(probing), CopyProber(probing)
         handovers.run(budget_s=max(least, _HANDOVERS_UNTIL * budget - work.elapsed()), tell=tell)
         # After what plans are made of: copies are only shown.
         copies.run(budget_s=max(0.0, _HANDOVERS_UNTIL * budget - work.elapsed()), tell=tell)

@@ -14,6 +14,7 @@ from aivmm.runtime.target import Target
 from aivmm.tuner.cli_profile import _copy_line
 from aivmm.tuner.measure import Counts
 from aivmm.tuner.memory_copies import CopyProber
+from aivmm.tuner.transfers import Probing
 from tests.tuner.harness import Finished, Place
 
 SIZES = (4096, 1 << 20, 1 << 22)
@@ -21,7 +22,7 @@ GPU = "null:GPU.0 memory"
 
 
 def probed(database: Database, lab: Lab, targets: list[Target], *, budget_s: float = 60.0) -> CopyProber:
-    prober = CopyProber(lab=lab, database=database, run_id=None, targets=targets, counts=Counts(), sizes_bytes=SIZES)
+    prober = CopyProber(Probing(lab=lab, database=database, run_id=None, targets=targets, counts=Counts(), sizes_bytes=SIZES))
     prober.run(budget_s=budget_s, tell=lambda *_: None)
     return prober
 
@@ -36,9 +37,9 @@ def test_they_are_measured_once_kept_and_found_again(place: Place, in_process: C
         first = probed(database, lab, list(targets))
         host = [(f"host {kind}", GPU) for kind in ("pageable", "pinned")]
         assert set(first.found) == {*host, *((b, a) for a, b in host), (GPU, GPU)}
-        assert first.counts.measured == 5 * len(SIZES) and not first.skipped
+        assert first.given.counts.measured == 5 * len(SIZES) and not first.skipped
         again = probed(database, lab, list(targets))
-        assert again.found == first.found and again.counts.measured == 0 and again.counts.reused == 5 * len(SIZES)
+        assert again.found == first.found and again.given.counts.measured == 0 and again.given.counts.reused == 5 * len(SIZES)
         cpu = [each for each in targets if each.device.kind == "cpu"]
         assert probed(database, lab, cpu).found == {}
     checked = in_process(place, "db", "check")
