@@ -33,6 +33,7 @@ _LIMITED = {
     "p99_s": "p99",
     "throughput_per_s": "throughput",
     "peak_memory_bytes": "memory",
+    "device_memory_bytes": "device_memory",
     "compile_s": "compile",
     "first_inference_s": "first_inference",
 }

@@ -1,4 +1,5 @@
-"""What speed is traded for: time of a call against throughput, accuracy, memory and energy, with the front of what was proven."""
+"""What speed is traded for: time of a call against throughput, accuracy, memory, energy and what else was asked for, with the front of what
+was proven."""
 
 from __future__ import annotations
 
@@ -29,6 +30,7 @@ class Axis:
 
     name: str
     title: str
+    column: str  # its heading in the table
     better: int  # -1 where less is better, 1 where more is
     show: Callable[[float | None], str]
     of: Callable[[ProofRecord], float | None]
@@ -45,6 +47,7 @@ class Point:
     latency_s: float
     values: Mapping[str, float]  # by the axis' name
     fronts: tuple[str, ...] = ()  # the axes on whose front it is
+    alternative: bool = False  # whether the plan keeps it
 
     def shown(self, axis: Axis) -> str:
         """Return its value on an axis, as a table says it."""
@@ -72,18 +75,43 @@ def _power(value: float | None) -> str:
     return "–" if value is None else f"{value:.0e}".replace("e-0", "e-")
 
 
+def _metric(name: str) -> Callable[[ProofRecord], float | None]:
+    return lambda proof: proof.metrics.get(name)
+
+
 AXES = (
-    Axis(name="throughput", title="samples a second", better=1, show=fmt.per_second, of=rate_of, trial="throughput"),
-    Axis(name="accuracy", title="error: 1 − cosine to fp32", better=-1, show=_power, of=_error, trial="cosine", log=True),
-    Axis(name="memory", title="peak memory", better=-1, show=fmt.size, of=lambda proof: proof.metrics.get("peak_memory_bytes")),
-    Axis(name="energy", title="energy of a sample", better=-1, show=fmt.joules, of=lambda proof: proof.metrics.get("energy_j")),
+    Axis(
+        name="throughput",
+        title="samples a second",
+        column="Samples a second",
+        better=1,
+        show=fmt.per_second,
+        of=rate_of,
+        trial="throughput",
+    ),
+    Axis(name="accuracy", title="error: 1 − cosine to fp32", column="Cosine", better=-1, show=_power, of=_error, trial="cosine", log=True),
+    Axis(name="memory", title="peak memory", column="Peak memory", better=-1, show=fmt.size, of=_metric("peak_memory_bytes")),
+    Axis(name="energy", title="energy of a sample", column="Energy of a sample", better=-1, show=fmt.joules, of=_metric("energy_j")),
 )
+WHERE_ASKED = (  # drawn where it is among the objectives
+    Axis(name="p99", title="99th percentile of a call", column="p99", better=-1, show=fmt.seconds, of=_metric("p99_s")),
+    Axis(
+        name="compile", title="time to compile", column="Compiled in", better=-1, show=fmt.seconds, of=_metric("compile_s"), trial="compile"
+    ),
+    Axis(name="size", title="size on disk", column="On disk", better=-1, show=fmt.size, of=_metric("size_bytes"), trial="size"),
+)
+
+
+def axes_of(data: ReportData) -> tuple[Axis, ...]:
+    """Return the axes that a run's report looks at."""
+    return (*AXES, *(axis for axis in WHERE_ASKED if axis.name in data.run.objective.split(",")))
 
 
 def account(data: ReportData, colours: Mapping[str, int]) -> Tradeoffs:
     """Return what was proven on all axes. Fronts are among what is eligible; the search's trials are drawn faintly behind it."""
-    points = [_point(proof, colours) for proof in plan_first(data.proofs) if proof.samples is not None]
-    drawn = tuple(axis for axis in AXES if sum(axis.name in point.values for point in points) > 1)
+    axes, kept = axes_of(data), _kept(data)
+    points = [_point(proof, axes, colours) for proof in plan_first(data.proofs) if proof.samples is not None]
+    drawn = tuple(axis for axis in axes if sum(axis.name in point.values for point in points) > 1)
     fronts = {axis.name: _front(points, axis) for axis in drawn}
     marked = tuple(
         Point(
@@ -92,16 +120,23 @@ def account(data: ReportData, colours: Mapping[str, int]) -> Tradeoffs:
             latency_s=each.latency_s,
             values=each.values,
             fronts=tuple(name for name, members in fronts.items() if index in members),
+            alternative=each.proof.name in kept,
         )
         for index, each in enumerate(points)
     )
     chart = _chart(data, marked, drawn, colours) if drawn else None
-    return Tradeoffs(points=marked, axes=drawn, chart=chart, absent=tuple(_absent(data, points, drawn)))
+    return Tradeoffs(points=marked, axes=drawn, chart=chart, absent=tuple(_absent(data, points, axes, drawn)))
 
 
-def _point(proof: ProofRecord, colours: Mapping[str, int]) -> Point:
+def _kept(data: ReportData) -> set[str]:
+    """Return the names of the alternatives that are in the plan."""
+    found = dig(data.run.summary, "alternatives")
+    return {str(dig(each, "name")) for each in found} if isinstance(found, list) else set()
+
+
+def _point(proof: ProofRecord, axes: Sequence[Axis], colours: Mapping[str, int]) -> Point:
     assert proof.samples is not None
-    values = {axis.name: value for axis in AXES if (value := axis.of(proof)) is not None}
+    values = {axis.name: value for axis in axes if (value := axis.of(proof)) is not None}
     return Point(
         proof=proof, slot=colours.get(proof.target.split(" + ")[0], 0), latency_s=proof.samples.median_s * proof.callers, values=values
     )
@@ -126,11 +161,11 @@ def _gain(factor: float, objective: str) -> int:
     return 1 if factor > tolerance else -1 if factor < 1 / tolerance else 0
 
 
-def _absent(data: ReportData, points: Sequence[Point], drawn: Sequence[Axis]) -> Iterator[str]:
+def _absent(data: ReportData, points: Sequence[Point], axes: Sequence[Axis], drawn: Sequence[Axis]) -> Iterator[str]:
     if len(points) < 2:
         return
     told = dig(data.run.summary, "measured", "not_measured")
-    for axis in AXES:
+    for axis in axes:
         if axis not in drawn:
             why = told.get(axis.name) if isinstance(told, Mapping) else None
             yield f"Not drawn against {axis.name}: {why or 'it was measured of fewer than two of what was proven'}."

@@ -90,6 +90,7 @@ def test_reusing_costs_less_than_a_second_beyond_loading(asked: Callable[..., De
     [
         (("latency<7ms",), {}),
         (("latency<1s, targets in (onnxruntime)",), {}),
+        (("device_memory<1GB",), {"expected": EXPECTED | {"device_memory_bytes": Number(value=5e8, source="measured")}}),
         (("p99<20ms",), {"constraints": ["p99<20ms"]}),  # proven by what the plan was made for
         (("cosine>=0.99",), {"accuracy": Accuracy(metric="cosine", value=0.9999, limit=0.999, data="real", reference="r")}),
     ],

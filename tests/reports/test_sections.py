@@ -52,6 +52,22 @@ def test_the_front_is_of_what_may_be_the_plan_and_what_differs_little_is_the_sam
     )
 
 
+def test_what_else_was_asked_for_is_drawn_too_and_alternatives_are_marked(full: ReportData) -> None:
+    def entrant(name: str, role: Any, median: float, compile_s: float) -> Any:
+        made = proof(name, role, OV, median)
+        return replace(made, metrics={**made.metrics, "compile_s": compile_s, "size_bytes": 1e6})
+
+    data = only(
+        full, entrant("plan", "plan", 0.00271, 0.9), entrant("soon", "baseline", 0.004, 0.2), entrant("late", "baseline", 0.005, 1.0)
+    )
+    assert not {"compile", "size"} & {axis.name for axis in tradeoffs.account(data, slots(data.targets)).axes}
+    data = replace(data, run=replace(data.run, objective="latency,compile,size", summary={"alternatives": [{"name": "soon"}]}))
+    found = tradeoffs.account(data, slots(data.targets))
+    assert {"compile", "size"} < {axis.name for axis in found.axes}
+    assert names_on(found, "compile") == {"plan", "soon"} and names_on(found, "size") == {"plan"}
+    assert [each.proof.name for each in found.points if each.alternative] == ["soon"]
+
+
 def test_what_was_not_measured_is_not_drawn_and_says_why(full: ReportData) -> None:
     why = "this machine has no RAPL counters"
     told = {**full.run.summary, "measured": {**full.run.summary["measured"], "not_measured": {"energy": why}}}
