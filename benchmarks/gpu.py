@@ -111,7 +111,7 @@ def race(steps: Mapping[str, tuple[int, Sequence[Step]]], *, rounds: int = _ROUN
     for number in range(-1, rounds):
         for name in order.sample(list(steps), len(steps)):
             batch, calls = steps[name]
-            rate = batch / several(calls, seconds if number >= 0 else 0.2, 2)
+            rate = batch / statistics.fmean(several(calls, seconds if number >= 0 else 0.2, 2))
             if number >= 0:
                 found[name].append(rate)
     return found

@@ -15,6 +15,7 @@ from aivmm.probes.client import Worker, WorkerDied, WorkerLost, run_limit_s
 from aivmm.probes.compare import Apart, By, Comparison, compare, observed_apart, paired_logs
 from aivmm.probes.machine import BackgroundLoad, freeze, is_busy, measuring, thaw, wait_until_quiet
 from aivmm.probes.records import Caution, Samples
+from aivmm.probes.timer import WINDOW_S
 from aivmm.runtime.config import Config
 from aivmm.runtime.cpu import usable_cores
 from aivmm.runtime.target import Target
@@ -23,8 +24,7 @@ from aivmm.runtime.target import Target
 # blocks make a round no surer (the same spread at 1.5, 4 and 10 ms: what differs is the core's speed from one moment to the next, 0029).
 _BLOCK_CALLS = 3
 _BLOCK_LEAST_S, _BLOCK_MOST_S = 0.003, 0.15
-_SEVERAL_BLOCK_S = 0.12  # with several callers one block gives one duration, so it must hold many calls
-_WINDOW_S = 0.04  # of one caller whose rate counts: the mean of a block is one duration, and it must hold some of the machine's stalls
+_WINDOWS_S = 4 * WINDOW_S  # of several callers, and of one whose rate counts: a block is so many windows, and a mean of each is a duration
 _SLOW_S = 0.02  # one such call settles the caches
 _VERY_SLOW_S = 0.2  # one such call is a block
 _BUSY_LEAST = 4  # durations to a block on a busy machine, so that one of them is likely to have run through
@@ -65,7 +65,7 @@ class Contestant:
     others: tuple[Worker, ...] = ()
     other_names: tuple[str, ...] = ()  # as long as `others`, or empty
     repeat: int = 1  # steps to one duration
-    rate: bool = False  # what it answers in a second counts, as it is of several callers anyhow: a block gives one duration, the mean
+    rate: bool = False  # what it answers in a second counts, as it does of several callers anyhow: durations are means of windows
     single: bool = False  # it runs on the thread that calls it and on no other
     core: int | None = None  # when it is single: the core that its last block ran on, or -1
     cautions: tuple[Caution, ...] = ()  # what the race found doubtful at its end
@@ -155,10 +155,8 @@ def runs_single(targets: Iterable[Target], configs: Iterable[Config]) -> bool:
 
 def block_s(expected_s: float, callers: int, *, rate: bool = False) -> float:
     """Return how long one block of calls that take `expected_s` each should be timed; `rate` where only their mean counts."""
-    if callers > 1:
-        return max(_SEVERAL_BLOCK_S, 3 * expected_s)
-    if rate:
-        return max(_WINDOW_S, 3 * expected_s)
+    if callers > 1 or rate:
+        return max(_WINDOWS_S, 3 * expected_s)
     return min(_BLOCK_MOST_S, max(_BLOCK_LEAST_S, _BLOCK_CALLS * expected_s))
 
 

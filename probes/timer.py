@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import math
 import os
 import sys
@@ -16,6 +17,8 @@ from statistics import fmean, median
 BATCH_BELOW_S = 100e-6  # steps shorter than this are timed several at a time, so that the clock does not matter
 _BATCH_OF_S = 200e-6
 SETTLE_S = 2e-3
+WINDOW_S = 0.02
+_FEW = 4  # calls of several threads to a window
 _NAP_S = 1e-3
 _STRETCH_S = 5e-3  # warming up looks at calls in stretches of this
 _SEVERAL_STRETCH_S = 0.05
@@ -52,22 +55,22 @@ def time_steps(
 ) -> Timing:
     """Run for `seconds` (and at least `least` times) after `settle` untimed calls or `settle_s` of them.
 
-    Steps below 100 µs are timed several at a time and the mean of each such batch is one duration. With several steps all run at once
-    for `seconds`, each in a thread, and the one duration is elapsed time per call completed. `each` forbids batches: tails need single
-    calls. `repeat` makes one duration that of so many calls (a known difference, for tests of the timer). With `steady_s` calls are made
-    until they no longer become faster, for about so long at most, before anything is timed. With `tight` one step is timed no longer than
-    until its median is known to that share of it; see `is_tight`. With `window` the mean of all calls of one step is the one duration, as
-    it is of several steps: what is answered in a second has every stall of the machine in it, and a median of calls has none.
+    Steps below 100 µs are timed several at a time and the mean of each such batch is one duration. With several steps all run at once for
+    `seconds`, each in a thread, and the durations are elapsed time per call completed, in windows of 20 ms. `each` forbids batches: tails
+    need single calls. `repeat` makes one duration that of so many calls (a known difference, for tests of the timer). With `steady_s` calls
+    are made until they no longer become faster, for about so long at most, before anything is timed. With `tight` one step is timed no
+    longer than until its median is known to that share of it; see `is_tight`. With `window` the durations of one step are means of windows,
+    too: what is answered in a second has every stall of the machine in it, and a median of calls has none.
     """
     if len(steps) > 1:
-        warm = warm_up(lambda: several(steps, _SEVERAL_STRETCH_S, 1), steady_s) if steady_s else []
-        return Timing(durations=[several(steps, seconds, least)], warmup=warm)
+        warm = warm_up(lambda: fmean(several(steps, _SEVERAL_STRETCH_S, 1)), steady_s) if steady_s else []
+        return Timing(durations=several(steps, seconds, least), warmup=warm)
     step = steps[0] if repeat == 1 else _repeated(steps[0], repeat)
     warm = warm_up(lambda: median(one(step, _STRETCH_S, 1, most, 1)), steady_s) if steady_s else []
     typical = warm[-1] if warm else _settle(step, settle, settle_s)
     inner = 1 if each or typical >= BATCH_BELOW_S else math.ceil(_BATCH_OF_S / max(typical, 1e-7))
     durations = one(step, seconds, least, most, inner, tight=tight)
-    return Timing(durations=[fmean(durations)] if window else durations, warmup=warm, inner=inner)
+    return Timing(durations=_windows(durations) if window else durations, warmup=warm, inner=inner)
 
 
 def warm_up(stretch: Callable[[], float], most_s: float) -> list[float]:
@@ -171,8 +174,15 @@ def one(step: Step, seconds: float, least: int, most: int, inner: int, *, tight:
             return durations
 
 
-def several(steps: Sequence[Step], seconds: float, least: int) -> float:
-    """Run all steps at once, each in a thread of its own, and return elapsed seconds per completed call.
+def _windows(durations: Sequence[float]) -> list[float]:
+    """Return the means of calls in a row, of so many as fill a window; of all where they fill none."""
+    count = min(len(durations), max(1, math.ceil(WINDOW_S / fmean(durations))))
+    whole = len(durations) // count
+    return [fmean(durations[index * len(durations) // whole : (index + 1) * len(durations) // whole]) for index in range(whole)]
+
+
+def several(steps: Sequence[Step], seconds: float, least: int) -> list[float]:
+    """Run all steps at once, each in a thread of its own, and return elapsed seconds per completed call, in one window after the other.
 
     One window for all: from when every thread has run once to the last call that ended before the end. Were each thread to count in a
     window of its own, the last calls would run with fewer and fewer beside them, and the rate would come out too high.
@@ -209,5 +219,7 @@ def several(steps: Sequence[Step], seconds: float, least: int) -> float:
         thread.join()
     if failures:
         raise next((each for each in failures if not isinstance(each, threading.BrokenBarrierError)), failures[0])
-    times = [each for some in ended for each in some if each <= end]
-    return (max(times) - started) / len(times)
+    times = sorted(each for some in ended for each in some if each <= end)
+    gaps = [after - before for before, after in itertools.pairwise([started, *times])]
+    # Few calls to a window would tell of who was done first, and not of how many are done.
+    return _windows(gaps) if len(gaps) * WINDOW_S > _FEW * math.fsum(gaps) else [fmean(gaps)]
