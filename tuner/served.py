@@ -17,9 +17,10 @@ from typing import Any
 from aivmm.errors import AivmmError, UsageError
 from aivmm.planner.workload import Demand, Division, Option, divide, rank
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
-from aivmm.probes.machine import measuring
+from aivmm.probes.machine import BackgroundLoad, machine_cautions, measuring
 from aivmm.reports.family import render_family
 from aivmm.runtime.bundle import check_destination
+from aivmm.runtime.cpu import usable_cores
 from aivmm.runtime.family import Bucket, Family, Served
 from aivmm.runtime.plan import Plan
 from aivmm.tuner.families import combine
@@ -211,8 +212,10 @@ class WorkloadTuner:
                 "callers": division.options[demand.name].replicas,
             }
         worker = Worker("serving all models")
+        load_cores = 0.0
         try:
             with measuring():
+                load = BackgroundLoad([worker.pid])
                 answer = worker.call(
                     "serve",
                     limit_s=compile_limit_s(),
@@ -223,12 +226,13 @@ class WorkloadTuner:
                     alone_s=self.alone_s,
                     seed=seed,
                 )
+                load_cores = load.read([worker.pid])
         except (AivmmError, WorkerDied) as error:
             return Trial(division=division, seen={}, error=error.reason if isinstance(error, WorkerDied) else error.message)
         finally:
             worker.close()
         seen = {each.name: seen_of(each, answer["models"][each.name], self._cosine) for each in self.demands}
-        return Trial(division=division, seen=seen)
+        return Trial(division=division, seen=seen, load_cores=load_cores)
 
     # --- what comes of it
 
@@ -300,6 +304,9 @@ class WorkloadTuner:
         use: str,
     ) -> ManyOutcome:
         verdict = " ".join(lines)
+        if chosen is not None:
+            cautions = machine_cautions(chosen.load_cores, usable_cores())
+            self.notes += [f"while all models were served, {each.message}: {each.advice}" for each in cautions]
         try:
             report.write_text(render_family(self._words.overview(chosen, lines, links, self.notes)), encoding="utf-8")
         except OSError as error:

@@ -48,6 +48,7 @@ class Trial:
     division: Division
     seen: Mapping[str, Seen]
     error: str = ""
+    load_cores: float = 0.0  # cores that other processes kept busy meanwhile
 
     @property
     def broken(self) -> tuple[str, ...]:

@@ -144,7 +144,7 @@ class Words:
 
     def overview(self, chosen: Trial | None, lines: tuple[str, ...], links: Mapping[str, str], notes: Sequence[str]) -> Overview:
         """Return the page; `links` leads from a model to its own report."""
-        columns = ("model", "priority", "plan", "asked", "median", "p99", "served", "call beside the others / alone", "verdict")
+        columns = ("model", "priority", "plan", "asked", "median", "p99", "served", "slowed", "verdict")
         return Overview(
             title=f"{len(self.demands)} models on {self.machine() or 'this machine'}",
             lines=lines,

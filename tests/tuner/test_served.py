@@ -17,6 +17,7 @@ from aivmm.planner.candidates import Candidate, Draft
 from aivmm.planner.workload import Demand, Option, divide
 from aivmm.probes.arrays import save_arrays
 from aivmm.runtime.config import Config
+from aivmm.runtime.cpu import usable_cores
 from aivmm.runtime.family import open_family
 from aivmm.runtime.many import Engines
 from aivmm.tuner.entry import run
@@ -162,6 +163,16 @@ def test_two_models_are_served_at_once_on_both_runtimes(tmp_path: Path) -> None:
     assert all(each.count > 0 and each.slowdown > 0 for each in chosen.seen.values())
     assert len(tried) >= 2
     assert any(sum(option.units for option in each.division.options.values()) <= 2 for each in tried)
+
+
+@pytest.mark.parametrize(("load", "told"), [(0.05, False), (0.75, True)])
+def test_who_else_kept_the_machine_busy_while_all_were_served_is_told(tmp_path: Path, load: float, told: bool) -> None:
+    made = tuner(tmp_path, Demand(name="a"))
+    made.options = replace(made.options, output=tmp_path / "w.aivmm")
+    (division,) = divide(made.demands, made.ladders["a"].options, {"cpu": 2})
+    busy = Trial(division=division, seen={"a": seen_of(made.demands[0], answer(), 0.999)}, load_cores=load * usable_cores())
+    outcome = made._infeasible(("why",), [], busy, [], 0.0)
+    assert any("other processes kept" in each for each in outcome.notes) is told
 
 
 def test_a_limit_that_does_not_hold_is_found_by_serving_whatever_was_expected(tmp_path: Path) -> None:
