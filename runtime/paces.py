@@ -32,13 +32,18 @@ class PacedMonitor:
         self._expected, self._callers, self._tell = expected, callers, tell
         self._monitors: dict[int, DriftMonitor] = {}
         self._lock = threading.Lock()
+        self._before = 0  # the pace of the calls before
         self._last = self._monitor(0)  # whose pace it is now
         self._told: tuple[int, float] | None = None  # the pace of the last event, and when that was
         self._events: list[Drift] = []
 
     def add(self, durations_ns: Sequence[int], passed_ns: int) -> None:
         """Take the durations of calls by whole blocks, as `DriftMonitor.add` does, of one caller, and in what time they came."""
-        self._last = monitor = self._monitor(self._pace(durations_ns, passed_ns))
+        pace = self._pace(durations_ns, passed_ns)
+        before, self._before = self._before, pace
+        if abs(pace - before) > 1:
+            return  # some calls of each: one long pause, and many calls in a row
+        self._last = monitor = self._monitor(pace)
         monitor.add(durations_ns)
 
     def state(self) -> dict[str, Any]:

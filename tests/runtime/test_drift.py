@@ -400,6 +400,17 @@ def test_an_engine_that_is_asked_now_and_then_is_not_held_against_a_plan_that_wa
     assert not told and watch.state()["state"] == "inside"
 
 
+def test_one_pause_among_many_calls_in_a_row_says_nothing_of_calls_that_come_far_apart() -> None:
+    rng, call = np.random.default_rng(0), 0.33e-3
+    told: list[Drift] = []
+    watch = PacedMonitor(plan_says(call), tell=told.append)
+    for _ in range(400):
+        paced(watch, call * np.exp(rng.normal(0, 0.08, 8 * BLOCK)), 0.0)
+        paced(watch, call * np.exp(rng.normal(0, 0.08, BLOCK)), 0.1)  # a pause of 1.6 s, and then as before
+    paced(watch, 2.7 * call * np.exp(rng.normal(0, 0.08, 6000)), 0.1)
+    assert not told and watch.state()["state"] == "inside"
+
+
 def test_turns_of_other_callers_are_no_pauses() -> None:
     told: list[Drift] = []
     watch = PacedMonitor(plan_says(), callers=4, tell=told.append)
