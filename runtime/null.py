@@ -100,7 +100,8 @@ class NullBackend:
             knobs.append(Knob(name="streams", kind="int", low=1, high=device.max_streams, default=1, why=why, objectives=objectives))
         for name, factors in device.choices.items():
             why = f"each choice of {name} scales the compute time by its own factor"
-            knobs.append(Knob(name=name, kind="choice", choices=tuple(factors), default=next(iter(factors)), why=why))
+            first, best = next(iter(factors)), device.promising.get(name)
+            knobs.append(Knob(name=name, kind="choice", choices=tuple(factors), default=first, promising=best, why=why))
         return knobs
 
     def baselines(self, targets: Sequence[Target], objective: str) -> Sequence[Baseline]:

@@ -58,6 +58,7 @@ class NullDevice:
     choices: Mapping[str, Mapping[Setting, float]] = field(
         default_factory=dict
     )  # further knobs: setting -> factor on time, the default first
+    promising: Mapping[str, Setting] = field(default_factory=dict, repr=False)  # choices where a search looks first; no time hangs on it
     noise: float = 0.0  # sigma of the log-normal factor on each run's time
     idle_w: float = 5.0  # drawn whatever it does
     busy_w: float = 5.0  # drawn beside that by each thread that computes

@@ -22,7 +22,7 @@ from aivmm.tuner.copying import Known, can_be_copied
 from aivmm.tuner.cutting import CutPlan, Cutter
 from aivmm.tuner.emit import Other, folder_bytes
 from aivmm.tuner.expected import expected, in_other_processes, unmeasured_auto
-from aivmm.tuner.explore import HOPELESS, JUDGED_IN_SEARCH, Explorer
+from aivmm.tuner.explore import JUDGED_IN_SEARCH, Explorer
 from aivmm.tuner.finalists import Selection
 from aivmm.tuner.judging import judged_on
 from aivmm.tuner.options import DEFAULT_COSINE
@@ -33,6 +33,7 @@ from aivmm.tuner.throughput import Finder
 from aivmm.tuner.tried import Tried
 from aivmm.tuner.verdict import accuracy_text, describe, factor_text, sentence
 from aivmm.tuner.work import Work
+from aivmm.tuner.worth import HOPELESS
 
 _ALL = 1000
 _PARTS_S = 4.0  # for racing settings on parts of a processor

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from aivmm.errors import ModelError
 from aivmm.planner.candidates import Candidate, Rejection, Score
-from aivmm.planner.choice import rank
 from aivmm.planner.objectives import counts_rate, searched
 from aivmm.planner.records import RunRecord, StudyRecord
 from aivmm.planner.room import Room, possible
@@ -24,9 +23,10 @@ from aivmm.tuner.knobs import that_can_matter
 from aivmm.tuner.measure import Measurer
 from aivmm.tuner.precision import Scout
 from aivmm.tuner.room import most_replicas
-from aivmm.tuner.starts import can_be_replicated, promising, side_by_side
+from aivmm.tuner.starts import can_be_replicated, of_similar_models, promising, side_by_side
 from aivmm.tuner.told import as_told, point_in, point_of
 from aivmm.tuner.work import Work
+from aivmm.tuner.worth import MOST_TRIED, Standing
 
 SEARCH_UNTIL = 0.62  # the share of the budget by which the search has to end, counted from the start
 _MOST_CALLERS = 32
@@ -37,8 +37,6 @@ _GROUP = 3  # candidates asked for at once: they share a race, and its reference
 _GROUP_S = 4.0
 _PATIENCE = 12  # trials without an improvement of 1 % after which a search without --trials ends
 _LEAST_TRIALS = 10
-HOPELESS = {"latency": 2.0, "throughput": 3.0}  # a target this far behind with its defaults is not searched
-_LOWERED_GAIN = 4.0  # so many times faster than fp32 int8 has been seen: a target within this is tried with it
 # Limits that the search can judge; the others need a fresh process, or hundreds of calls, and are for the proof.
 JUDGED_IN_SEARCH = frozenset({"latency", "throughput", "cosine", "energy", "power", "size", "device_memory"})
 _HINTED = {"float32": "fp32", "f32": "fp32", "dynamic": "fp32", "bfloat16": "bf16", "float16": "fp16", "f16": "fp16"}
@@ -255,21 +253,8 @@ class Explorer:
         self.work.progress.phase("searching settings")
         precisions = self._worth_searching(baselines)
         targets = list(precisions)
-        batches, callers, replicated = self._batches(targets), 1, list[Target]()
-        if self.work.options.drive == "throughput":
-            callers = max(2, *(2 * (target.device.cores or 2) for target in targets))
-            replicated = [target for target in targets if can_be_replicated(target)]
-        space = Space(
-            targets=targets,
-            knobs={str(target): that_can_matter(self.work.lab.knobs(target), target, self.work.subject.structure) for target in targets},
-            objective=self.work.options.drive,
-            precisions={str(target): found for target, found in precisions.items()},
-            batches=batches,
-            most_callers=min(callers, _MOST_CALLERS),
-            most_replicas=max(map(most_replicas, replicated), default=1),
-            replicated=frozenset(map(str, replicated)),
-            defaults={str(target): found for target in targets if (found := self.default_precision(target)) is not None},
-        )
+        batches = self._batches(targets)
+        space = self._space(precisions, batches)
         search = Search(
             space=space,
             seed=self.work.options.seed,
@@ -291,12 +276,30 @@ class Explorer:
         ratios, _ = self._best_ratios(baselines)
         quickest = sorted(precisions, key=ratios.__getitem__)[:1]  # one is a hint; the search asks for more where they pay
         search.enqueue(side_by_side(space, {target: precisions[target] for target in quickest}))
-        search.enqueue(self._of_similar_models(targets, batches))
+        search.enqueue(of_similar_models(self.work, targets, batches, most_callers=_MOST_CALLERS))
         if targets and not self.searched_before and self.work.min_segments == 1:
             self._search_on(search)
         self._end_study(search)
         self.measurer.release()
         return search
+
+    def _space(self, precisions: Mapping[Target, Sequence[str | None]], batches: Sequence[int]) -> Space:
+        """Return the space of a search on the targets that have `precisions`."""
+        targets, callers, replicated = list(precisions), 1, list[Target]()
+        if self.work.options.drive == "throughput":
+            callers = max(2, *(2 * (target.device.cores or 2) for target in targets), 2)
+            replicated = [target for target in targets if can_be_replicated(target)]
+        return Space(
+            targets=targets,
+            knobs={str(target): that_can_matter(self.work.lab.knobs(target), target, self.work.subject.structure) for target in targets},
+            objective=self.work.options.drive,
+            precisions={str(target): found for target, found in precisions.items()},
+            batches=batches,
+            most_callers=min(callers, _MOST_CALLERS),
+            most_replicas=max(map(most_replicas, replicated), default=1),
+            replicated=frozenset(map(str, replicated)),
+            defaults={str(target): found for target in targets if (found := self.default_precision(target)) is not None},
+        )
 
     def _batches(self, targets: Sequence[Target]) -> tuple[int, ...]:
         """Return the batches to search: those that can fit the memory of some target at all."""
@@ -333,24 +336,6 @@ class Explorer:
         rest = [] if self.searched_before and first else [key for key in within if key not in self._again]
         return [within[key] for key in dict.fromkeys((*first, *rest))]
 
-    def _of_similar_models(self, targets: Sequence[Target], batches: Sequence[int]) -> list[Candidate]:
-        """Return the best found for models like this one on these targets as they are now, at its batch where that is searched."""
-        known = {environment_of(target).fingerprint: target for target in targets}
-        found = self.work.database.best_of_similar(self.work.subject.structure, list(known), objective=self.work.options.objective)
-        if found:
-            names = ", ".join(dict.fromkeys(each.model for each in found))
-            self.work.note(f"the search tries first what was best for {names}")
-        return [
-            Candidate(
-                target=known[each.environment],
-                config=each.config,
-                batch=each.batch if each.batch in batches else batches[0],
-                callers=min(each.callers, _MOST_CALLERS),
-                replicas=each.replicas,
-            )
-            for each in found
-        ]
-
     def _end_study(self, search: Search) -> None:
         """Store what the search came to."""
         from aivmm.planner.importance import importances  # here: Optuna's importances load more of it, and this may be the last use
@@ -371,28 +356,41 @@ class Explorer:
         if not best:
             reasons = "; ".join(f"{each.name}: {_reason(self.outcome(candidate))}" for each, candidate in baselines)
             raise ModelError(f"no baseline of {self.work.subject.facts.name} could be measured ({reasons})", advice="try --retry-failed")
-        ranks = {target: rank([str(target)], self.work.options.prefer) for target in best}
-        # On hardware that is wanted more than another, being slower than that is no reason to give up.
-        rivals = {target: ratio for target, ratio in best.items() if target in allowed} or best
-        least = {
-            place: min((ratio for target, ratio in rivals.items() if ranks[target] == place), default=math.inf) for place in ranks.values()
-        }
-        hopeless = HOPELESS[self.work.options.drive]
-        self._scout([target for target in best if best[target] <= least[ranks[target]] * hopeless * _LOWERED_GAIN])
+        standing = Standing(best=best, allowed=allowed, drive=self.work.options.drive, prefer=self.work.options.prefer)
+        tried = self._try_cards(standing)
+        self._scout(standing.worth_lowering())
         worth: dict[Target, list[str | None]] = {}
         for target in best:
-            behind = best[target] / least[ranks[target]]
+            behind = standing.behind(target)
             lowered: list[str | None] = list(self.work.variants.get(str(target), ()))
-            if behind <= hopeless:
+            seen = "its defaults and promising settings" if target in tried else "its defaults"
+            if behind <= standing.hopeless:
                 worth[target] = self.work.precisions(target)
             elif lowered:
                 worth[target] = lowered
-                self.work.note(
-                    f"{target} was searched in {', '.join(map(str, lowered))} only: its defaults take {behind:.1f} times as long"
-                )
+                self.work.note(f"{target} was searched in {', '.join(map(str, lowered))} only: {seen} take {behind:.1f} times as long")
             else:
-                self.work.note(f"{target} was not searched: its defaults take {behind:.1f} times as long as the best ones")
+                self.work.note(f"{target} was not searched: {seen} take {behind:.1f} times as long as the best ones")
         return {target: found for target, found in worth.items() if found}
+
+    def _try_cards(self, standing: Standing) -> set[Target]:
+        """Measure cards in their promising settings before anybody is judged, and return those that were: decision 0060."""
+        batches = self._batches(list(standing.best))
+        precisions = {target: self.work.precisions(target) for target in standing.to_try(batches)}
+        points = promising(self._space(precisions, batches), precisions, {})
+        tried = {target: [each for each in points if each.target == target][:MOST_TRIED] for target in precisions}
+        asked = [each for points in tried.values() for each in points]
+        searches = not self.searched_before and self.work.options.trials != 0 and self.work.min_segments == 1
+        wanted = [each for each in asked if each.key not in self.known] if searches else []
+        if wanted:
+            left = max(1.5, min(_GROUP_S, _BASELINES * self.work.options.budget_s))
+            found = self.measurer.measure(wanted, budget_s=left, tell=self.work.tell_race)
+            self.known |= {each.key: (each, found[each.key]) for each in wanted}
+        scored = [(each, outcome) for each in asked if isinstance(outcome := self.outcome(each), Score)]
+        for each, outcome in scored:
+            if not self.barred(each.target, each.config):
+                standing.learn(each.target, outcome.ratio)
+        return {each.target for each, _ in scored}
 
     def _best_ratios(self, baselines: Sequence[tuple[Baseline, Candidate]]) -> tuple[dict[Target, float], set[Target]]:
         """Return the best baseline's time of each target over the reference's, and the targets where that one may be the plan.

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from aivmm.planner.candidates import Candidate
 from aivmm.planner.space import Space
 from aivmm.runtime.config import Config
+from aivmm.runtime.environment import environment_of
 from aivmm.runtime.null import NullBackend
 from aivmm.runtime.target import Target
 from aivmm.tuner.narrow import sharing
 from aivmm.tuner.room import most_replicas
+from aivmm.tuner.work import Work
 
 _LOADS = ((64, 4), (128, 8), (32, 8), (128, 4))  # (batch, callers) that keep a card busy, in the order to try them
 _THREADS = frozenset({"INFERENCE_NUM_THREADS", "intra_op_num_threads", "threads"})
@@ -23,11 +25,15 @@ def promising(space: Space, precisions: Mapping[Target, Sequence[str | None]], v
     several callers, whose copies hide behind each other's work.
     """
     found = []
-    loads = _LOADS if space.objective == "throughput" else ((space.batches[0], 1),)
+    loads: tuple[tuple[int, int], ...] = ((space.batches[0], 1),)
+    if space.objective == "throughput":
+        loads = tuple(each for each in _LOADS if each[0] in space.batches)
+        # A model of one batch keeps a card busy by its callers alone.
+        loads = loads or tuple((space.batches[-1], callers) for _, callers in _LOADS[:2])
     for batch, callers in loads:
         for target, known in precisions.items():
             knobs = [each for each in space.knobs_of(target) if each.promising is not None] if target.device.memory_bytes else []
-            if not knobs or batch not in space.batches or callers > space.most_callers:
+            if not knobs or callers > space.most_callers:
                 continue
             config = {each.name: each.promising for each in knobs if each.promising is not None}
             lowered = list(variants.get(str(target), ()))
@@ -57,3 +63,22 @@ def side_by_side(space: Space, precisions: Mapping[Target, Sequence[str | None]]
         config = Config.of(sharing(space.knobs_of(target), share) or {}, precision=known[0])
         found.append(Candidate(target=target, config=config, batch=space.batches[0], callers=replicas, replicas=replicas))
     return found
+
+
+def of_similar_models(work: Work, targets: Sequence[Target], batches: Sequence[int], *, most_callers: int) -> list[Candidate]:
+    """Return the best found for models like this one on these targets as they are now, at its batch where that is searched."""
+    known = {environment_of(target).fingerprint: target for target in targets}
+    found = work.database.best_of_similar(work.subject.structure, list(known), objective=work.options.objective)
+    if found:
+        names = ", ".join(dict.fromkeys(each.model for each in found))
+        work.note(f"the search tries first what was best for {names}")
+    return [
+        Candidate(
+            target=known[each.environment],
+            config=each.config,
+            batch=each.batch if each.batch in batches else batches[0],
+            callers=min(each.callers, most_callers),
+            replicas=each.replicas,
+        )
+        for each in found
+    ]

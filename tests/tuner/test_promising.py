@@ -36,6 +36,11 @@ def test_a_card_is_looked_at_first_where_its_promising_settings_stand_together(o
     assert all(space.params(each) is not None for each in found)  # points of the space, like any other
 
 
+def test_a_model_of_one_batch_keeps_a_card_busy_by_its_callers() -> None:
+    found = promising(_space("throughput", (1,)), {CARD: ["fp32"]}, {})
+    assert [(each.batch, each.callers) for each in found] == [(1, 4), (1, 8)]
+
+
 def test_replicas_that_divide_the_cores_are_looked_at_early_and_only_on_processors() -> None:
     cpu = replace(CPU, device=replace(CPU.device, cores=8))
     space = Space(
