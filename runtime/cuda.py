@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -34,23 +35,41 @@ def _library() -> Any:
     Raises:
         Unsupported: it is not installed where the loader looks.
     """
-    reasons = []
-    for name in _LIBRARIES:
+    try:
+        library = _loaded(_LIBRARIES)
+    except OSError as error:
+        raise Unsupported(f"CUDA's runtime library cannot be loaded ({error})", advice='pip install "aivmm[cuda]"') from None
+    library.cudaGetErrorString.restype = ctypes.c_char_p
+    return library
+
+
+def _loaded(names: Sequence[str]) -> Any:
+    """Return the first library that the process has loaded already, or else the first that loads.
+
+    A release of CUDA that ONNX Runtime does not use may be installed as well, and be too new for the driver.
+
+    Raises:
+        OSError: none loads; with what was said of the first.
+    """
+    present = getattr(os, "RTLD_NOLOAD", None)
+    if present is not None:
+        for name in names:
+            with suppress(OSError):
+                return ctypes.CDLL(name, mode=present | os.RTLD_NOW)
+    problems = []
+    for name in names:
         try:
-            library = ctypes.CDLL(name)
+            return ctypes.CDLL(name)
         except OSError as error:
-            reasons.append(str(error))
-            continue
-        library.cudaGetErrorString.restype = ctypes.c_char_p
-        return library
-    raise Unsupported(f"CUDA's runtime library cannot be loaded ({reasons[0]})", advice='pip install "aivmm[cuda]"')
+            problems.append(error)
+    raise problems[0]
 
 
-def _check(code: int, what: str) -> None:
+def _check(code: int, what: str, *, advice: str = "") -> None:
     if code:
         _library().cudaGetLastError()  # else the next call reports it again
         words = _library().cudaGetErrorString(code).decode(errors="replace")
-        raise Unsupported(f"CUDA could not {what}: {words}")
+        raise Unsupported(f"CUDA could not {what}: {words}", advice=advice)
 
 
 @contextmanager
@@ -101,6 +120,7 @@ class _Block:
         _check(
             _library().cudaHostAlloc(ctypes.byref(self._address), ctypes.c_size_t(size), ctypes.c_uint(_PORTABLE)),
             f"lock {size} bytes of the host's memory",
+            advice="use fewer callers or a smaller batch, or allow more memory to be locked (ulimit -l)",
         )
 
     @property
@@ -159,8 +179,8 @@ class Stream:
 
     def __init__(self, device: int) -> None:
         """Make one on the card with CUDA's index `device`. The calling thread's own choice of a card stays."""
+        self._stream = ctypes.c_void_p()  # first, for `__del__`
         library = _library()
-        self._stream = ctypes.c_void_p()
         self._events = [ctypes.c_void_p() for _ in range(_SLOTS)]
         self._slots: list[Buffer] = []  # page-locked, for what comes from other memory
         with _on(device):

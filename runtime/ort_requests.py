@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,13 +23,15 @@ from aivmm.tensors import TensorSpec
 _RECORDING = threading.RLock()
 _NO_TURN: AbstractContextManager[Any] = nullcontext()
 _DLPACK_CUDA = 2  # kDLCUDA
+# Where in its source the library was, with the whole signature of a C++ template: what went wrong comes before and after.
+_SOURCE = re.compile(r"\S*/onnxruntime_src/\S+:\d+ .*?\[with .*?\] ")
 _ELEMENTS = {name: number for number, name in ELEMENT_TYPES.items()}
 
 
 def words(error: BaseException) -> str:
     """Return what ONNX Runtime says, on one line of bounded length."""
     text = " ".join(str(error).split())
-    text = text.partition("[ONNXRuntimeError] : ")[2] or text
+    text = _SOURCE.sub("", text.partition("[ONNXRuntimeError] : ")[2] or text)
     return text if len(text) <= 600 else text[:600] + " …"
 
 
@@ -161,7 +164,12 @@ class RebindingRequest(BoundRequest):
         if holds_foreign(buffer):
             self._again[name] = partial(super().bind, name, buffer)
         else:
-            self._again[name] = partial(self._binding.bind_cpu_input, name, buffer)
+            self._again[name] = partial(self._bind_array, name, buffer)
+
+    def forget_inputs(self) -> None:
+        """Let go of the inputs' arrays, which are not read before others are bound."""
+        self._again.clear()
+        super().forget_inputs()
 
     def bind_device(self, name: str, tensor: DeviceTensor) -> None:
         """Read or write a tensor where it is."""
@@ -259,15 +267,30 @@ class StagedRequest(BoundRequest):
     def run(self) -> None:
         """Copy in, run, copy out."""
         with self._around, self._turn:
-            self._copy_in()
             try:
-                self._call(self._argument, None)
-            except Exception as error:
-                raise Unsupported(f"ONNX Runtime while running: {words(error)}") from error
-            for destination, source, size in self._out.values():
-                self._stream.copy(destination, source, size)
-            if self._out:
-                self._stream.wait()
+                self._copy_in()
+                self._compute()
+                for destination, source, size in self._out.values():
+                    self._stream.copy(destination, source, size)
+                if self._out:
+                    self._stream.wait()
+            except BaseException:
+                with suppress(Unsupported):  # copies that were begun read and write the caller's arrays until they are done
+                    self._stream.wait()
+                raise
+
+    def _compute(self) -> None:
+        try:
+            self._call(self._argument, None)
+        except Exception as error:
+            raise _as_ours(error) from error
+
+    def forget_inputs(self) -> None:
+        """Let go of the inputs' arrays and tensors; nothing is copied from there any more."""
+        for name in self._inputs:
+            for kept in (self._into, self._through, self._lent):
+                kept.pop(name, None)
+        super().forget_inputs()
 
     def _copy_in(self) -> None:
         for destination, array in self._through.values():

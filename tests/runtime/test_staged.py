@@ -6,6 +6,8 @@ The stream is as late as a card's may be: it reads what it is to copy, and write
 from __future__ import annotations
 
 import ctypes
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from onnx import TensorProto, helper
 
 from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Buffer
-from aivmm.runtime.ort_requests import RebindingRequest, StagedRequest, ort_value
+from aivmm.runtime.ort_requests import RebindingRequest, StagedRequest, ort_value, words
 from aivmm.tensors import TensorSpec
 from tests.making import normal, onnx_model
 
@@ -205,3 +207,49 @@ def test_a_request_that_binds_anew_reads_its_arrays_at_each_run_and_tensors_wher
     assert not y.any()
     with pytest.raises(Unsupported, match="not C-contiguous"):
         request.bind("a", np.zeros((5, 3), np.float32).T)
+
+
+def test_after_a_refusal_nothing_is_on_its_way_from_or_to_the_arrays() -> None:
+    class Full(LateStream):
+        def copy(self, destination: int, source: int, size: int) -> None:
+            if len(self.waiting) == 1:
+                raise Unsupported("CUDA could not copy: a card has failed")
+            super().copy(destination, source, size)
+
+    request, _ = staged()
+    request._stream = stream = Full()
+    request.bind("a", normal(*SHAPE, seed=1)), request.bind("b", normal(*SHAPE, seed=2))
+    with pytest.raises(Unsupported, match="a card has failed"):
+        request.run()
+    assert not stream.waiting  # whoever was refused may free its arrays
+
+
+@pytest.mark.parametrize("kind", ["staged", "uploaded", "rebinding"])
+def test_inputs_that_are_forgotten_can_be_freed(kind: str) -> None:
+    request: Any = staged(pinned=kind == "uploaded")[0]
+    if kind == "rebinding":
+        request = RebindingRequest(request._session, (A, B), (Y, Z))
+    a, b = normal(*SHAPE, seed=1), normal(*SHAPE, seed=2)
+    alive = [weakref.ref(each) for each in (a, b)]
+    request.bind("a", a), request.bind("b", b)
+    request.run()
+    wanted = a - b
+    request.forget_inputs()
+    del a, b
+    gc.collect()
+    assert [each() for each in alive] == [None, None]
+    np.testing.assert_array_equal(request.output("y"), wanted)
+    again = normal(*SHAPE, seed=3)
+    request.bind("a", again), request.bind("b", again)
+    request.run()
+    assert not request.output("y").any()
+
+
+def test_what_the_library_says_goes_without_the_signatures_of_its_source() -> None:
+    source = (
+        "/onnxruntime_src/onnxruntime/core/providers/cuda/cudnn_fe_call.cc:117 std::conditional_t<THRW, void, Status> CudaCall(ERRTYPE)"
+    )
+    error = RuntimeError(
+        f"[ONNXRuntimeError] : 1 : FAIL : Failed to start: {source} [with ERRTYPE = int; bool THRW = true] failure 11: BAD"
+    )
+    assert words(error) == "1 : FAIL : Failed to start: failure 11: BAD"
