@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from aivmm.planner.evidence import SOURCES
@@ -14,7 +14,10 @@ from aivmm.reports.data import ReportData, call_s, dig, number, rate_of, through
 from aivmm.reports.intervals import P99_NEEDS
 from aivmm.reports.race import best_baseline, figure_of, ratio_interval
 
-_ON_DEVICES_ONLY = ("device_memory_bytes", "stray_nodes", "stray_s")  # not missed where there is nothing to tell
+# Not missed where there is nothing to tell.
+_ON_DEVICES_ONLY = ("device_memory_bytes", "stray_nodes", "stray_s", "energy_j", "card_energy_j")
+_FEW = 6  # of fewer samples none lie outside a median's 95 %: 1 - 2 * 0.5 ** 5 is less
+_VAGUE = 4.0  # a ratio whose interval is wider than this factor is no figure for the top of a page
 _WITHOUT_VERDICT = {
     "running": "This run is still going on: nothing is proven yet.",
     "searched": "The search is done, but no plan has been proven yet.",
@@ -76,6 +79,8 @@ def key_figures(data: ReportData) -> tuple[Answer, ...]:
         Answer(label="Throughput", value=fmt.per_second(_throughput(data, plan)), support=(_load(plan),)),
     ]
     for label, metric, show in (
+        ("Energy of a sample", "energy_j", fmt.joules),
+        ("Energy of a sample, of the card alone", "card_energy_j", fmt.joules),
         ("Peak memory", "peak_memory_bytes", fmt.size),
         ("Device memory", "device_memory_bytes", fmt.size),
         ("Compile time", "compile_s", fmt.seconds),
@@ -87,7 +92,18 @@ def key_figures(data: ReportData) -> tuple[Answer, ...]:
         value = metrics.get(metric)
         if (value if metric == "device_memory_bytes" else value is not None) or metric not in _ON_DEVICES_ONLY:  # a CPU has none
             figures.append(Answer(label=label, value=show(value), support=() if value is not None else ("not measured",)))
-    return (*figures, _accuracy(data, plan), *_predicted(data, plan), *_left(data))
+    return (*figures, *_cards(metrics), _accuracy(data, plan), *_predicted(data, plan), *_left(data))
+
+
+def _cards(metrics: Mapping[str, float]) -> Iterator[Answer]:
+    """Say how each NVIDIA card was while the plan was raced."""
+    uids = [name[len("sm_mhz[") : -len("]_during")] for name in metrics if name.startswith("sm_mhz[") and name.endswith("]_during")]
+    for uid in uids:
+        temperature, power = (metrics.get(f"{name}[{uid}]_during") for name in ("temperature_c", "power_w"))
+        told = [f"{temperature:.0f} °C" if temperature is not None else "", f"{power:.0f} W" if power is not None else ""]
+        which = f" {uid[:12]}" if len(uids) > 1 else ""
+        clock = f"{metrics[f'sm_mhz[{uid}]_during']:.0f} MHz"
+        yield Answer(label=f"Card{which} while proven", value=clock, support=tuple(filter(None, (", ".join(filter(None, told)),))))
 
 
 def _no_p99(plan: ProofRecord) -> str:
@@ -121,7 +137,8 @@ def _how_much(data: ReportData) -> Answer:
         return Answer(label=label, value="a baseline won", support=("this is what you would have run anyway", *others))
     if rival is None or rival.ratio is None:
         return Answer(label=label, value="–", support=("no eligible baseline ran, so there is nothing to compare with",))
-    worst = max((p for p in data.proofs if p.role == "baseline" and p.eligible and p.ratio is not None), key=lambda p: p.ratio or 0)
+    sure = [p for p in data.proofs if p.role == "baseline" and p.eligible and p.ratio is not None and not _vague(p)]
+    worst = max(sure, key=lambda p: p.ratio or 0, default=rival)
     lines = [f"than {rival.name}, the best you would have run otherwise"]
     if ratio_interval(rival):
         lines.append(f"95 % interval {ratio_interval(rival, turned=rival.verdict == 'slower')}")
@@ -134,6 +151,11 @@ def _how_much(data: ReportData) -> Answer:
     word = "the same" if rival.verdict == "same" else "undecided"
     lines[0] = lines[0].replace("than", "as" if rival.verdict == "same" else "against", 1)
     return Answer(label=label, value=f"{word}, within noise" if rival.verdict == "same" else word, support=tuple(lines))
+
+
+def _vague(proof: ProofRecord) -> bool:
+    """True when the interval of a ratio spans so much that the ratio would mislead alone."""
+    return proof.ratio_low is not None and proof.ratio_high is not None and proof.ratio_high > _VAGUE * proof.ratio_low
 
 
 def _believe(data: ReportData, plan: ProofRecord, cautions: Sequence[str]) -> Answer:
@@ -149,6 +171,8 @@ def _believe(data: ReportData, plan: ProofRecord, cautions: Sequence[str]) -> An
     lines.append(f"{fmt.count(len(cautions), 'caution')} on the plan: {fmt.listing(cautions)}" if cautions else "no cautions on the plan")
     figure = figure_of(data, plan)
     value = f"{fmt.plus_minus((figure.high - figure.low) / 2 / figure.median)} on the median" if figure else "–"
+    if len(plan.samples.timed_s) < _FEW:
+        value = "too few samples for an interval"
     return Answer(label="Can I believe it", value=value, support=tuple(lines))
 
 

@@ -315,7 +315,9 @@ class Decider:
                 note = accuracy_text(accuracy, samples=judged_on(plan), kind=self.work.subject.kind_of_samples, beside=shown)
                 lowered = plan.draft.lowered
                 if lowered and not self.work.subject.real_data:
-                    note += f" {lowered.partition(':')[0]} was also calibrated on synthetic inputs: bring --dataset before you rely on it."
+                    calibrated = "calibrated and " if self.work.subject.lowerer.recipe(lowered).needs_data else ""
+                    made = lowered.partition(":")[0]
+                    note += f" {made} was {calibrated}judged on synthetic inputs alone: bring --dataset before you rely on it."
             note = " ".join(filter(None, (self._mixture(plan.draft), note)))
             note += self._silent_precision(plan.draft)
             if not self.work.taken_whole:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aivmm.probes.records import Measured, Refused, Samples, Transfer, TransferPoint, handover_of
-from aivmm.reports import belief, handovers, importance, rooflines, scaling, tradeoffs
+from aivmm.reports import belief, handovers, importance, rooflines, scaling, summary, tradeoffs
 from aivmm.reports.data import ReportData
 from aivmm.reports.palette import slots
 from aivmm.reports.race import lay_out
@@ -88,6 +88,32 @@ def test_with_several_callers_a_call_takes_as_many_times_the_time_between_answer
     figures = {each.label: each for each in key_figures(data)}
     assert figures["Median latency"].value.startswith("3.0") and "p90 latency" not in figures
     assert "not calls" in figures["p99 latency"].support[0]
+
+
+def test_what_a_card_drew_and_how_it_was_stands_with_the_figures(full: ReportData) -> None:
+    uid = "GPU-1e6460b7-aaaa"
+    seen = {f"sm_mhz[{uid}]_during": 1755.0, f"temperature_c[{uid}]_during": 46.0, f"power_w[{uid}]_during": 233.4, "card_energy_j": 0.135}
+    plan = proof("on a card", "plan", OV, 0.001)
+    figures = {each.label: each for each in key_figures(only(full, replace(plan, metrics={**plan.metrics, **seen})))}
+    assert figures["Energy of a sample, of the card alone"].value == "135 mJ"
+    assert figures["Card while proven"].value == "1755 MHz" and figures["Card while proven"].support == ("46 °C, 233 W",)
+    assert "Energy of a sample" not in figures  # of the whole machine none was counted
+    assert not any("Card" in each.label or "Energy" in each.label for each in key_figures(only(full, plan)))
+
+
+def test_the_top_of_a_page_names_no_ratio_that_nobody_can_tell_and_no_interval_of_three_samples(full: ReportData) -> None:
+    plan = proof("ours", "plan", OV, 0.001)
+    near, far = (
+        replace(proof(name, "baseline", ORT, 0.002), ratio=ratio, verdict="faster") for name, ratio in (("near", 2.0), ("far", 600.0))
+    )
+    near = replace(near, ratio_low=1.9, ratio_high=2.1)
+    assert plan.samples is not None
+    few = replace(plan, samples=replace(plan.samples, timed_s=plan.samples.timed_s[:3], rounds=plan.samples.rounds[:3]))
+    for each, high, told in ((plan, 700.0, True), (few, 13784.0, False)):
+        data = only(full, each, near, replace(far, ratio_low=26.5 if not told else 500.0, ratio_high=high))
+        better, believe = summary._how_much(data), summary._believe(data, each, ())
+        assert any("600× faster than far" in line for line in better.support) == told
+        assert (believe.value == "too few samples for an interval") != told
 
 
 # --- scaling

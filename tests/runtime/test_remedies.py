@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from aivmm.runtime.remedies import remedy
+from aivmm.runtime.remedies import opencl_shows, remedy
 
 LOADER = "libOpenCL.so.1: cannot open shared object file: No such file or directory"
 
@@ -39,3 +40,12 @@ def test_a_device_that_this_user_may_not_open_is_the_remedy(kind: str, place: st
 
 def test_an_npu_without_a_driver_gets_the_drivers_name(tmp_path: Path) -> None:
     assert "intel-level-zero-npu" in remedy("NPU", "no such device (found: none)", tmp_path)[1]
+
+
+def test_what_opencl_shows_is_told_as_it_shows_it_to_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert opencl_shows("libNoSuchOpenCL.so.1") == ""
+    seen = opencl_shows()
+    monkeypatch.setenv("OCL_ICD_VENDORS", "/opt/vendors")
+    _, advice = remedy("GPU", "no such device (found: none)", tmp_path)
+    assert "OCL_ICD_VENDORS=/opt/vendors" in advice and seen in advice
+    assert seen == "" or seen == "no platform" or re.search(r"\((no GPU|\d+ GPUs?)\)", seen)

@@ -132,7 +132,7 @@ def test_int8_calibrated_on_made_up_inputs_says_so(shared: Place, tiny: Path) ->
     )
     assert done.code == 0, done.err
     assert done.json["accuracy"]["data"] == "synthetic"
-    assert "int8 was also calibrated on synthetic inputs: bring --dataset" in done.json["verdict"]
+    assert "int8 was calibrated and judged on synthetic inputs alone: bring --dataset" in done.json["verdict"]
 
 
 def test_a_service_level_says_what_it_stands_for(shared: Place, tiny: Path) -> None:
