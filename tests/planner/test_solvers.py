@@ -78,6 +78,32 @@ def test_downsets_bracket_the_optimum_where_prices_depend_on_the_sender(seed: in
     assert most[1] >= best[goal, True] * (1 - 1e-12)
 
 
+def one_way(seed: int) -> Problem:
+    """Return a dense graph on two devices, between which tensors move in one direction only."""
+    whole = dense(seed)
+    names = ("a", "b")
+    return replace(
+        whole,
+        devices=[PlacedDevice(name=name) for name in names],
+        choices=[each for each in whole.choices if each.name in names],
+        nodes=[replace(each, costs={name: each.costs[name] for name in names if name in each.costs} or {"a": 5.0}) for each in whole.nodes],
+        transfers={("b", "a"): whole.transfers["b", "a"]},
+        unsupported=frozenset({("a", "b")}),
+        exports={},
+    )
+
+
+@pytest.mark.parametrize("goal", GOALS)
+@pytest.mark.parametrize("seed", ALIKE)
+def test_downsets_keep_to_the_pairs_that_are_supported(seed: int, goal: Goal) -> None:
+    problem = one_way(seed)
+    merged = condensed(compact(problem))
+    family = every_downset(merged, 1000, in_time())
+    assert family is not None and not depends_on_sender(merged)
+    found = Search(merged, family, goal, "exact").run(in_time())
+    assert (math.inf if found is None else found[1]) == pytest.approx(optima(problem)[goal, True])
+
+
 @pytest.mark.parametrize(("goal", "value"), [("latency", 3 + 1 + 1 + 5), ("throughput", 1 + 1 + 5)])
 def test_a_segment_does_not_pay_for_a_tensor_that_passes_it_by(goal: Goal, value: float) -> None:
     problem = chain({"a": 1.0}, {"b": 1.0}, {"c": 1.0}, boundary=1.0)
