@@ -1,12 +1,12 @@
 """What does the engine cost, beside the bare runtime? Gates of issue 5, points 3 and 7; measured, not asserted, on a quiet machine.
 
-    python -m benchmarks.engine [--only overhead,cut,pipeline,memory,threads,cold] [--seconds 8] [--quick] [--out FILE.md]
+    python -m benchmarks.engine [--only overhead,cut,pipeline,memory,threads,cold] [--row TEXT] [--seconds 8] [--quick] [--out FILE.md]
 
 About 13 minutes in all; `--quick` 1 minute, to see that it works. Nothing else may run meanwhile, this machine's other cores included.
 
 - overhead: `engine.run` of an uncut plan against the runtime's own call on the *same* compiled model with pre-bound buffers, call by call
-  in random order; a second bare request (A/A) says what two equal things differ by. The bare call copies nothing; the engine copies
-  small outputs (`lend` spares that) and small new inputs, and binds larger ones and those that come again and again.
+  in random order; a second bare request (A/A) says what two equal things differ by. The bare call copies nothing; the engine hands
+  outputs out without a copy, copies small new inputs, and binds larger ones and those that come again and again.
 - cut: what a cut costs the engine beyond what it costs the runtimes: (engine cut - engine whole) - (bare cut - bare whole).
 - pipeline: rate of a two-stage plan against that of its slower stage, timed bare while the other one runs, in alternating blocks.
 - memory: resident memory over a million calls after warm-up. threads: 64 of them on one engine, every answer compared.
@@ -56,6 +56,11 @@ class Report:
 
     lines: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    row: str = ""  # only rows whose name holds this
+
+    def wants(self, *names: str) -> bool:
+        """Say whether a row is asked for, by what it is named after."""
+        return self.row in ", ".join(names)
 
     def say(self, line: str = "") -> None:
         """Add a line, and show it."""
@@ -94,20 +99,31 @@ def bare(executable: Any, arrays: dict[str, Any]) -> Callable[[], object]:
 
 
 def interleaved(calls: dict[str, Callable[[], object]], seconds: float, *, seed: int = 0) -> Samples:
-    """Time each of `calls` once a round, in random order, for `seconds`; return durations in seconds by name."""
-    clock, order, rng = time.perf_counter_ns, list(calls.items()), random.Random(seed)
+    """Time each of `calls` once a round, in random order, for `seconds`; return durations in seconds by name.
+
+    What was timed goes to memory that was touched before. Kept as Python's numbers it would need a new page every twenty rounds, and the
+    fault would be counted to whoever makes the first number there: mostly to who makes more numbers, not to who keeps them.
+    """
+    clock, rng = time.perf_counter_ns, random.Random(seed)
     for _ in range(50):
-        for _, call in order:
+        for call in calls.values():
             call()
-    found: dict[str, list[int]] = {name: [] for name in calls}
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    began = clock()
+    for _ in range(20):
+        for call in calls.values():
+            call()
+    most = math.ceil(2 * seconds * 1e9 / max(1, (clock() - began) / 20)) + 50
+    found = {name: np.full(most, -1, np.int64) for name in calls}
+    order = [(found[name], call) for name, call in calls.items()]
+    end, count = time.monotonic() + seconds, 0
+    while count < most and time.monotonic() < end:
         rng.shuffle(order)
-        for name, call in order:
+        for took, call in order:
             started = clock()
             call()
-            found[name].append(clock() - started)
-    return {name: np.array(each) / 1e9 for name, each in found.items()}
+            took[count] = clock() - started
+        count += 1
+    return {name: each[:count] / 1e9 for name, each in found.items()}
 
 
 def p99_excess(found: Samples, name: str, *, seed: int = 0) -> tuple[float, float]:
@@ -179,13 +195,16 @@ def overhead(report: Report, seconds: float) -> None:
     report.say("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for name, (width, rows, layers) in SIZES.items():
         for target in (OPENVINO, ONNXRUNTIME):
+            if not report.wants(name, target):
+                continue
             with engine_of(chain_model(width=width, rows=rows, layers=layers), [single(target)]) as engine:
-                # One after the other: who brings a new array each time is another user than who fills one.
-                steady, new = overhead_calls(engine, rows, width)
-                found = interleaved(steady, 2 * seconds / 3) | interleaved(new, seconds / 3)
+                # One after the other: who brings a new array each time, or gives an answer back, is another user.
+                found: Samples = {}
+                for calls, share in zip(overhead_calls(engine, rows, width), (0.6, 0.2, 0.2), strict=True):
+                    found |= interleaved(calls, seconds * share)
             bare_s = float(np.median(np.concatenate([found["bare"], found["again"]])))
-            added = {each: float(np.median(found[each])) - bare_s for each in ("engine", "lent")}
-            added["new"] = float(np.median(found["new"]) - np.median(found["bare new"]))
+            added = {"engine": float(np.median(found["engine"])) - bare_s}
+            added |= {each: float(np.median(found[each]) - np.median(found[f"bare {each}"])) for each in ("lent", "new")}
             allowed = max(0.02 * bare_s, 10e-6)
             excess, band = p99_excess(found, "engine")
             held = report.gate(f"overhead p50, {name} on {target}", max(added["engine"], added["new"]) <= allowed)
@@ -197,8 +216,8 @@ def overhead(report: Report, seconds: float) -> None:
             report.say(f"| {name} | {target} | {medians} | {tails} | {len(found['bare'])} |")
 
 
-def overhead_calls(engine: Engine, rows: int, width: int) -> tuple[dict[str, Callable[[], object]], dict[str, Callable[[], object]]]:
-    """Return what is compared: the bare call twice with the engine's ways beside it, for one array, and for new ones."""
+def overhead_calls(engine: Engine, rows: int, width: int) -> list[dict[str, Callable[[], object]]]:
+    """Return what is compared: the bare call twice with the engine beside it, then one with `lend`, and one with a new array each time."""
     (executable,) = executables(engine)
     x = new_buffer_like(normal(rows, width))
     arrays, into = {"x": x}, new_buffer_like(x)
@@ -220,8 +239,8 @@ def overhead_calls(engine: Engine, rows: int, width: int) -> tuple[dict[str, Cal
         into[...] = next(others)
         copied()
 
-    steady = {"bare": bare(executable, arrays), "again": bare(executable, arrays), "engine": whole, "lent": lent}
-    return steady, {"bare new": bare_new, "new": new}
+    first, second = bare(executable, arrays), bare(executable, arrays)
+    return [{"bare": first, "again": second, "engine": whole}, {"bare lent": first, "lent": lent}, {"bare new": bare_new, "new": new}]
 
 
 def new_buffer_like(array: Any) -> Any:
@@ -242,6 +261,8 @@ def cut(report: Report, seconds: float) -> None:
     width, rows, layers = SIZES["300 µs"]
     model, arrays = chain_model(width=width, rows=rows, layers=layers), {"x": new_buffer_like(normal(rows, width))}
     for first, second in ((OPENVINO, OPENVINO), (ONNXRUNTIME, ONNXRUNTIME), (OPENVINO, ONNXRUNTIME), (ONNXRUNTIME, OPENVINO)):
+        if not report.wants(first, second):
+            continue
         parts = [single(first, 0, layers - 1), single(second, layers)]
         with engine_of(model, [single(first)]) as whole, engine_of(model, parts) as apart:
             calls = {
@@ -264,6 +285,8 @@ def pipeline(report: Report, seconds: float) -> None:
     model = chain_model(width=1024, rows=32, layers=8)
     x = normal(32, 1024)
     for first, second in ((OPENVINO, ONNXRUNTIME), (OPENVINO, OPENVINO), (ONNXRUNTIME, ONNXRUNTIME)):
+        if not report.wants(first, second):
+            continue
         parts = [single(first, 0, 7), single(second, 8)]
         with engine_of(model, parts, execution=Execution(mode="pipelined")) as engine:
             calls = []
@@ -392,6 +415,9 @@ def main() -> None:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SECTIONS))
+    parser.add_argument(
+        "--row", default="", help="of overhead, cut and pipeline only rows whose name holds this: '300 µs, onnxruntime:CPU'"
+    )
     parser.add_argument("--seconds", type=float, default=8.0, help="for each comparison")
     parser.add_argument("--quick", action="store_true", help="a look whether it works; its figures mean nothing")
     parser.add_argument("--out", type=Path)
@@ -403,7 +429,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown section {unknown.pop()!r}; choose from {', '.join(SECTIONS)}")
     seconds = 0.7 if options.quick else options.seconds
-    report = Report()
+    report = Report(row=options.row)
     device = cpu_device()
     report.say("# The engine beside the bare runtimes\n")
     runtimes = f"OpenVINO {version('openvino')}, ONNX Runtime {version('onnxruntime-gpu')}, Python {sys.version.split()[0]}"

@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
-_RING = 4096  # durations remembered per stage and lane
+RING = 1024  # durations remembered per stage and lane
 QUANTILES = (50, 90, 99)
+_UNUSED = 1 << 20  # numbers that the interpreter does not share, of the size of durations
 
 
 class StageClock:
     """Durations of one stage in one lane, in nanoseconds: the last ones, how many there were and their sum.
 
-    Only its lane writes. A call appends to `fresh`, which is all that it pays; the lane counts them now and then (`fold`), and who reads
-    looks at both.
+    Only its lane writes. The last ones are whole from the beginning, so that a call takes the memory of one that is forgotten: new pages
+    would cost a fault for each hundred calls. A look from another thread may miss the call that is being counted.
     """
 
-    __slots__ = ("_count", "_durations", "_lock", "_total_ns", "fresh", "late_bytes", "wait_count", "wait_ns", "waits")
+    __slots__ = ("count", "due", "durations", "late_bytes", "total_ns", "wait_count", "wait_ns", "waits")
 
     def __init__(self) -> None:
-        self.fresh: deque[int] = deque()  # not counted yet; no list, which asks for more memory every ten calls
-        self._durations: deque[int] = deque(maxlen=_RING)
-        self._count = 0
-        self._total_ns = 0
-        self._lock = threading.Lock()
-        self.waits: deque[int] = deque(maxlen=_RING)  # in front of the stage, where it has a queue
+        self.count = 0
+        self.due = 1  # the count at which what was timed is passed on
+        self.durations: deque[int] = deque((_UNUSED + number for number in range(RING)), maxlen=RING)
+        self.total_ns = 0
+        self.waits: deque[int] = deque(maxlen=RING)  # in front of the stage, where it has a queue
         self.wait_ns = 0
         self.wait_count = 0
         self.late_bytes = 0  # of outputs whose size is known only after the run
 
-    def fold(self) -> list[int]:
-        """Count what is fresh, and return it."""
-        with self._lock:
-            new = list(self.fresh)
-            self.fresh.clear()
-            self._durations.extend(new)
-            self._count += len(new)
-            self._total_ns += sum(new)
-        return new
+    def took(self, nanoseconds: int) -> None:
+        """Count a run. `Lane.call` and `shortest` do so without this call."""
+        self.durations.append(nanoseconds)
+        self.total_ns += nanoseconds
+        self.count += 1
+
+    def last(self, many: int) -> list[int]:
+        """Return the durations of the last `many` runs, in their order; of at most as many as are remembered."""
+        found = _newest(self.durations, min(many, self.count, RING))
+        found.reverse()
+        return found
 
     def waited(self, nanoseconds: int) -> None:
         """Remember how long a request stood in the stage's queue."""
@@ -49,35 +51,23 @@ class StageClock:
         self.wait_ns += nanoseconds
         self.wait_count += 1
 
-    @property
-    def count(self) -> int:
-        """How many runs there were."""
-        with self._lock:
-            return self._count + len(self.fresh)
-
-    @property
-    def total_ns(self) -> int:
-        """How long they took together."""
-        with self._lock:
-            return self._total_ns + sum(self.fresh)
-
     def recent_ns(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the last durations."""
-        with self._lock:
-            return np.array([*self._durations, *self.fresh][-_RING:], dtype=np.int64)
+        return np.array(self.last(RING), dtype=np.int64)
 
 
-def _recent(ring: deque[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _newest(ring: deque[int], many: int) -> list[int]:
+    """Return so many of the last, the very last first."""
     while True:
         try:
-            return np.array(ring, dtype=np.int64)
+            return list(islice(reversed(ring), many))
         except RuntimeError:
             continue  # its lane added one meanwhile
 
 
 def quantiles_s(rings: Iterable[deque[int]], prefix: str = "") -> dict[str, float | None]:
     """Return p50, p90 and p99 in seconds over all that `rings` remember; None while they are empty."""
-    return _quantiles_s([_recent(each) for each in rings], prefix)
+    return _quantiles_s([np.array(_newest(each, RING), dtype=np.int64) for each in rings], prefix)
 
 
 def _quantiles_s(parts: Sequence[np.ndarray[Any, np.dtype[np.int64]]], prefix: str) -> dict[str, float | None]:

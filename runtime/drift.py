@@ -44,7 +44,7 @@ _WARMUP_MOST = 8192  # blocks: where calls take microseconds
 _ALLOWANCE = math.log(1.3) / 2
 _LIMIT = 1.0  # some eight blocks of a 30 % shift
 _CLIP = 0.5
-_LEAST_BLOCK_NS = 20_000_000  # of calls: a slice of somebody else is but a part of it
+LEAST_BLOCK_NS = 20_000_000  # of calls: a slice of somebody else is but a part of it
 _PATIENCE = 15.0  # the logarithm of how many observations noise alone is to take for an event: 3 million, or a day
 _SLICE_NS = 5_000_000  # for which Linux lets somebody else run, and a little more
 _LEARNT = 512  # observations, from which level and limit are taken: at first those of the warm-up, again when there are twice as many
@@ -54,6 +54,9 @@ _SKEWED = 1.1  # a mean so much above the median is told, too
 _LEAST_CALLS, _LEAST_S = 10 * BLOCK, 0.5
 _PAUSE_S = 60.0  # of calls, between two events
 _TOLERANCE = 1.15  # loads of one model differ by up to 10 % (docs/decisions/0009); beyond this a warm-up is outside of the plan's interval
+
+
+_Block = tuple[int, int, Sequence[int]]  # what some calls took, how many they are, and what each took: of short ones the last few
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +100,8 @@ class DriftMonitor:
         self._callers = callers
         self._tell = tell
         self._lock = threading.Lock()
-        self._warm: list[int] = []  # durations of the warm-up; empty afterwards
-        self._warm_ns = 0
+        self._warm: list[_Block] = []  # the calls of the warm-up; empty afterwards
+        self._warm_ns = self._warm_calls = 0
         self._warm_until_ns = _WARMUP_S * 1e9
         self._warming = True
         self._skip = _SKIPPED_BLOCKS
@@ -111,7 +114,7 @@ class DriftMonitor:
         self._learned = 0  # from so many
         self._baseline = 0.0  # the logarithm of a mean, in nanoseconds
         self._most_ns = 0  # what a call counts for at most
-        self._least_ns = _LEAST_BLOCK_NS * callers  # what makes an observation, with `BLOCK` calls at least
+        self._least_ns = LEAST_BLOCK_NS * callers  # what makes an observation, with `BLOCK` calls at least
         self._part_ns = self._part_calls = 0  # of one that is not whole
         self._sum = 0.0
         self._calls = 0  # in this excursion
@@ -127,34 +130,46 @@ class DriftMonitor:
         with self._lock:
             for at in range(0, len(durations_ns), BLOCK):
                 block = durations_ns[at : at + BLOCK]
-                event = self._warm_up(block) if self._warming else self._gather(block)
+                event = self._warm_up((sum(block), len(block), block)) if self._warming else self._gather(block)
                 if event is not None:
                     found.append(event)
         for each in found:
             self._tell(each)
+
+    def add_short(self, total_ns: int, calls: int, last: Sequence[int]) -> None:
+        """Take the sum of the durations of calls that are much shorter than a slice, and the last of them: `BLOCK` or less."""
+        with self._lock:
+            if self._warming:
+                event = self._warm_up((total_ns, calls, last))
+            else:
+                self._recent.extend(last)
+                event = self._put_together(total_ns, calls)
+        if event is not None:
+            self._tell(event)
 
     def state(self) -> dict[str, Any]:
         """Return the state for statistics: `warming up`, `inside` or `outside`, the baseline, and the events."""
         state = "warming up" if self._warming else "outside" if self._outside else "inside"
         return {"state": state, "baseline_s": self.baseline_s, "events": [each.as_json() for each in self.events]}
 
-    def _warm_up(self, durations_ns: Sequence[int]) -> Drift | None:
+    def _warm_up(self, block: _Block) -> Drift | None:
         if self._skip:
             self._skip -= 1
             return None
-        self._warm.extend(durations_ns)
-        self._warm_ns += sum(durations_ns)
-        blocks = len(self._warm) // BLOCK
+        self._warm.append(block)
+        self._warm_ns += block[0]
+        self._warm_calls += block[1]
+        blocks = self._warm_calls // BLOCK
         if blocks < _WARMUP_BLOCKS or (self._warm_ns < self._warm_until_ns and blocks < _WARMUP_MOST):
             return None
-        call_ns = max(1.0, median(self._warm))  # a coarse clock may have seen none of it
+        call_ns = max(1.0, median(each for _, _, durations in self._warm for each in durations))  # a coarse clock may have seen none of it
         self._most_ns = int(2 * call_ns) + _SLICE_NS
         self._logs = [math.log(mean) for mean in _means(self._warm, self._most_ns, self._least_ns)]
         baseline, unsure = self._learn()
         if unsure > _SURE and self._warm_until_ns < _WARMUP_LONGEST_S * 1e9 and blocks < _WARMUP_MOST:
             self._warm_until_ns *= 2  # where it is this noisy, half a second says little
             return None
-        calls = len(self._warm)
+        calls = self._warm_calls
         self._warm, self._warming, self.baseline_s = [], False, call_ns / 1e9
         if self._expected is None:
             return None
@@ -184,11 +199,15 @@ class DriftMonitor:
         return baseline, unsure
 
     def _gather(self, durations_ns: Sequence[int]) -> Drift | None:
-        """Put blocks of short calls together until one slice of somebody else is but a part of them."""
         self._recent.extend(durations_ns)
         most = self._most_ns
-        self._part_ns += sum(durations_ns) if max(durations_ns) <= most else sum(min(each, most) for each in durations_ns)
-        self._part_calls += len(durations_ns)
+        total_ns = sum(durations_ns) if max(durations_ns) <= most else sum(min(each, most) for each in durations_ns)
+        return self._put_together(total_ns, len(durations_ns))
+
+    def _put_together(self, total_ns: int, calls: int) -> Drift | None:
+        """Put short calls together until one slice of somebody else is but a part of them."""
+        self._part_ns += total_ns
+        self._part_calls += calls
         if self._part_ns < self._least_ns:
             return None
         total_ns, calls, self._part_ns, self._part_calls = self._part_ns, self._part_calls, 0, 0
@@ -237,16 +256,16 @@ class DriftMonitor:
         return found
 
 
-def _means(durations_ns: Sequence[int], most_ns: int, least_ns: int) -> Iterator[float]:
-    """Yield the means of blocks of at least `BLOCK` calls and `least_ns`, a call counting for `most_ns` at most; one block at least."""
-    total = calls = 0
+def _means(blocks: Sequence[_Block], most_ns: int, least_ns: int) -> Iterator[float]:
+    """Yield the means of calls by so many blocks as take `least_ns`, a call counting for `most_ns` at most; one at least."""
+    total_ns = calls = 0
     whole = False
-    for at in range(0, len(durations_ns), BLOCK):
-        total += sum(min(each, most_ns) for each in durations_ns[at : at + BLOCK])
-        calls += BLOCK
-        if total >= least_ns or (at + BLOCK >= len(durations_ns) and not whole):
-            yield max(total, 1) / calls
-            total = calls = 0
+    for number, (block_ns, count, durations_ns) in enumerate(blocks, start=1):
+        total_ns += sum(min(each, most_ns) for each in durations_ns) if len(durations_ns) == count else block_ns
+        calls += count
+        if total_ns >= least_ns or (number == len(blocks) and not whole):
+            yield max(total_ns, 1) / calls
+            total_ns = calls = 0
             whole = True
 
 

@@ -472,7 +472,7 @@ class Engine:
         expected = None if self.validity.grade == "retune" else names[self._running].get("median_s")
         drift = PacedMonitor(expected, callers=self._program.window, tell=self._drifted)
         for lane in self._program.lanes:
-            lane.watch = drift.add
+            lane.watch = drift
         return drift, ""
 
     def _drifted(self, found: Drift) -> None:

@@ -101,6 +101,8 @@ def _face(array: Buffer) -> Any:
 class Handing:
     """A stage's requests as one. Used by one thread at a time, as any request is."""
 
+    __slots__ = ("_executable", "_explained", "_inputs", "_made", "_most", "_ran", "_specs", "now", "private", "slots", "turn")
+
     def __init__(self, executable: Executable, outputs: Sequence[TensorSpec]) -> None:
         """Make the request whose outputs are copied; the others follow when runs show that there is use for them.
 

@@ -15,16 +15,18 @@ import numpy as np
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.backend import Buffer, DeviceTensor, DeviceTensors, Executable, Request, host_buffer, is_foreign, on_device
 from aivmm.runtime.clocks import StageClock
-from aivmm.runtime.drift import BLOCK
+from aivmm.runtime.drift import BLOCK, LEAST_BLOCK_NS
 from aivmm.runtime.feed import Feed, wanted_buffer
 from aivmm.runtime.handing import Handing, counts_references, direct_call
 from aivmm.runtime.inputs import is_numpy, refuse_unknown
+from aivmm.runtime.paces import PacedMonitor
 from aivmm.runtime.plan import Stage
 from aivmm.tensors import TensorSpec
 
-# What was timed is counted this often, and by so many calls where they are short: one of a hundred is not to be longer for it.
-_FOLD_NS = 50_000_000
-_FOLD_CALLS, _SHORT_NS = 256, 500_000
+# What was timed is passed on by so many calls where they are short, and otherwise this often: it takes a while, and were it one call in a
+# hundred, that would be the 99th percentile. All that took `SHORT_NS` at least are looked at one by one.
+_PASSED_CALLS, _PASSED_NS = 1024, 50_000_000
+SHORT_NS = 500_000
 
 
 def _one_memory(executables: Sequence[Executable]) -> bool:
@@ -37,6 +39,12 @@ _Step = tuple[Callable[[], None], Callable[[int], None], list[tuple[str, StageCl
 
 class Lane:
     """Runs the stages one after another. Used by one thread at a time; who holds it sees to that."""
+
+    # What the shortest way touches lies side by side, in the object itself (`shortest`), where `of_one` is True.
+    __slots__ = ("__dict__", "__weakref__", "clock", "feed", "hands")
+    feed: Feed
+    hands: Handing
+    clock: StageClock
 
     def __init__(
         self,
@@ -67,12 +75,13 @@ class Lane:
         if self._handing is not None:
             self._requests.append(self._handing)
         self.clocks = [StageClock() for _ in stages]
-        # Takes the durations of runs by whole blocks, and in what time they came, all in nanoseconds.
-        self.watch: Callable[[Sequence[int], int], None] | None = None
+        self.watch: PacedMonitor | None = None  # takes the durations of runs
+        self._whole = self.clocks[0] if len(stages) == 1 else StageClock()  # those of all stages
+        self._told = self._told_ns = 0  # calls that were passed on, and what they took
         self._passed_at_ns = perf_counter_ns()  # up to when that was told
-        self._whole: list[int] = []  # durations of runs of several stages
         self._rest: list[int] = []  # of the block that is not whole yet
-        self._due_ns = 0  # when what was timed is counted next
+        self._due_ns = 0  # when long calls are passed on next
+        self._long = False  # there is one among those that are not passed on
         self._so_far_ns = 0  # of a run that is taken by steps
         self._buffers: dict[str, Buffer] = {}
         self.kept_on_device: dict[str, str] = {}  # tensor between stages -> the memory that it never leaves
@@ -98,6 +107,10 @@ class Lane:
         self._order = [each.name for each in outputs]
         self.short = False
         self._shorten()
+        self.of_one = self.short and len(self._feeds) == 1 and self._handing is not None and len(self._handing.private.arrays) == 1
+        if self.of_one:
+            assert self._handing is not None
+            self.feed, self.hands, self.clock = self._feeds[0], self._handing, self.clocks[0]
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
         """Run once and return the outputs; the arrays are the caller's own.
@@ -121,16 +134,10 @@ class Lane:
             self.__dict__["call"] = short
 
     def _new_call(self) -> Callable[[Mapping[str, Any]], dict[str, Buffer]] | None:
-        """Return `run` for a lane of one stage, in one function; None for all others.
-
-        A model leaves the caches cold, and then each line of memory that is touched, the interpreter's own too, costs a part of the ten
-        microseconds that the whole engine may take: so there are few steps, and what they refer to lies side by side, in the defaults.
-        """
+        """Return `run` for a lane of one stage, in one function, what it refers to side by side in its defaults; None for all others."""
         handing = self._handing
         if handing is None or len(self._steps) != 1 or self._fixed or self._readers:
             return None
-        if len(self._feeds) == 1 and len(handing.private.arrays) == 1:
-            return self._new_call_of_one(handing)
 
         def call(
             inputs: Mapping[str, Any],
@@ -138,7 +145,7 @@ class Lane:
             feeds: tuple[tuple[str, Feed], ...] = tuple((each.name, each) for each in self._feeds),
             references: Callable[[object], int] = getrefcount,
             clock: Callable[[], int] = perf_counter_ns,
-            took: Callable[[int], None] = self.clocks[0].fresh.append,
+            timed: StageClock = self.clocks[0],
             handing: Handing = handing,
         ) -> dict[str, Buffer]:
             for name, feed in feeds:
@@ -164,52 +171,13 @@ class Lane:
             except Exception as error:
                 handing.refuse(error)
                 raise
-            now = clock()
-            took(now - started_ns)
-            if now >= lane._due_ns:
-                lane._fold(now)
+            took_ns = clock() - started_ns
+            timed.durations.append(took_ns)
+            timed.total_ns += took_ns
+            timed.count = count = timed.count + 1
+            if count >= timed.due or took_ns >= SHORT_NS:
+                lane.pass_on(took_ns)
             return handing.given(slot)
-
-        return call
-
-    def _new_call_of_one(self, handing: Handing) -> Callable[[Mapping[str, Any]], dict[str, Buffer]]:
-        """Return the same for one input and one output, which most models have."""
-        (feed,) = self._feeds
-        ((output, _),) = handing.private.arrays
-
-        def call(
-            inputs: Mapping[str, Any],
-            lane: Lane = self,
-            name: str = feed.name,
-            feed: Feed = feed,
-            references: Callable[[object], int] = getrefcount,
-            clock: Callable[[], int] = perf_counter_ns,
-            took: Callable[[int], None] = self.clocks[0].fresh.append,
-            handing: Handing = handing,
-            output: str = output,
-        ) -> dict[str, Buffer]:
-            array = inputs.get(name)
-            if array is not feed.bound:
-                feed.take(array)
-            if len(inputs) != 1:
-                refuse_unknown(inputs, lane._specs)
-            slot = handing.turn
-            if slot is None or references(slot.face) > slot.face_alone:
-                slot = handing.another()
-            handing.turn = slot.after
-            if slot.stale:
-                handing.catch_up(slot)
-            started_ns = clock()
-            try:
-                slot.runs()
-            except Exception as error:
-                handing.refuse(error)
-                raise
-            now = clock()
-            took(now - started_ns)
-            if now >= lane._due_ns:
-                lane._fold(now)
-            return handing.given(slot) if slot.face is None else {output: slot.face.view()}
 
         return call
 
@@ -225,7 +193,7 @@ class Lane:
                 for index, (request, run) in enumerate(zip(self._requests, runs, strict=True))
             ]
         # Closed, it has no requests; so it may be while a trace looks.
-        return list(zip(runs, (each.fresh.append for each in self.clocks), self._late, strict=False))
+        return list(zip(runs, (each.took for each in self.clocks), self._late, strict=False))
 
     def load(self, inputs: Mapping[str, Any]) -> None:
         """Take the inputs: copy the small ones, bind the large ones, and those that come again and again, where they are.
@@ -269,10 +237,7 @@ class Lane:
                 self._hand_on(late)
             now = perf_counter_ns()
             took(now - last_ns)
-        if self._cut:
-            self._whole.append(now - started_ns)
-        if now >= self._due_ns:
-            self._fold(now)
+        self._timed(now - started_ns)
 
     def wrap(self, wrapped: Callable[[int, Callable[[], None]], Callable[[], None]] | None) -> None:
         """Run each stage by what `wrapped` makes of its number and its run, for a trace; None runs the stages themselves again."""
@@ -294,30 +259,39 @@ class Lane:
         took(now - started_ns)
         self._so_far_ns = now - started_ns + (self._so_far_ns if index else 0)
         if index == len(self._steps) - 1:
-            if self._cut:
-                self._whole.append(self._so_far_ns)
-            if now >= self._due_ns:
-                self._fold(now)
+            self._timed(self._so_far_ns)
 
-    def _fold(self, now: int) -> None:
-        """Count what was timed, and pass it on to who watches."""
-        self._due_ns = now + _FOLD_NS
-        fresh = self.clocks[0].fresh
-        if len(fresh) < _FOLD_CALLS and fresh[-1] < _SHORT_NS:
-            return
-        for clock in self.clocks:
-            whole = clock.fold()
+    def _timed(self, took_ns: int) -> None:
+        """Count a run of all stages."""
         if self._cut:
-            whole = self._whole[:]
-            del self._whole[:]
-        if self.watch is not None:
-            whole = self._rest + whole
-            end = len(whole) // BLOCK * BLOCK
-            self._rest = whole[end:]
-            if end:
-                passed_ns = (now - self._passed_at_ns) * end // len(whole)
-                self._passed_at_ns += passed_ns
-                self.watch(whole[:end], passed_ns)
+            self._whole.took(took_ns)
+        if took_ns >= SHORT_NS or self._whole.count >= self._whole.due:
+            self.pass_on(took_ns)
+
+    def pass_on(self, took_ns: int) -> None:
+        """Tell who watches what calls took: of short ones the sum, by as many as are one observation, of others each; not at each call."""
+        now, timed = perf_counter_ns(), self._whole
+        self._long |= took_ns >= SHORT_NS
+        if timed.count < timed.due and now < self._due_ns:
+            return
+        calls, total_ns, long = timed.count - self._told, timed.total_ns - self._told_ns, self._long
+        self._told, self._told_ns, self._due_ns, self._long = timed.count, timed.total_ns, now + _PASSED_NS, False
+        watch = self.watch
+        timed.due = timed.count + max(BLOCK, min(_PASSED_CALLS, LEAST_BLOCK_NS * calls // max(total_ns, 1) + 1))
+        if watch is None or not calls:
+            return
+        if not long:
+            up_to_ns = now - sum(self._rest)
+            watch.add_short(total_ns, calls, timed.last(BLOCK), up_to_ns - self._passed_at_ns)
+            self._passed_at_ns = up_to_ns
+            return
+        whole = self._rest + timed.last(calls)
+        end = len(whole) // BLOCK * BLOCK
+        self._rest = whole[end:]
+        if end:
+            passed_ns = (now - self._passed_at_ns) * end // len(whole)
+            self._passed_at_ns += passed_ns
+            watch.add(whole[:end], passed_ns)
 
     def copies(self) -> dict[str, Buffer]:
         """Return the outputs of the last run; the arrays are the caller's own. Those of the last stage are not copied: see `handing`."""
@@ -364,6 +338,9 @@ class Lane:
             self._handing.close()
         self._handing = None
         self.__dict__.pop("call", None)
+        if self.of_one:
+            del self.feed, self.hands, self.clock
+        self.of_one = False
         self._late.clear()
         self._makers.clear()
         self._buffers.clear()

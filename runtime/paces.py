@@ -39,12 +39,23 @@ class PacedMonitor:
 
     def add(self, durations_ns: Sequence[int], passed_ns: int) -> None:
         """Take the durations of calls by whole blocks, as `DriftMonitor.add` does, of one caller, and in what time they came."""
-        pace = self._pace(durations_ns, passed_ns)
+        monitor = self._of_pace(sum(durations_ns), len(durations_ns), passed_ns)
+        if monitor is not None:
+            monitor.add(durations_ns)
+
+    def add_short(self, total_ns: int, calls: int, last: Sequence[int], passed_ns: int) -> None:
+        """Take what short calls of one caller took together, as `DriftMonitor.add_short` does, and in what time they came."""
+        monitor = self._of_pace(total_ns, calls, passed_ns)
+        if monitor is not None:
+            monitor.add_short(total_ns, calls, last)
+
+    def _of_pace(self, total_ns: int, calls: int, passed_ns: int) -> DriftMonitor | None:
+        pace = self._pace(total_ns, calls, passed_ns)
         before, self._before = self._before, pace
         if abs(pace - before) > 1:
-            return  # some calls of each: one long pause, and many calls in a row
-        self._last = monitor = self._monitor(pace)
-        monitor.add(durations_ns)
+            return None  # some calls of each: one long pause, and many calls in a row
+        self._last = self._monitor(pace)
+        return self._last
 
     def state(self) -> dict[str, Any]:
         """Return the state for statistics: that of the pace that calls came at last, and the events."""
@@ -52,11 +63,11 @@ class PacedMonitor:
             events = list(self._events)
         return self._last.state() | {"events": [each.as_json() for each in events]}
 
-    def _pace(self, durations_ns: Sequence[int], passed_ns: int) -> int:
+    def _pace(self, total_ns: int, calls: int, passed_ns: int) -> int:
         """Return 0 for calls without a pause, and else a number that grows by one where pauses are twice as long."""
-        call_ns = sum(durations_ns) / len(durations_ns)
+        call_ns = total_ns / calls
         # A lane has one turn of as many as there are callers for.
-        pause_ns = passed_ns / len(durations_ns) / self._callers - call_ns
+        pause_ns = passed_ns / calls / self._callers - call_ns
         if pause_ns <= max(_NO_PAUSE_NS, call_ns / _NO_PAUSE_SHARE):
             return 0
         return int(pause_ns / _NO_PAUSE_NS).bit_length()

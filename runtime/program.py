@@ -23,10 +23,10 @@ from aivmm.runtime.lane import Lane
 from aivmm.runtime.plan import Execution, Stage
 from aivmm.runtime.pool import Pool, closed
 from aivmm.runtime.sharing import shared_out
+from aivmm.runtime.shortest import Instead, shortest
 from aivmm.runtime.stage_threads import StageThreads
 from aivmm.tensors import TensorSpec
 
-Instead = Callable[["Program", Mapping[str, Any], BaseException], Outputs]  # what answers a request that failed
 _SUSPICIONS = 3  # failed requests after which a program that never answered one is taken for dead
 
 
@@ -92,37 +92,8 @@ class Program:
         return self.ask(inputs)
 
     def shortest(self, instead: Instead) -> Callable[[Mapping[str, Any]], Outputs] | None:
-        """Return what answers a request on the caller's thread, and by `instead` where that fails; None where there is more to do.
-
-        Few lines, as in `Lane.call`, for the same reason. Taking and giving are `Pool.get` and `put` without their calls.
-        """
-        if self.ask != self._at_once:
-            return None
-        lanes = self.free.lanes
-
-        def run(
-            inputs: Mapping[str, Any],
-            take: Callable[[], Lane] = lanes.popleft,
-            give: Callable[[Lane], None] = lanes.append,
-            pool: Pool = self.free,
-            program: Program = self,
-            instead: Instead = instead,
-        ) -> Outputs:
-            try:
-                try:
-                    lane = take()
-                except IndexError:
-                    lane = program.acquire()
-                try:
-                    return lane.call(inputs)
-                finally:
-                    give(lane)
-                    if pool.waiting:
-                        pool.wake()
-            except (Unsupported, UsageError) as error:
-                return instead(program, inputs, error)
-
-        return run
+        """Return what answers a request on the caller's thread, and by `instead` where that fails; None where there is more to do."""
+        return shortest(self, instead) if self.ask == self._at_once else None
 
     def _at_once(self, inputs: Mapping[str, Any]) -> Outputs:
         lane = self.acquire()

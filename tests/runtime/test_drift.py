@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import aivmm
 from aivmm.errors import UsageError
-from aivmm.runtime import lane
+from aivmm.runtime import lane, shortest
 from aivmm.runtime.drift import BLOCK, Drift, DriftMonitor
 from aivmm.runtime.paces import PacedMonitor
 from aivmm.runtime.plan import Batching, Execution, Number
@@ -266,12 +266,13 @@ class Slow:
     wait: Callable[[], None]
 
 
-@pytest.fixture
-def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[aivmm.Engine]:
+@contextmanager
+def slowed(folder: Path, monkeypatch: pytest.MonkeyPatch, call_s: float) -> Iterator[aivmm.Engine]:
     """An engine whose calls take what `Slow.seconds` says: its clock is moved by hand, so that no load of the machine is seen."""
     now = [0]
-    monkeypatch.setattr(lane, "perf_counter_ns", lambda: now[0])
-    bundle = make_bundle(tmp_path / "m.aivmm", chain_model(), [Part(ONNXRUNTIME)], expected={"median_s": plan_says()})
+    for module in (lane, shortest):
+        monkeypatch.setattr(module, "perf_counter_ns", lambda: now[0])
+    bundle = make_bundle(folder / "m.aivmm", chain_model(), [Part(ONNXRUNTIME)], expected={"median_s": plan_says(call_s)})
     with aivmm.load_plan(bundle) as loaded:
 
         def slow(_: int, real: Callable[[], None]) -> Callable[[], None]:
@@ -288,6 +289,34 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[aivmm.En
         for each in loaded._program.lanes:
             each.wrap(slow)
         yield loaded
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[aivmm.Engine]:
+    with slowed(tmp_path, monkeypatch, CALL_S) as loaded:
+        yield loaded
+
+
+@pytest.mark.parametrize("call_s", [20e-6, 150e-6, 450e-6])
+def test_short_calls_are_passed_on_as_sums_and_told_after_half_a_second(
+    call_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with slowed(tmp_path, monkeypatch, call_s) as engine:
+        told: list[Drift] = []
+        engine.on_drift = told.append
+        x = {"x": normal(2, 32)}
+        for call in range(int(1.5 / call_s)):
+            Slow.seconds = call_s if call % int(0.3 / call_s) else 3e-3  # one by one, and counted as what it is
+            engine.run(x)
+        assert engine.stats()["drift"]["state"] == "inside" and not told
+        Slow.seconds, calls = 1.3 * call_s, 0
+        while not engine.stats()["drift"]["events"] and calls < 1 / call_s:
+            for _ in range(100):
+                engine.run(x)
+            calls += 100
+        (event,) = heard(told)
+        assert 0.45 < calls * 1.3 * call_s < 0.7  # what it began in counts whole
+        assert event.live_s == pytest.approx(1.3 * call_s) and event.baseline_s == pytest.approx(call_s, rel=0.01)
 
 
 def test_an_engine_tells_its_listener_its_log_and_its_statistics(engine: aivmm.Engine, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
 
 from aivmm.errors import UsageError
-from aivmm.runtime.clocks import StageClock
+from aivmm.runtime.clocks import RING, StageClock
 from aivmm.runtime.feed import new_buffer
 from aivmm.runtime.inputs import checked, is_numpy, refuse_unknown
 from aivmm.tensors import TensorSpec
@@ -18,16 +19,28 @@ X = TensorSpec(name="x", dtype="float32", shape=(2, None))
 
 def test_a_clock_counts_all_and_remembers_the_last() -> None:
     clock = StageClock()
-    assert clock.recent_ns().size == 0
+    assert clock.recent_ns().size == 0 and clock.last(3) == []
     for number in range(5000):
-        clock.fresh.append(number)
-        if number % 7 == 0:
-            clock.fold()
-    assert clock.count == 5000
+        clock.took(number)
+        if number in (2, RING - 1):
+            assert clock.recent_ns().tolist() == list(range(number + 1))
+    assert clock.count == 5000 and clock.total_ns == sum(range(5000))
     recent = clock.recent_ns()
-    assert sorted(recent) == list(range(5000 - 4096, 5000))
+    assert recent.tolist() == list(range(5000 - RING, 5000))
     recent[:] = 0
-    assert clock.recent_ns().max() == 4999
+    assert clock.last(2) == [4998, 4999] and len(clock.last(5000)) == RING
+
+
+def test_a_clock_that_was_asked_for_much_takes_no_more_memory() -> None:
+    tracemalloc.start()
+    try:
+        clock = StageClock()
+        before = tracemalloc.get_traced_memory()[0]
+        for number in range(20 * RING):
+            clock.took(10**6 + number)
+        assert tracemalloc.get_traced_memory()[0] - before < 200 * 32  # what was there from the beginning is used again
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (3, 5), (1,)])
