@@ -18,7 +18,6 @@ from aivmm.runtime.cuda_copies import CardCopier, index_of
 from aivmm.runtime.inputs import is_numpy
 from aivmm.runtime.nvidia import DRIVER_ADVICE, cuda_devices, libraries_loaded, missing_library
 from aivmm.runtime.ort_options import (
-    COUNTS,
     EXECUTION_MODES,
     GRAPHS,
     HOST_MEMORIES,
@@ -30,10 +29,10 @@ from aivmm.runtime.ort_options import (
     PROVIDERS,
     SESSION_ENTRIES,
     SESSION_SETTINGS,
-    SWITCHES,
     cpu_knobs,
     cuda_knobs,
     provider_knobs,
+    require_entry,
     tensorrt_knobs,
 )
 from aivmm.runtime.ort_requests import BoundRequest, FeedRequest, RebindingRequest, StagedRequest, device_tensor, shared_tensor, words
@@ -244,7 +243,7 @@ class OnnxRuntime:
                 if value not in HOST_MEMORIES:
                     raise Unsupported(f"{name}={value!r} is no kind of memory", advice=f"choose from {', '.join(HOST_MEMORIES)}")
             elif name in SESSION_ENTRIES:
-                _require_entry(name, value)
+                require_entry(name, value)
                 options.add_session_config_entry(name, str(value))
             elif name in SESSION_SETTINGS:
                 _set(options, name, value)
@@ -306,15 +305,6 @@ def _graphed(config: Config) -> bool:
 
 def _kind(target: Target) -> str:
     return target.name.split(":")[0]
-
-
-def _require_entry(name: str, value: Setting) -> None:
-    """Raise Unsupported unless the entry takes the value: ONNX Runtime reads what it does not know as off, in silence."""
-    text = str(value)
-    if (name in SWITCHES and text not in ("0", "1")) or (name in COUNTS and not text.isdigit()):
-        raise Unsupported(
-            f"{name}={text!r} is not a setting of ONNX Runtime", advice="give 0 or 1" if name in SWITCHES else "give a number"
-        )
 
 
 def _set(options: Any, name: str, value: Setting) -> None:

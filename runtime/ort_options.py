@@ -10,7 +10,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from aivmm.runtime.config import Knob
+from aivmm.errors import Unsupported
+from aivmm.runtime.config import Knob, Setting
 from aivmm.runtime.cpu import usable_cores
 from aivmm.runtime.nvidia import EXTRA_ADVICE, TENSORRT_ADVICE
 from aivmm.runtime.target import DeviceKind
@@ -289,3 +290,12 @@ def tensorrt_knobs() -> tuple[Knob, ...]:
         ),
         Knob(prefix + "trt_auxiliary_streams", "int", "branches of the graph side by side", low=-1, high=4, default=-1),
     )
+
+
+def require_entry(name: str, value: Setting) -> None:
+    """Raise Unsupported unless the entry takes the value: ONNX Runtime reads what it does not know as off, in silence."""
+    text = str(value)
+    if (name in SWITCHES and text not in ("0", "1")) or (name in COUNTS and not text.isdigit()):
+        raise Unsupported(
+            f"{name}={text!r} is not a setting of ONNX Runtime", advice="give 0 or 1" if name in SWITCHES else "give a number"
+        )
