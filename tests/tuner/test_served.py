@@ -123,7 +123,7 @@ def test_a_limit_that_nothing_can_hold_ends_with_3_and_says_which_and_why(place:
     assert done.code == 3, done.err
     found = done.json
     assert found["plan"] is None
-    assert "tokens (priority 1) cannot be served: its median is limited to 0.001 µs, and not even alone on" in found["verdict"]
+    assert "tokens (priority 1) cannot be served: its median is limited to 1 ns, and not even alone on" in found["verdict"]
     assert found["tried"] == []  # what no machine of one model holds is not tried with two
     assert not (place.work / "h.aivmm").exists()
     assert Path(found["report"]).is_file()
