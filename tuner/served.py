@@ -88,7 +88,7 @@ class WorkloadTuner:
             reasons = tuple(filter(None, (self._words.impossible(each.demand) for each in self.wishes[: len(outcomes)])))
             if reasons:
                 left = [each.demand.name for each in self.wishes[len(outcomes) :]]
-                told = (f"{' and '.join(left)} {'were' if len(left) > 1 else 'was'} not tuned then.",) if left else ()
+                told = (f"{' and '.join(left)} {'were' if len(left) > 1 else 'was'} not tuned: the mix cannot be served.",) if left else ()
                 return self._infeasible((*reasons, *told), outcomes, None, (), started)
             chosen, trials = self.divided(folder)
             if chosen.failed:
