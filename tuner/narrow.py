@@ -15,7 +15,7 @@ from aivmm.runtime.target import Target
 
 _TOTAL = ("INFERENCE_NUM_THREADS",)  # of all of an executable's streams together
 _THREADS = (*_TOTAL, "intra_op_num_threads", "threads")
-_STREAMS = "NUM_STREAMS"
+_STREAMS, _HINT = "NUM_STREAMS", "PERFORMANCE_HINT"
 _QUIET: dict[str, Setting] = {"session.intra_op.allow_spinning": "0"}
 _LOOSE: dict[str, Setting] = {"ENABLE_CPU_PINNING": False}
 _STOP: dict[str, Setting] = {"session.force_spinning_stop": "1"}
@@ -35,6 +35,8 @@ def with_threads(config: Config, knobs: Iterable[Knob], threads: int) -> Config 
     settings = {**config.as_dict(), **settings}
     if _count(settings.get(_STREAMS)) > threads:
         del settings[_STREAMS]  # each has a thread at least
+    if settings.get(_HINT) == "THROUGHPUT":
+        del settings[_HINT]  # for as many callers as keep all cores busy
     return Config.of(settings, precision=config.precision)
 
 

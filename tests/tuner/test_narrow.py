@@ -55,6 +55,7 @@ def test_cores_that_a_candidate_keeps_busy(settings: dict[str, Setting], callers
 def test_on_a_part_of_the_processor_nothing_spins_and_no_stream_is_without_a_thread() -> None:
     busy = Config.of({"INFERENCE_NUM_THREADS": 4, "NUM_STREAMS": 4}, precision="fp32")
     assert with_threads(busy, OV, 2) == Config.of({"INFERENCE_NUM_THREADS": 2}, precision="fp32")
+    assert with_threads(Config.of({"PERFORMANCE_HINT": "THROUGHPUT"}), OV, 2) == Config.of({"INFERENCE_NUM_THREADS": 2})
     assert with_threads(Config(), ORT, 2) == Config.of({"intra_op_num_threads": 2, "session.intra_op.allow_spinning": "0"})
     assert with_threads(Config(), ORT, 1) == Config.of({"intra_op_num_threads": 1})
     assert with_threads(Config(), (), 1) is None
