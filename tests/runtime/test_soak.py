@@ -71,8 +71,7 @@ def grown(engine: Engine, calls: int) -> int:
     """Return by how many bytes the process grew over `calls` runs, after a twentieth of them to warm up (and what rings hold).
 
     The warm-up is made of what is measured, and by the thread that makes it: it was streams, which run on threads of the engine's, and the
-    first 40,000 runs after that took a megabyte more of the C library's free lists (what was in use stayed the same to 30 KB), or two where
-    64 threads had left them in pieces.
+    first 40,000 runs after that took up to a megabyte more of the C library's free lists; what was in use stayed the same to 30 KB.
     """
     x = {"x": normal(2, 32)}
     warm_up = max(10_000, calls // 20)
