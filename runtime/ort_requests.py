@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from aivmm.errors import Unsupported, UsageError
+from aivmm.errors import AivmmError, Unsupported, UsageError
 from aivmm.runtime.backend import Buffer, DeviceTensor, foreign_dtype, holds_foreign, is_foreign, raw_view
 from aivmm.runtime.cuda import is_pinned, wait_for_producers
 from aivmm.runtime.onnx_interface import ELEMENT_TYPES
@@ -177,10 +177,15 @@ class RebindingRequest(BoundRequest):
         super().bind_device(name, tensor)
 
     def run(self) -> None:
-        """Bind the inputs anew, and run."""
+        """Bind the inputs anew, and run. What the library refuses, in the copy of an input too, is Unsupported."""
         with self._around:
-            for again in self._again.values():
-                again()
+            try:
+                for again in self._again.values():
+                    again()
+            except AivmmError:
+                raise
+            except Exception as error:  # on a card this is the upload: it may be full, or have failed
+                raise _as_ours(error) from error
             super().run()
 
 
@@ -284,13 +289,6 @@ class StagedRequest(BoundRequest):
             self._call(self._argument, None)
         except Exception as error:
             raise _as_ours(error) from error
-
-    def forget_inputs(self) -> None:
-        """Let go of the inputs' arrays and tensors; nothing is copied from there any more."""
-        for name in self._inputs:
-            for kept in (self._into, self._through, self._lent):
-                kept.pop(name, None)
-        super().forget_inputs()
 
     def _copy_in(self) -> None:
         for destination, array in self._through.values():

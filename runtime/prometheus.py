@@ -33,7 +33,7 @@ class HasStats(Protocol):
 class EngineCollector:
     """A collector: it reads `engine.stats()` when it is scraped, and costs nothing in between.
 
-    Seconds and bytes are counted since the engine was loaded; quantiles are over the last runs (up to 4096 a stage and lane). A registry
+    Seconds and bytes are counted since the engine was loaded; quantiles are over the last runs (up to 1024 a stage and lane). A registry
     takes one collector: several engines are a mapping from names to engines, which what `load_plan` gives of a workload is. Engines of
     several shapes have a label `shape`.
     """

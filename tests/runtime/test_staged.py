@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -224,11 +225,28 @@ def test_after_a_refusal_nothing_is_on_its_way_from_or_to_the_arrays() -> None:
     assert not stream.waiting  # whoever was refused may free its arrays
 
 
-@pytest.mark.parametrize("kind", ["staged", "uploaded", "rebinding"])
-def test_inputs_that_are_forgotten_can_be_freed(kind: str) -> None:
-    request: Any = staged(pinned=kind == "uploaded")[0]
-    if kind == "rebinding":
-        request = RebindingRequest(request._session, (A, B), (Y, Z))
+@pytest.mark.parametrize("wrong", ["datetime64[s]", "complex64"])
+def test_an_error_of_the_binding_is_ours(wrong: str) -> None:
+    # On a card the binding is the upload. On a processor it refuses only what is of no type that it has, with the same kind of error.
+    entered = []
+
+    class Around(nullcontext[None]):
+        def __exit__(self, *_: object) -> None:
+            entered.append(1)
+
+    request = RebindingRequest(staged()[0]._session, (A, B), (Y, Z), around=Around())
+    request.bind("a", np.zeros(SHAPE, wrong)), request.bind("b", normal(*SHAPE, seed=2))
+    with pytest.raises(Unsupported, match=r"^ONNX Runtime while running: Numpy_type .* can't be converted"):
+        request.run()
+    a, b = normal(*SHAPE, seed=1), normal(*SHAPE, seed=2)
+    request.bind("a", a)
+    request.run()
+    np.testing.assert_array_equal(request.output("y"), a - b)
+    assert entered == [1, 1]
+
+
+def test_inputs_that_are_forgotten_can_be_freed() -> None:
+    request = RebindingRequest(staged()[0]._session, (A, B), (Y, Z))
     a, b = normal(*SHAPE, seed=1), normal(*SHAPE, seed=2)
     alive = [weakref.ref(each) for each in (a, b)]
     request.bind("a", a), request.bind("b", b)
