@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import median
 
 from aivmm.planner.candidates import Draft, Piece
@@ -37,6 +38,8 @@ class CutPlan:
     look: Look
     parts: tuple[Estimate, ...]
     boundaries_s: float  # what the boundaries take beyond the parts: nothing where these were timed in this very chain
+    believed_s: float | None = None  # what was believed of it before this very chain was timed; None where a segment of it was not known
+    assembled: bool = False  # every segment was timed among other neighbours first, and `look` planned it from these
 
     @property
     def expected(self) -> Estimate:
@@ -67,6 +70,7 @@ class Cutter:
         self._reference_s, self._measure_new = reference_s, measure_new
         self._seen: dict[str, list[list[InPlace]]] = {}  # by the draft's chain: what each measurement of it says of its segments
         self._stored: dict[str, list[tuple[list[InPlace], list[str]]]] = {}  # by chain: looks of the database that were not asked for yet
+        self._believed: dict[str, float | None] = {}  # by chain: the sum of segments and boundaries before it was first timed
         self._number = 0
         self._configs: Mapping[str, Config] = {}
         self._resting: dict[str, Config] = {}  # the same for a target that shares its processor with other segments
@@ -141,13 +145,15 @@ class Cutter:
         assert self.evidence is not None
         draft = self._draft(name, look.plan.segments)
         looks = self._seen.get(_chain(draft), [])
+        assembled = not looks and all(span[:2] in self.evidence.beliefs[span[2]].measured for span in look.plan.segments)
         if not looks and len(draft.pieces) > 1 and not self._work.asked():
             self._look_at(draft)
             looks = self._seen[_chain(draft)]
         if looks:
             placed = _together(looks)
             parts = [Estimate(seconds=self._seconds(each), sigma=each.sigma, source="measured", because="in its place") for each in placed]
-            return CutPlan(draft=draft, look=look, parts=tuple(parts), boundaries_s=0.0)
+            believed_s = self._believed.get(_chain(draft))
+            return CutPlan(draft=draft, look=look, parts=tuple(parts), boundaries_s=0.0, believed_s=believed_s, assembled=assembled)
         known = tuple(part for span in look.plan.segments if (part := self.evidence.segment(*span)) is not None)
         boundaries_s = max(0.0, look.plan.cost_s - math.fsum(each.seconds for each in known))
         return CutPlan(draft=draft, look=look, parts=known, boundaries_s=boundaries_s)
@@ -185,6 +191,15 @@ class Cutter:
             learnt[each.span] = Estimate(seconds=seconds, sigma=each.sigma, source="measured", because="in its place")
         return learnt
 
+    def _believed_s(self, draft: Draft) -> float | None:
+        """Return the sum of what is believed of a draft's segments and boundaries now; None where something of it is not known."""
+        assert self.evidence is not None
+        pieces = draft.pieces
+        parts = [self.evidence.segment(each.first, each.last, str(each.target)) for each in pieces]
+        parts += [self.evidence.crossing(after.first, str(before.target), str(after.target)) for before, after in pairwise(pieces)]
+        known = [each.seconds for each in parts if each is not None]
+        return math.fsum(known) if len(known) == len(parts) else None
+
     def _seconds(self, each: InPlace) -> float:
         if each.ratio is None or self._reference_s is None:
             return each.placed.median_s
@@ -198,6 +213,8 @@ class Cutter:
         measured once more.
         """
         work, chain = self._work, _chain(draft)
+        if chain not in self._seen:
+            self._believed[chain] = self._believed_s(draft)
         looks = self._seen.setdefault(chain, [])
         structures = [work.emitter(draft.batch).segment(each.first, each.last).structure for each in draft.pieces]
         if chain not in self._stored:

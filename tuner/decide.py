@@ -272,19 +272,25 @@ class Decider:
     def note_predictions(self, proof: Proof) -> None:
         """Put beside what the proof found of each entrant what was expected of it, over what the reference took in the search.
 
-        `predicted_measured` is the share of that which rests on measurements.
+        `predicted_measured` is the share of that which rests on measurements. A cut plan also has the sum of segments and boundaries it
+        was planned at, `planned_ratio` (`planned_assembled` is 1 where none of the segments was timed in this chain yet), and the sum that
+        was believed before this chain was first timed, `believed_ratio`.
         """
-        reference_s = self._reference_s()
+        reference_s, engine_s = self._reference_s(), self._engine_s()
         for each in proof.entrants:
             found = self._prediction(each.draft)
             if found is None or not reference_s:
                 continue
             cut = self._cut_plans.get(each.draft.name)
             each.metrics |= {
-                "predicted_ratio": (found.seconds + self._engine_s()) / (reference_s + self._engine_s()),
+                "predicted_ratio": (found.seconds + engine_s) / (reference_s + engine_s),
                 "predicted_sigma": in_other_processes(found).sigma,
                 "predicted_measured": shares(cut.parts if cut else [found]).get("measured", 0.0),
             }
+            if cut:
+                sums = {"planned_ratio": cut.look.plan.cost_s, "believed_ratio": cut.believed_s}
+                each.metrics |= {name: (sum_s + engine_s) / (reference_s + engine_s) for name, sum_s in sums.items() if sum_s is not None}
+                each.metrics["planned_assembled"] = float(cut.assembled)
 
     def certificate(self, proof: Proof) -> Certificate | None:
         """Return what is known of how good the plan is; None where there is no plan, or nothing was expected of it."""

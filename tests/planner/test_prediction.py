@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.prediction import middle, report, tiers
+from benchmarks.prediction import PLANNED, middle, report, tiers
 
 RECORDED = json.loads((Path(__file__).parent / "prediction.json").read_text())
 FOUND = tiers(RECORDED)
@@ -29,3 +29,12 @@ def test_the_recorded_data_covers_what_is_predicted() -> None:
 def test_every_tier_is_reported() -> None:
     text = "\n".join(report(RECORDED))
     assert all(f"| {tier} |" in text for tier in FOUND)
+
+
+def test_a_cut_plan_is_judged_by_the_sum_of_its_segments_beside_what_was_told() -> None:
+    told = {"model": "m", "plan": "cut plan of 2", "forced": True, "predicted": 1.0, "sigma": 0.02, "measured": 1.0, "proven": 1.0}
+    row = {**told, "planned": 1.2, "believed": 1.5, "assembled": True, "proven_low": 0.99, "proven_high": 1.01}
+    found = tiers({"parts": [], "plans": [row, {**row, "plan": "openvino:CPU default", "forced": False, "assembled": False}]})
+    assert found["cut plans, as told"] == [0.0, 0.0] and found[PLANNED] == [pytest.approx(0.2)] * 2
+    assert found[f"{PLANNED}, all of it in other chains"] == [pytest.approx(0.2)]
+    assert found["cut plans, sum believed before their own chain was timed"] == [pytest.approx(0.5)] * 2

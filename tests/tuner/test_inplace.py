@@ -17,6 +17,7 @@ from aivmm.planner.evidence import Estimate
 from aivmm.planner.lazy import Look
 from aivmm.planner.partition import ChainEvidence
 from aivmm.planner.records import RunRecord
+from aivmm.planner.segments import Segments
 from aivmm.probes.arrays import save_arrays
 from aivmm.probes.client import Worker
 from aivmm.probes.race import Contestant
@@ -147,7 +148,7 @@ class Tuning:
         )
         measurer = SimpleNamespace(load_reference=lambda: None, reference=SimpleNamespace(key="reference"), counts=self.counts)
         self.cutter = Cutter(cast(Any, work), cast(Any, None), {}, cast(Any, measurer), reference_s=None, measure_new=measure_new)
-        self.cutter.evidence = ChainEvidence(structure=structure(4), beliefs={})
+        self.cutter.evidence = ChainEvidence(structure=structure(4), beliefs={ONNXRUNTIME: Segments([None] * 4)})
 
     def segment(self, first: int, last: int) -> Any:
         return SimpleNamespace(structure="two layers")
@@ -193,6 +194,16 @@ def test_what_is_told_of_a_cut_plan_is_what_its_own_chain_took(tmp_path: Path) -
     assert [each.seconds for each in found.parts] == [each.placed.median_s for each in looks[0]]  # there is no reference here
     assert found.boundaries_s == 0 and found.expected.seconds == pytest.approx(sum(each.seconds for each in found.parts))
     assert {each.source for each in found.parts} == {"measured"}
+    assert found.believed_s is None and not found.assembled  # nobody had timed these segments, alone or anywhere
+
+    other = Tuning(tmp_path, fresh=True)
+    assert other.cutter.evidence is not None
+    for first, last, name in spans:
+        other.cutter.evidence.beliefs[name].observe(first, last, Estimate(seconds=4.0, sigma=0.1, source="measured"))
+    found = other.cutter._plan("cut plan", Look(plan=plan, bound_s=9.0, proven=True, probes=2, possible=8, solves=1, seconds=0.0))
+    price = other.cutter.evidence.crossing(2, ONNXRUNTIME, ONNXRUNTIME)
+    assert found.assembled and price is not None and found.believed_s == pytest.approx(8.0 + price.seconds)
+    assert found.expected.seconds < 1
 
 
 def test_parts_that_were_timed_beside_one_reference_err_together() -> None:
