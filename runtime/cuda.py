@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -17,9 +17,11 @@ import numpy as np
 
 from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Buffer
+from aivmm.runtime.nvidia import EXTRA_ADVICE, cuda_major, libraries_loaded
 from aivmm.tensors import TensorSpec
 
-_LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "cudart64_13.dll", "cudart64_12.dll")
+_NAME = "cudart64_{}.dll" if sys.platform == "win32" else "libcudart.so.{}"
+_VERSIONS = ("13", "12")  # where a build does not say its own
 _PORTABLE = 1  # cudaHostAllocPortable: page-locked for all cards
 _NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the legacy stream, as ONNX Runtime's own do not
 _EITHER_WAY = 4  # cudaMemcpyDefault: the addresses say which way
@@ -30,32 +32,28 @@ _SLOTS, _SLOT_BYTES = 3, 4 << 20
 
 @cache
 def _library() -> Any:
-    """Return CUDA's runtime library.
+    """Return CUDA's runtime library, of the version that ONNX Runtime's provider links against: the loader has one of each name.
+
+    Another may be installed as well, be too new for the driver, or be loaded already by others in the process.
 
     Raises:
         Unsupported: it is not installed where the loader looks.
     """
+    libraries_loaded()  # those in wheels, which are found by their names then
     try:
-        library = _loaded(_LIBRARIES)
+        library = _first([_NAME.format(version) for version in dict.fromkeys((cuda_major(), *_VERSIONS))])
     except OSError as error:
-        raise Unsupported(f"CUDA's runtime library cannot be loaded ({error})", advice='pip install "aivmm[cuda]"') from None
+        raise Unsupported(f"CUDA's runtime library cannot be loaded ({error})", advice=EXTRA_ADVICE) from None
     library.cudaGetErrorString.restype = ctypes.c_char_p
     return library
 
 
-def _loaded(names: Sequence[str]) -> Any:
-    """Return the first library that the process has loaded already, or else the first that loads.
-
-    A release of CUDA that ONNX Runtime does not use may be installed as well, and be too new for the driver.
+def _first(names: Sequence[str]) -> Any:
+    """Return the first library that loads.
 
     Raises:
         OSError: none loads; with what was said of the first.
     """
-    present = getattr(os, "RTLD_NOLOAD", None)
-    if present is not None:
-        for name in names:
-            with suppress(OSError):
-                return ctypes.CDLL(name, mode=present | os.RTLD_NOW)
     problems = []
     for name in names:
         try:

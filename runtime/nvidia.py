@@ -72,6 +72,13 @@ def libraries_loaded(*, tensorrt: bool = False) -> tuple[str, ...]:
     return tuple(loaded)
 
 
+def cuda_major() -> str:
+    """Return the version of CUDA that this build of ONNX Runtime links against: "13"."""
+    from onnxruntime.capi import build_and_package_info
+
+    return str(getattr(build_and_package_info, "cuda_version", "")).partition(".")[0] or "13"
+
+
 def missing_library(provider: Path) -> str:
     """Return the name of the first library that a provider's own library cannot be loaded for; "" when it can, or none is said."""
     try:

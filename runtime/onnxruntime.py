@@ -16,7 +16,7 @@ from aivmm.runtime.cpu import cpu_device
 from aivmm.runtime.cuda import Stream, ThreadsCard, pinned_empty
 from aivmm.runtime.cuda_copies import CardCopier, index_of
 from aivmm.runtime.inputs import is_numpy
-from aivmm.runtime.nvidia import DRIVER_ADVICE, cuda_devices, libraries_loaded, missing_library
+from aivmm.runtime.nvidia import DRIVER_ADVICE, cuda_devices, cuda_major, libraries_loaded, missing_library
 from aivmm.runtime.ort_options import (
     EXECUTION_MODES,
     GRAPHS,
@@ -288,15 +288,8 @@ def _why_not(kind: str) -> str:
     missing = next((missing_library(folder / name) for name in names if (folder / name).exists()), "")
     if not missing:
         return ""
-    what = "TensorRT 10" if "nvinfer" in missing or "nvonnx" in missing else f"CUDA {_cuda_major()}"
+    what = "TensorRT 10" if "nvinfer" in missing or "nvonnx" in missing else f"CUDA {cuda_major()}"
     return f"{what} libraries not found ({missing} is missing)"
-
-
-def _cuda_major() -> str:
-    """Return the version of CUDA that this build of ONNX Runtime needs."""
-    from onnxruntime.capi import build_and_package_info
-
-    return str(getattr(build_and_package_info, "cuda_version", "")).partition(".")[0] or "13"
 
 
 def _graphed(config: Config) -> bool:

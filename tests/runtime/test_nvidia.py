@@ -69,6 +69,32 @@ def test_libraries_in_wheels_are_loaded_from_wherever_pip_put_them(tmp_path: Pat
     assert int(mapped) > 0
 
 
+@pytest.mark.parametrize(("build", "loaded"), [("13.0", "12"), ("12.8", "13")])
+def test_cudas_library_is_the_one_that_onnx_runtime_links_against_whatever_others_loaded(build: str, loaded: str, tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("plants libraries as Linux names them")
+    wanted = build.partition(".")[0]
+    wheel, others = tmp_path / "nvidia/cu/lib", tmp_path / "others"
+    for folder, version in ((wheel, wanted), (others, loaded)):
+        folder.mkdir(parents=True)
+        name = f"libcudart.so.{version}"
+        made = subprocess.run(
+            ["cc", "-shared", f"-Wl,-soname,{name}", "-o", str(folder / name), "-x", "c", "-"],
+            input=f"int which(void) {{ return {version}; }} const char *cudaGetErrorString(int code) {{ return 0; }}",
+            capture_output=True,
+            text=True,
+        )
+        if made.returncode:
+            pytest.skip(f"no C compiler here ({made.stderr.strip()[-80:]})")
+    code = (
+        f"import ctypes, sys; sys.path.insert(0, {str(tmp_path)!r}); ctypes.CDLL({str(others / f'libcudart.so.{loaded}')!r});"
+        f"from onnxruntime.capi import build_and_package_info; build_and_package_info.cuda_version = {build!r};"
+        "from aivmm.runtime.cuda import _library; print(_library().which())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout.strip() == wanted, ran.stderr
+
+
 def test_without_a_card_the_reason_is_the_driver_and_not_the_libraries() -> None:
     devices, reason = cuda_devices()
     if devices:
