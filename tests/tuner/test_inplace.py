@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from aivmm.planner.records import RunRecord
 from aivmm.planner.segments import Segments
 from aivmm.probes.arrays import save_arrays
 from aivmm.probes.client import Worker
+from aivmm.probes.compare import compare
 from aivmm.probes.race import Contestant
 from aivmm.probes.records import Samples
 from aivmm.runtime.config import Config
@@ -28,7 +30,7 @@ from aivmm.runtime.environment import environment_of
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target
 from aivmm.tuner.cutting import CutPlan, Cutter
-from aivmm.tuner.inplace import InPlace, chain_digest, middle_half, probe_in_place
+from aivmm.tuner.inplace import InPlace, _shared_out, chain_digest, middle_half, probe_in_place
 from aivmm.tuner.measure import Counts
 from aivmm.tuner.narrow import resting
 from tests.db.killing import FACTS
@@ -83,6 +85,36 @@ def test_a_chain_takes_turns_with_the_reference(tmp_path: Path, draft: Draft) ->
     assert sum(each.ratio or 0.0 for each in found) + found[0].engine_s / whole_s == pytest.approx(1.0, abs=0.35)
     assert found[0].sigma == found[1].sigma > 0
     assert all(len(each.placed.timed_s) == len(found[0].placed.timed_s) for each in found)
+
+
+def test_what_a_chain_takes_beside_the_reference_is_shared_out_exactly(draft: Draft) -> None:
+    def took(name: str, *seconds: float) -> Contestant:
+        return Contestant(name, Worker(name), durations=list(seconds), rounds=list(range(len(seconds))))
+
+    # A chain that takes 1.25 times as long in each round; in the middle half of its calls the segments take 3 and 1 and the engine 1.
+    stages = [
+        {"placed": [3.5, 2.5, 9.0, 3.5, 2.5, 0.1, 3.0, 3.0], "alone": [2.0]},
+        {"placed": [0.5, 1.5, 9.0, 0.5, 1.5, 0.1, 8.0, 0.5], "alone": [0.5]},
+    ]
+    answer = {"stages": stages, "beyond": [0.5, 1.0, 60.0]}
+    first, second = _shared_out(
+        draft, answer, took("engine", 5.0, 10.0, 2.5, 5.0, 5.0, 5.0), took("reference", 4.0, 8.0, 2.0, 4.0, 4.0, 4.0)
+    )
+    assert (first.ratio, second.ratio) == (pytest.approx(0.75, rel=1e-12), pytest.approx(0.25, rel=1e-12))
+    assert (first.sigma, second.sigma) == (0.0, 0.0)  # no round says otherwise
+    assert first.engine_s == second.engine_s == 1.0
+    assert [each.placed.timed_s for each in (first, second)] == [tuple(each["placed"]) for each in stages]
+    assert [each.alone.timed_s for each in (first, second)] == [(2.0,), (0.5,)]
+    # Rounds that differ: how sure the ratio is of the whole is how sure each share is.
+    unsure = _shared_out(draft, answer, took("engine", 5.0, 6.0, 4.0, 5.0, 7.0, 5.0), took("reference", *[4.0] * 6))
+    found = compare(
+        Samples(timed_s=(5.0, 6.0, 4.0, 5.0, 7.0, 5.0), rounds=tuple(range(6))), Samples(timed_s=(4.0,) * 6, rounds=tuple(range(6)))
+    )
+    assert found.high > found.low
+    assert unsure[0].sigma == unsure[1].sigma == pytest.approx(math.log(found.high / found.low) / 3.92)
+    # Nothing beside it, or nothing that ran: no ratio.
+    for beside in (None, took("reference")):
+        assert {each.ratio for each in _shared_out(draft, answer, took("engine", 5.0), beside)} == {None}
 
 
 def test_wrong_numbers_are_a_reason(tmp_path: Path, draft: Draft) -> None:
