@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aivmm.planner.evidence import SOURCES, Estimate, shares, total
+from aivmm.planner.evidence import SOURCES, Estimate, shares
 from aivmm.planner.lazy import Look
 from aivmm.probes.records import Source
 
@@ -15,6 +15,7 @@ _WORDS: Mapping[Source, str] = {
     "interpolated": "interpolated between measurements",
     "modelled": "modelled from measured parts",
 }
+_ROUNDING = 1e-9  # relative: sums of the same parts in another order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,27 +93,28 @@ class Certificate:
 
 
 def certify(
+    found: Estimate,
     parts: Sequence[Estimate],
     *,
     objective: str,
-    boundaries_s: float = 0.0,
     call_s: float = 0.0,
     looked: Look | None,
     among: str,
     why_no_bound: str = "",
     more: str = "",
 ) -> Certificate:
-    """Return the certificate of a plan whose segments are expected to take `parts`, its boundaries `boundaries_s`, and any call `call_s`.
+    """Return the certificate of a plan of which a call is expected to take `found`, and any call `call_s` beside; it rests on `parts`.
 
-    `looked` is the search among the placements that `among` names; without one there is no bound, and `why_no_bound` says why.
+    `looked` is the search among the placements that `among` names; without one there is no bound, and `why_no_bound` says why. A plan that
+    takes less than that search thought any could has shown its bound to be wrong, so it has none either.
     """
-    whole = total(parts)
-    factor = (whole.seconds + boundaries_s + call_s) / whole.seconds
-    low, high = whole.interval_s
+    low, high = found.interval_s
     bound = {}
+    if looked is not None and found.seconds < looked.bound_s * (1 - _ROUNDING):
+        looked, why_no_bound = None, "it takes less than the search for placements thought any of them could"
     if looked is not None:
         bound = {
-            "bound_s": min(looked.bound_s + call_s, whole.seconds * factor),
+            "bound_s": min(looked.bound_s, found.seconds) + call_s,
             "proven": looked.proven,
             "segments_measured": looked.probes,
             "segments_possible": looked.possible,
@@ -121,9 +123,9 @@ def certify(
         }
     return Certificate(
         objective=objective,
-        objective_s=whole.seconds * factor,
-        low_s=low * factor,
-        high_s=high * factor,
+        objective_s=found.seconds + call_s,
+        low_s=low + call_s,
+        high_s=high + call_s,
         rests_on=shares(parts),
         among=among,
         why_no_bound="" if looked else why_no_bound,

@@ -47,6 +47,13 @@ class ChainEvidence:
     beliefs: Mapping[str, Segments]
     handover_s: Handover = lambda source, destination, size_bytes: None
     memory_bytes: Mapping[str, float] = field(default_factory=dict)  # the room for one segment, by target; infinite where it is not named
+    _caps: dict[tuple[int, str, str], float] = field(default_factory=dict)  # (block, source, destination) -> seconds at most
+    _prices: npt.NDArray[np.float64] = field(init=False, repr=False, compare=False)  # [boundary, from, to], seconds; `cap` lowers them
+
+    def __post_init__(self) -> None:
+        names, sizes = list(self.beliefs), _crossing_bytes(self.structure)
+        prices = np.array([[[self.crossing_s(a, b, size) for b in names] for a in names] for size in sizes], dtype=np.float64)
+        object.__setattr__(self, "_prices", prices.reshape(len(sizes), len(names), len(names)))
 
     def segment(self, first: int, last: int, choice: str) -> Estimate | None:
         """Return the cost of the blocks [first, last] as one segment; None where the choice does not run them."""
@@ -55,7 +62,7 @@ class ChainEvidence:
     def crossing(self, block: int, source: str, destination: str) -> Estimate | None:
         """Return the price of the boundary before a block between two choices: what a call costs, and the hand-over of what crosses."""
         size = _crossing_bytes(self.structure)[block - 1]
-        seconds = self.crossing_s(source, destination, size)
+        seconds = min(self.crossing_s(source, destination, size), self._caps.get((block, source, destination), np.inf))
         if self.handover_s(source, destination, size) is None:
             return Estimate(seconds=seconds, sigma=0.5, source="modelled", because="the bandwidth of memory")
         return Estimate(seconds=seconds, sigma=0.3, source="interpolated", because="the fit of measured hand-overs")
@@ -65,17 +72,16 @@ class ChainEvidence:
         known = self.handover_s(source, destination, size_bytes)
         return CUT_S + (size_bytes / BYTES_PER_S if known is None else known)
 
+    def cap(self, block: int, source: str, destination: str, seconds: float) -> None:
+        """Let the boundary before a block between two choices cost no more than this, also in chains that were returned before."""
+        names = list(self.beliefs)
+        where = block - 1, names.index(source), names.index(destination)
+        self._prices[where] = self._caps[block, source, destination] = min(float(self._prices[where]), seconds)
+
     def chain(self, *, min_segments: int = 1) -> Chain:
         """Return the chain to be placed."""
-        names = list(self.beliefs)
-        sizes = _crossing_bytes(self.structure)
-        prices = np.array([[[self.crossing_s(a, b, size) for b in names] for a in names] for size in sizes], dtype=np.float64)
-        return Chain(
-            beliefs=self.beliefs,
-            prices=prices.reshape(len(sizes), len(names), len(names)),
-            min_segments=min_segments,
-            forbidden=self._without_room(names),
-        )
+        forbidden = self._without_room(list(self.beliefs))
+        return Chain(beliefs=self.beliefs, prices=self._prices, min_segments=min_segments, forbidden=forbidden)
 
     def _without_room(self, names: Sequence[str]) -> npt.NDArray[np.bool_] | None:
         """Return which segments [first, last, choice] take more memory than there is; None where all have room."""

@@ -82,6 +82,11 @@ class Segments:
         self._covariance = self._covariance - np.outer(gain, gain) * gain_scale
         self.measured[first, last] = found
 
+    def amend(self, first: int, last: int, more_s: float) -> None:
+        """Let a segment that was measured take so many seconds more, if it was: less of its time is another's than was thought."""
+        if (held := self.measured.get((first, last))) is not None:
+            self.measured[first, last] = replace(held, seconds=held.seconds + more_s)
+
     @property
     def unexplained(self) -> float:
         """The relative deviation of a segment from any sum of parts, as far as measurements have shown it."""

@@ -8,6 +8,7 @@ from aivmm.planner.evidence import Estimate
 from aivmm.planner.lazy import Look
 from aivmm.planner.objectives import Objective
 from aivmm.tuner.cutting import CutPlan
+from aivmm.tuner.expected import in_other_processes
 from aivmm.tuner.work import Work
 
 
@@ -26,9 +27,9 @@ def certificate_of(work: Work, draft: Draft, found: Estimate, *, cut: CutPlan | 
     if not plain:
         why = "bounds are for one call at a time, at the model's own batch and precision"
     return certify(
+        in_other_processes(found),  # the interval that is told of the plan elsewhere, and that the proof is held against
         parts,
         objective="latency" if one_by_one else "throughput",
-        boundaries_s=cut.boundaries_s if cut else 0.0,
         call_s=engine_s / draft.callers,
         looked=looked if plain else None,
         among=among,

@@ -71,6 +71,7 @@ class Cutter:
         self._seen: dict[str, list[list[InPlace]]] = {}  # by the draft's chain: what each measurement of it says of its segments
         self._stored: dict[str, list[tuple[list[InPlace], list[str]]]] = {}  # by chain: looks of the database that were not asked for yet
         self._believed: dict[str, float | None] = {}  # by chain: the sum of segments and boundaries before it was first timed
+        self._after: dict[Span, str] = {}  # behind which target a segment was last measured
         self._number = 0
         self._configs: Mapping[str, Config] = {}
         self._resting: dict[str, Config] = {}  # the same for a target that shares its processor with other segments
@@ -184,12 +185,26 @@ class Cutter:
         for before, each in zip([None, *found], found, strict=False):
             seconds = self._seconds(each)
             if before is not None:
-                assert self.evidence is not None
-                price = self.evidence.crossing(each.piece.first, str(before.piece.target), str(each.piece.target))
-                # What is priced beside it must not come twice; a segment that takes less than its own boundary keeps a tenth.
-                seconds = max(0.1 * seconds, seconds - price.seconds) if price else seconds
+                seconds -= self._paid_s(each.span, str(before.piece.target), seconds)
             learnt[each.span] = Estimate(seconds=seconds, sigma=each.sigma, source="measured", because="in its place")
         return learnt
+
+    def _paid_s(self, span: Span, source: str, seconds: float) -> float:
+        """Return what of the seconds of a segment in its place is in the price of the boundary before it, and so must not come twice.
+
+        A segment keeps a tenth of its time, so a boundary is priced at no more than the rest; what was measured behind it at the old price
+        had too much taken off.
+        """
+        assert self.evidence is not None
+        first, _, destination = span
+        price = self.evidence.crossing(first, source, destination)
+        paid_s = 0.0 if price is None else min(price.seconds, 0.9 * seconds)
+        if price is not None and paid_s < price.seconds:
+            self.evidence.cap(first, source, destination, paid_s)
+            for known in [each for each, before in self._after.items() if (each[0], before, each[2]) == (first, source, destination)]:
+                self.evidence.beliefs[destination].amend(known[0], known[1], price.seconds - paid_s)
+        self._after[span] = source
+        return paid_s
 
     def _believed_s(self, draft: Draft) -> float | None:
         """Return the sum of what is believed of a draft's segments and boundaries now; None where something of it is not known."""

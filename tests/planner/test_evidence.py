@@ -134,7 +134,9 @@ def looked(cost_s: float, bound_s: float, *, proven: bool = True) -> Look:
 
 def test_a_certificate_says_in_words_what_it_holds_in_numbers() -> None:
     parts = [known(3 * MS, 0.01), Estimate(seconds=MS, sigma=0.1, source="modelled")]
-    found = certify(parts, objective="latency", boundaries_s=0.1 * MS, looked=looked(4.1 * MS, 4 * MS), among="placements of 6 blocks")
+    whole = Estimate(seconds=4.1 * MS, sigma=0.03, source="modelled")
+    found = certify(whole, parts, objective="latency", looked=looked(4.1 * MS, 4 * MS), among="placements of 6 blocks")
+    assert (found.low_s, found.high_s) == whole.interval_s
     assert found.objective_s == pytest.approx(4.1 * MS) and found.gap == pytest.approx(1 - 4 / 4.1)
     assert found.rests_on == {"measured": pytest.approx(0.75), "modelled": pytest.approx(0.25)}
     for said in ("4.1 ms", "75 % measured", "25 % modelled", "4 ms", "2.4 %", "7 of 42", "placements of 6 blocks"):
@@ -144,16 +146,24 @@ def test_a_certificate_says_in_words_what_it_holds_in_numbers() -> None:
 
 
 def test_what_any_call_costs_is_in_the_objective_and_in_the_bound() -> None:
-    found = certify([known(MS)], objective="latency", call_s=0.5 * MS, looked=looked(MS, 0.9 * MS), among="placements")
+    found = certify(known(MS), [known(MS)], objective="latency", call_s=0.5 * MS, looked=looked(MS, 0.9 * MS), among="placements")
     assert found.objective_s == pytest.approx(1.5 * MS) and found.bound_s == pytest.approx(1.4 * MS)
 
 
 def test_a_certificate_without_a_bound_says_why() -> None:
-    found = certify([known(MS)], objective="latency", looked=None, among="", why_no_bound="the model has one block")
+    found = certify(known(MS), [known(MS)], objective="latency", looked=None, among="", why_no_bound="the model has one block")
     assert found.bound_s is None and found.gap is None
     assert "the model has one block" in found.sentence
 
 
+def test_a_plan_below_the_bound_of_the_search_is_not_called_the_best() -> None:
+    found = certify(known(MS), [known(MS)], objective="latency", call_s=0.1 * MS, looked=looked(1.2 * MS, 1.1 * MS), among="placements")
+    assert found.bound_s is None and found.gap is None and not found.proven
+    assert "Nothing bounds what another plan could take: it takes less than the search" in found.sentence
+    equal = certify(known(MS), [known(MS)], objective="latency", looked=looked(MS, MS * (1 + 1e-15)), among="placements")
+    assert equal.gap == 0 and equal.bound_s == MS
+
+
 def test_a_search_that_ended_early_is_said_to_have() -> None:
-    found = certify([known(MS)], objective="latency", looked=looked(MS, 0.9 * MS, proven=False), among="placements")
+    found = certify(known(MS), [known(MS)], objective="latency", looked=looked(MS, 0.9 * MS, proven=False), among="placements")
     assert "ended before" in found.sentence and "10 %" in found.sentence

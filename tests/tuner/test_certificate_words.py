@@ -11,11 +11,13 @@ import pytest
 from aivmm.planner.candidates import Draft, Piece
 from aivmm.planner.certificate import Certificate, certify
 from aivmm.planner.chain import ChainPlan
-from aivmm.planner.evidence import Estimate
+from aivmm.planner.evidence import Estimate, total
 from aivmm.planner.lazy import Look
 from aivmm.planner.objectives import parse_objectives
 from aivmm.runtime.config import Config
 from aivmm.tuner.certifying import certificate_of
+from aivmm.tuner.cutting import CutPlan
+from aivmm.tuner.expected import in_other_processes
 from aivmm.tuner.printing import print_outcome
 from aivmm.tuner.work import Work
 from tests.planner.test_partition import CPU
@@ -32,7 +34,7 @@ def summary(certificate: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def test_the_certificate_is_a_sentence_of_the_result(capsys: pytest.CaptureFixture[str]) -> None:
-    found = certify(PARTS, objective="latency", looked=None, among="", why_no_bound="the model has one block")
+    found = certify(total(PARTS), PARTS, objective="latency", looked=None, among="", why_no_bound="the model has one block")
     print_outcome(summary(found.as_json()), [], verbose=False)
     said = " ".join(capsys.readouterr().out.split())
     assert f"sure {found.sentence}" in said
@@ -48,7 +50,9 @@ WHOLE = Draft(name="whole", pieces=(Piece(target=CPU, config=Config(), first=0, 
 FOUND = Estimate(seconds=4e-3, sigma=0.02, source="measured", because="the whole model")
 
 
-def certified(draft: Draft, objective: str, *, least: int = 1, blocks: int = 12, looked: bool = True) -> Certificate:
+def certified(
+    draft: Draft, objective: str, *, least: int = 1, blocks: int = 12, looked: bool = True, cut: CutPlan | None = None
+) -> Certificate:
     plan = ChainPlan(assignment=("a",), segments=((0, 0, "a"),), cost_s=4e-3, bound_s=4e-3, seconds=0.0)
     look = Look(plan=plan, bound_s=3.9e-3, proven=True, probes=7, possible=42, solves=4, seconds=0.01)
     work = SimpleNamespace(
@@ -57,17 +61,26 @@ def certified(draft: Draft, objective: str, *, least: int = 1, blocks: int = 12,
         min_segments=least,
         options=SimpleNamespace(objectives=parse_objectives(objective)),
     )
-    return certificate_of(cast(Work, work), draft, FOUND, cut=None, looked=look if looked else None, engine_s=0.0)
+    return certificate_of(cast(Work, work), draft, cut.expected if cut else FOUND, cut=cut, looked=look if looked else None, engine_s=0.0)
 
 
 def test_for_latency_it_is_bounded_and_nothing_else_is_said() -> None:
     found = certified(WHOLE, "latency,memory")
     assert found.bound_s == 3.9e-3 and found.objective == "latency"
     assert found.sentence == (
-        "The plan was expected to take 4 ms (3.85 ms to 4.16 ms); that is 100 % measured. None of the placements of 12 blocks on 1 target "
+        "The plan was expected to take 4 ms (3.73 ms to 4.29 ms); that is 100 % measured. None of the placements of 12 blocks on 1 target "
         "is expected to take less than 3.9 ms, so at most 2.5 % is left to gain; 7 of 42 possible segments had to be measured for that."
     )
     assert "12 blocks on 1 target in 3 segments or more" in certified(WHOLE, "latency", least=3).sentence
+
+
+def test_the_interval_is_the_one_that_is_told_of_the_plan_elsewhere() -> None:
+    part = Estimate(seconds=1e-3, sigma=0.03, source="measured")
+    cut = CutPlan(draft=WHOLE, look=cast(Look, None), parts=(part, part, part), boundaries_s=0.0)
+    found = certified(WHOLE, "latency", cut=cut)
+    assert (found.low_s, found.high_s) == pytest.approx(in_other_processes(cut.expected).interval_s)
+    assert (found.low_s, found.high_s) == pytest.approx((2.76e-3, 3.26e-3), abs=5e-6)  # these parts err together
+    assert found.bound_s is None and found.rests_on == {"measured": 1.0}  # 3 ms are less than the search thought possible
 
 
 def test_another_objective_is_said_to_be_bounded_by_nothing() -> None:

@@ -15,8 +15,8 @@ from aivmm.db.database import Database
 from aivmm.planner.candidates import Draft, Piece
 from aivmm.planner.chain import ChainPlan
 from aivmm.planner.evidence import Estimate
-from aivmm.planner.lazy import Look
-from aivmm.planner.partition import ChainEvidence
+from aivmm.planner.lazy import Look, look
+from aivmm.planner.partition import CUT_S, ChainEvidence
 from aivmm.planner.records import RunRecord
 from aivmm.planner.segments import Segments
 from aivmm.probes.arrays import save_arrays
@@ -236,6 +236,27 @@ def test_what_is_told_of_a_cut_plan_is_what_its_own_chain_took(tmp_path: Path) -
     price = other.cutter.evidence.crossing(2, ONNXRUNTIME, ONNXRUNTIME)
     assert found.assembled and price is not None and found.believed_s == pytest.approx(8.0 + price.seconds)
     assert found.expected.seconds < 1
+
+
+def test_a_boundary_that_is_priced_at_more_than_its_segment_takes_is_paid_once_where_cuts_are_chosen(tmp_path: Path) -> None:
+    tuning = Tuning(tmp_path)
+    spans = ((0, 1, ONNXRUNTIME), (2, 3, ONNXRUNTIME))
+    belief = Segments([Estimate(seconds=1.0, sigma=0.1, source="measured")] * 4)
+    evidence = ChainEvidence(structure=structure(4), beliefs={ONNXRUNTIME: belief}, handover_s=lambda source, destination, size: 1.0)
+    tuning.cutter.evidence, chain = evidence, evidence.chain(min_segments=2)
+    tuning.cutter._after[2, 2, ONNXRUNTIME] = ONNXRUNTIME  # behind the same boundary, learnt when that was still priced at a second
+    belief.observe(2, 2, Estimate(seconds=5.0, sigma=0.1, source="measured"))
+    learnt = tuning.cutter._measure(spans)
+    (looks,) = tuning.cutter._seen.values()
+    price = evidence.crossing(2, ONNXRUNTIME, ONNXRUNTIME)
+    took = [each.placed.median_s for each in looks[0]]
+    assert price is not None and price.seconds == pytest.approx(0.9 * took[1]) and price.seconds < 1
+    assert sum(each.seconds for each in learnt.values()) + price.seconds == pytest.approx(sum(took))
+    assert belief.measured[2, 2].seconds == pytest.approx(5.0 + 1.0 + CUT_S - price.seconds)
+    for first, last, name in spans:
+        evidence.beliefs[name].observe(first, last, learnt[first, last, name])
+    found = look(chain, lambda wanted: {}, most=0)  # a chain that was there before knows of it too
+    assert found.plan.segments == spans and found.plan.cost_s == pytest.approx(sum(took))
 
 
 def test_parts_that_were_timed_beside_one_reference_err_together() -> None:
