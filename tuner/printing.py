@@ -40,6 +40,9 @@ def print_outcome(summary: Any, notes: list[str], verbose: bool) -> None:
             console.print(Text(f"note: {note}"))
     if summary["plan"]:
         console.print(Text(f"plan    {summary['plan']['path']}"))
+        for place in (place for stage in summary["plan"]["stages"] for place in (stage, *stage["copies"])):
+            if len(place["config"]) > 2:  # the verdict names two
+                console.print(Text(f"with    {place['target']}: {', '.join(f'{name}={value}' for name, value in place['config'].items())}"))
     console.print(Text(f"report  {summary['report']}"))
     if summary["certificate"]:
         console.print(Text(f"sure    {summary['certificate']['sentence']}"))

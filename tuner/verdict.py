@@ -20,6 +20,7 @@ from aivmm.tuner.tradeoffs import alternatives_text, figure, nearest_json, trade
 
 _FAR = 0.05  # between the ratio of a comparison and that of the medians: beyond it the sentence says which it means
 _TELLS_NOTHING = 50.0  # per cent: an interval as wide as this is no comparison
+_NAMED = 2  # settings of a target in a headline; all stand below it
 _THREADS = {"INFERENCE_NUM_THREADS": "thread", "intra_op_num_threads": "thread", "NUM_STREAMS": "stream"}
 
 
@@ -28,11 +29,14 @@ def time_text(seconds: float) -> str:
     return human(seconds, "latency")
 
 
-def describe(draft: Draft) -> str:
-    """Say what a draft runs: `openvino:CPU, 2 threads`, `openvino:CPU -> onnxruntime:CPU (2 segments)`."""
+def describe(draft: Draft, *, most: int | None = None) -> str:
+    """Say what a draft runs: `openvino:CPU, 2 threads`, `openvino:CPU -> onnxruntime:CPU (2 segments)`.
+
+    Names all settings, or at most `most` of a target and how many more there are.
+    """
     parts = []
     for piece in draft.pieces:
-        parts.append(" beside ".join(_copy_text(each) for each in piece.everywhere()))
+        parts.append(" beside ".join(_copy_text(each, most) for each in piece.everywhere()))
     text = parts[0] if len(parts) == 1 else " -> ".join(parts) + f" ({len(parts)} segments)"
     if draft.mode == "pipelined":
         text += ", all stages at once" + (f" with {draft.depth} requests each" if draft.depth > 1 else "")
@@ -40,16 +44,18 @@ def describe(draft: Draft) -> str:
     return ", ".join([text, *extra])
 
 
-def _copy_text(copy: Copy) -> str:
+def _copy_text(copy: Copy, most: int | None) -> str:
     share = [] if copy.share is None or copy.share > 0.999 else [f"{copy.share:.0%} of the requests"]
-    return ", ".join([str(copy.target), *_settings(copy), *[f"{copy.replicas} replicas"] * (copy.replicas > 1), *share])
+    return ", ".join([str(copy.target), *_settings(copy, most), *[f"{copy.replicas} replicas"] * (copy.replicas > 1), *share])
 
 
-def _settings(copy: Copy) -> list[str]:
+def _settings(copy: Copy, most: int | None) -> list[str]:
     shown, config = [], copy.config
     for name, value in config.settings:
         noun = _THREADS.get(name)
         shown.append(f"{value} {noun}{'' if value == 1 else 's'}" if noun else f"{name}={value}")
+    if most is not None and (left := len(shown) - most) > 0:
+        shown[most:] = [f"+ {left} setting{'' if left == 1 else 's'}"]
     # Where a target runs several precisions its default may be another one than fp32, so that is said too.
     if config.precision is not None and (config.precision != "fp32" or len(copy.target.precisions) > 1):
         shown.append(str(config.precision))
@@ -79,9 +85,10 @@ def sentence(
     assert plan and plan.confirmed
     first = objectives[0]
     objective = first.name
-    text = f"{describe(plan.draft)}: {figure(plan, first) if objective == 'throughput' else time_text(call_s(plan))}"
+    what = describe(plan.draft, most=_NAMED)
+    text = f"{what}: {figure(plan, first) if objective == 'throughput' else time_text(call_s(plan))}"
     if objective not in ("latency", "throughput"):
-        text = f"{describe(plan.draft)}: {first.what} {_bare(plan, first)}, {time_text(call_s(plan))} a call"
+        text = f"{what}: {first.what} {_bare(plan, first)}, {time_text(call_s(plan))} a call"
     clauses = []
     # What breaks a limit and is faster gets a sentence of its own; what is slower is compared with, whatever it breaks.
     known = [each for each in proof.entrants if each.role == "baseline" and each is not plan and each.confirmed and each.eligible]

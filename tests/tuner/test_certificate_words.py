@@ -19,6 +19,7 @@ from aivmm.tuner.certifying import certificate_of
 from aivmm.tuner.cutting import CutPlan
 from aivmm.tuner.expected import in_other_processes
 from aivmm.tuner.printing import print_outcome
+from aivmm.tuner.verdict import stages_json
 from aivmm.tuner.work import Work
 from tests.planner.test_partition import CPU
 
@@ -28,9 +29,10 @@ PARTS = (
 )
 
 
-def summary(certificate: dict[str, Any] | None) -> dict[str, Any]:
+def summary(certificate: dict[str, Any] | None, config: Config | None = None) -> dict[str, Any]:
     counts = {"measured": 3, "reused": 0, "refused": 0, "failed": 0}
-    return {"verdict": "v", "plan": {"path": "p"}, "report": "r", "probes": counts, "certificate": certificate, "baselines": []}
+    plan = {"path": "p", "stages": stages_json(Draft(name="d", pieces=(Piece(target=CPU, config=config or Config(), first=0, last=1),)))}
+    return {"verdict": "v", "plan": plan, "report": "r", "probes": counts, "certificate": certificate, "baselines": []}
 
 
 def test_the_certificate_is_a_sentence_of_the_result(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,6 +46,13 @@ def test_the_certificate_is_a_sentence_of_the_result(capsys: pytest.CaptureFixtu
 def test_where_nothing_was_foretold_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     print_outcome(summary(None), [], verbose=False)
     assert not any(line.startswith("sure") for line in capsys.readouterr().out.splitlines())
+
+
+def test_settings_that_the_verdict_only_counts_stand_below_it(capsys: pytest.CaptureFixture[str]) -> None:
+    print_outcome(summary(None, Config.of({"a": 1, "b": "x", "c": 3})), [], verbose=False)
+    assert f"with {CPU}: a=1, b=x, c=3" in " ".join(capsys.readouterr().out.split())
+    print_outcome(summary(None, Config.of({"a": 1, "b": "x"})), [], verbose=False)
+    assert not any(line.startswith("with") for line in capsys.readouterr().out.splitlines())
 
 
 WHOLE = Draft(name="whole", pieces=(Piece(target=CPU, config=Config(), first=0, last=11),))

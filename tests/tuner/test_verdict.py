@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from aivmm.probes.race import Contestant
 from aivmm.runtime.config import Config
 from aivmm.tuner.proof import Entrant, Proof
 from aivmm.tuner.prove import Prover
-from aivmm.tuner.verdict import factor_text, sentence
+from aivmm.tuner.verdict import describe, factor_text, sentence
 from tests.planner.test_search import target
 
 ROUNDS = 40
@@ -117,3 +118,12 @@ def test_what_is_neither_latency_nor_throughput_is_named_before_its_figure() -> 
         proof, "memory"
     )
     assert ": cosine to the reference 0.99999, 10 ms a call," in told(proof, "accuracy")
+
+
+@pytest.mark.parametrize(("count", "said"), [(2, "a=0, b=1"), (3, "a=0, b=1, + 1 setting"), (5, "a=0, b=1, + 3 settings")])
+def test_a_headline_names_two_settings_and_counts_the_others(count: int, said: str) -> None:
+    plan = entrant("candidate 1", 10e-3, role="candidate")
+    config = Config.of({name: number for number, name in enumerate("abcde"[:count])}, precision="bf16")
+    plan.draft = replace(plan.draft, pieces=(replace(plan.draft.pieces[0], config=config),))
+    assert told(Proof(entrants=[entrant("toy default", 15e-3), plan], plan=plan)).startswith(f"toy:CPU, {said}, bf16: 100 samples/s, 1.5x ")
+    assert "+" not in describe(plan.draft)
