@@ -9,9 +9,9 @@ model in fp32 at several batches, raced together; each unique operator and each 
 nodes. And tunes with forced cuts: the proof of each gives the cut plan and the baselines, each over the reference executable in the same
 race, while what was predicted of it is over the reference that took turns with its probes minutes before. `--segments` records a part
 only: cuts in so many segments, 0 for the parts (`--segments 3 demo:lstm` is one tune). What is done is kept in
-`--state`, one file a model or tune, and the next call goes on from there; with `--minutes` nothing is begun after that time.
-`--data` writes what was recorded into one file, and the errors found in it as the accepted
-ones: `tests/planner/prediction.json` is such a file, and a test fails when errors on it grow.
+`--state`, one file a model or tune, and the next call goes on from there if it is of the same commit; with `--minutes` nothing is begun
+after that time. `--data` writes what was recorded into one file, and as accepted the errors of what this code computes from it (what a tune
+told was computed when it was recorded): `tests/planner/prediction.json` is such a file, and a test fails when errors on it grow.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ BATCHES = (1, 2, 4, 8, 16)
 SEGMENTS = (2, 0, 3, 4)  # forced cuts in so many; 0 stands for the parts. What there is after half of the time says something of each
 PARTS_S, BATCHES_S = 10.0, 8.0
 SUMS = {"planned": "planned_ratio", "believed": "believed_ratio"}  # of cut plans: sums of segments and boundaries, as rows have them
+COMPUTED = ("interpolated", "modelled")  # tiers that this code computes from what was recorded; the others compare recorded numbers
 PLANNED = "cut plans, sum of segments measured in place"
 Row = Mapping[str, Any]
 
@@ -68,15 +70,16 @@ def main() -> None:
     ends = time.monotonic() + 60 * arguments.minutes
     whole = record(arguments.models or all_models(), arguments.state, ends, arguments.segments)
     data = {
-        "parts": [json.loads(path.read_text()) for path in sorted(arguments.state.glob("parts-*.json"))],
-        "plans": [row for path in sorted(arguments.state.glob("plans-*.json")) for row in json.loads(path.read_text())],
+        "commit": code(),
+        "parts": [kept(path) for path in sorted(arguments.state.glob("parts-*.json"))],
+        "plans": [row for path in sorted(arguments.state.glob("plans-*.json")) for row in kept(path)],
     }
     lines = [*environment(whole), "", *report(data)]
     arguments.out.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     if arguments.data is not None:
-        kept = {**data, "accepted": {name: round(middle(errors), 4) for name, errors in tiers(data).items() if errors}}
-        arguments.data.write_text(json.dumps(kept, separators=(",", ":")) + "\n")
+        accepted = {name: round(middle(errors), 4) for name, errors in tiers(data).items() if errors and name.startswith(COMPUTED)}
+        arguments.data.write_text(json.dumps({**data, "accepted": accepted}, separators=(",", ":")) + "\n")
 
 
 def all_models() -> list[str]:
@@ -92,10 +95,30 @@ def environment(whole: bool) -> list[str]:
     load = ", ".join(f"{each:.1f}" for each in psutil.getloadavg())
     moment = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     more = "" if whole else " **Not all was recorded within the time given: the same command goes on.**"
-    return ["# Predictions", "", f"{moment}; {cpu_device().model}, {os.cpu_count()} cores; {packages}; load average {load}.{more}"]
+    return [
+        "# Predictions",
+        "",
+        f"{moment}; {cpu_device().model}, {os.cpu_count()} cores; {packages}; commit {code()}; load average {load}.{more}",
+    ]
 
 
 # --- recording
+
+
+@cache
+def code() -> str:
+    """Return the commit that is checked out here; "unknown" outside of a repository. What was changed since is not seen."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def kept(path: Path) -> Any:
+    """Return what a file of the state holds; end in a line where other code recorded it, whose rows would be mixed with those of this."""
+    held = json.loads(path.read_text())
+    commit = held["commit"] if isinstance(held, dict) and "found" in held else "of an earlier version"
+    if commit != code():
+        raise SystemExit(f"{path} was recorded by code {commit}, and this is {code()}: name an empty folder with --state")
+    return held["found"]
 
 
 def record(models: Sequence[str], state: Path, ends: float, counts: Sequence[int]) -> bool:
@@ -108,6 +131,7 @@ def record(models: Sequence[str], state: Path, ends: float, counts: Sequence[int
     whole = True
     for number, (path, model, count) in enumerate(jobs):
         if path.exists():
+            kept(path)
             continue
         if time.monotonic() > ends:
             return False
@@ -117,7 +141,7 @@ def record(models: Sequence[str], state: Path, ends: float, counts: Sequence[int
             whole = False
             continue
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(found))
+        partial.write_text(json.dumps({"commit": code(), "found": found}))
         partial.replace(path)
     return whole
 
@@ -458,7 +482,8 @@ def proof_sigma(row: Row) -> float:
 def verdict(name: str, errors: Sequence[float], within: float) -> str:
     """Say whether a tier reached what it has to; nothing where nothing is asked of it."""
     if name == "interpolated: a batch left out":
-        return "met" if middle(errors) <= 0.05 else "missed"
+        said = "met" if middle(errors) <= 0.05 else "missed"
+        return f"{said}; no tune interpolates a batch, and the formula was chosen on the data recorded at commit d8876d3 (decision 0057)"
     if name == "end to end: plans that rest on measurements":
         return "met" if middle(errors) <= 0.05 and within >= 0.9 and len(errors) >= 30 else "missed"
     return ""

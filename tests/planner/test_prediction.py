@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.prediction import PLANNED, middle, report, tiers
+from benchmarks.prediction import COMPUTED, PLANNED, code, kept, middle, record, report, tiers
 
 RECORDED = json.loads((Path(__file__).parent / "prediction.json").read_text())
 FOUND = tiers(RECORDED)
@@ -17,6 +17,21 @@ FOUND = tiers(RECORDED)
 def test_the_median_error_of_a_tier_has_not_grown(tier: str) -> None:
     """A tenth of a percent is rounding; whoever makes predictions better records the better figure."""
     assert middle(FOUND[tier]) <= RECORDED["accepted"][tier] + 0.001
+
+
+def test_what_was_recorded_by_other_code_is_not_mixed_with_what_this_records(tmp_path: Path) -> None:
+    ours, others = tmp_path / "parts-a.json", tmp_path / "plans-b-2.json"
+    ours.write_text(json.dumps({"commit": code(), "found": [1]}))
+    assert kept(ours) == [1]
+    for held in ({"commit": "0" * 40, "found": [1]}, [1], {"model": "of an earlier version"}):
+        others.write_text(json.dumps(held))
+        with pytest.raises(SystemExit, match="--state"):
+            record(["demo:b"], tmp_path, 0.0, [2])
+
+
+def test_only_what_this_code_computes_is_accepted() -> None:
+    """Of an end-to-end row both numbers are recorded, so no change of the code could fail on it."""
+    assert all(tier.startswith(COMPUTED) for tier in RECORDED["accepted"])
 
 
 def test_the_recorded_data_covers_what_is_predicted() -> None:
