@@ -25,8 +25,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 TESTS = {
     "tests-cards": ("tests/runtime/test_cards.py", "tests/runtime/test_cuda_copies.py"),
@@ -57,7 +58,8 @@ _CORES = "AIVMM_LANE_CORES"
 class Step:
     """Commands, and about how many seconds they take. `makes` are files that show, each, that a command need not run.
 
-    Where `shared`, commands run several at once, as the machine has room, and one after the other until the time is up.
+    Where `shared`, commands run several at once, as the machine has room, and one after the other until the time is up. Where `in_lane`,
+    they run as those do: with one card's environment and on its cores.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Step:
     makes: tuple[str, ...] = ()
     cards: int = 1
     shared: bool = False
+    in_lane: bool = False
 
 
 def steps(state: Path, folder: Path, shared: Path, budget: str) -> list[Step]:
@@ -100,6 +103,7 @@ def steps(state: Path, folder: Path, shared: Path, budget: str) -> list[Step]:
     )
     alone = [
         doctor,
+        replace(doctor, name="doctor-lane", cards=2, in_lane=True),
         *tests,
         sections["requests"],
         sections["overhead"],
@@ -143,7 +147,8 @@ def run(
         elif step.shared:
             became[step.name] = _run_shared(step, commands or step.commands, state, lanes=together, limit_s=left)
         else:
-            became[step.name] = _run(step, commands or step.commands, state, limit_s=min(2.5 * step.seconds, left))
+            given = together[0] if step.in_lane else {}
+            became[step.name] = _run(step, commands or step.commands, state, limit_s=min(2.5 * step.seconds, left), given=given)
         print(f"{step.name}: {became[step.name]}", flush=True)
     return became
 
@@ -156,16 +161,27 @@ def _record(state: Path, step: Step) -> Path:
     return state / f"session.{step.name}.json"
 
 
-def _run(step: Step, commands: Sequence[Sequence[str]], state: Path, *, limit_s: float) -> str:
+def _started(command: Sequence[str], log: IO[bytes], given: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a command with a lane's environment, on its cores."""
+    cores = given.get(_CORES)
+    return subprocess.Popen(
+        ("taskset", "-c", cores, *command) if cores else command,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, **given},
+    )
+
+
+def _run(step: Step, commands: Sequence[Sequence[str]], state: Path, *, limit_s: float, given: Mapping[str, str]) -> str:
     """Run the commands at once; keep what they said last. What did not end is no result: it leaves no record, and is run again."""
     began = time.monotonic()
     logs = [state / f"session.{step.name}.{number}.log" for number in range(len(commands))]
     running = []
     for command, log in zip(commands, logs, strict=True):
         with log.open("wb") as file:
-            running.append(
-                subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
-            )
+            running.append(_started(command, file, given))
     try:
         codes = [each.wait(max(0.1, limit_s - (time.monotonic() - began))) for each in running]
     except subprocess.TimeoutExpired:
@@ -205,22 +221,13 @@ def _run_shared(step: Step, commands: Sequence[Sequence[str]], state: Path, *, l
     ends, waiting, ended = time.monotonic() + limit_s, deque(enumerate(commands)), []
 
     def lane(given: Mapping[str, str]) -> None:
-        cores = given.get(_CORES)
         while ends - time.monotonic() > step.seconds:
             try:
                 number, command = waiting.popleft()
             except IndexError:
                 return
-            pinned = ("taskset", "-c", cores, *command) if cores else command
             with (state / f"session.{step.name}.{number}.log").open("wb") as log:
-                one = subprocess.Popen(
-                    pinned,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                    env={**os.environ, **given},
-                )
+                one = _started(command, log, given)
                 try:
                     ended.append(one.wait(max(0.1, ends - time.monotonic())))
                 except subprocess.TimeoutExpired:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from benchmarks.card_session import TESTS, Step, lanes, run, steps, take_over
 
@@ -75,6 +79,18 @@ def test_shared_commands_take_turns_in_lanes_until_the_time_is_up(tmp_path: Path
     (tmp_path / names[1]).unlink()
     hangs = Step(name="tunes", commands=((sys.executable, "-c", "import time; time.sleep(60)"),), seconds=0.1, shared=True)
     assert run([hangs], tmp_path, minutes=0.01, cards=4, together=together) == {"tunes": "0 of 1 ended (0 of them not with exit 0)"}
+
+
+@pytest.mark.skipif(shutil.which("taskset") is None, reason="no taskset here")
+def test_a_step_runs_in_a_lane_as_tunings_do(tmp_path: Path) -> None:
+    tell = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'), *sorted(os.sched_getaffinity(0)))"
+    core = min(os.sched_getaffinity(0))
+    (lane,) = lanes(2, [1])
+    step = Step(name="seen", commands=((sys.executable, "-c", tell),), seconds=4, cards=2, in_lane=True)
+    assert run([step], tmp_path, minutes=1, cards=2, together=[{**lane, "AIVMM_LANE_CORES": str(core)}])["seen"].startswith("exit 0 after")
+    assert json.loads((tmp_path / "session.seen.json").read_text())["tails"] == [f"1 {core}\n"]
+    every = {each.name: each for each in steps(tmp_path, tmp_path, tmp_path, "6s")}
+    assert every["doctor-lane"].in_lane and every["doctor-lane"].commands == every["doctor"].commands and not every["doctor"].in_lane
 
 
 def test_cards_have_locks_of_their_own() -> None:
