@@ -9,6 +9,7 @@ from typing import Literal
 
 from aivmm.errors import UsageError
 from aivmm.planner.candidates import Candidate, Score
+from aivmm.planner.constraints import Constraint
 
 _LEAST_ERROR = 1e-7  # of a cosine: below it there is rounding only
 _LEAST = 1e-9  # s, J, bytes: below it no clock and no counter tells anything apart, and some read 0
@@ -86,9 +87,13 @@ def drive_of(objectives: Sequence[Objective]) -> Literal["latency", "throughput"
     return "throughput" if any(each.drive == "throughput" for each in objectives) else "latency"
 
 
-def counts_rate(objectives: Sequence[Objective]) -> bool:
-    """Say whether what is answered in a second is all that counts of times: then means of windows do, and else the median of calls."""
-    return drive_of(objectives) == "throughput" and all(each.metric not in ("latency", "p99") for each in objectives)
+def counts_rate(objectives: Sequence[Objective], constraints: Sequence[Constraint] = ()) -> bool:
+    """Say whether what is answered in a second is all that counts of times: then means of windows do, and else the median of calls.
+
+    A limit on latency counts calls, too. One on p99 does not: its calls are timed one by one in any case.
+    """
+    limited = any(each.metric == "latency" for each in constraints)
+    return not limited and drive_of(objectives) == "throughput" and all(each.metric not in ("latency", "p99") for each in objectives)
 
 
 def searched(objectives: Sequence[Objective]) -> tuple[Objective, ...]:

@@ -100,7 +100,7 @@ class Explorer:
             seed=self.work.options.seed,
             counts_energy=any(each.name == "energy" for each in self.work.options.objectives),
             needs=frozenset(each.metric for each in searched(self.work.options.objectives)),
-            rate=counts_rate(self.work.options.objectives),
+            rate=counts_rate(self.work.options.objectives, self.work.constraints),
             cards_only=counts_cards_only(self.work.targets),
             stop=self.work.asked,
         )

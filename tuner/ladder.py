@@ -32,13 +32,13 @@ class Ladder:
     bundles: dict[str, Path] = field(default_factory=dict)  # by option; replicas of one share a bundle
     texts: dict[str, str] = field(default_factory=dict)  # by option: what people are told
     units: dict[str, int] = field(default_factory=dict)  # of the devices that were met
-    proven_s: float = math.inf  # the least that its tuning proved a call of anything to take, at the lower end of its interval
+    proven_s: float = math.inf  # the shortest call that the proof of its tuning timed
     sample: Path = Path()
     reference: Path = Path()
 
     @property
     def least_s(self) -> float:
-        """The shortest call of any option that was seen, or proven to be possible; 0 where nobody knows."""
+        """The shortest call that was ever timed: of any option in a race, or in the proof; 0 where nobody knows of an option."""
         return min(self.proven_s, min((each.least_s for each in self.options), default=0.0))
 
     def look(self, work: Work, explorer: Explorer) -> None:

@@ -138,7 +138,8 @@ class Measurer:
     def _known(self, candidate: Candidate) -> Score | Rejection | None:
         for outcomes in reversed(self._races.values()):
             mine, reference = outcomes.get(candidate.key), outcomes.get(self.reference.key)
-            if mine is not None and reference is not None and self._tells_enough(candidate, mine):
+            alike = reference is not None and self._of_one_kind(self.reference, reference)
+            if mine is not None and reference is not None and alike and self._tells_enough(candidate, mine):
                 return self._score(candidate, mine, reference, reused=True)
         old = self._old.get(candidate.key)
         if isinstance(old, Refused):
@@ -149,11 +150,15 @@ class Measurer:
 
     def _tells_enough(self, candidate: Candidate, mine: Measured) -> bool:
         """Say whether a measurement of an earlier run holds what the objectives need: times outlast the inputs they were judged on."""
-        if (WINDOWS in mine.metrics) != (self.rate and candidate.callers == 1):
-            return False  # medians of calls and means of windows are not of one kind
+        if not self._of_one_kind(candidate, mine):
+            return False
         judged = self.subject.judged_of(candidate.config.lowered)
         accuracy = "cosine" not in self.needs or f"cosine@{judged}" in mine.metrics or f"unusable@{judged}" in mine.metrics
         return accuracy and (not self.counts_energy or self._energy_name in mine.metrics)
+
+    def _of_one_kind(self, candidate: Candidate, found: Measured) -> bool:
+        """Say whether an earlier run timed a candidate as this one would: medians of calls and means of windows do not compare."""
+        return (WINDOWS in found.metrics) == (self.rate and candidate.callers == 1)
 
     def measure(
         self,

@@ -147,6 +147,12 @@ def interval_s(entrant: Entrant) -> tuple[float, float]:
     return low * entrant.draft.callers, high * entrant.draft.callers
 
 
+def least_s(entrant: Entrant) -> float | None:
+    """Return the least duration that was timed in the whole proof; None where nothing was."""
+    timed = [min(each.timed_s) for each in (entrant.choosing, entrant.confirmed) if each is not None]
+    return min(timed, default=None)
+
+
 def sample_s(entrant: Entrant) -> float:
     """Return seconds per sample: the median over rounds. A slow round holds fewer calls, and must not weigh less for that."""
     assert entrant.confirmed

@@ -61,7 +61,7 @@ class Prover:
         self._forced = forced
         self._judge_outputs = Judge(cosine_limit=cosine_limit, metric=metric, further=further, constraints=constraints)
         self._objectives, self._prefer = objectives, prefer
-        self._rate = counts_rate(objectives)
+        self._rate = counts_rate(objectives, constraints)
         wanted = {constraint.metric for constraint in constraints} | {each.metric for each in objectives}
         self._asks_tail, self._asks_energy = "p99" in wanted, not wanted.isdisjoint(ENERGY)
         self._asks_compile = not wanted.isdisjoint({"compile", "first_inference"})

@@ -362,9 +362,9 @@ def require_alone(options: TuneOptions, shapes: Sequence[Wanted]) -> None:
 
 
 def _proven_s(summary: Mapping[str, Any]) -> float:
-    """Return the least that a tuning proved a call to take, at the lower end of its interval: of its plan, or of a baseline."""
+    """Return the shortest call that the proof of a tuning timed, of its plan or of a baseline; infinite where it says none."""
     proven = [summary.get("measured"), *summary.get("baselines", ())]
-    return min((each["ci95_s"][0] for each in proven if each and each.get("ci95_s")), default=math.inf)
+    return min((each["least_s"] for each in proven if each and each.get("least_s")), default=math.inf)
 
 
 def _same(one: Division, other: Division) -> bool:

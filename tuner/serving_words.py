@@ -128,7 +128,7 @@ class Words:
             "limits": {"latency_s": demand.latency_s, "p99_s": demand.p99_s, "rate_per_s": demand.rate_per_s},
             "plan": self._option(chosen.division.options[demand.name]) if chosen else None,
             "seen": seen.as_json() if seen else None,
-            "holds": seen is not None and not seen.broken,
+            "holds": None if seen is None else not seen.broken,  # null: it was never served
             "broken": list(seen.broken) if seen else [],
             "alone": alone,
         }

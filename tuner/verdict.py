@@ -15,7 +15,7 @@ from aivmm.planner.records import StudyRecord
 from aivmm.probes.compare import Comparison
 from aivmm.runtime.plan import Accuracy
 from aivmm.tuner.measure import Counts
-from aivmm.tuner.proof import Entrant, Proof, call_s, constraint_metrics, interval_s
+from aivmm.tuner.proof import Entrant, Proof, call_s, constraint_metrics, interval_s, least_s
 from aivmm.tuner.tradeoffs import alternatives_text, figure, nearest_json, tradeoffs_json
 
 _FAR = 0.05  # between the ratio of a comparison and that of the medians: beyond it the sentence says which it means
@@ -297,6 +297,7 @@ def summary(
         result["measured"] = {
             "median_s": call_s(plan),
             "ci95_s": [low, high],
+            "least_s": least_s(plan),
             "p99_s": plan.metrics.get("p99_s"),
             "throughput_per_s": plan.metrics["throughput_per_s"],
             "samples": len(plan.confirmed.timed_s),
@@ -328,6 +329,7 @@ def _baseline_json(each: Entrant, proof: Proof) -> dict[str, Any]:
         "config": piece.config.as_dict(),
         "median_s": call_s(each) if each.confirmed else None,
         "ci95_s": interval,
+        "least_s": least_s(each),
         "ratio_to_plan": 1 / found.ratio if found else None,
         "eligible": each.eligible and not against,
         "reason": each.problem or against or None,

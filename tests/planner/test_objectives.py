@@ -15,7 +15,7 @@ from aivmm.errors import UsageError
 from aivmm.planner.candidates import Candidate, Policy, Rejection, Score
 from aivmm.planner.constraints import parse
 from aivmm.planner.importance import LEAST_TRIALS, importances
-from aivmm.planner.objectives import OBJECTIVES, drive_of, parse_objectives, searched
+from aivmm.planner.objectives import OBJECTIVES, counts_rate, drive_of, parse_objectives, searched
 from aivmm.planner.pareto import dominates, ends, front
 from aivmm.planner.search import Search
 from aivmm.planner.space import Space
@@ -25,6 +25,20 @@ from tests.planner.test_search import THREADS, by_threads, drive, scored, space,
 LAYOUT = Knob("layout", "choice", "kinds", choices=("plain", "blocked"), default="plain")
 LOSSES = st.lists(st.tuples(*[st.integers(0, 4).map(float)] * 3), max_size=12)
 CPU, GPU, NPU = target("CPU"), target("GPU.0"), target("NPU")
+
+
+@pytest.mark.parametrize(
+    ("objectives", "limit", "rate"),
+    [
+        ("throughput", "memory<=1GB", True),
+        ("throughput", "p99<=2ms", True),  # its calls are timed one by one in any case
+        ("throughput", "latency<=2ms", False),
+        ("throughput,latency", "memory<=1GB", False),
+        ("latency", "throughput>=5/s", False),
+    ],
+)
+def test_means_count_where_no_latency_is_asked_for_beside_throughput(objectives: str, limit: str, rate: bool) -> None:
+    assert counts_rate(parse_objectives(objectives), parse(limit)) is rate
 
 
 def traded(candidate: Candidate) -> Score:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -18,15 +19,20 @@ from tests.planner.test_search import target
 ONE = Candidate(target=target(), config=Config())
 
 
-def remembered(metrics: Mapping[str, float], **fields: Any) -> Score | Rejection | None:
-    """Return what a measurer knows of a candidate whose race an earlier run stored, with these metrics."""
+def remembered(metrics: Mapping[str, float], *, callers: int = 1, **fields: Any) -> Score | Rejection | None:
+    """Return what a measurer knows of a candidate whose race an earlier run stored, with these metrics.
+
+    That of one caller is the race's reference; of several, the reference in their race has these metrics, and they have none.
+    """
     subject = SimpleNamespace(judged_of=lambda _: "these inputs", deterministic=True, size_bytes=lambda _: 1000)
     measurer = Measurer(
         lab=cast(Any, None), subject=cast(Any, subject), database=cast(Any, None), run_id="", reference=ONE, cosine_limit=None, **fields
     )
     key = ProbeKey(kind="model", subject="s", target=str(ONE.target), environment="e", config=ONE.config, batch=1, callers=1)
-    measurer._races["race"] = {ONE.key: Measured(key=key, samples=Samples(timed_s=(0.001, 0.001, 0.001)), metrics=metrics, race="race")}
-    return measurer._known(ONE)
+    samples, several = Samples(timed_s=(0.001, 0.001, 0.001)), replace(ONE, callers=callers)
+    measurer._races["race"] = {several.key: Measured(key=replace(key, callers=callers), samples=samples, metrics={}, race="race")}
+    measurer._races["race"][ONE.key] = Measured(key=key, samples=samples, metrics=metrics, race="race")
+    return measurer._known(several)
 
 
 def test_a_race_on_other_inputs_tells_the_time_and_not_the_accuracy() -> None:
@@ -46,6 +52,11 @@ def test_calls_and_windows_of_one_caller_are_not_taken_for_each_other() -> None:
     assert remembered({}, rate=True) is None
     known = remembered({WINDOWS: 1.0}, rate=True)
     assert isinstance(known, Score) and "p99" not in known.metrics
+
+
+def test_several_callers_are_not_reused_beside_a_reference_of_the_other_kind() -> None:
+    assert remembered({}, callers=2, rate=True) is None and remembered({WINDOWS: 1.0}, callers=2) is None
+    assert isinstance(remembered({WINDOWS: 1.0}, callers=2, rate=True), Score) and isinstance(remembered({}, callers=2), Score)
 
 
 @pytest.mark.parametrize(("metrics", "said"), [({"energy_j": 0.0}, "energy could not be counted"), ({}, "compile is not known")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -24,7 +25,7 @@ from aivmm.tuner.entry import run
 from aivmm.tuner.ladder import Ladder, text_of
 from aivmm.tuner.options import TuneOptions
 from aivmm.tuner.progress import Silent
-from aivmm.tuner.served import WorkloadTuner, require_alone
+from aivmm.tuner.served import WorkloadTuner, _proven_s, require_alone
 from aivmm.tuner.serving import Trial, seen_of
 from aivmm.tuner.serving_words import Words
 from aivmm.tuner.shapes import Wanted
@@ -129,7 +130,7 @@ def test_a_limit_that_nothing_can_hold_ends_with_3_and_says_which_and_why(place:
     assert Path(found["report"]).is_file()
     for each in found["models"]:
         assert Path(each["alone"]["report"]).is_file() and each["alone"]["plan"]["path"] is None
-    assert [(each["holds"], each["seen"]) for each in found["models"]] == [(False, None)] * 2
+    assert [(each["holds"], each["seen"]) for each in found["models"]] == [(None, None)] * 2
 
 
 # --- dividing and serving, without the tuning before it
@@ -225,6 +226,13 @@ def test_only_a_limit_below_every_call_that_was_ever_seen_is_refused_unserved(li
     assert words_of(replace(option, least_s=0.0), Demand(name="a", latency_s=1e-9)).impossible(Demand(name="a", latency_s=1e-9)) == ""
 
 
+def test_what_the_proof_timed_is_its_shortest_call_and_no_interval() -> None:
+    """A slow mode during the proof has every interval above a limit that its fastest calls held."""
+    slow = {"ci95_s": [0.009, 0.011], "least_s": 0.004}
+    assert _proven_s({"measured": slow, "baselines": [{**slow, "least_s": 0.003}, {"ci95_s": None, "least_s": None}]}) == 0.003
+    assert _proven_s({"measured": None, "baselines": [{"ci95_s": [0.009, 0.011]}]}) == math.inf
+
+
 def test_only_a_rate_beyond_the_shortest_calls_of_all_replicas_is_refused_unserved() -> None:
     option = Option(name="a2", model="a", device="cpu", threads=1, service_s=0.010, least_s=0.005, replicas=2)
     assert words_of(option, Demand(name="a")).impossible(Demand(name="a", rate_per_s=410)) == ""  # three of a hundred may be late
@@ -306,6 +314,15 @@ def words(*demands: Demand, alone_s: float = 0.01) -> tuple[Words, Any]:
         ladders[demand.name] = Ladder(demand.name, Path(), options=[option], texts={demand.name: "here"}, units={"cpu": 2})
     division = divide(demands, [each.options[0] for each in ladders.values()], {"cpu": 2})[0]
     return Words(demands=demands, ladders=ladders), division
+
+
+def test_of_a_model_that_was_never_served_it_is_not_known_whether_its_limits_hold() -> None:
+    demand = Demand(name="a", latency_s=0.02)
+    told, division = words(demand)
+    assert told._model(demand, None, None)["holds"] is None
+    for latency_s, holds in ((0.01, True), (0.04, False)):
+        served = Trial(division=division, seen={"a": seen_of(demand, answer(latency_s=latency_s), 0.999)})
+        assert told._model(demand, served, None)["holds"] is holds
 
 
 def test_limits_are_judged_by_what_was_seen() -> None:
