@@ -9,6 +9,10 @@ copies in further processes (`copies`), or a prior of how much processes differ 
 A round stands for each side by the median of its block. On a machine that other processes keep busy that tells how the scheduler shared
 the cores: a block holds calls that ran through and calls that stood still for a time slice, as it happens. There a round stands by its
 least duration (`by="least"`): what disturbs only ever adds (Chen and Revels, "Robust benchmarking in noisy environments", 2016).
+
+Where it counts what is answered in a second, durations are those of windows, and a round stands for each side by the mean of its block,
+which is elapsed time over calls, stalls of the machine included (`by="mean"`; `rate_s` is the figure of all rounds), on a busy machine by
+its best window (`by="window"`).
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -32,7 +37,7 @@ _COLD_LEAST = 3  # samples to a quarter, below which nothing is said of them
 _COLD = 1.15
 _MOST_HALF = 20.0  # e^20 is no ratio of durations
 Word = Literal["faster", "slower", "same", "ambiguous"]
-By = Literal["median", "least"]  # what a round stands for a contestant by
+By = Literal["median", "least", "mean", "window"]  # what a round stands for a contestant by
 Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
@@ -89,16 +94,42 @@ def round_figures(runs: Sequence[Samples], by: By = "median") -> list[dict[int, 
     """Return for each run what each round stands for in seconds. Without rounds each sample is a round of its own.
 
     The least of many is smaller than that of few, and a fast contestant's block holds more calls: so many of each count, the first ones, as
-    the shortest block of that round has.
+    the shortest block of that round has. Where that is one window it is a whole block, and so is what stands beside it: its mean.
     """
     blocks = [_by_round(each) for each in runs]
     if by == "median":
         return [{number: float(np.median(block)) for number, block in each.items()} for each in blocks]
+    if by == "mean":
+        return [{number: fmean(block) for number, block in each.items()} for each in blocks]
     fewest: dict[int, int] = {}
     for each in blocks:
         for number, block in each.items():
             fewest[number] = min(len(block), fewest.get(number, len(block)))
-    return [{number: min(block[: fewest[number]]) for number, block in each.items()} for each in blocks]
+
+    def best(number: int, block: Sequence[float]) -> float:
+        return fmean(block) if by == "window" and fewest[number] == 1 else min(block[: fewest[number]])
+
+    return [{number: best(number, block) for number, block in each.items()} for each in blocks]
+
+
+def rate_s(samples: Samples) -> float:
+    """Return seconds from one answer to the next, by what each round's windows answered in a second, on average over rounds.
+
+    Blocks last as long as each other, so that is all calls over all of the time. A median of rounds would have no stall of the machine in
+    it that comes in fewer than half of them.
+    """
+    return 1 / fmean(1 / each for each in round_figures([samples], "mean")[0].values())
+
+
+def rate_interval_s(samples: Samples, *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Return the interval of `rate_s`: a bootstrap over rounds."""
+    rates = [1 / each for each in round_figures([samples], "mean")[0].values()]
+    if len(rates) < 5:
+        return 1 / max(rates), 1 / min(rates)
+    picks = np.random.default_rng(seed).integers(len(rates), size=(_INTERVAL_RESAMPLES, len(rates)))
+    tail, middle = (1 - confidence) / 2, fmean(rates)
+    low, high = np.quantile(np.array(rates)[picks].mean(axis=1), [tail, 1 - tail])
+    return 1 / max(float(high), middle), 1 / min(float(low), middle)
 
 
 def _by_round(samples: Samples) -> dict[int, list[float]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from aivmm.errors import AivmmError
 from aivmm.probes.client import Worker, WorkerDied, WorkerLost, run_limit_s
-from aivmm.probes.compare import Apart, By, Comparison, compare, observed_apart, paired_logs
+from aivmm.probes.compare import Apart, By, Comparison, compare, observed_apart, paired_logs, rate_s
 from aivmm.probes.machine import BackgroundLoad, freeze, is_busy, measuring, thaw, wait_until_quiet
 from aivmm.probes.records import Caution, Samples
 from aivmm.probes.timer import WINDOW_S
@@ -75,6 +75,11 @@ class Contestant:
     def __post_init__(self) -> None:
         self.generation = self.worker.generation
         self._generations = tuple(each.generation for each in self.others)
+
+    @property
+    def windows(self) -> bool:
+        """True where its durations are of windows: seconds from one answer to the next."""
+        return self.rate or self.callers > 1
 
     @property
     def workers(self) -> tuple[Worker, ...]:
@@ -191,6 +196,8 @@ def versus(a: Contestant, b: Contestant, *, confidence: float = 0.95, field: Seq
 
 def by_of(a: Contestant, b: Contestant) -> By:
     """Return what a round of one race stands for the two by: least durations where other processes kept the machine busy."""
+    if a.windows and b.windows:
+        return "window" if a.busy or b.busy else "mean"
     return "least" if a.busy or b.busy else "median"
 
 
@@ -217,14 +224,14 @@ def _within(a: Contestant, b: Contestant, confidence: float) -> Comparison:
 
 
 def per_sample_s(contestant: Contestant) -> float:
-    """Return the median seconds per sample."""
+    """Return the median seconds per sample; of windows those from one answered sample to the next."""
     samples = contestant.samples()
     assert samples
-    return samples.median_s / contestant.batch
+    return (rate_s(samples) if contestant.windows else samples.median_s) / contestant.batch
 
 
 def leader_of(contestants: Sequence[Contestant]) -> Contestant | None:
-    """Return the one with the least median time per sample, or None when none has been measured."""
+    """Return the one with the least time per sample, see `per_sample_s`, or None when none has been measured."""
     measured = [each for each in contestants if each.durations and each.failed is None]
     return min(measured, key=per_sample_s, default=None)
 

@@ -18,7 +18,7 @@ BATCH_BELOW_S = 100e-6  # steps shorter than this are timed several at a time, s
 _BATCH_OF_S = 200e-6
 SETTLE_S = 2e-3
 WINDOW_S = 0.02
-_FEW = 4  # calls of several threads to a window
+_FEW = 4  # calls to a window: fewer would tell of who was done first, or of single calls
 _NAP_S = 1e-3
 _STRETCH_S = 5e-3  # warming up looks at calls in stretches of this
 _SEVERAL_STRETCH_S = 0.05
@@ -59,8 +59,9 @@ def time_steps(
     `seconds`, each in a thread, and the durations are elapsed time per call completed, in windows of 20 ms. `each` forbids batches: tails
     need single calls. `repeat` makes one duration that of so many calls (a known difference, for tests of the timer). With `steady_s` calls
     are made until they no longer become faster, for about so long at most, before anything is timed. With `tight` one step is timed no
-    longer than until its median is known to that share of it; see `is_tight`. With `window` the durations of one step are means of windows,
-    too: what is answered in a second has every stall of the machine in it, and a median of calls has none.
+    longer than until its median is known to that share of it; see `is_tight`. With `window` the durations of one step are those of windows,
+    too, one after the other: their mean has every stall of the machine in it, as what is answered in a second has, and a median of calls
+    has none. Where a window would hold few calls, one step and several have one duration for all of the time.
     """
     if len(steps) > 1:
         warm = warm_up(lambda: fmean(several(steps, _SEVERAL_STRETCH_S, 1)), steady_s) if steady_s else []
@@ -70,7 +71,7 @@ def time_steps(
     typical = warm[-1] if warm else _settle(step, settle, settle_s)
     inner = 1 if each or typical >= BATCH_BELOW_S else math.ceil(_BATCH_OF_S / max(typical, 1e-7))
     durations = one(step, seconds, least, most, inner, tight=tight)
-    return Timing(durations=_windows(durations) if window else durations, warmup=warm, inner=inner)
+    return Timing(durations=_windows(durations, inner) if window else durations, warmup=warm, inner=inner)
 
 
 def warm_up(stretch: Callable[[], float], most_s: float) -> list[float]:
@@ -174,9 +175,15 @@ def one(step: Step, seconds: float, least: int, most: int, inner: int, *, tight:
             return durations
 
 
-def _windows(durations: Sequence[float]) -> list[float]:
-    """Return the means of calls in a row, of so many as fill a window; of all where they fill none."""
-    count = min(len(durations), max(1, math.ceil(WINDOW_S / fmean(durations))))
+def _windows(durations: Sequence[float], inner: int = 1) -> list[float]:
+    """Return the means of calls in a row, of so many as fill a window; of all where they fill none, or few fill one.
+
+    Each duration is the mean of `inner` calls.
+    """
+    mean = fmean(durations)
+    if _FEW * mean >= WINDOW_S:
+        return [mean]
+    count = min(len(durations), math.ceil(WINDOW_S / (mean * inner)))
     whole = len(durations) // count
     return [fmean(durations[index * len(durations) // whole : (index + 1) * len(durations) // whole]) for index in range(whole)]
 
@@ -221,5 +228,4 @@ def several(steps: Sequence[Step], seconds: float, least: int) -> list[float]:
         raise next((each for each in failures if not isinstance(each, threading.BrokenBarrierError)), failures[0])
     times = sorted(each for some in ended for each in some if each <= end)
     gaps = [after - before for before, after in itertools.pairwise([started, *times])]
-    # Few calls to a window would tell of who was done first, and not of how many are done.
-    return _windows(gaps) if len(gaps) * WINDOW_S > _FEW * math.fsum(gaps) else [fmean(gaps)]
+    return _windows(gaps)

@@ -17,7 +17,7 @@ from aivmm.planner.importance import importances
 from aivmm.planner.records import StudyRecord
 from aivmm.planner.search import Search
 from aivmm.planner.space import Space
-from aivmm.probes.compare import Comparison, cautions, compare
+from aivmm.probes.compare import Comparison, cautions, compare, rate_s
 from aivmm.probes.race import Contestant, race
 from aivmm.probes.records import Measured, Outcome, ProbeKey
 from aivmm.runtime.environment import environment_of
@@ -107,13 +107,13 @@ class DepthSearch:
     def _score(self, draft: Draft, mine: Measured, beside: Measured, best: Score | None, *, reused: bool) -> Score:
         """Return the score of a depth by its race with the `best` before it; with the reference, where that is None."""
         scale = 1.0 if best is not None else self.measurer.reference.batch / draft.batch
-        seen = compare(mine.samples, beside.samples, scale=scale)
+        seen = compare(mine.samples, beside.samples, scale=scale, by=self.measurer.by)
         ratio = seen.ratio * (best.ratio if best is not None else 1.0)
         spread = math.hypot(_spread(seen), _spread(best)) if best is not None else _spread(seen)
-        median_s = mine.samples.median_s
-        metrics = {"throughput": draft.batch / median_s}
+        seconds = rate_s(mine.samples)
+        metrics = {"throughput": draft.batch / seconds}
         low, high = ratio * math.exp(-spread / 2), ratio * math.exp(spread / 2)
-        return Score(ratio=ratio, low=low, high=high, median_s=median_s, reused=reused, metrics=metrics)
+        return Score(ratio=ratio, low=low, high=high, median_s=seconds, reused=reused, metrics=metrics)
 
     def _raced(self, held: _Held, depth: int, best: int, mine: ProbeKey, beside: ProbeKey) -> list[Measured]:
         """Race a depth with the best before it, 0 the reference, and store what came out."""
@@ -137,7 +137,7 @@ class DepthSearch:
             return []
         self.work.database.add_many(found, run_id=self.work.run_id)
         self.measurer.counts.measured += len(found)
-        slower = depth if best and compare(found[0].samples, found[1].samples).ratio > 1 else best
+        slower = depth if best and compare(found[0].samples, found[1].samples, by=self.measurer.by).ratio > 1 else best
         held.drop(slower)
         return found
 

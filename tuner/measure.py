@@ -13,7 +13,7 @@ from aivmm.planner.candidates import MOST_REPLICAS, Candidate, Rejection, Score
 from aivmm.probes import conditions
 from aivmm.probes.accuracy import over_limit
 from aivmm.probes.client import WorkerDied
-from aivmm.probes.compare import cautions, compare
+from aivmm.probes.compare import By, cautions, compare, rate_s
 from aivmm.probes.lab import Lab, Loaded
 from aivmm.probes.machine import BackgroundLoad
 from aivmm.probes.race import Contestant, RaceState, known_well, race
@@ -159,6 +159,15 @@ class Measurer:
     def _of_one_kind(self, candidate: Candidate, found: Measured) -> bool:
         """Say whether an earlier run timed a candidate as this one would: medians of calls and means of windows do not compare."""
         return (WINDOWS in found.metrics) == (self.rate and candidate.callers == 1)
+
+    @property
+    def by(self) -> By:
+        """What a round stands for in a score or a promise: as the proof tells throughput, by means, however busy the machine is."""
+        return "mean" if self.rate else "median"
+
+    def seconds(self, found: Measured) -> float:
+        """Return the median duration of a call; of windows the seconds from one answer to the next, stalls of the machine included."""
+        return rate_s(found.samples) if self.rate or found.key.callers > 1 else found.samples.median_s
 
     def measure(
         self,
@@ -372,10 +381,10 @@ class Measurer:
     def _score(
         self, candidate: Candidate, mine: Measured, reference: Measured, *, reused: bool, seconds: float = 0.0, loaded: Loaded | None = None
     ) -> Score | Rejection:
-        found = compare(mine.samples, reference.samples, scale=reference.key.batch / mine.key.batch)
+        found = compare(mine.samples, reference.samples, scale=reference.key.batch / mine.key.batch, by=self.by)
         judged = self.subject.judged_of(candidate.config.lowered)
         cosine = mine.metrics.get(f"cosine@{judged}")
-        shared = {"seconds": seconds, "reused": reused, "median_s": mine.samples.median_s}
+        shared = {"seconds": seconds, "reused": reused, "median_s": self.seconds(mine)}
         problem = ""
         if f"unusable@{judged}" in mine.metrics:
             problem = loaded.problem if loaded and loaded.problem else "its outputs are unusable"
@@ -395,10 +404,10 @@ class Measurer:
 
         Without memory, and without how long a fresh process takes to its first answer: those only the proof sees.
         """
-        median_s = mine.samples.median_s
+        seconds = self.seconds(mine)
         known = {
-            "latency": median_s * candidate.callers,
-            "throughput": candidate.batch / median_s,
+            "latency": seconds * candidate.callers,
+            "throughput": candidate.batch / seconds,
             "compile": mine.metrics.get("compile_s"),
             "cosine": cosine,
             "energy": mine.metrics.get(self._energy_name),

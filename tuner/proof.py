@@ -13,7 +13,7 @@ from aivmm.planner.choice import Misfit
 from aivmm.planner.constraints import ACCURACY, Violation
 from aivmm.planner.records import ProofRecord
 from aivmm.probes.client import Worker
-from aivmm.probes.compare import Comparison, cautions, compare, median_interval, round_medians
+from aivmm.probes.compare import Comparison, cautions, compare, median_interval, rate_interval_s, rate_s, round_medians
 from aivmm.probes.race import Contestant, by_of, versus
 from aivmm.probes.records import Caution, Samples
 from aivmm.runtime.target import Target
@@ -135,15 +135,24 @@ def targets_of(entrant: Entrant) -> set[Target]:
 
 
 def call_s(entrant: Entrant) -> float:
-    """Return the median duration of one call: with several callers the time between two completions holds one of each."""
+    """Return what one call typically takes: with several callers the time between two completions holds one of each."""
     assert entrant.confirmed
-    return entrant.confirmed.median_s * entrant.draft.callers
+    return typical_s(entrant, entrant.confirmed) * entrant.draft.callers
+
+
+def typical_s(entrant: Entrant, samples: Samples) -> float:
+    """Return the median duration of calls; where windows were timed the seconds from one answer to the next, stalls included."""
+    return rate_s(samples) if _windows(entrant) else samples.median_s
+
+
+def _windows(entrant: Entrant) -> bool:
+    return entrant.contestant is not None and entrant.contestant.windows
 
 
 def interval_s(entrant: Entrant) -> tuple[float, float]:
-    """Return the 95 % interval of the median duration of one call."""
+    """Return the 95 % interval of `call_s`."""
     assert entrant.confirmed
-    low, high = median_interval(entrant.confirmed)
+    low, high = (rate_interval_s if _windows(entrant) else median_interval)(entrant.confirmed)
     return low * entrant.draft.callers, high * entrant.draft.callers
 
 
@@ -156,6 +165,8 @@ def least_s(entrant: Entrant) -> float | None:
 def sample_s(entrant: Entrant) -> float:
     """Return seconds per sample: the median over rounds. A slow round holds fewer calls, and must not weigh less for that."""
     assert entrant.confirmed
+    if _windows(entrant):
+        return rate_s(entrant.confirmed) / entrant.draft.batch
     return float(median(round_medians(entrant.confirmed).values())) / entrant.draft.batch
 
 

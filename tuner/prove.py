@@ -19,7 +19,7 @@ from aivmm.probes.timer import BATCH_BELOW_S
 from aivmm.runtime.target import Target
 from aivmm.tuner.joules import ENERGY, absent, counts_cards_only, device_memory, energy_metrics, why_no_energy
 from aivmm.tuner.judging import Judge, Metric
-from aivmm.tuner.proof import Entrant, Proof, by_rounds, constraint_metrics, sample_s, targets_of, unbeaten
+from aivmm.tuner.proof import Entrant, Proof, by_rounds, constraint_metrics, sample_s, targets_of, typical_s, unbeaten
 from aivmm.tuner.strays import explained, read_stages
 from aivmm.tuner.subject import Further
 
@@ -212,9 +212,10 @@ class Prover:
     def _measure(self, entrant: Entrant, samples: Samples | None) -> None:
         if samples is None or entrant.contestant is None:
             return
+        seconds = typical_s(entrant, samples)
         entrant.metrics |= {
-            "latency_s": samples.median_s * entrant.draft.callers,
-            "throughput_per_s": entrant.draft.batch / samples.median_s,
+            "latency_s": seconds * entrant.draft.callers,
+            "throughput_per_s": entrant.draft.batch / seconds,
             "peak_memory_bytes": float(entrant.contestant.memory_bytes),
         }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from aivmm.planner.constraints import human
-from aivmm.tuner.proof import Entrant, Proof
+from aivmm.tuner.proof import Entrant, Proof, typical_s
 
 KINDS = {"copies": "copies", "pipeline": "a pipeline"}
 Pair = tuple[str, str]
@@ -90,4 +90,4 @@ class Tried:
 def _rate(entrant: Entrant) -> float | None:
     """Return the samples a second that an entrant was seen to answer; of one that left the race early, while it was in it."""
     samples = entrant.confirmed or entrant.choosing
-    return entrant.metrics.get("throughput_per_s") or (entrant.draft.batch / samples.median_s if samples is not None else None)
+    return entrant.metrics.get("throughput_per_s") or (entrant.draft.batch / typical_s(entrant, samples) if samples is not None else None)

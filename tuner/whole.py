@@ -82,7 +82,7 @@ class Whole:
             found = self._raced(draft, mine, beside)
         if len(found) < 2:
             return None
-        return compare(found[mine].samples, found[beside].samples, scale=self.measurer.reference.batch / draft.batch)
+        return compare(found[mine].samples, found[beside].samples, scale=self.measurer.reference.batch / draft.batch, by=self.measurer.by)
 
     def _raced(self, draft: Draft, mine: ProbeKey, beside: ProbeKey) -> dict[ProbeKey, Measured]:
         reference = self.measurer.load_reference()

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from aivmm.probes import race as racing
-from aivmm.probes.compare import By, compare, round_figures
+from aivmm.probes.compare import By, compare, rate_interval_s, rate_s, round_figures
 from aivmm.probes.machine import BackgroundLoad, is_busy
-from aivmm.probes.race import Contestant, race, runs_single, versus
+from aivmm.probes.race import Contestant, by_of, per_sample_s, race, runs_single, versus
 from aivmm.probes.records import Samples
 from aivmm.probes.timer import held, spinning
 from aivmm.runtime.config import Config
@@ -48,6 +48,26 @@ def test_the_least_of_a_round_is_that_of_as_many_on_both_sides() -> None:
     many = Samples(timed_s=(4.0, 3.0, 1.0, 6.0), rounds=(0, 0, 0, 1))
     assert round_figures([few, many], "least") == [{0: 2.0, 1: 5.0}, {0: 3.0, 1: 6.0}]
     assert compare(few, many, by="least").by == "least" and compare(few, many).by == "median"
+
+
+def test_a_round_of_windows_is_its_mean_and_on_a_busy_machine_its_best_window_where_both_have_several() -> None:
+    one = Samples(timed_s=(3.0, 2.0, 5.0), rounds=(0, 0, 1))
+    other = Samples(timed_s=(4.0, 3.0, 2.0, 4.0, 6.0), rounds=(0, 0, 0, 1, 1))
+    assert round_figures([one, other], "mean") == [{0: 2.5, 1: 5.0}, {0: 3.0, 1: 5.0}]
+    assert round_figures([one, other], "window") == [{0: 2.0, 1: 5.0}, {0: 3.0, 1: 5.0}]
+
+
+def test_stalls_in_a_minority_of_rounds_are_in_the_rate_and_not_in_the_median() -> None:
+    """Of three rounds, as long as each other, one answers a third as much."""
+    seen = Samples(timed_s=(0.002, 0.002, 0.002, 0.002, 0.006, 0.006), rounds=(0, 0, 1, 1, 2, 2))
+    assert seen.median_s == 0.002 and 1 / rate_s(seen) == pytest.approx((500 + 500 + 500 / 3) / 3)
+    assert rate_interval_s(seen) == (pytest.approx(0.002), pytest.approx(0.006))
+    for callers, rate in ((1, True), (2, False)):
+        made = Contestant("a", Asked(), callers=callers, rate=rate)  # type: ignore[arg-type]
+        made.durations, made.rounds = list(seen.timed_s), list(seen.rounds)
+        assert made.windows and per_sample_s(made) == rate_s(seen) and by_of(made, made) == "mean"
+        made.busy = True
+        assert by_of(made, made) == "window"
 
 
 @LINUX

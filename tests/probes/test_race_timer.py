@@ -17,8 +17,10 @@ import pytest
 from aivmm.probes import timer, wire
 from aivmm.probes.arrays import save_arrays
 from aivmm.probes.client import Worker, WorkerDied
+from aivmm.probes.compare import rate_interval_s, rate_s
 from aivmm.probes.machine import freeze, thaw
 from aivmm.probes.race import Contestant, apart_of, race, versus
+from aivmm.probes.records import Samples
 from aivmm.probes.timer import BATCH_BELOW_S, is_tight, one, time_steps, warm_up
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a frozen worker with its parent")
@@ -73,14 +75,42 @@ def test_a_duration_may_hold_several_calls() -> None:
 
 def test_windows_have_every_stall_in_them() -> None:
     turns = count()
-    timing = time_steps([lambda: time.sleep(0.02 if next(turns) % 4 == 0 else 0.001)], seconds=0.2, settle=1, window=True)
+    timing = time_steps([lambda: time.sleep(0.01 if next(turns) % 8 == 0 else 0.001)], seconds=0.2, settle=1, window=True)
     assert len(timing.durations) >= 3
-    assert 0.004 < fmean(timing.durations) < 0.015 and max(timing.durations) < 0.019
+    assert 0.0019 < fmean(timing.durations) < 0.008 and max(timing.durations) < 0.0099
 
 
-def test_what_is_longer_than_a_window_is_a_window_of_its_own() -> None:
-    timing = time_steps([Spin(0.025)], seconds=0.1, settle=1, window=True)
-    assert len(timing.durations) >= 3 and min(timing.durations) > 0.02
+def test_windows_of_short_calls_are_as_long_as_others() -> None:
+    timing = time_steps([Spin(5e-6)], seconds=0.08, settle=9, window=True)
+    assert timing.inner > 1 and 2 <= len(timing.durations) <= 5
+
+
+@pytest.mark.parametrize("callers", [1, 2])
+@pytest.mark.parametrize("call_s", [0.006, 0.025])
+def test_few_calls_to_a_window_are_one_duration_however_many_call(callers: int, call_s: float) -> None:
+    timing = time_steps([lambda: time.sleep(call_s * callers)] * callers, seconds=0.1, settle=1, window=True)
+    assert len(timing.durations) == 1 and timing.durations[0] > 0.9 * call_s
+
+
+def test_what_is_told_of_windows_is_elapsed_time_over_calls_though_most_of_them_have_no_stall() -> None:
+    """2 ms calls, and each 24th stands still: of its block one window in two or three, and of windows the lesser part."""
+    ended: list[float] = []
+
+    def step() -> None:
+        time.sleep(0.03 if len(ended) % 24 == 23 else 0.002)
+        ended.append(time.perf_counter())
+
+    timed: list[float] = []
+    rounds: list[int] = []
+    began = time.perf_counter()
+    for number in range(12):
+        found = time_steps([step], seconds=0.08, settle=1, settle_s=0.0, window=True).durations
+        timed += found
+        rounds += [number] * len(found)
+    samples = Samples(timed_s=tuple(timed), rounds=tuple(rounds))
+    assert rate_s(samples) == pytest.approx((ended[-1] - began) / len(ended), rel=0.15)
+    low, high = rate_interval_s(samples)
+    assert low <= rate_s(samples) <= high
 
 
 def test_warming_up_goes_on_while_calls_become_faster_and_not_much_longer() -> None:

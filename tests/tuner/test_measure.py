@@ -19,7 +19,9 @@ from tests.planner.test_search import target
 ONE = Candidate(target=target(), config=Config())
 
 
-def remembered(metrics: Mapping[str, float], *, callers: int = 1, **fields: Any) -> Score | Rejection | None:
+def remembered(
+    metrics: Mapping[str, float], *, callers: int = 1, timed_s: tuple[float, ...] = (0.001, 0.001, 0.001), **fields: Any
+) -> Score | Rejection | None:
     """Return what a measurer knows of a candidate whose race an earlier run stored, with these metrics.
 
     That of one caller is the race's reference; of several, the reference in their race has these metrics, and they have none.
@@ -29,7 +31,7 @@ def remembered(metrics: Mapping[str, float], *, callers: int = 1, **fields: Any)
         lab=cast(Any, None), subject=cast(Any, subject), database=cast(Any, None), run_id="", reference=ONE, cosine_limit=None, **fields
     )
     key = ProbeKey(kind="model", subject="s", target=str(ONE.target), environment="e", config=ONE.config, batch=1, callers=1)
-    samples, several = Samples(timed_s=(0.001, 0.001, 0.001)), replace(ONE, callers=callers)
+    samples, several = Samples(timed_s=timed_s), replace(ONE, callers=callers)
     measurer._races["race"] = {several.key: Measured(key=replace(key, callers=callers), samples=samples, metrics={}, race="race")}
     measurer._races["race"][ONE.key] = Measured(key=key, samples=samples, metrics=metrics, race="race")
     return measurer._known(several)
@@ -57,6 +59,14 @@ def test_calls_and_windows_of_one_caller_are_not_taken_for_each_other() -> None:
 def test_several_callers_are_not_reused_beside_a_reference_of_the_other_kind() -> None:
     assert remembered({}, callers=2, rate=True) is None and remembered({WINDOWS: 1.0}, callers=2) is None
     assert isinstance(remembered({WINDOWS: 1.0}, callers=2, rate=True), Score) and isinstance(remembered({}, callers=2), Score)
+
+
+def test_throughput_is_what_all_rounds_answered_and_not_what_most_did() -> None:
+    """Every third round answers a third as much; the latency of calls is that of most."""
+    for rate, per_s in ((True, (1000 + 1000 + 1000 / 3) / 3), (False, 1000)):
+        known = remembered({WINDOWS: 1.0} if rate else {}, timed_s=(0.001, 0.001, 0.003), rate=rate)
+        assert isinstance(known, Score)
+        assert known.metrics["throughput"] == pytest.approx(per_s) and 1 / known.median_s == pytest.approx(per_s)
 
 
 @pytest.mark.parametrize(("metrics", "said"), [({"energy_j": 0.0}, "energy could not be counted"), ({}, "compile is not known")])

@@ -14,7 +14,7 @@ from aivmm.probes.client import Worker
 from aivmm.probes.compare import Comparison
 from aivmm.probes.race import Contestant
 from aivmm.runtime.config import Config
-from aivmm.tuner.proof import Entrant, Proof
+from aivmm.tuner.proof import Entrant, Proof, call_s, interval_s, sample_s
 from aivmm.tuner.prove import Prover
 from aivmm.tuner.verdict import describe, factor_text, sentence
 from tests.planner.test_search import target
@@ -53,6 +53,26 @@ def test_a_faster_baseline_that_breaks_a_limit_is_told_with_the_reason_and_not_a
     proof.violations = {"toy default": (broken,)}
     assert f"toy default takes 0.50 of its time, and may not be the plan: {broken.sentence}." in told(proof)
     assert "slower than" not in told(proof) and "faster than toy slow" in told(proof)
+
+
+@pytest.mark.parametrize(("objective", "callers", "per_s"), [("throughput", 1, 400), ("throughput", 2, 400), ("latency", 1, 500)])
+def test_a_proof_tells_of_throughput_what_one_and_several_callers_answered_stalls_included(
+    objective: str, callers: int, per_s: float
+) -> None:
+    """Every fourth round answers a fifth of what the others do."""
+    made = entrant("candidate 1", 2e-3, role="candidate", callers=callers)
+    assert made.contestant
+    made.contestant.rate = objective == "throughput"
+    made.contestant.durations = [2e-3 if number % 4 else 10e-3 for number in range(ROUNDS)]
+    made.confirmed = made.contestant.samples()
+    prover = Prover(
+        [made], constraints=(), cosine_limit=None, seed=0, tell=lambda what, state: None, objectives=parse_objectives(objective)
+    )
+    prover._measure(made, made.confirmed)
+    assert made.metrics["throughput_per_s"] == pytest.approx(per_s)
+    assert call_s(made) == pytest.approx(callers / per_s) == made.metrics["latency_s"]
+    low, high = interval_s(made)
+    assert low <= call_s(made) <= high and sample_s(made) == pytest.approx(1 / per_s)
 
 
 def test_the_tail_of_several_callers_is_unknown_for_another_reason_than_time() -> None:
