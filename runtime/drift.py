@@ -26,6 +26,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import fmean, median
@@ -91,9 +92,10 @@ class Drift:
 class DriftMonitor:
     """Watches the latencies of one engine. Thread-safe; fed by blocks, a call costs a part of a microsecond."""
 
-    def __init__(self, expected: Number | None, *, callers: int = 1, tell: Callable[[Drift], None]) -> None:
+    def __init__(self, expected: Number | None, *, callers: int = 1, tell: Callable[[Drift], bool | None]) -> None:
         """Watch against the plan's `expected` latency of a call; `tell` is called once each time when it was left.
 
+        Where it returns False that was nothing to tell yet: it is asked again while it lasts.
         With several `callers` the plan's latency is that of an engine kept busy: less load is faster, and more of it no drift.
         """
         self._expected = expected
@@ -134,7 +136,7 @@ class DriftMonitor:
                 if event is not None:
                     found.append(event)
         for each in found:
-            self._tell(each)
+            self._tell_or_wait(each)
 
     def add_short(self, total_ns: int, calls: int, last: Sequence[int]) -> None:
         """Take the sum of the durations of calls that are much shorter than a slice, and the last of them: `BLOCK` or less."""
@@ -145,12 +147,29 @@ class DriftMonitor:
                 self._recent.extend(last)
                 event = self._put_together(total_ns, calls)
         if event is not None:
-            self._tell(event)
+            self._tell_or_wait(event)
+
+    @property
+    def is_warming(self) -> bool:
+        """Whether the baseline is not known yet."""
+        return self._warming
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether latency has left the interval, was told to have, and is not back."""
+        return self._outside
 
     def state(self) -> dict[str, Any]:
         """Return the state for statistics: `warming up`, `inside` or `outside`, the baseline, and the events."""
         state = "warming up" if self._warming else "outside" if self._outside else "inside"
         return {"state": state, "baseline_s": self.baseline_s, "events": [each.as_json() for each in self.events]}
+
+    def _tell_or_wait(self, event: Drift) -> None:
+        if self._tell(event) is False:
+            with self._lock:
+                self._outside, self._paused_ns = False, math.inf
+                with suppress(ValueError):
+                    self.events.remove(event)
 
     def _warm_up(self, block: _Block) -> Drift | None:
         if self._skip:

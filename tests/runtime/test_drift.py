@@ -18,7 +18,6 @@ import aivmm
 from aivmm.errors import UsageError
 from aivmm.runtime import lane, shortest
 from aivmm.runtime.drift import BLOCK, Drift, DriftMonitor
-from aivmm.runtime.paces import PacedMonitor
 from aivmm.runtime.plan import Batching, Execution, Number
 from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, normal
 
@@ -392,63 +391,6 @@ def test_where_latency_says_nothing_it_is_not_watched(tmp_path: Path) -> None:
         }
 
 
-# --- at a changing pace ---
-
-
-def paced(watch: PacedMonitor, seconds: Floats, pause: float) -> None:
-    """Feed latencies with pauses between them, as a lane does."""
-    for at in range(0, len(seconds) - BLOCK + 1, BLOCK):
-        calls = (seconds[at : at + BLOCK] * 1e9).astype(np.int64).tolist()
-        watch.add(calls, sum(calls) + int(BLOCK * pause * 1e9))
-
-
-def test_calls_are_slower_after_pauses_and_that_is_no_drift() -> None:
-    """What was measured on a virtual machine: a model of 0.33 ms takes twice as long after 2 ms, and 2.7 times after 100 ms."""
-    rng, call = np.random.default_rng(0), 0.33e-3
-    told: list[Drift] = []
-    watch = PacedMonitor(plan_says(call), tell=told.append)
-
-    def noise(count: int) -> Floats:
-        return call * np.exp(rng.normal(0, 0.08, count))
-
-    for factor, pause in ((1.0, 0.0), (2.15, 2e-3), (2.7, 0.1), (1.0, 10e-6), (1.4, 0.33e-3), (2.15, 2e-3), (1.0, 0.0)):
-        paced(watch, factor * noise(6000), pause)
-        assert not told and watch.state()["state"] == "inside", pause
-    paced(watch, 2.15 * 1.3 * noise(6000), 2e-3)  # and this is one
-    assert len(told) == 1 and watch.state()["state"] == "outside"
-    paced(watch, 1.3 * noise(6000), 0.0)  # the same one
-    assert len(told) == 1
-    paced(watch, 2.15 * noise(6000), 2e-3)
-    assert watch.state()["state"] == "inside" and len(watch.state()["events"]) == 1
-
-
-def test_an_engine_that_is_asked_now_and_then_is_not_held_against_a_plan_that_was_proven_without_pauses() -> None:
-    told: list[Drift] = []
-    watch = PacedMonitor(plan_says(0.33e-3), tell=told.append)
-    paced(watch, 0.9e-3 * np.exp(np.random.default_rng(0).normal(0, 0.1, 20_000)), 0.1)
-    assert not told and watch.state()["state"] == "inside"
-
-
-def test_one_pause_among_many_calls_in_a_row_says_nothing_of_calls_that_come_far_apart() -> None:
-    rng, call = np.random.default_rng(0), 0.33e-3
-    told: list[Drift] = []
-    watch = PacedMonitor(plan_says(call), tell=told.append)
-    for _ in range(400):
-        paced(watch, call * np.exp(rng.normal(0, 0.08, 8 * BLOCK)), 0.0)
-        paced(watch, call * np.exp(rng.normal(0, 0.08, BLOCK)), 0.1)  # a pause of 1.6 s, and then as before
-    paced(watch, 2.7 * call * np.exp(rng.normal(0, 0.08, 6000)), 0.1)
-    assert not told and watch.state()["state"] == "inside"
-
-
-def test_turns_of_other_callers_are_no_pauses() -> None:
-    told: list[Drift] = []
-    watch = PacedMonitor(plan_says(), callers=4, tell=told.append)
-    rng = np.random.default_rng(0)
-    paced(watch, white(rng, 4000), 2 * CALL_S)
-    paced(watch, 1.5 * white(rng, 4000), 2 * CALL_S)
-    assert len(told) == 1 and told[0].plan_s == CALL_S
-
-
 def test_an_engine_tells_pauses_from_slow_calls(engine: aivmm.Engine) -> None:
     told: list[Drift] = []
     engine.on_drift = told.append
@@ -458,3 +400,21 @@ def test_an_engine_tells_pauses_from_slow_calls(engine: aivmm.Engine) -> None:
             engine.run(x)
             Slow.wait()
     assert engine.stats()["drift"]["state"] == "inside" and not told
+
+
+@pytest.mark.parametrize(
+    ("call_s", "period_s", "factor"), [(10e-3, 20e-3, 1.5), (10e-3, 25e-3, 2.0), (10e-3, 33.3e-3, 2.5), (5e-3, 20e-3, 3.0)]
+)
+def test_calls_at_a_fixed_rate_have_shorter_pauses_when_they_are_slower(
+    engine: aivmm.Engine, call_s: float, period_s: float, factor: float
+) -> None:
+    told: list[Drift] = []
+    engine.on_drift = told.append
+    x = {"x": normal(2, 32)}
+    for Slow.seconds, calls in ((call_s, 600), (factor * call_s, 200)):
+        assert not engine.stats()["drift"]["events"]
+        Slow.pause = period_s - Slow.seconds
+        for _ in range(calls):
+            engine.run(x)
+            Slow.wait()
+    assert len(heard(told)) == 1 and engine.stats()["drift"]["state"] == "outside"
