@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from aivmm.tuner.copying import Known, can_be_copied
 from aivmm.tuner.cutting import CutPlan, Cutter
 from aivmm.tuner.emit import Other, folder_bytes
 from aivmm.tuner.expected import expected, in_other_processes, unmeasured_auto
-from aivmm.tuner.explore import JUDGED_IN_SEARCH, Explorer
+from aivmm.tuner.explore import Explorer
 from aivmm.tuner.finalists import Selection
 from aivmm.tuner.judging import judged_on
 from aivmm.tuner.options import DEFAULT_COSINE
@@ -33,7 +33,7 @@ from aivmm.tuner.throughput import Finder
 from aivmm.tuner.tried import Tried
 from aivmm.tuner.verdict import accuracy_text, describe, factor_text, sentence
 from aivmm.tuner.work import Work
-from aivmm.tuner.worth import HOPELESS
+from aivmm.tuner.worth import HOPELESS, keeps
 
 _ALL = 1000
 _PARTS_S = 4.0  # for racing settings on parts of a processor
@@ -65,7 +65,7 @@ class Decider:
             search=search,
             baselines=scored,
             known={candidate.key for _, candidate in baselines},
-            keeps=self._keeps,
+            keeps=lambda candidate, score: keeps(self.work.constraints, candidate, score),
             constraints=self.work.constraints,
             objectives=self.work.options.objectives,
             prefer=self.work.options.prefer,
@@ -97,11 +97,6 @@ class Decider:
             for _, candidate in self.explorer.baselines
             if measured.get(candidate.key, least) <= HOPELESS[self.work.options.drive] * least
         }
-
-    def _keeps(self, candidate: Candidate, score: Score, *, without: Collection[str] = ()) -> bool:
-        """True unless what the search saw of a candidate already breaks a constraint, those on the metrics `without` aside."""
-        metrics = {name: value for name, value in score.metrics.items() if name in JUDGED_IN_SEARCH and name not in without}
-        return not check(self.work.constraints, metrics, targets=[str(candidate.target)])
 
     def _cuts(self) -> list[Draft]:
         """Return the cut plans worth proving, with the best config known for each target."""
@@ -177,7 +172,7 @@ class Decider:
         found = (
             self._expected(each, score).seconds / each.batch
             for each, score in self.explorer.search.best(_ALL)
-            if not self.explorer.barred(each.target, each.config) and self._keeps(each, score, without=("throughput",))
+            if not self.explorer.barred(each.target, each.config) and keeps(self.work.constraints, each, score, without=("throughput",))
         )
         return min(found, default=None)
 
@@ -186,7 +181,7 @@ class Decider:
             Known(candidate=each, seconds=self._expected(each, score).seconds, memory_bytes=score.metrics.get("device_memory", 0.0))
             for each, score in scored
             if can_be_copied(each) and not self.explorer.barred(each.target, each.config)
-            if self._keeps(each, score, without=("throughput",))
+            if keeps(self.work.constraints, each, score, without=("throughput",))
         ]
 
     def _reference_s(self) -> float | None:

@@ -26,7 +26,7 @@ from aivmm.tuner.room import most_replicas
 from aivmm.tuner.starts import can_be_replicated, of_similar_models, promising, side_by_side
 from aivmm.tuner.told import as_told, point_in, point_of
 from aivmm.tuner.work import Work
-from aivmm.tuner.worth import MOST_TRIED, Standing
+from aivmm.tuner.worth import JUDGED_IN_SEARCH, Standing, keeps, speed_decides, try_cards
 
 SEARCH_UNTIL = 0.62  # the share of the budget by which the search has to end, counted from the start
 _MOST_CALLERS = 32
@@ -37,8 +37,6 @@ _GROUP = 3  # candidates asked for at once: they share a race, and its reference
 _GROUP_S = 4.0
 _PATIENCE = 12  # trials without an improvement of 1 % after which a search without --trials ends
 _LEAST_TRIALS = 10
-# Limits that the search can judge; the others need a fresh process, or hundreds of calls, and are for the proof.
-JUDGED_IN_SEARCH = frozenset({"latency", "throughput", "cosine", "energy", "power", "size", "device_memory"})
 _HINTED = {"float32": "fp32", "f32": "fp32", "dynamic": "fp32", "bfloat16": "bf16", "float16": "fp16", "f16": "fp16"}
 
 
@@ -356,7 +354,9 @@ class Explorer:
         if not best:
             reasons = "; ".join(f"{each.name}: {_reason(self.outcome(candidate))}" for each, candidate in baselines)
             raise ModelError(f"no baseline of {self.work.subject.facts.name} could be measured ({reasons})", advice="try --retry-failed")
-        standing = Standing(best=best, allowed=allowed, drive=self.work.options.drive, prefer=self.work.options.prefer)
+        options = self.work.options
+        decisive = speed_decides(options.objectives, options.drive, self.work.constraints)
+        standing = Standing(best=best, allowed=allowed, drive=options.drive, prefer=options.prefer, decisive=decisive)
         tried = self._try_cards(standing)
         self._scout(standing.worth_lowering())
         worth: dict[Target, list[str | None]] = {}
@@ -378,19 +378,18 @@ class Explorer:
         batches = self._batches(list(standing.best))
         precisions = {target: self.work.precisions(target) for target in standing.to_try(batches)}
         points = promising(self._space(precisions, batches), precisions, {})
-        tried = {target: [each for each in points if each.target == target][:MOST_TRIED] for target in precisions}
-        asked = [each for points in tried.values() for each in points]
         searches = not self.searched_before and self.work.options.trials != 0 and self.work.min_segments == 1
-        wanted = [each for each in asked if each.key not in self.known] if searches else []
-        if wanted:
-            left = max(1.5, min(_GROUP_S, _BASELINES * self.work.options.budget_s))
-            found = self.measurer.measure(wanted, budget_s=left, tell=self.work.tell_race)
-            self.known |= {each.key: (each, found[each.key]) for each in wanted}
-        scored = [(each, outcome) for each in asked if isinstance(outcome := self.outcome(each), Score)]
-        for each, outcome in scored:
-            if not self.barred(each.target, each.config):
-                standing.learn(each.target, outcome.ratio)
-        return {each.target for each, _ in scored}
+
+        def measure(wanted: Sequence[Candidate]) -> None:
+            if searches:
+                left = max(1.5, min(_GROUP_S, _BASELINES * self.work.options.budget_s))
+                found = self.measurer.measure(wanted, budget_s=left, tell=self.work.tell_race)
+                self.known |= {each.key: (each, found[each.key]) for each in wanted}
+
+        def may_be(each: Candidate, score: Score) -> bool:
+            return not self.barred(each.target, each.config) and keeps(self.work.constraints, each, score)
+
+        return try_cards(standing, points, known=self.known, measure=measure, room=self.room, may_be=may_be)
 
     def _best_ratios(self, baselines: Sequence[tuple[Baseline, Candidate]]) -> tuple[dict[Target, float], set[Target]]:
         """Return the best baseline's time of each target over the reference's, and the targets where that one may be the plan.

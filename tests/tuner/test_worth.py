@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
+from aivmm.planner.candidates import Candidate, Rejection, Score
+from aivmm.planner.constraints import parse
+from aivmm.planner.objectives import parse_objectives
+from aivmm.planner.room import Room
+from aivmm.runtime.config import Config
 from aivmm.runtime.target import Device, Target
-from aivmm.tuner.worth import Standing
+from aivmm.tuner.worth import Standing, keeps, speed_decides, try_cards
 from tests.making import chain_model, write_model
 from tests.tuner.harness import Place
 from tests.tuner.test_at_once import LAYERS, WIDTH, card, installed
@@ -38,6 +45,69 @@ def test_what_a_card_shows_is_what_the_others_are_measured_by() -> None:
     assert CPU not in known.worth_lowering()  # no time is spent on lowering a model for it
     known.learn(CARD, 0.3)
     assert known.best[CARD] == 0.1
+
+
+def test_where_another_objective_counts_a_card_is_only_brought_in() -> None:
+    for objectives, drive in (("latency,throughput", "throughput"), ("throughput,latency", "throughput"), ("memory", "latency")):
+        assert not speed_decides(parse_objectives(objectives), drive, ())
+    assert speed_decides(parse_objectives("throughput"), "throughput", parse("latency<=5ms,targets in (onnxruntime:*)"))
+    assert not speed_decides(parse_objectives("throughput"), "throughput", parse("p99<=5ms"))  # which a search does not see
+    known = standing("throughput", cpu=1.0, card=5.4)
+    known.decisive = False
+    known.learn(CARD, 0.1)  # at batch 64, while the CPU is ahead one call at a time
+    assert known.behind(CPU) == 1.0 and known.behind(CARD) == pytest.approx(0.1)
+    assert known.worth_lowering() == [CPU, CARD]
+
+
+def _points(*, precisions: tuple[str, ...] = ("fp32", "bf16")) -> list[Candidate]:
+    return [
+        Candidate(target=CARD, config=Config(precision=precision), batch=batch, callers=callers)
+        for batch, callers in ((64, 4), (128, 8), (32, 8))
+        for precision in precisions
+    ]
+
+
+Asked = list[tuple[int, str | None]]  # batch, precision
+
+
+def _tried(outcomes: dict[tuple[int, str], Score | Rejection], limit: str = "") -> tuple[Standing, Asked, set[Target]]:
+    """Try a card whose points come out so, by (batch, precision); return the standing, what was measured in order, and who was tried."""
+    known: dict[str, tuple[Candidate, Score | Rejection]] = {}
+    asked: Asked = []
+
+    def measure(wanted: Sequence[Candidate]) -> None:
+        for each in wanted:
+            asked.append((each.batch, each.config.precision))
+            known[each.key] = each, outcomes[each.batch, str(each.config.precision)]
+
+    found, limits = standing("throughput", cpu=1.0, card=5.4), parse(limit) if limit else ()
+    tried = try_cards(found, _points(), known=known, measure=measure, room=Room(), may_be=lambda each, score: keeps(limits, each, score))
+    return found, asked, tried
+
+
+def _score(ratio: float, latency_s: float) -> Score:
+    return Score(ratio=ratio, low=ratio, high=ratio, median_s=latency_s, metrics={"latency": latency_s})
+
+
+def test_both_tries_are_of_different_loads() -> None:
+    found, asked, tried = _tried({(64, "fp32"): _score(0.2, 0.06), (128, "fp32"): _score(0.1, 0.1)})
+    assert asked == [(64, "fp32"), (128, "fp32")] and tried == {CARD}
+    assert found.best[CARD] == 0.1 and found.behind(CPU) == pytest.approx(10)
+
+
+def test_what_is_refused_gives_way_to_a_load_that_may_fit() -> None:
+    full = Rejection(state="refused", reason="CUDA error: out of memory")
+    small = {(32, "fp32"): _score(0.2, 0.03), (32, "bf16"): _score(0.1, 0.03)}
+    found, asked, _ = _tried({(64, "fp32"): full, (128, "fp32"): full, (64, "bf16"): full, **small})
+    assert asked == [(64, "fp32"), (128, "fp32"), (32, "fp32"), (64, "bf16"), (32, "bf16")]  # bf16 at 128 has no room, which is known
+    assert found.best[CARD] == 0.1
+    nothing, _, tried = _tried({(batch, precision): full for batch in (64, 128, 32) for precision in ("fp32", "bf16")})
+    assert not tried and nothing.best[CARD] == 5.4
+
+
+def test_what_breaks_a_limit_puts_nobody_out() -> None:
+    found, _, tried = _tried({(64, "fp32"): _score(0.2, 0.06), (128, "fp32"): _score(0.1, 0.1)}, limit="latency<=5ms")
+    assert tried == {CARD} and found.best[CARD] == 5.4 and found.behind(CPU) == 1.0
 
 
 def _tuned(place: Place, graph: float, default_s: float) -> tuple[str, str]:
