@@ -172,8 +172,8 @@ class Engine:
             UsageError: as `run`, at once.
         """
         program, deadlines = self._program, self._deadlines
-        again = {} if deadlines is None else kept(inputs)
         try:
+            again = {} if deadlines is None else kept(inputs)
             running = program.submit(inputs, lambda loaded, error: self._instead(program, loaded, error))
         except (AttributeError, TypeError):
             refuse_unnamed(inputs)
@@ -222,9 +222,9 @@ class Engine:
     def stream(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Buffer]]:
         """Run each of `requests` and yield the outputs in their order, as many in flight as the plan provides for.
 
-        Requests are taken from the iterable when there is room for them: it may be endless. Where they come slowly, an answer that is there
-        waits for the next of them; one that hangs keeps none before it. What a request raises is raised at its place in the order, which
-        ends the stream; those already in flight are finished unseen.
+        The iterable may be endless: a request is taken while those before it run, and waits for room. Where requests come slowly, an answer
+        that is there waits for the next of them; one that hangs keeps none before it. What a request raises is raised at its place in the
+        order, which ends the stream; those already in flight are finished unseen.
         """
         return ordered(self.submit, self._program.window, requests)
 

@@ -17,23 +17,29 @@ _HELD_S = 0.002  # for which an answer may be held back, so that several are giv
 
 
 def ordered(submit: Submit, window: int, requests: Iterable[Mapping[str, Any]]) -> Iterator[Outputs]:
-    """Submit each of `requests` and yield the outputs in their order, at most `window` in flight; see `Engine.stream`."""
+    """Submit each of `requests` and yield the outputs in their order, at most `window` in flight; see `Engine.stream`.
+
+    The window is full while the next request is made, and again while the caller looks at an answer.
+    """
     pending: deque[Future[Outputs]] = deque()
     given = perf_counter()
     for inputs in requests:
+        slowly = perf_counter() - given > _HELD_S
+        first = None
+        if len(pending) >= window:
+            _wait(pending, window)
+            first = pending.popleft().result()
         try:
             pending.append(submit(inputs))
         except AivmmError as error:  # its turn comes
             pending.append(Future())
             pending[-1].set_exception(error)
-        if len(pending) >= window:
-            _wait(pending, window)
-            yield pending.popleft().result()
-            given = perf_counter()
-        elif perf_counter() - given > _HELD_S:
-            # The requests come slowly. What is there is given, but for what would leave nothing to do meanwhile.
+        if first is not None:
+            yield first
+        if slowly:  # what is there is given, but for what would leave nothing to do meanwhile
             while pending[0].done() and not pending[-1].done():
                 yield pending.popleft().result()
+        if slowly or first is not None:
             given = perf_counter()
     while pending:
         yield pending.popleft().result()

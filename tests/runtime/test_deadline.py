@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -239,3 +240,16 @@ def test_a_deadline_within_the_wait_for_company_is_refused_and_leaves_nothing_op
     assert set(_running) <= before
     engine = load_watched(execution=waiting, batch=2, timeout_s=30.0)
     assert_right(engine.run(X))
+
+
+@pytest.mark.parametrize("given", [normal(2, 32), [normal(2, 32)]], ids=lambda each: type(each).__name__)
+def test_inputs_without_names_are_refused_in_words_and_in_their_turn(load_watched: Load, given: Any) -> None:
+    engine = load_watched()
+    for ask in (engine.run, engine.submit, lambda inputs: asyncio.run(engine.arun(inputs))):
+        with pytest.raises(UsageError, match="inputs are given by name"):
+            ask(given)
+    stream = engine.stream([X, X, given, X])
+    for _ in range(2):
+        assert_right(next(stream))
+    with pytest.raises(UsageError, match="inputs are given by name"):
+        next(stream)

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import pytest
 
 from aivmm.runtime.plan import Execution
 from aivmm.runtime.streaming import ordered
@@ -53,3 +54,35 @@ def test_answers_are_given_while_requests_come_slowly() -> None:
     for number, answer in enumerate(ordered(submit, 6, slowly())):
         assert answer == {"number": number}
         assert taken[-1] <= number + 4  # all six of the window were, before; a busy machine may be late with an answer
+
+
+@pytest.mark.parametrize("window", [1, 2, 6])
+def test_the_window_is_full_while_requests_are_made_and_answers_looked_at(window: int) -> None:
+    count = 12
+    begun = [threading.Event() for _ in range(count + window)]
+    submitted: list[int] = []
+    waited: list[int] = []
+
+    def requests() -> Iterator[dict[str, Any]]:
+        for number in range(count):
+            begun[number].set()
+            yield {"number": number}
+        for each in begun[count:]:
+            each.set()
+
+    def run(number: int) -> int:
+        """Take until the request a window later is being made."""
+        if not begun[number + window].wait(1):
+            waited.append(number)
+        return number
+
+    with ThreadPoolExecutor(window) as lanes:
+
+        def submit(inputs: Any) -> Future[Any]:
+            submitted.append(inputs["number"])
+            return lanes.submit(run, inputs["number"])
+
+        for number, answer in enumerate(ordered(submit, window, requests())):
+            assert answer == number
+            assert len(submitted) == min(count, number + 1 + window)
+    assert not waited
