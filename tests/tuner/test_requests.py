@@ -40,6 +40,11 @@ def test_a_forced_cut_of_real_inputs_runs_right_in_the_precision_allowed(shared:
         fresh = {"input": np.random.default_rng(12).standard_normal((1, 3, 16, 16)).astype(np.float32)}
         assert relative_l2(engine.run(fresh), reference(tiny, fresh)) <= 1e-4
     assert "segments" in found["verdict"]
+    # One interval, wherever it is told; and beside what was told the sums that it can be held against.
+    assert found["certificate"]["interval_s"] == pytest.approx(found["predicted"]["interval_s"])
+    with Database.open(shared.db) as database:
+        cut = next(each.metrics for each in database.proofs(database.runs(1)[0].id) if each.name == "cut plan")
+    assert cut["planned_ratio"] > 0 and cut["believed_ratio"] > 0 and cut["planned_assembled"] in (0, 1)
     allowed = {each["name"]: each["eligible"] for each in found["baselines"]}
     assert allowed["openvino:CPU default"] == allowed["openvino:AUTO"] == (default_precision("openvino:CPU") == "fp32")
     assert allowed["onnxruntime:CPU default"]
