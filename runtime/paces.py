@@ -100,7 +100,7 @@ class PacedMonitor:
         self._before = last, by_period
         if not self._now or (by_pause != self._by_pause and by_period != self._now):
             alike = (self._now, last, earlier) if by_period < last else (self._now, last)  # the last may be what had a long pause
-            if all(abs(by_period - each) > 1 for each in alike):
+            if all(abs(by_period - each) > 2 for each in alike):
                 return False  # a long pause, and calls in a row or nearly so: it is a pace where the next block is of it, too
             self._now, self._by_pause = by_period, by_pause
         self._period_ns = period_ns
