@@ -358,8 +358,8 @@ def test_a_bundle_is_timed_as_a_user_runs_it(tmp_path: Path, worker: Worker) -> 
     answer = worker.call("load_bundle", limit_s=60, name="b", bundle=str(bundle), inputs=str(tmp_path / "x.npz"))
     assert answer["events"] == [] and answer["load_s"] >= answer["compile_s"] > 0
     started = time.perf_counter()
-    (duration,) = worker.call("timed", limit_s=60, name="b", seconds=0.1)["durations"]
-    assert 1e-6 < duration < time.perf_counter() - started
+    durations = worker.call("timed", limit_s=60, name="b", seconds=0.1)["durations"]  # of windows, of two callers
+    assert durations and all(1e-6 < each < time.perf_counter() - started for each in durations)
 
 
 @pytest.mark.parametrize(("target", "found"), [(OPENVINO, 1), (ONNXRUNTIME, 1), ("openvino:AUTO", 0)])
