@@ -65,9 +65,8 @@ def test_show_says_what_it_can_be_traded_for_and_how_sure_it_is(made: Path) -> N
     others = [
         Alternative(name=name, objective=best, stages=plan.stages, expected=numbers) for name, best in (("a", "memory,size"), ("b", ""))
     ]
-    found = certify(
-        [Estimate(seconds=4e-3, sigma=0.0, source="measured")], objective="latency", looked=None, among="", why_no_bound="it is one"
-    )
+    whole = Estimate(seconds=4e-3, sigma=0.0, source="measured")
+    found = certify(whole, [whole], objective="latency", looked=None, among="", why_no_bound="it is one")
     lines = list(lines_of(plan.replaced(alternatives=others, certificate=as_planned(found))))
     assert ("otherwise", "a, best in memory and size: median_s 12 ms, peak_memory_bytes 5 MB") in lines
     assert ("otherwise", "b: median_s 12 ms, peak_memory_bytes 5 MB") in lines
