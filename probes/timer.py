@@ -195,7 +195,9 @@ def several(steps: Sequence[Step], seconds: float, least: int) -> list[float]:
     window of its own, the last calls would run with fewer and fewer beside them, and the rate would come out too high.
     """
     clock = time.perf_counter
-    barrier = threading.Barrier(len(steps) + 1)
+    began: list[float] = []
+    # The last to come takes the time, before any is let go: this thread may wake up when the others have made calls for a while.
+    barrier = threading.Barrier(len(steps) + 1, action=lambda: began.append(clock()))
     stop = threading.Event()
     ended: list[list[float]] = [[] for _ in steps]
     failures: list[BaseException] = []
@@ -214,10 +216,9 @@ def several(steps: Sequence[Step], seconds: float, least: int) -> list[float]:
     threads = [threading.Thread(target=run, args=(index, step)) for index, step in enumerate(steps)]
     for thread in threads:
         thread.start()
-    started = clock()
     with contextlib.suppress(threading.BrokenBarrierError):  # a thread failed: its error is raised below
         barrier.wait()
-        started = clock()
+        started = began[0]
         while not failures and (clock() - started < seconds or min(map(len, ended)) < least):
             stop.wait(0.001)
     end = clock()
@@ -227,5 +228,5 @@ def several(steps: Sequence[Step], seconds: float, least: int) -> list[float]:
     if failures:
         raise next((each for each in failures if not isinstance(each, threading.BrokenBarrierError)), failures[0])
     times = sorted(each for some in ended for each in some if each <= end)
-    gaps = [after - before for before, after in itertools.pairwise([started, *times])]
+    gaps = [after - before for before, after in itertools.pairwise([*began, *times])]
     return _windows(gaps)
