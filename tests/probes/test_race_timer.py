@@ -132,9 +132,11 @@ def test_a_step_that_warms_up_is_timed_when_warm() -> None:
     assert min(timing.durations) < timing.warmup[0] / 3
 
 
-def test_several_steps_give_one_duration_and_warm_up_too() -> None:
+def test_several_steps_give_a_duration_for_each_window_and_warm_up_too() -> None:
+    began = time.perf_counter()
     timing = time_steps([Spin(1e-4), Spin(1e-4)], seconds=0.01, steady_s=0.1)
-    assert len(timing.durations) == 1 and timing.warmup
+    most = (time.perf_counter() - began - 0.1) / timer.WINDOW_S  # one on a quiet machine; a stall makes the block longer
+    assert 1 <= len(timing.durations) <= max(1, most) and timing.warmup
 
 
 def test_calls_of_several_before_the_timing_thread_wakes_up_are_not_timed_as_none() -> None:
