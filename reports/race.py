@@ -9,7 +9,7 @@ from typing import Any
 
 from aivmm.planner.records import ProofRecord
 from aivmm.reports import format as fmt
-from aivmm.reports.data import ReportData, dig, number, rate_of, throughput_wanted
+from aivmm.reports.data import ReportData, call_s, dig, number, rate_of, throughput_wanted
 from aivmm.reports.intervals import log_ticks, median_interval, nice_ticks, thinned
 
 
@@ -75,7 +75,8 @@ def figure_of(data: ReportData, proof: ProofRecord) -> Figure | None:
     if proof.samples is None:
         return None
     samples = proof.samples
-    call, shift = _call_s(proof), _call_s(proof) / samples.median_s
+    call = _call_s(data, proof)
+    shift = call / samples.median_s
     low, high = _stated_interval(data, proof) or tuple(each * shift for each in median_interval(samples))
     inner = (samples.quantile_s(0.1) * proof.callers, samples.quantile_s(0.9) * proof.callers)
     if not throughput_wanted(data):
@@ -84,10 +85,12 @@ def figure_of(data: ReportData, proof: ProofRecord) -> Figure | None:
     return Figure(median=proof.batch * proof.callers / call, low=turned[0], high=turned[1], inner=(turned[2], turned[3]))
 
 
-def _call_s(proof: ProofRecord) -> float:
-    """Return what a call took as the run tells it: by its rate where that is stated, which has the machine's stalls in it."""
-    rate = rate_of(proof)
-    return proof.batch * proof.callers / rate if rate else 0.0
+def _call_s(data: ReportData, proof: ProofRecord) -> float:
+    """Return what a call took as the run tells it: where throughput is wanted by the rate, which has the machine's stalls in it."""
+    rate = rate_of(proof) if throughput_wanted(data) else None
+    if rate:
+        return proof.batch * proof.callers / rate
+    return call_s(proof) or 0.0
 
 
 def lay_out(data: ReportData, colours: Mapping[str, int]) -> Race:
@@ -147,7 +150,7 @@ def _stated_interval(data: ReportData, proof: ProofRecord) -> tuple[float, float
     if not isinstance(pair, Sequence) or len(pair) != 2:
         return None
     low, high = number(pair[0]), number(pair[1])
-    middle = _call_s(proof)  # an interval beside its own median is not of these samples
+    middle = _call_s(data, proof)  # an interval beside its own median is not of these samples
     return (low, high) if low and high and 0 < low <= middle * 1.02 and middle * 0.98 <= high else None
 
 
