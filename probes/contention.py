@@ -11,7 +11,7 @@ from typing import Any
 
 from aivmm.probes import phases
 from aivmm.probes.arrays import load_arrays
-from aivmm.probes.timer import time_steps
+from aivmm.probes.timer import rest, time_steps
 from aivmm.runtime.backend import Buffer
 from aivmm.runtime.engine import Engine
 
@@ -59,6 +59,7 @@ def _pair(slowed: Steps, beside: Steps, seconds: float) -> tuple[list[float], li
     alone: list[float] = []
     together: list[float] = []
     for _ in range(_ROUNDS):
+        rest()  # the other one's threads spin on for a while
         alone.append(_mean(slowed, seconds))
         ended = threading.Event()
         neighbours = [threading.Thread(target=_until, args=(each, ended)) for each in beside]
@@ -78,6 +79,7 @@ def _twins(one: Steps, other: Steps, seconds: float) -> tuple[list[float], list[
     alone: list[float] = []
     together: list[float] = []
     for _ in range(_ROUNDS):
+        rest()  # the other one's threads spin on for a while
         alone.append(_mean(one, seconds))
         together.append(2 * _mean([*one, *other], seconds))
     return alone, together

@@ -21,7 +21,7 @@ from aivmm.probes.device_memory import memory_of
 from aivmm.probes.lowering import lower, noise, rebatch, sensitivity
 from aivmm.probes.machine import peak_memory_bytes
 from aivmm.probes.runners import EngineRunner, ExecutableRunner, Runner, State
-from aivmm.probes.timer import SETTLE_S, held, spinning, time_steps
+from aivmm.probes.timer import held, outspin, time_steps
 from aivmm.probes.user_code import check_metric, dataset, metric
 from aivmm.runtime.backend import Backend, Buffer, Executable, ExplainsStrays
 from aivmm.runtime.config import Config
@@ -316,7 +316,7 @@ def timed(
 ) -> dict[str, Any]:
     """Time what is loaded under `name`; see `timer.time_steps`. Also tells the worker's peak memory in bytes.
 
-    With `outspin_s` it is called for so long before, should threads of something else that is loaded here still be spinning. With a
+    With `outspin_s` it is called before until threads of something else that is loaded here spin no more, for so long at most. With a
     `core`, what is loaded must run on the calling thread alone, and is kept on that core, or on the one where it is when `core` is -1; the
     answer says on which.
     """
@@ -329,7 +329,8 @@ def timed(
             "memory_bytes": peak_memory_bytes(),
             "core": -1,
         }
-    settle_s = outspin_s if outspin_s and spinning() else SETTLE_S
+    if outspin_s:
+        outspin(steps[0], outspin_s)
     with held(steps[0], core) if core is not None else nullcontext(-1) as kept_on:
         timing = time_steps(
             steps,
@@ -340,7 +341,6 @@ def timed(
             each=each,
             repeat=repeat,
             steady_s=steady_s,
-            settle_s=settle_s,
             tight=tight,
             window=window,
         )

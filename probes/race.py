@@ -15,7 +15,7 @@ from aivmm.probes.client import Worker, WorkerDied, WorkerLost, run_limit_s
 from aivmm.probes.compare import Apart, By, Comparison, compare, observed_apart, paired_logs, rate_s
 from aivmm.probes.machine import BackgroundLoad, freeze, is_busy, measuring, thaw, wait_until_quiet
 from aivmm.probes.records import Caution, Samples
-from aivmm.probes.timer import WINDOW_S
+from aivmm.probes.timer import OUTSPIN_S, WINDOW_S
 from aivmm.runtime.config import Config
 from aivmm.runtime.cpu import usable_cores
 from aivmm.runtime.target import Target
@@ -28,7 +28,6 @@ _WINDOWS_S = 4 * WINDOW_S  # of several callers, and of one whose rate counts: a
 _SLOW_S = 0.02  # one such call settles the caches
 _VERY_SLOW_S = 0.2  # one such call is a block
 _BUSY_LEAST = 4  # durations to a block on a busy machine, so that one of them is likely to have run through
-_OUTSPIN_S = 0.035  # so long run the threads of another load of the same process on: those of ONNX Runtime spin for 33 ms
 _WARM_S = 0.5  # at most so long until the first calls no longer become faster
 _HOPELESS = 1.10  # dropped when it is shown to be this far behind the leader
 _HOPELESS_P = 0.05  # five rounds of five reach it: what is dropped for nothing costs one candidate of a search
@@ -124,7 +123,7 @@ class Contestant:
         seconds = block_s(self.expected_s, self.callers, rate=self.rate)
         settle = 1 if self.expected_s > _SLOW_S or self.repeat > 1 else 2
         least = 1 if self.expected_s > _VERY_SLOW_S else _BUSY_LEAST if self.busy and self.callers == 1 else 2
-        more: dict[str, float | int] = {"steady_s": _WARM_S} if warmup else {"outspin_s": _OUTSPIN_S} if outspin else {}
+        more: dict[str, float | int] = {"steady_s": _WARM_S} if warmup else {"outspin_s": OUTSPIN_S} if outspin else {}
         if self.repeat > 1:
             more["repeat"] = self.repeat
         if self.rate:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
+from aivmm.probes.machine import threads_s
+
 BATCH_BELOW_S = 100e-6  # steps shorter than this are timed several at a time, so that the clock does not matter
 _BATCH_OF_S = 200e-6
 SETTLE_S = 2e-3
@@ -21,6 +23,9 @@ WINDOW_S = 0.02
 _FEW = 4  # calls to a window: fewer would tell of who was done first, or of single calls
 _NAP_S = 1e-3
 _STRETCH_S = 5e-3  # warming up looks at calls in stretches of this
+_ANY = 0  # no thread has this number
+OUTSPIN_S = 0.25  # threads that spin after a run are at rest by then: those of ONNX Runtime took 95 ms beside two busy ones on two cores
+_RESTING_S = 50e-6  # a thread that ran for less in a stretch has come to rest
 _SEVERAL_STRETCH_S = 0.05
 _FALLING = 0.98  # a stretch whose median is below this much of the best before is still becoming faster
 _STEADY_STRETCHES = 2
@@ -92,9 +97,44 @@ def warm_up(stretch: Callable[[], float], most_s: float) -> list[float]:
 
 def spinning() -> bool:
     """Say whether threads of this process are running while it does nothing."""
-    before, began = time.process_time(), time.perf_counter()
+    return bool(_running())
+
+
+def _running() -> set[int]:
+    """Return the threads that run while this one sleeps, or `_ANY` for all of them where the system does not tell them apart.
+
+    The clock of the whole process would not do where it tells them: what runs on other cores is in it up to their last tick, 4 ms ago.
+    """
+    before, whole, began = threads_s(), time.process_time(), time.perf_counter()
     time.sleep(_NAP_S)
-    return time.process_time() - before > 0.2 * (time.perf_counter() - began)
+    least = 0.2 * (time.perf_counter() - began)
+    now = threads_s()
+    if not now:
+        return {_ANY} if time.process_time() - whole > least else set()
+    return {each for each, seconds in now.items() if seconds - before.get(each, 0.0) > least}
+
+
+def outspin(step: Step, most_s: float = OUTSPIN_S) -> float:
+    """Call `step` until the threads that run while this process does nothing have come to rest, for `most_s` at most; return the seconds.
+
+    They are those of whatever ran here before. Where they share cores with what runs now, they need longer than they spin alone: each of
+    three busy threads on two cores gets two thirds of one. Where the system does not tell threads apart, `most_s` is how long it takes.
+    """
+    began, running = time.perf_counter(), _running()
+    before = threads_s()
+    while running and time.perf_counter() - began < most_s:
+        _settle(step, 1, _STRETCH_S)
+        now = threads_s()
+        running = {each for each in running if each == _ANY or now.get(each, 0.0) - before.get(each, 0.0) > _RESTING_S}
+        before = now
+    return time.perf_counter() - began
+
+
+def rest(most_s: float = OUTSPIN_S) -> None:
+    """Wait until no thread of this process runs but this one, for `most_s` at most."""
+    end = time.perf_counter() + most_s
+    while _running() and time.perf_counter() < end:
+        pass
 
 
 @contextlib.contextmanager

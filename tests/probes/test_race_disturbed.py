@@ -15,10 +15,10 @@ import pytest
 
 from aivmm.probes import race as racing
 from aivmm.probes.compare import By, compare, rate_interval_s, rate_s, round_figures
-from aivmm.probes.machine import BackgroundLoad, is_busy
+from aivmm.probes.machine import BackgroundLoad, is_busy, threads_s
 from aivmm.probes.race import Contestant, by_of, per_sample_s, race, runs_single, versus
 from aivmm.probes.records import Samples
-from aivmm.probes.timer import held, spinning
+from aivmm.probes.timer import held, outspin, spinning
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Device, Target
 
@@ -104,6 +104,54 @@ def test_a_thread_that_spins_is_noticed() -> None:
     end = time.monotonic() + 20
     while spinning():  # threads of tests before this one in the process may still be ending
         assert time.monotonic() < end
+
+
+@LINUX
+def test_what_another_thread_has_used_is_known_up_to_now() -> None:
+    """An account as old as its last tick misses what began since: a thread that spins would be seen in one nap of four."""
+    stop, used = threading.Event(), [0.0]
+
+    def spin() -> None:
+        while not stop.is_set():
+            used[0] = time.thread_time()
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    try:
+        for _ in range(50):
+            time.sleep(0.0007)
+            least = used[0]
+            assert threads_s()[thread.native_id or 0] >= least
+    finally:
+        stop.set()
+        thread.join()
+    assert threading.get_native_id() not in threads_s()
+
+
+def test_a_step_is_called_until_what_spun_before_it_rests() -> None:
+    stop, calls = threading.Event(), list[int]()
+
+    def spin() -> None:
+        while not stop.is_set():
+            pass
+
+    def step() -> None:
+        calls.append(len(calls))
+        if len(calls) == 300:
+            stop.set()
+            thread.join()
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    try:
+        assert outspin(lambda: time.sleep(0.001), 0.02) < 5.0  # no longer than that and a stretch, however long it spins
+        end = time.monotonic() + 20
+        while len(calls) < 300:  # on a busy machine the other thread may not be seen in a stretch
+            outspin(step, 20.0)
+            assert time.monotonic() < end
+    finally:
+        stop.set()
+        thread.join()
 
 
 Times = namedtuple("Times", "user system idle steal")
