@@ -13,7 +13,8 @@ whatever is there. What is compared takes turns in one process or in one race, i
 - overhead: `engine.run` against bare ONNX Runtime with I/O binding and the same options on the same input, one caller.
 - boundaries: copies between host and card, and between cards, by size.
 - two: one card against two (copies that share the requests, and a pipeline), precision and options the same, fed from the host.
-- two_tuned, beside, pixels, requests (when named): see `benchmarks.gpu_tuned`. `benchmarks.card_session` runs everything in turn.
+- opencl, tune_one, tune_two, two_tuned, beside, pixels, requests (when named): see `benchmarks.gpu_tuned`. `benchmarks.card_session`
+  runs everything in turn.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import random
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -41,9 +41,7 @@ SECTIONS = ("boundaries", "overhead", "throughput", "two", "tune")
 MODELS = ("resnet50", "minilm", "vit", "ultraface", "silero", "magika")
 GOALS = ("latency fp32", "latency lower", "throughput fp32", "throughput lower")
 _SHARED = {"ultraface": "ultraface_rfb_320.onnx", "silero": "silero_vad_16k_op15.onnx", "magika": "magika_v3_3.onnx"}
-_LOWER = "fp32,bf16,fp16"
 _ROUNDS, _BLOCK_S = 6, 0.5
-_TUNE_LIMIT_S = 400
 FAST = {"host_memory": "pinned", "provider.prefer_nhwc": "1", "provider.fuse_conv_bias": "1"}
 PLAIN = {"host_memory": "pinned"}
 Step = Callable[[], object]
@@ -329,50 +327,6 @@ def two(folder: Path, shared: Path) -> dict[str, Any]:
     return rates
 
 
-def tune(folder: Path, shared: Path, *, models: Sequence[str], goals: Sequence[str], budget: str, state: Path, keep: Path) -> None:
-    """Tune each model for each goal; what `--json` says is kept, and the reports."""
-    for goal in goals:
-        for name in models:
-            path = model_file(name, folder, shared)
-            objective, precision = goal.split()
-            place = state / f"tune.{name}.{objective}.{precision}.json"
-            if place.exists():
-                continue
-            output = folder / f"{name}-{objective}-{precision}.aivmm"
-            command = [sys.executable, "-m", "aivmm", "tune", str(path), "--objective", objective, "--budget", budget, "--json"]
-            command += ["--precisions", "fp32" if precision == "fp32" else _LOWER, "-o", str(output), "--db", str(folder / "gpu.db")]
-            command += ["--dim", "seq=128"] if name == "minilm" else []
-            command += _of_the_lane()
-            began = time.monotonic()
-            said = place.with_suffix(".log")
-            try:
-                with said.open("w") as log:
-                    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, timeout=_TUNE_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                place.with_suffix(".failed").write_text(f"no end within {_TUNE_LIMIT_S} s")
-                continue
-            print(f"{name} {goal}: {time.monotonic() - began:.0f} s, exit {ran.returncode}", flush=True)
-            if ran.returncode in (0, 3) and ran.stdout.strip():
-                place.write_text(ran.stdout)
-            else:
-                place.with_suffix(".failed").write_text(said.read_text()[-3000:])
-                print(said.read_text()[-1500:], flush=True)
-            report = output / "report.html"
-            if report.exists():
-                (keep / f"{name}-{objective}-{precision}.html").write_bytes(report.read_bytes())
-
-
-def _of_the_lane() -> list[str]:
-    """Return the option that leaves one card to a tuning where `CUDA_VISIBLE_DEVICES` means to, but OpenCL shows all of them."""
-    import openvino
-
-    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    shown = [name for name in openvino.Core().available_devices if name.startswith("GPU")]
-    if not mine.isdigit() or len(shown) < 2:
-        return []
-    return ["--targets", f"openvino:CPU,openvino:GPU.{mine},onnxruntime:CPU,onnxruntime:CUDA:0"]
-
-
 def cards() -> list[str]:
     """Return a line for each card: its name, driver, memory and power limit."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit", "--format=csv,noheader"]
@@ -401,11 +355,25 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _tuned_section(name: str, asked: argparse.Namespace, *, models: Sequence[str]) -> None:
+    """Run a section that tunes, or races what was tuned; those keep what they find themselves."""
+    from benchmarks import gpu_tuned as more
+
+    if name in ("tune", "opencl"):
+        more.tune(
+            asked.folder, asked.shared, models=models, goals=asked.goals.split(","), budget=asked.budget, state=asked.state, kind=name
+        )
+    elif name == "two_tuned":
+        more.two_tuned(asked.folder, asked.shared, models=models, budget=asked.budget, state=asked.state)
+    else:
+        more.tune_for_cards(asked.folder, asked.shared, models=models, budget=asked.budget, count=2 if name == "tune_two" else 1)
+
+
 def _section(name: str) -> Callable[[Path, Path], dict[str, Any]]:
     from benchmarks import gpu_tuned as more  # here: it is made of what is above
 
     own = {"throughput": throughput, "overhead": overhead, "boundaries": boundaries, "two": two}
-    return {**own, "two_tuned": more.two_tuned, "beside": more.beside, "pixels": more.pixels, "requests": more.requests}[name]
+    return {**own, "beside": more.beside, "pixels": more.pixels, "requests": more.requests}[name]
 
 
 def main() -> None:
@@ -430,9 +398,8 @@ def main() -> None:
     (asked.state / "environment.json").write_text(json.dumps(environment()))
     for name in asked.only.split(","):
         began = time.monotonic()
-        if name == "tune":
-            models, goals = asked.models.split(","), asked.goals.split(",")
-            tune(asked.folder, asked.shared, models=models, goals=goals, budget=asked.budget, state=asked.state, keep=asked.state)
+        if name in ("tune", "opencl", "tune_one", "tune_two", "two_tuned"):
+            _tuned_section(name, asked, models=asked.models.split(","))
             continue
         found = _section(name)(asked.folder, asked.shared)
         (asked.state / f"{name}.json").write_text(json.dumps(found))

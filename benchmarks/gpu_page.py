@@ -32,16 +32,23 @@ def page(state: Path) -> str:
     tunes = {key: value for key, value in found.items() if key.startswith("tune.")}
     if tunes:
         lines += ["", "## Plans against the defaults of every target", "", *_tunes(tunes)]
+    opencl = {f"tune.{key.removeprefix('opencl.')}": value for key, value in found.items() if key.startswith("opencl.")}
+    if opencl:
+        lines += ["", "## The same with OpenVINO's GPU among the targets", "", *_tunes(opencl)]
     tests = {key.removeprefix("session."): value for key, value in found.items() if key.startswith("session.tests")}
     if tests:
         lines += ["", "## Tests with the marker `gpu`", ""]
         lines += [
-            f"- {name}, {each['at']}: {(each['tails'][0].strip().splitlines() or ['nothing was said'])[-1]}" for name, each in tests.items()
+            f"- {name}, {each['at']}: {(_tail(each).strip().splitlines() or ['nothing was said'])[-1]}" for name, each in tests.items()
         ]
     failed = sorted(state.glob("*.failed"))
     if failed:
         lines += ["", "## Not finished", "", *(f"- {each.stem}: {_last(each)}" for each in failed)]
     return "\n".join(lines) + "\n"
+
+
+def _tail(found: Mapping[str, Any]) -> str:
+    return str(found["tail"] if "tail" in found else found["tails"][0])  # as older sessions kept it
 
 
 def _last(path: Path) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,90 @@ import numpy as np
 from benchmarks.gpu import FAST, Step, calls_of, engine, feed_of, fixed, model_file, race
 
 _CARD = "onnxruntime:CUDA:0"
-_TUNE_LIMIT_S = 400
+_TWO_CARDS = ("onnxruntime:CUDA:0", "onnxruntime:CUDA:1")
+_LABELS = {1: "one card, as tuned", 2: "two cards, as tuned"}
+_LOWER = "fp32,bf16,fp16"
+_TUNE_LIMIT_S, _LOOK_LIMIT_S = 400, 60
+# Printed by a process of its own, as its workers find them: what this one loaded would be passed on to what it starts.
+_TARGETS = "from aivmm.tuner.inventory import find_devices; print(*find_devices()[0])"
+_WIDE = "import os, sys; os.sched_setaffinity(0, range(os.cpu_count())); os.execv(sys.argv[1], sys.argv[1:])"
 _PIXELS = "input=123.7,116.3,103.5/58.4,57.1,57.4"
 
 
-def tuned_bundle(path: Path, output: Path, *, targets: str, options: tuple[str, ...], budget: str = "20s") -> Path | str:
+def tune(folder: Path, shared: Path, *, models: Sequence[str], goals: Sequence[str], budget: str, state: Path, kind: str = "tune") -> None:
+    """Tune each model for each goal; what `--json` says is kept as `KIND.MODEL.GOAL.json`, and the reports.
+
+    Where `kind` is "opencl", OpenVINO's GPU has to be among the targets, and what stands in its way is left out: the lane's cores, then
+    its card. What was left out is printed.
+    """
+    for goal in goals:
+        for name in models:
+            path = model_file(name, folder, shared)
+            objective, precision = goal.split()
+            place = state / f"{kind}.{name}.{objective}.{precision}.json"
+            if place.exists():
+                continue
+            output = folder / f"{name}-{objective}-{precision}.aivmm"
+            command = [sys.executable, "-m", "aivmm", "tune", str(path), "--objective", objective, "--budget", budget, "--json"]
+            command += ["--precisions", "fp32" if precision == "fp32" else _LOWER, "-o", str(output), "--db", str(folder / "gpu.db")]
+            command += ["--dim", "seq=128"] if name == "minilm" else []
+            start, environment, targets = _lane(opencl=kind == "opencl")
+            command = [*start, *command, *targets]
+            began = time.monotonic()
+            said = place.with_suffix(".log")
+            try:
+                with said.open("w") as log:
+                    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, timeout=_TUNE_LIMIT_S, env=environment)
+            except subprocess.TimeoutExpired:
+                place.with_suffix(".failed").write_text(f"no end within {_TUNE_LIMIT_S} s")
+                continue
+            print(f"{name} {goal}: {time.monotonic() - began:.0f} s, exit {ran.returncode}", flush=True)
+            print(said.read_text()[-3000:], flush=True)  # with the seconds that each phase began at
+            if ran.returncode in (0, 3) and ran.stdout.strip():
+                place.write_text(ran.stdout)
+            else:
+                place.with_suffix(".failed").write_text(said.read_text()[-3000:])
+            report = output / "report.html"
+            if report.exists():
+                (state / f"{kind}-{name}-{objective}-{precision}.html").write_bytes(report.read_bytes())
+
+
+def _lane(*, opencl: bool) -> tuple[list[str], dict[str, str], list[str]]:
+    """Return how a tuning starts, its environment, and the option that leaves it one card where `CUDA_VISIBLE_DEVICES` means to.
+
+    OpenCL may show all cards where CUDA shows one.
+    """
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    for what, start, environment in _wider(dict(os.environ)):
+        found = _targets(start, environment)
+        shown = [name for name in found if name.startswith("openvino:GPU")]
+        if shown or not opencl:
+            print(f"in {what} a worker finds {', '.join(found)}", flush=True)
+            break
+        print(f"in {what} no worker finds OpenVINO's GPU: {', '.join(found)}", flush=True)
+    cuda = f"onnxruntime:CUDA:{mine}" if mine.isdigit() and "CUDA_VISIBLE_DEVICES" not in environment else "onnxruntime:CUDA:0"
+    graphics = f"openvino:GPU.{mine}" if len(shown) > 1 and mine.isdigit() else "openvino:GPU.0"
+    wanted = ["openvino:CPU", "onnxruntime:CPU", cuda, *([graphics] if shown else [])]
+    return start, environment, ["--targets", ",".join(wanted)] if mine.isdigit() and {cuda, "openvino:CPU"} <= set(found) else []
+
+
+def _wider(given: dict[str, str]) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+    """Yield ways to start a command: in its lane, on all cores, with all cards, with both."""
+    all_cards = {name: value for name, value in given.items() if name != "CUDA_VISIBLE_DEVICES"}
+    wide = [sys.executable, "-c", _WIDE]
+    yield from (("its lane", [], given), ("its lane on all cores", wide, given))
+    yield from (("its lane with all cards", [], all_cards), ("no lane", wide, all_cards))
+
+
+def _targets(start: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    command = [*start, sys.executable, "-c", _TARGETS]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_LOOK_LIMIT_S, env=environment).stdout.split()
+    except subprocess.TimeoutExpired:
+        return []
+
+
+def tuned_bundle(path: Path, output: Path, *, targets: str, options: tuple[str, ...], budget: str) -> Path | str:
     """Tune a model for throughput on some targets; return the bundle, or why there is none. One that is there already is kept."""
     if output.exists():
         return output
@@ -33,6 +114,19 @@ def tuned_bundle(path: Path, output: Path, *, targets: str, options: tuple[str, 
     return output if ran.returncode == 0 else (ran.stderr.strip() or ran.stdout)[-400:]
 
 
+def tune_for_cards(folder: Path, shared: Path, *, models: Sequence[str], budget: str, count: int) -> dict[str, Path | str]:
+    """Tune each model for throughput on one card or on two, so that the two bundles can be raced later; return them by model."""
+    found = {}
+    for name in models:
+        place = folder / f"models-for-{count}"  # another step may be writing the same model for as many
+        place.mkdir(parents=True, exist_ok=True)
+        options = ("--precisions", "fp32,fp16", *(("--dim", "seq=128") if name == "bert" else ()))
+        output, targets = folder / f"{name}-{count}.aivmm", ",".join(_TWO_CARDS[:count])
+        found[name] = tuned_bundle(model_file(name, place, shared), output, targets=targets, options=options, budget=budget)
+        print(f"{name} on {count}: {found[name]}", flush=True)
+    return found
+
+
 def _steps_of(bundle: Path, feed: Mapping[str, Any]) -> tuple[Any, int, list[Step]]:
     """Load a bundle; return its engine, its batch, and a step for each caller that its numbers hold for."""
     from aivmm.runtime.engine import Engine
@@ -43,25 +137,29 @@ def _steps_of(bundle: Path, feed: Mapping[str, Any]) -> tuple[Any, int, list[Ste
     return running, rows, [partial(running.run, each) for each in feeds]
 
 
-def two_tuned(folder: Path, shared: Path) -> dict[str, Any]:
-    """Race the plan that a tune finds on two cards against the one that the same tune finds on one, each with its own callers."""
-    found: dict[str, Any] = {}
-    for name in ("bert", "resnet50"):
-        path, options = model_file(name, folder, shared), ("--precisions", "fp32,fp16", *(("--dim", "seq=128") if name == "bert" else ()))
-        feed, steps, plans, running = feed_of(fixed(path, 1)), {}, {}, []
-        for label, targets in (("one card, as tuned", _CARD), ("two cards, as tuned", "onnxruntime:CUDA:0,onnxruntime:CUDA:1")):
-            bundle = tuned_bundle(path, folder / f"{name}-{label[:3]}.aivmm", targets=targets, options=options)
+def two_tuned(folder: Path, shared: Path, *, models: Sequence[str], budget: str, state: Path) -> None:
+    """Race the plan that a tune finds on two cards against the one that the same tune finds on one, each with its own callers.
+
+    What is there already of other models stays.
+    """
+    place = state / "two_tuned.json"
+    found: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {}
+    for name in models:
+        steps, plans, running = {}, {}, []
+        for count, label in _LABELS.items():
+            bundle = tune_for_cards(folder, shared, models=[name], budget=budget, count=count)[name]
             if isinstance(bundle, str):
                 plans[label] = f"no plan: {bundle}"
                 continue
-            made, rows, calls = _steps_of(bundle, feed)
+            made, rows, calls = _steps_of(bundle, feed_of(fixed(model_file(name, folder, shared), 1)))
             running.append(made)
             steps[label] = (rows, calls)
             plans[label] = made.plan.verdict
         found[name] = {"rates": race(steps, rounds=5, seconds=0.6) if len(steps) == 2 else {}, "plans": plans}
         for each in running:
             each.close()
-    return found
+        place.write_text(json.dumps(found))
+        print(f"{name}: {json.dumps(found[name])[:1500]}", flush=True)
 
 
 def beside(folder: Path, shared: Path) -> dict[str, Any]:

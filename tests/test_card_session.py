@@ -7,11 +7,14 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
-from benchmarks.card_session import TESTS, Step, lanes, run, steps, take_over
+from benchmarks.card_doctor import ways
+from benchmarks.card_session import TESTS, Machine, Pretended, Process, Step, lane, run, steps, take_over
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,28 +24,26 @@ def writes(path: Path, text: str = "x") -> tuple[str, ...]:
 
 
 def test_what_has_a_result_is_not_run_again_unless_it_is_named(tmp_path: Path) -> None:
-    step = Step(name="one", commands=(writes(tmp_path / "ran"),), seconds=1)
+    step = Step(name="one", command=writes(tmp_path / "ran"), seconds=5)
     for again, count in (((), 1), ((), 1), (("one",), 2)):
         run([step], tmp_path, minutes=1, cards=1, again=again)
         assert (tmp_path / "ran").read_text() == "x" * count
     record = json.loads((tmp_path / "session.one.json").read_text())
-    assert record["codes"] == [0] and record["tails"] == ["said\n"]
+    assert record["code"] == 0 and record["tail"] == "said\n"
 
 
-def test_of_several_commands_those_run_that_made_nothing_yet(tmp_path: Path) -> None:
-    made = ("a.json", "b.json")
-    step = Step(name="both", commands=tuple(writes(tmp_path / name) for name in made), seconds=1, makes=made)
+def test_what_a_step_would_make_and_is_there_is_its_result(tmp_path: Path) -> None:
+    every = [Step(name=name, command=writes(tmp_path / f"{name}.json"), seconds=5, makes=f"{name}.json") for name in ("a", "b")]
     (tmp_path / "a.json").write_text("earlier")
-    assert run([step], tmp_path, minutes=1, cards=1)["both"].startswith("exit 0 after")
+    became = run(every, tmp_path, minutes=1, cards=1)
+    assert became["a"] == "has a result" and became["b"].startswith("exit 0 after")
     assert (tmp_path / "a.json").read_text() == "earlier" and (tmp_path / "b.json").read_text() == "x"
-    (tmp_path / "session.both.json").unlink()
-    assert run([step], tmp_path, minutes=1, cards=1) == {"both": "has a result"}
 
 
 def test_a_step_that_hangs_is_ended_with_its_children_leaves_no_result_and_the_next_one_runs(tmp_path: Path) -> None:
     child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
     hangs = (sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])")
-    every = [Step(name="hangs", commands=(hangs,), seconds=0.4), Step(name="next", commands=(writes(tmp_path / "ran"),), seconds=0.4)]
+    every = [Step(name="hangs", command=hangs, seconds=0.4), Step(name="next", command=writes(tmp_path / "ran"), seconds=5)]
     became = run(every, tmp_path, minutes=1, cards=1)
     assert became["hangs"].startswith("did not end") and (tmp_path / "ran").exists()
     assert not (tmp_path / "session.hangs.json").exists()
@@ -53,50 +54,96 @@ def test_a_step_that_hangs_is_ended_with_its_children_leaves_no_result_and_the_n
 def test_what_does_not_fit_is_left_out_and_what_fails_is_a_result(tmp_path: Path) -> None:
     fails = (sys.executable, "-c", "import sys; print('why'); sys.exit(3)")
     every = [
-        Step(name="long", commands=(writes(tmp_path / "long"),), seconds=600),
-        Step(name="two", commands=(writes(tmp_path / "two"),), seconds=1, cards=2),
-        Step(name="fails", commands=(fails,), seconds=1),
+        Step(name="long", command=writes(tmp_path / "long"), seconds=600),
+        Step(name="two", command=writes(tmp_path / "two"), seconds=1, cards=2),
+        Step(name="fails", command=fails, seconds=5),
     ]
     became = run(every, tmp_path, minutes=1, cards=1)
     assert became["long"].startswith("no time") and became["two"] == "needs 2 cards, 1 here" and became["fails"].startswith("exit 3")
     assert not (tmp_path / "long").exists() and not (tmp_path / "two").exists()
-    assert "why" in json.loads((tmp_path / "session.fails.json").read_text())["tails"][0]
+    assert "why" in json.loads((tmp_path / "session.fails.json").read_text())["tail"]
     later = tmp_path / "later"
     later.mkdir()
     assert take_over(tmp_path, later) == 1
     assert run(every[2:], later, minutes=1, cards=1) == {"fails": "has a result"}
 
 
-def test_shared_commands_take_turns_in_lanes_until_the_time_is_up(tmp_path: Path) -> None:
-    code = "import os, sys, time, pathlib; time.sleep(.2); pathlib.Path(sys.argv[1]).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
-    names = [f"{number}.json" for number in range(4)]
-    commands = tuple((sys.executable, "-c", code, str(tmp_path / name)) for name in names)
-    step = Step(name="tunes", commands=commands, seconds=0.1, makes=tuple(names), shared=True)
-    together = [{"CUDA_VISIBLE_DEVICES": each["CUDA_VISIBLE_DEVICES"]} for each in lanes(4, [2, 3])]
-    (tmp_path / names[0]).write_text("earlier")
-    assert run([step], tmp_path, minutes=1, cards=4, together=together) == {"tunes": "3 of 3 ended (0 of them not with exit 0)"}
-    assert {(tmp_path / name).read_text() for name in names} == {"earlier", "2", "3"}
-    (tmp_path / names[1]).unlink()
-    hangs = Step(name="tunes", commands=((sys.executable, "-c", "import time; time.sleep(60)"),), seconds=0.1, shared=True)
-    assert run([hangs], tmp_path, minutes=0.01, cards=4, together=together) == {"tunes": "0 of 1 ended (0 of them not with exit 0)"}
-
-
 @pytest.mark.skipif(shutil.which("taskset") is None, reason="no taskset here")
-def test_a_step_runs_in_a_lane_as_tunings_do(tmp_path: Path) -> None:
-    tell = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'), *sorted(os.sched_getaffinity(0)))"
+def test_steps_beside_each_other_have_cards_cores_and_locks_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     core = min(os.sched_getaffinity(0))
-    (lane,) = lanes(2, [1])
-    step = Step(name="seen", commands=((sys.executable, "-c", tell),), seconds=4, cards=2, in_lane=True)
-    assert run([step], tmp_path, minutes=1, cards=2, together=[{**lane, "AIVMM_LANE_CORES": str(core)}])["seen"].startswith("exit 0 after")
-    assert json.loads((tmp_path / "session.seen.json").read_text())["tails"] == [f"1 {core}\n"]
-    every = {each.name: each for each in steps(tmp_path, tmp_path, tmp_path, "6s")}
-    assert every["doctor-lane"].in_lane and every["doctor-lane"].commands == every["doctor"].commands and not every["doctor"].in_lane
+    tell = "import os; e = os.environ; print(e['CUDA_VISIBLE_DEVICES'], e['AIVMM_LOCK'], *sorted(os.sched_getaffinity(0)))"
+    every = [Step(name=name, command=(sys.executable, "-c", tell), seconds=9, cards=cards) for name, cards in (("a", 1), ("b", 2))]
+    monkeypatch.setattr("benchmarks.card_session.lane", lambda chosen, cards: {**lane(chosen, cards), "AIVMM_LANE_CORES": str(core)})
+    assert all(each.startswith("exit 0 after") for each in run(every, tmp_path, minutes=1, cards=3).values())
+    a, b = (json.loads((tmp_path / f"session.{each}.json").read_text())["tail"].split() for each in "ab")
+    assert (a[0], b[0]) == ("0", "1,2") and a[1] != b[1] and a[2:] == b[2:] == [str(core)]
 
 
-def test_cards_have_locks_of_their_own() -> None:
-    four = lanes(4)
-    assert len({each["AIVMM_LOCK"] for each in four}) == 4
-    assert lanes(4, [3]) == four[3:] and len(lanes(1)) == 4
+def test_cards_share_the_cores_out_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    cores = [set(lane([each], 4)["AIVMM_LANE_CORES"].split(",")) for each in range(4)]
+    assert [len(each) for each in cores] == [16] * 4 and not any(a & b for a, b in combinations(cores, 2))
+    assert set(lane([1, 3], 4)["AIVMM_LANE_CORES"].split(",")) == cores[1] | cores[3]
+    assert lane([0], 1) == {}  # the only card: the whole machine
+
+
+class Watched(Pretended):
+    """Notes when each step ran, and on which cards."""
+
+    def __init__(self, hang: Sequence[str] = ()) -> None:
+        super().__init__(hang)
+        self.ran: dict[str, tuple[float, str]] = {}
+
+    def start(self, step: Step, log: Path, given: dict[str, str]) -> Process:  # type: ignore[override]
+        self.ran[step.name] = (self.now(), given.get("CUDA_VISIBLE_DEVICES", "all"))
+        return super().start(step, log, given)
+
+
+def overlap(a: Step, b: Step, ran: dict[str, tuple[float, str]]) -> bool:
+    return ran[a.name][0] < ran[b.name][0] + b.seconds and ran[b.name][0] < ran[a.name][0] + a.seconds
+
+
+@pytest.mark.parametrize(("cards", "most_minutes"), [(4, 21), (2, 27), (1, 27)])
+def test_the_whole_schedule_loses_no_step_and_nothing_that_is_timed_shares_a_card(tmp_path: Path, cards: int, most_minutes: float) -> None:
+    every, machine = steps(tmp_path, tmp_path, tmp_path, "6s", cards=cards), Watched()
+    became = run(every, tmp_path, minutes=most_minutes, cards=cards, machine=machine)
+    assert {name for name, said in became.items() if not said.startswith("exit 0")} == {each.name for each in every if each.cards > cards}
+    ran = [each for each in every if each.name in machine.ran]
+    for a, b in combinations(ran, 2):
+        if overlap(a, b, machine.ran):
+            assert not a.alone and not b.alone
+            mine, theirs = (set(machine.ran[each.name][1].split(",")) for each in (a, b))
+            assert not mine & theirs
+
+
+@pytest.mark.parametrize("hang", ["tune-two-cards", "tune.minilm.throughput.fp32", "tests-cards", "overhead", "doctor-lane-0"])
+def test_a_step_that_hangs_costs_itself_and_its_time(tmp_path: Path, hang: str) -> None:
+    every = steps(tmp_path, tmp_path, tmp_path, "6s", cards=4)
+    became = run(every, tmp_path, minutes=27, cards=4, machine=Pretended([hang]))
+    assert became.keys() == {each.name for each in every}
+    assert {name for name, said in became.items() if not said.startswith("exit 0")} == {hang}
+    resumed = run(every, tmp_path, minutes=27, cards=4, machine=Pretended())
+    assert {name for name, said in resumed.items() if said != "has a result"} == {hang}
+
+
+def test_calls_of_nine_minutes_come_to_the_same(tmp_path: Path) -> None:
+    every = steps(tmp_path, tmp_path, tmp_path, "6s", cards=4)
+    for _ in range(3):
+        became = run(every, tmp_path, minutes=9.2, cards=4, machine=Pretended())
+    assert all((tmp_path / f"session.{each.name}.json").exists() for each in every), became
+
+
+def test_what_is_interrupted_is_ended(tmp_path: Path) -> None:
+    class Interrupted(Machine):
+        def rest(self) -> None:
+            raise KeyboardInterrupt
+
+    late = tmp_path / "late"
+    sleeps = (sys.executable, "-c", f"import time, pathlib; time.sleep(1); pathlib.Path({str(late)!r}).touch()")
+    with pytest.raises(KeyboardInterrupt):
+        run([Step(name="sleeps", command=sleeps, seconds=5)], tmp_path, minutes=1, cards=1, machine=Interrupted())
+    time.sleep(1.2)
+    assert not late.exists()
 
 
 def test_every_file_with_tests_of_cards_is_in_a_step() -> None:
@@ -109,9 +156,15 @@ def test_every_file_with_tests_of_cards_is_in_a_step() -> None:
     assert marked == {each for files in TESTS.values() for each in files}
 
 
-def test_one_card_takes_no_longer_than_a_lent_machine_is_held(tmp_path: Path) -> None:
-    every = steps(tmp_path, tmp_path, tmp_path, "6s")
+def test_every_step_has_a_name_of_its_own_and_every_goal_of_every_model_is_tuned(tmp_path: Path) -> None:
+    every = steps(tmp_path, tmp_path, tmp_path, "6s", every=True)
     assert len({each.name for each in every}) == len(every)
-    assert sum(len(each.commands) for each in every if each.name.startswith("tunes")) == 24
-    assert sum(each.seconds for each in every if each.cards == 1) < 28 * 60
-    assert sum(each.seconds for each in every if each.cards == 2) < 28 * 60
+    assert sum(each.name.startswith("tune.") for each in every) == 24
+
+
+def test_each_way_to_be_a_process_is_looked_at_inside_a_lane_and_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    outside = {name for name, _, _ in ways()}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert {name for name, _, _ in ways()} - outside == {"with all cards"}
+    assert {"plain", "a worker", "started as a worker"} <= outside
