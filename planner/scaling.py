@@ -3,7 +3,8 @@
 Interpolated is not time but how much of the ceiling is reached. The least time of a size by the target's ceilings (`probes.ceilings`)
 is its *floor*, time over floor its *slowness* (the inverse of utilisation). Between two measured sizes slowness is linear in 1 / floor,
 which is right for whatever takes a fixed time and then one in proportion to its work, also where the bound goes over from bandwidth to
-compute. Beyond the measured sizes it is held. Without a measured size there is no number.
+compute. Beyond the measured sizes it is held. Without a measured size there is no number. The farther away what was measured, on both
+sides, the less sure is what lies between.
 
 Batches of one model need no ceilings: each sample is the same work, so the floor is in proportion to the samples, and what is done once
 for all of them (weights are read once) belongs to the fixed time (docs/decisions/0057).
@@ -60,8 +61,8 @@ def scaled(points: Sequence[Point], floor_s: float, *, unit: str = "sizes") -> E
     below, above = ordered[place - 1], ordered[place]
     share = (1 / below.floor_s - 1 / floor_s) / (1 / below.floor_s - 1 / above.floor_s)
     slowness = below.slowness + share * (above.slowness - below.slowness)
-    wide = math.log(above.floor_s / below.floor_s) / math.log(4)
-    sigma = math.hypot(max(below.sigma, above.sigma), _BETWEEN * wide)
+    near, far = (math.log(wanted / floor) for wanted, floor in ((floor_s, below.floor_s), (above.floor_s, floor_s)))
+    sigma = math.hypot(max(below.sigma, above.sigma), _BETWEEN * 2 * math.sqrt(near * far) / math.log(4))
     return Estimate(seconds=slowness * floor_s, sigma=sigma, source="interpolated", because=f"between 2 of {len(ordered)} {unit}")
 
 

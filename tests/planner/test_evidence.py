@@ -80,6 +80,45 @@ def test_measured_sizes_are_untouched_and_beyond_them_utilisation_is_held(floors
         assert found.source == "interpolated" and found.sigma >= 0.2 * abs(math.log(wanted / edge))
 
 
+sizes = st.dictionaries(st.integers(1, 512).map(float), st.floats(1e-6, 1e3), min_size=2, max_size=6)
+
+
+@given(sizes, st.floats(0.5, 1024), st.floats(0.5, 1024))
+def test_more_samples_never_take_less_where_that_is_so_of_what_was_measured(known: dict[float, float], one: float, other: float) -> None:
+    points = [Point(floor_s=size, seconds=seconds) for size, seconds in zip(sorted(known), sorted(known.values()), strict=True)]
+    few, many = (scaled(points, size) for size in sorted((one, other)))
+    assert few is not None and many is not None and few.seconds <= many.seconds * (1 + 1e-9)
+
+
+@given(sizes, st.floats(0.01, 0.99), st.floats(0.01, 0.99))
+def test_what_lies_between_is_between_and_surest_beside_what_was_measured(known: dict[float, float], one: float, other: float) -> None:
+    """By ratios: the middle of 1 and 4 is 2."""
+    points = [Point(floor_s=size, seconds=seconds, sigma=0.01) for size, seconds in known.items()]
+    low, high, *_ = sorted(points, key=lambda each: each.floor_s)
+    nearer, farther = sorted((one, other), key=lambda share: abs(share - 0.5), reverse=True)
+    sure, less = (scaled(points, low.floor_s * (high.floor_s / low.floor_s) ** share) for share in (nearer, farther))
+    assert sure is not None and less is not None
+    assert 0.01 <= sure.sigma <= less.sigma + 1e-9
+    for found in (sure, less):
+        assert min(low.seconds, high.seconds) * (1 - 1e-9) <= found.seconds <= max(low.seconds, high.seconds) * (1 + 1e-9)
+
+
+@given(st.floats(1, 512), times, st.floats(1.01, 8), st.floats(1.01, 8))
+def test_the_farther_beyond_what_was_measured_the_less_sure(size: float, seconds: float, one: float, other: float) -> None:
+    points = [Point(floor_s=size / 4, seconds=seconds / 3), Point(floor_s=size, seconds=seconds)]
+    near, far = (scaled(points, size * factor) for factor in sorted((one, other)))
+    assert near is not None and far is not None and 0 < near.sigma <= far.sigma
+    assert far.seconds == pytest.approx(seconds * max(one, other))
+
+
+@given(sizes)
+def test_batches_that_were_measured_come_back_untouched(known: dict[float, float]) -> None:
+    points = batch_points({int(size): seconds for size, seconds in known.items()})
+    for size, seconds in known.items():
+        found = scaled(points, size)
+        assert found is not None and found.seconds == seconds and found.source == "measured"
+
+
 def test_without_a_measured_size_there_is_no_number() -> None:
     assert scaled([], 1.0) is None
     with pytest.raises(ValueError):

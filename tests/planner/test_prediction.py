@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import batches
 from benchmarks.prediction import COMPUTED, PLANNED, code, kept, middle, record, report, tiers
 
 RECORDED = json.loads((Path(__file__).parent / "prediction.json").read_text())
@@ -53,3 +56,35 @@ def test_a_cut_plan_is_judged_by_the_sum_of_its_segments_beside_what_was_told() 
     assert found["cut plans, as told"] == [0.0, 0.0] and found[PLANNED] == [pytest.approx(0.2)] * 2
     assert found[f"{PLANNED}, all of it in other chains"] == [pytest.approx(0.2)]
     assert found["cut plans, sum believed before their own chain was timed"] == [pytest.approx(0.5)] * 2
+
+
+def wholes() -> list[dict[str, Any]]:
+    """Return the whole models of the recorded data as `--only batches` records them."""
+    places = [(row["model"], row["targets"]) for row in RECORDED["parts"]]
+    return [{"model": model, "targets": {target: place["whole"] for target, place in targets.items()}} for model, targets in places]
+
+
+def test_batches_alone_are_judged_as_they_are_among_the_tiers() -> None:
+    found = batches.errors_of(batches.interpolated, wholes())
+    assert [abs(each) for each in found] == pytest.approx(FOUND["interpolated: a batch left out"])
+    text = "\n".join(batches.report(wholes(), []))
+    assert all(f"| {form} |" in text for form in batches.FORMS) and "Measured again" not in text
+    assert f"| {middle(FOUND['interpolated: a batch left out']):.1%} |" in text
+
+
+def test_two_passes_differ_by_the_shape_of_the_curve_and_not_by_the_speed_of_the_machine() -> None:
+    first = [{"model": "m", "targets": {"t": {"1": 1.0, "2": 2.0, "4": 4.0}}}]
+    slower = [{"model": "m", "targets": {"t": {"1": 1.5, "2": 3.0, "4": 6.0}}}]
+    bent = [{"model": "m", "targets": {"t": {"1": 1.0, "2": 2.2, "4": 4.0}}}]
+    assert batches.apart(first, slower) == pytest.approx([0.0])
+    assert batches.apart(first, bent) == pytest.approx([math.log(1.1)])
+    assert batches.apart(first, [{"model": "another", "targets": first[0]["targets"]}]) == []
+
+
+def test_a_form_that_one_model_alone_speaks_for_is_not_chosen_for_it() -> None:
+    """What is in proportion between neighbours of each model but one is told by that form for all."""
+    straight = {str(batch): 1.0 + batch for batch in (1, 2, 4, 8)}
+    rows = [{"model": name, "targets": {"t": straight}} for name in "abc"]
+    power = {"model": "d", "targets": {"t": {str(batch): float(batch) ** 0.5 for batch in (1, 2, 4, 8)}}}
+    found = batches.chosen_by_others([*rows, power])
+    assert found[:6] == pytest.approx([0.0] * 6, abs=1e-9) and min(map(abs, found[6:])) > 0.01
