@@ -18,26 +18,37 @@ class StageClock:
     """Durations of one stage in one lane, in nanoseconds: the last ones, how many there were and their sum.
 
     Only its lane writes. The last ones are whole from the beginning, so that a call takes the memory of one that is forgotten: new pages
-    would cost a fault for each hundred calls. A look from another thread may miss the call that is being counted.
+    would cost a fault for each hundred calls. They are added up before they are forgotten, and not at each call, which would touch a sum
+    besides. A look from another thread may miss the call that is being counted.
     """
 
-    __slots__ = ("count", "due", "durations", "late_bytes", "total_ns", "wait_count", "wait_ns", "waits")
+    __slots__ = ("added_up", "count", "durations", "late_bytes", "wait_count", "wait_ns", "waits")
 
     def __init__(self) -> None:
         self.count = 0
-        self.due = 1  # the count at which what was timed is passed on
         self.durations: deque[int] = deque((_UNUSED + number for number in range(RING)), maxlen=RING)
-        self.total_ns = 0
+        self.added_up = 0, 0  # so many runs, and what they took; one object, so that a look sees both or neither
         self.waits: deque[int] = deque(maxlen=RING)  # in front of the stage, where it has a queue
         self.wait_ns = 0
         self.wait_count = 0
         self.late_bytes = 0  # of outputs whose size is known only after the run
 
     def took(self, nanoseconds: int) -> None:
-        """Count a run. `Lane.call` and `shortest` do so without this call."""
+        """Count a run. `Lane.call` and `shortest` do so without this call, and `add_up` after `RING` of them at the latest."""
         self.durations.append(nanoseconds)
-        self.total_ns += nanoseconds
-        self.count += 1
+        self.count = count = self.count + 1
+        if count - self.added_up[0] >= RING:
+            self.add_up()
+
+    def add_up(self) -> None:
+        """Add to the sum what was counted since the last time."""
+        self.added_up = self.count, self.total_ns
+
+    @property
+    def total_ns(self) -> int:
+        """The sum of all durations."""
+        count, total_ns = self.added_up
+        return total_ns + sum(_newest(self.durations, min(RING, self.count - count)))
 
     def last(self, many: int) -> list[int]:
         """Return the durations of the last `many` runs, in their order; of at most as many as are remembered."""

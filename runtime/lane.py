@@ -5,6 +5,7 @@ A lane is a caller's turn in a sequential plan (one thread runs all its steps) a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from sys import getrefcount
 from time import perf_counter_ns
@@ -14,19 +15,23 @@ import numpy as np
 
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.backend import Buffer, DeviceTensor, DeviceTensors, Executable, Request, host_buffer, is_foreign, on_device
-from aivmm.runtime.clocks import StageClock
+from aivmm.runtime.clocks import RING, StageClock
 from aivmm.runtime.drift import BLOCK, LEAST_BLOCK_NS
 from aivmm.runtime.feed import Feed, wanted_buffer
-from aivmm.runtime.handing import Handing, counts_references, direct_call
+from aivmm.runtime.handing import Handing, Slot, counts_references, direct_call
 from aivmm.runtime.inputs import is_numpy, refuse_unknown
 from aivmm.runtime.paces import PacedMonitor
 from aivmm.runtime.plan import Stage
 from aivmm.tensors import TensorSpec
 
-# What was timed is passed on by so many calls where they are short, and otherwise this often: it takes a while, and were it one call in a
-# hundred, that would be the 99th percentile. All that took `SHORT_NS` at least are looked at one by one.
-_PASSED_CALLS, _PASSED_NS = 1024, 50_000_000
-SHORT_NS = 500_000
+# What was timed is passed on to who watches it: 50 to 100 µs where caches are cold. Were it one call in a hundred, that would be the 99th
+# percentile, and one in two hundred still moves it, so that short calls are passed on by hundreds, or after so long, as long as they take
+# what they took before. Calls of `_LONG_NS`, and all that seem slower, are passed on by a twentieth of a second: there it is a small part
+# of a call, and drift is to be told within two hundred of them.
+_PASSED_CALLS, _PASSED_NS = 512, 500_000_000
+_LONG_NS, _LONG_PASSED_NS = 2_000_000, 50_000_000
+_SLOWER, _FORGOTTEN = 1.1, 1.02  # than the quickest that were passed on, which counts for so much more each time
+_SHORT_NS = 500_000  # where all are shorter their sums are watched, otherwise each
 
 
 def _one_memory(executables: Sequence[Executable]) -> bool:
@@ -37,14 +42,13 @@ def _one_memory(executables: Sequence[Executable]) -> bool:
 _Step = tuple[Callable[[], None], Callable[[int], None], list[tuple[str, StageClock, Request, list[Request]]]]
 
 
-class Lane:
-    """Runs the stages one after another. Used by one thread at a time; who holds it sees to that."""
+class Lane(StageClock):
+    """Runs the stages one after another, and is the clock of its whole way. Used by one thread at a time; who holds it sees to that."""
 
-    # What the shortest way touches lies side by side, in the object itself (`shortest`), where `of_one` is True.
-    __slots__ = ("__dict__", "__weakref__", "clock", "feed", "hands")
+    # What the shortest way touches lies side by side, in the object itself (`shortest`); `feed` and `hands` where `of_one` is True.
+    __slots__ = ("__dict__", "__weakref__", "awaited", "due", "due_ns", "feed", "hands", "turn")
     feed: Feed
     hands: Handing
-    clock: StageClock
 
     def __init__(
         self,
@@ -61,6 +65,10 @@ class Lane:
         Raises:
             Unsupported: an input is of a type that NumPy lacks.
         """
+        super().__init__()
+        self.awaited = False  # somebody waits for a free lane
+        self.due, self.due_ns = 1, 0  # the count at which, and the time from which, what was timed is passed on
+        self.turn: Slot | None = None  # of `hands`, the one to look at first
         self.index = index  # its number in its program
         self.places = tuple(places or (0,) * len(stages))  # which of each stage's executables it is bound to
         self.seats: Sequence[int] = (index,)  # which queue of each step of the way is its own
@@ -74,14 +82,11 @@ class Lane:
         self._requests: list[Request] = [executable.new_request() for executable in ordinary]
         if self._handing is not None:
             self._requests.append(self._handing)
-        self.clocks = [StageClock() for _ in stages]
+        self._clocks = [StageClock() for _ in stages] if len(stages) > 1 else []
         self.watch: PacedMonitor | None = None  # takes the durations of runs
-        self._whole = self.clocks[0] if len(stages) == 1 else StageClock()  # those of all stages
-        self._told = self._told_ns = 0  # calls that were passed on, and what they took
-        self._passed_at_ns = perf_counter_ns()  # up to when that was told
+        self._passed_at_ns = perf_counter_ns()  # up to when they were passed on
         self._rest: list[int] = []  # of the block that is not whole yet
-        self._due_ns = 0  # when long calls are passed on next
-        self._long = False  # there is one among those that are not passed on
+        self._quickest_ns = math.inf  # a call, on the average of those passed on at once
         self._so_far_ns = 0  # of a run that is taken by steps
         self._buffers: dict[str, Buffer] = {}
         self.kept_on_device: dict[str, str] = {}  # tensor between stages -> the memory that it never leaves
@@ -110,7 +115,12 @@ class Lane:
         self.of_one = self.short and len(self._feeds) == 1 and self._handing is not None and len(self._handing.private.arrays) == 1
         if self.of_one:
             assert self._handing is not None
-            self.feed, self.hands, self.clock = self._feeds[0], self._handing, self.clocks[0]
+            self.feed, self.hands = self._feeds[0], self._handing
+
+    @property
+    def clocks(self) -> Sequence[StageClock]:
+        """The clock of each stage; that of an only one is the lane's own."""
+        return self._clocks or (self,)
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
         """Run once and return the outputs; the arrays are the caller's own.
@@ -145,7 +155,6 @@ class Lane:
             feeds: tuple[tuple[str, Feed], ...] = tuple((each.name, each) for each in self._feeds),
             references: Callable[[object], int] = getrefcount,
             clock: Callable[[], int] = perf_counter_ns,
-            timed: StageClock = self.clocks[0],
             handing: Handing = handing,
         ) -> dict[str, Buffer]:
             for name, feed in feeds:
@@ -154,7 +163,7 @@ class Lane:
                     feed.take(array)
             if len(inputs) != len(feeds):
                 refuse_unknown(inputs, lane._specs)
-            slot = handing.turn  # `Handing.next` without its call
+            slot = lane.turn  # `Handing.next` without its call
             if slot is not None:
                 for face in slot.faces:
                     if references(face[1]) > slot.alone:
@@ -162,7 +171,7 @@ class Lane:
                         break
             if slot is None:
                 slot = handing.another()
-            handing.turn = slot.after
+            lane.turn = slot.after
             if slot.stale:
                 handing.catch_up(slot)
             started_ns = clock()
@@ -171,12 +180,11 @@ class Lane:
             except Exception as error:
                 handing.refuse(error)
                 raise
-            took_ns = clock() - started_ns
-            timed.durations.append(took_ns)
-            timed.total_ns += took_ns
-            timed.count = count = timed.count + 1
-            if count >= timed.due or took_ns >= SHORT_NS:
-                lane.pass_on(took_ns)
+            ended_ns = clock()
+            lane.durations.append(ended_ns - started_ns)
+            lane.count = count = lane.count + 1
+            if count >= lane.due or ended_ns >= lane.due_ns:
+                lane.pass_on(ended_ns)
             return handing.given(slot)
 
         return call
@@ -237,7 +245,7 @@ class Lane:
                 self._hand_on(late)
             now = perf_counter_ns()
             took(now - last_ns)
-        self._timed(now - started_ns)
+        self._timed(now - started_ns, now)
 
     def wrap(self, wrapped: Callable[[int, Callable[[], None]], Callable[[], None]] | None) -> None:
         """Run each stage by what `wrapped` makes of its number and its run, for a trace; None runs the stages themselves again."""
@@ -259,39 +267,44 @@ class Lane:
         took(now - started_ns)
         self._so_far_ns = now - started_ns + (self._so_far_ns if index else 0)
         if index == len(self._steps) - 1:
-            self._timed(self._so_far_ns)
+            self._timed(self._so_far_ns, now)
 
-    def _timed(self, took_ns: int) -> None:
+    def _timed(self, took_ns: int, now_ns: int) -> None:
         """Count a run of all stages."""
         if self._cut:
-            self._whole.took(took_ns)
-        if took_ns >= SHORT_NS or self._whole.count >= self._whole.due:
-            self.pass_on(took_ns)
+            self.took(took_ns)
+        if self.count >= self.due or now_ns >= self.due_ns:
+            self.pass_on(now_ns)
 
-    def pass_on(self, took_ns: int) -> None:
+    def pass_on(self, now_ns: int) -> None:
         """Tell who watches what calls took: of short ones the sum, by as many as are one observation, of others each; not at each call."""
-        now, timed = perf_counter_ns(), self._whole
-        self._long |= took_ns >= SHORT_NS
-        if timed.count < timed.due and now < self._due_ns:
-            return
-        calls, total_ns, long = timed.count - self._told, timed.total_ns - self._told_ns, self._long
-        self._told, self._told_ns, self._due_ns, self._long = timed.count, timed.total_ns, now + _PASSED_NS, False
+        before, before_ns = self.added_up
+        self.add_up()
+        calls, total_ns = self.count - before, self.added_up[1] - before_ns
+        call_ns = total_ns // max(calls, 1) + 1
+        calm = call_ns < _LONG_NS and call_ns <= self._quickest_ns * _SLOWER
+        self._quickest_ns = min(call_ns, self._quickest_ns * _FORGOTTEN)
+        passed_ns, most = (_PASSED_NS, _PASSED_CALLS) if calm else (_LONG_PASSED_NS, BLOCK)
+        # Not before they are a block: who calls once a second, too, is watched by blocks.
+        self.due = self.count + max(most, min(RING - 1, LEAST_BLOCK_NS // call_ns + 1))
+        self.due_ns = now_ns + max(passed_ns, BLOCK * call_ns)
         watch = self.watch
-        timed.due = timed.count + max(BLOCK, min(_PASSED_CALLS, LEAST_BLOCK_NS * calls // max(total_ns, 1) + 1))
-        if watch is None or not calls:
+        if watch is None:
             return
-        if not long:
-            up_to_ns = now - sum(self._rest)
-            watch.add_short(total_ns, calls, timed.last(BLOCK), up_to_ns - self._passed_at_ns)
-            self._passed_at_ns = up_to_ns
-            return
-        whole = self._rest + timed.last(calls)
+        whole = self._rest + self.last(calls)
         end = len(whole) // BLOCK * BLOCK
         self._rest = whole[end:]
-        if end:
-            passed_ns = (now - self._passed_at_ns) * end // len(whole)
-            self._passed_at_ns += passed_ns
+        if not end:
+            return
+        passed_ns = (now_ns - self._passed_at_ns) * end // len(whole)
+        self._passed_at_ns += passed_ns
+        if max(whole) >= _SHORT_NS:
             watch.add(whole[:end], passed_ns)
+            return
+        step = max(BLOCK, LEAST_BLOCK_NS // call_ns + 1)
+        for at in range(0, end, step):
+            block = whole[at : min(at + step, end)]
+            watch.add_short(sum(block), len(block), block[-BLOCK:], passed_ns * len(block) // end)
 
     def copies(self) -> dict[str, Buffer]:
         """Return the outputs of the last run; the arrays are the caller's own. Those of the last stage are not copied: see `handing`."""
@@ -336,10 +349,10 @@ class Lane:
         self._requests, self._steps, self._readers, self._feeds, self._fixed = [], [], [], (), []
         if self._handing is not None:
             self._handing.close()
-        self._handing = None
+        self._handing = self.turn = None
         self.__dict__.pop("call", None)
         if self.of_one:
-            del self.feed, self.hands, self.clock
+            del self.feed, self.hands
         self.of_one = False
         self._late.clear()
         self._makers.clear()

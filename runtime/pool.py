@@ -19,14 +19,16 @@ def closed() -> UsageError:
 class Pool:
     """Free lanes, the one first that has been free for longest. Thread-safe.
 
-    Where nobody waits, taking is `lanes.popleft()` and giving back is `lanes.append()` and a look at `waiting`, without a lock: a queue's
-    costs as much as the rest of a call. Who finds none counts himself as waiting *before* he looks again; so whoever gives one back
-    either has his lane seen by that look, or sees him waiting and sends a token. A token too many makes somebody look once in vain.
+    Where nobody waits, taking is `lanes.popleft()` and giving back is `lanes.append()` and a look at the lane's `awaited`, without a lock:
+    a queue's costs as much as the rest of a call. Who finds none marks all lanes as awaited *before* he looks again; so whoever gives one
+    back either has his lane seen by that look, or sees that it is awaited and sends a token. A token too many makes somebody look once in
+    vain.
     """
 
     def __init__(self, lanes: Iterable[Lane]) -> None:
         self.lanes: deque[Lane] = deque(lanes)
-        self.waiting = 0
+        self._all = tuple(self.lanes)
+        self._waiting = 0
         self._closed: AivmmError | None = None  # what is told to who comes too late
         self._lock = threading.Lock()
         self._tokens: SimpleQueue[None] = SimpleQueue()
@@ -34,7 +36,7 @@ class Pool:
     def put(self, lane: Lane) -> None:
         """Give a lane back."""
         self.lanes.append(lane)
-        if self.waiting:
+        if lane.awaited:
             self._tokens.put(None)
 
     def wake(self) -> None:
@@ -48,8 +50,7 @@ class Pool:
             UsageError: the program is closed.
             AivmmError: it was given up, for this reason.
         """
-        with self._lock:
-            self.waiting += 1
+        self._wait(1)
         try:
             while True:
                 if self._closed is not None:
@@ -59,13 +60,20 @@ class Pool:
                 except IndexError:
                     self._tokens.get()
         finally:
-            with self._lock:
-                self.waiting -= 1
+            self._wait(-1)
 
     def close(self, why: AivmmError | None = None) -> None:
         """Tell whoever waits, or comes, that there will be no more."""
         with self._lock:
             self._closed = self._closed or why or closed()
-            waiting = self.waiting
+            waiting = self._waiting
         for _ in range(waiting):
             self._tokens.put(None)
+
+    def _wait(self, more: int) -> None:
+        """Count who waits, where whoever gives a lane back looks: at the lane, which he has at hand."""
+        with self._lock:
+            self._waiting += more
+            awaited = self._waiting > 0
+            for each in self._all:
+                each.awaited = awaited

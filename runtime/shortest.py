@@ -1,8 +1,9 @@
 """The shortest way through a program: what `Engine.run` comes to once a request was answered, in one function.
 
 A model leaves the caches cold, and then each line of memory that is touched, and each page, the interpreter's own too, costs a part of the
-ten microseconds that the whole engine may take. So there are few steps and few objects, what they refer to lies side by side in the
-function's defaults, and taking and giving back a lane are `Pool.get` and `put` without their calls.
+ten microseconds that the whole engine may take. So there are few steps, and few objects of few types: what they refer to lies side by
+side in the lane and in the function's defaults (each of which is counted at each call, so that what is seldom wanted is one of them), and
+taking and giving back a lane are `Pool.get` and `put` without their calls.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.batching import Outputs
 from aivmm.runtime.inputs import refuse_unknown
-from aivmm.runtime.lane import SHORT_NS, Lane
-from aivmm.runtime.pool import Pool
+from aivmm.runtime.lane import Lane
 from aivmm.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ def _of_any(program: Program, instead: Instead) -> Callable[[Mapping[str, Any]],
         inputs: Mapping[str, Any],
         take: Callable[[], Lane] = lanes.popleft,
         give: Callable[[Lane], None] = lanes.append,
-        pool: Pool = program.free,
         program: Program = program,
         instead: Instead = instead,
     ) -> Outputs:
@@ -50,8 +49,8 @@ def _of_any(program: Program, instead: Instead) -> Callable[[Mapping[str, Any]],
                 return lane.call(inputs)
             finally:
                 give(lane)
-                if pool.waiting:
-                    pool.wake()
+                if lane.awaited:
+                    program.free.wake()
         except (Unsupported, UsageError) as error:
             return instead(program, inputs, error)
 
@@ -68,52 +67,46 @@ def _of_one(program: Program, instead: Instead) -> Callable[[Mapping[str, Any]],
         take: Callable[[], Lane] = lanes.popleft,
         give: Callable[[Lane], None] = lanes.append,
         name: str = program.lanes[0].feed.name,
+        size: Callable[[Any], int] = len,
         references: Callable[[object], int] = getrefcount,
         clock: Callable[[], int] = perf_counter_ns,
-        short_ns: int = SHORT_NS,
         output: str = output,
-        pool: Pool = program.free,
-        program: Program = program,
-        known: Mapping[str, TensorSpec] = {each.name: each for each in program.inputs},
-        instead: Instead = instead,
+        seldom: tuple[Program, Instead, Mapping[str, TensorSpec]] = (program, instead, {each.name: each for each in program.inputs}),
     ) -> Outputs:
         try:
             try:
                 lane = take()
             except IndexError:
-                lane = program.acquire()
+                lane = seldom[0].acquire()
             try:
                 array = inputs.get(name)
                 if array is not lane.feed.bound:
                     lane.feed.take(array)
-                if len(inputs) != 1:
-                    refuse_unknown(inputs, known)
-                handing = lane.hands
-                slot = handing.turn  # `Handing.next` without its call
+                if size(inputs) != 1:
+                    refuse_unknown(inputs, seldom[2])
+                slot = lane.turn  # `Handing.next` without its call
                 if slot is None or references(slot.face) > slot.face_alone:
-                    slot = handing.another()
-                handing.turn = slot.after
+                    slot = lane.hands.another()
+                lane.turn = slot.after
                 if slot.stale:
-                    handing.catch_up(slot)
+                    lane.hands.catch_up(slot)
                 started_ns = clock()
                 try:
                     slot.runs()
                 except Exception as error:
-                    handing.refuse(error)
+                    lane.hands.refuse(error)
                     raise
-                took_ns = clock() - started_ns
-                timed = lane.clock
-                timed.durations.append(took_ns)
-                timed.total_ns += took_ns
-                timed.count = count = timed.count + 1
-                if count >= timed.due or took_ns >= short_ns:
-                    lane.pass_on(took_ns)
-                return handing.given(slot) if slot.face is None else {output: slot.face.view()}
+                ended_ns = clock()
+                lane.durations.append(ended_ns - started_ns)
+                lane.count = count = lane.count + 1
+                if count >= lane.due or ended_ns >= lane.due_ns:
+                    lane.pass_on(ended_ns)
+                return lane.hands.given(slot) if slot.face is None else {output: slot.face.view()}
             finally:
                 give(lane)
-                if pool.waiting:
-                    pool.wake()
+                if lane.awaited:
+                    seldom[0].free.wake()
         except (Unsupported, UsageError) as error:
-            return instead(program, inputs, error)
+            return seldom[1](seldom[0], inputs, error)
 
     return run
