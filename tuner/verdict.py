@@ -74,7 +74,8 @@ def factor_text(found: Comparison) -> str:
         return "too unsteady here to be compared with"
     if found.low > 1 or found.high < 1:
         return f"within {max(1.0, width):.0f} % of"
-    return f"the same within noise (±{max(1.0, width):.0f} %) as"
+    noise = f"(±{max(1.0, width):.0f} %)"
+    return f"the same within noise {noise} as" if found.verdict == "same" else f"undecided {noise} against"
 
 
 def sentence(

@@ -11,7 +11,7 @@ from aivmm.planner.candidates import Draft, Piece
 from aivmm.planner.constraints import Violation, parse
 from aivmm.planner.objectives import parse_objectives
 from aivmm.probes.client import Worker
-from aivmm.probes.compare import Comparison
+from aivmm.probes.compare import Comparison, Word
 from aivmm.probes.race import Contestant
 from aivmm.runtime.config import Config
 from aivmm.tuner.proof import Entrant, Proof, call_s, interval_s, sample_s
@@ -112,6 +112,19 @@ def test_percent_and_times_say_the_same_of_one_ratio() -> None:
     near, far = (Comparison(ratio=ratio, low=ratio, high=ratio, pairs=9, verdict="faster") for ratio in (0.8, 0.5))
     assert factor_text(near) == "25 % faster than"  # the report's 1.25x, and not the 20 % of time that is saved
     assert factor_text(far) == "2.0x faster than"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "low", "high", "said"),
+    [
+        ("same", 0.995, 1.008, "the same within noise (±1 %) as"),
+        ("ambiguous", 0.97, 1.05, "undecided (±5 %) against"),  # the report's word for it
+        ("ambiguous", 0.94, 0.999, "within 6 % of"),
+        ("ambiguous", 0.5, 1.9, "too unsteady here to be compared with"),
+    ],
+)
+def test_what_was_not_decided_is_not_said_to_be_the_same(verdict: Word, low: float, high: float, said: str) -> None:
+    assert factor_text(Comparison(ratio=1.0, low=low, high=high, pairs=9, verdict=verdict)) == said
 
 
 def test_where_a_call_counts_one_of_several_callers_is_no_rival_whatever_it_answers_in_a_second() -> None:
