@@ -34,7 +34,8 @@ def load_plan(
 
     `on_mismatch` decides what runs where the machine is another than the one that the plan was proven on: `warn` (the plan), `fallback`
     (the plan's first fallback that can) or `error`. `require_signature` names public keys, one of which must have signed the plan.
-    `on_drift` is called, once each time, when calls have left the latency that the plan was proven with; `stats()["drift"]` has the state.
+    `on_drift` is called, once each time, when calls have left the latency that the plan was proven with, with what was seen to take the
+    time; `stats()["drift"]` has the state.
     `timeout_s` is how long a request may take before its stage is taken to hang, and the next fallback takes over (`Engine.timeout_s`).
     `alternative` names another objective of those that the model was tuned for (`--objective latency,throughput`): what runs is what the
     plan can be traded for there.

@@ -7,7 +7,8 @@ priority is let loose on that core after a baseline (by SIGCONT), and the calls 
 a few at which the mean of calls grows by 30 %. Cost: what feeding the monitor takes a call. Run it where nothing else runs.
 
 Gates (exit status 1 where one fails): no event while idle, none before a neighbour is let loose, and each slowdown of 30 % or more told
-within 200 calls.
+within 200 calls, with other processes as its cause. Each event is printed, with what it says of its cause; and so is how slow the machine
+itself was, in the idle minutes, by seconds that were slower than their median.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -30,6 +32,7 @@ from typing import Any
 import numpy as np
 
 import aivmm
+from aivmm.runtime.causes import Machine
 from aivmm.runtime.drift import BLOCK, Drift, DriftMonitor
 from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, normal
 
@@ -59,12 +62,32 @@ def neighbour(nice: int) -> subprocess.Popen[bytes]:
 
 def idle(bundle: Path, inputs: Any, minutes: float) -> dict[str, Any]:
     """Run for so many minutes, and return the events."""
-    with aivmm.load_plan(bundle) as engine:
-        started, calls = time.perf_counter(), 0
+    told: list[Drift] = []
+    means: list[float] = []  # of the calls of each second
+    machine = Machine()
+    with aivmm.load_plan(bundle, on_drift=told.append) as engine:
+        started, calls, before = time.perf_counter(), 0, machine.counted()
         while time.perf_counter() - started < 60 * minutes:
-            engine.run(inputs)
-            calls += 1
-        return {"minutes": minutes, "calls": calls, "events": engine.stats()["drift"]["events"]}
+            second, first = time.perf_counter(), calls
+            while time.perf_counter() - second < 1.0:
+                engine.run(inputs)
+                calls += 1
+            means.append((time.perf_counter() - second) / (calls - first))
+        spent, events = machine.counted().since(before), engine.stats()["drift"]["events"]
+    return {
+        "minutes": minutes,
+        "calls": calls,
+        "events": events,
+        "said": [str(each) for each in told],
+        "others_cores": spent.others / spent.seconds,
+        "slow_s": slow_runs(means),
+    }
+
+
+def slow_runs(means: Sequence[float]) -> list[int]:
+    """Return for how many seconds in a row calls were slower by more than an eighth than in the median second, the longest first."""
+    level = 1.125 * median(means)
+    return sorted((len(list(run)) for slow, run in groupby(means, lambda each: each > level) if slow), reverse=True)
 
 
 def shared(bundle: Path, inputs: Any, nice: int) -> dict[str, Any]:
@@ -92,6 +115,8 @@ def shared(bundle: Path, inputs: Any, nice: int) -> dict[str, Any]:
         "events_before": early,
         "events_after": len(late),
         "calls_until_told": late[0][0] if late else None,
+        "cause": late[0][1].cause if late else None,
+        "said": [str(event) for _, event in told],
     }
 
 
@@ -125,7 +150,10 @@ def failures(found: dict[str, Any]) -> list[str]:
     trials = found["shared"]
     slowed = [each for each in trials if each["mean_ratio"] >= SLOWDOWN]
     late = [each["calls_until_told"] for each in slowed if (each["calls_until_told"] or math.inf) > TOLD_WITHIN]
+    unseen = [each["cause"] for each in slowed if each["cause"] not in (None, "other processes")]
     failed = []
+    if unseen:
+        failed.append(f"other processes were not named as the cause ({', '.join(unseen)})")
     if not slowed:
         failed.append(f"no neighbour slowed calls by {SLOWDOWN - 1:.0%}: nothing is shown of detection")
     if late:
@@ -157,8 +185,12 @@ def main() -> None:
         for each in found["shared"]:
             print(f"neighbour at nice {nice}: mean x {each['mean_ratio']:.2f}, median x {each['median_ratio']:.2f}, "
                   f"told after {each['calls_until_told']} calls, {each['events_before']} before, {each['events_after']} after")  # fmt: skip
+            print(*(f"    {said}" for said in each["said"]), sep="\n")
         found["idle"] = idle(bundle, inputs, options.minutes)
-        print(f"idle: {len(found['idle']['events'])} events in {found['idle']['minutes']:g} minutes, {found['idle']['calls']} calls")
+        rest = found["idle"]
+        print(f"idle: {len(rest['events'])} events in {rest['minutes']:g} minutes, {rest['calls']} calls; other processes took "
+              f"{rest['others_cores']:.2f} cores; slow for {', '.join(map(str, rest['slow_s'][:10])) or 'no'} s in a row")  # fmt: skip
+        print(*(f"    {said}" for said in rest["said"]), sep="\n")
     found["failed"] = failures(found)
     print(f"Gates that failed: {'; '.join(found['failed']) or 'none'}.")
     if options.json:

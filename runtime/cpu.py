@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -22,11 +23,36 @@ def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/
 
     Reads version 2 (`cpu.max` of the group and of each of its parents: the tightest counts) and version 1 (`cpu.cfs_quota_us`).
     """
+    quotas = (_quota_of(folder, first_version=first) for folder, first in _groups(root, membership))
+    return min((each for each in quotas if each is not None), default=None)
+
+
+def throttling_files(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> tuple[str, ...]:
+    """Return the files that say for how long a CPU quota stopped this process: those of its groups that have one."""
+    limited = (folder for folder, first in _groups(root, membership) if _quota_of(folder, first_version=first) is not None)
+    return tuple(f"{folder}/cpu.stat" for folder in limited)
+
+
+def throttled_s(files: Iterable[str]) -> float:
+    """Return for how many seconds the processor was withheld, by what `throttling_files` names: of several groups, the most."""
+    return max((_throttled_s(each) for each in files), default=0.0)
+
+
+def _throttled_s(file: str) -> float:
+    units = {"throttled_usec": 1e-6, "throttled_time": 1e-9}  # version 2, version 1
+    try:
+        pairs = [line.split() for line in (_start_of(file) or "").splitlines()]
+        return sum(int(value) * units[name] for name, value in pairs if name in units)
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _groups(root: Path, membership: Path) -> Iterator[tuple[str, bool]]:
+    """Yield the folders of the control groups that this process is in, parents too, and whether they are of version 1."""
     try:
         lines = (_start_of(str(membership)) or "").splitlines()
     except OSError:
-        return None
-    quotas: list[float] = []
+        return
     for line in lines:
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if not path or (controllers and "cpu" not in controllers.split(",")):
@@ -35,10 +61,7 @@ def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/
         folder = f"{root}/{controllers}" if controllers else str(root)
         for name in ("", *filter(None, path.split("/"))):
             folder = f"{folder}/{name}" if name else folder
-            quota = _quota_of(folder, first_version=bool(controllers))
-            if quota is not None:
-                quotas.append(quota)
-    return min(quotas, default=None)
+            yield folder, bool(controllers)
 
 
 def _quota_of(folder: str, *, first_version: bool) -> float | None:

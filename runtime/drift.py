@@ -17,6 +17,9 @@ it is quiet, a shift of 30 % is told after some 180 calls or, where calls are sh
 take away more than that for shorter times (seen on virtual machines: twice the time for up to 0.2 s, several times a minute). So the
 baseline knows this machine, this process and its load; the plan's interval keeps what the proof has already seen from being called a
 drift. Where it comes and goes, there is at most one event in `_PAUSE_S`.
+
+The event says what took the time (`causes`). Where nothing on this machine is seen to have, it is raised only when S has not come back to 0
+for `_UNSEEN_S` and most calls were slow: hosts are slow for seconds, again and again (docs/decisions/0065).
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
+from aivmm.runtime.causes import Cause, CauseName, Machine, Witness
 from aivmm.runtime.plan import Number
 
 log = logging.getLogger("aivmm.engine")
@@ -53,6 +57,9 @@ _NEIGHBOURS = 4  # observations
 _REMEMBERED = 100  # events
 _SKEWED = 1.1  # a mean so much above the median is told, too
 _LEAST_CALLS, _LEAST_S = 10 * BLOCK, 0.5
+_UNSEEN_CALLS, _UNSEEN_S = 1000, 60.0  # slow calls, and how long they last, before that is told of which no cause is seen
+_SUSPECTED = 0.25  # of the limit: from there on the machine's accounts are compared
+_AGAIN = 1.08  # they are looked at again when calls have been slow for so much longer
 _PAUSE_S = 60.0  # of calls, between two events
 _TOLERANCE = 1.15  # loads of one model differ by up to 10 % (docs/decisions/0009); beyond this a warm-up is outside of the plan's interval
 
@@ -73,6 +80,8 @@ class Drift:
     # What is compared: means, in which a long call counts for a few others at most. Where few calls are slow medians say nothing of them.
     live_mean_s: float
     baseline_mean_s: float
+    cause: CauseName  # what was seen to take the time
+    seen: str  # the same in words, with figures
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields, for statistics."""
@@ -86,22 +95,26 @@ class Drift:
         live = _ms(self.live_s) + (f" ({_ms(self.live_mean_s)} on average)" if means else "")
         first = _ms(self.baseline_s) + (f" ({_ms(self.baseline_mean_s)} on average)" if means else "")
         against = "" if self.live_s == self.baseline_s else f", and the first calls of this engine took {first}"
-        return f"drift: a call takes {live} over the last {self.calls} calls; {said}{against}"
+        return f"drift: a call takes {live} over the last {self.calls} calls; {said}{against}; {self.seen}"
 
 
 class DriftMonitor:
     """Watches the latencies of one engine. Thread-safe; fed by blocks, a call costs a part of a microsecond."""
 
-    def __init__(self, expected: Number | None, *, callers: int = 1, tell: Callable[[Drift], bool | None]) -> None:
+    def __init__(
+        self, expected: Number | None, *, callers: int = 1, tell: Callable[[Drift], bool | None], machine: Machine | None = None
+    ) -> None:
         """Watch against the plan's `expected` latency of a call; `tell` is called once each time when it was left.
 
-        Where it returns False that was nothing to tell yet: it is asked again while it lasts.
+        Where it returns False that was nothing to tell yet: it is asked again while it lasts. The `machine` is asked for causes.
         With several `callers` the plan's latency is that of an engine kept busy: less load is faster, and more of it no drift.
         """
         self._expected = expected
         self._callers = callers
         self._tell = tell
         self._lock = threading.Lock()
+        self._machine = machine or Machine()
+        self._witness = Witness(self._machine, callers=callers)
         self._warm: list[_Block] = []  # the calls of the warm-up; empty afterwards
         self._warm_ns = self._warm_calls = 0
         self._warm_until_ns = _WARMUP_S * 1e9
@@ -121,6 +134,11 @@ class DriftMonitor:
         self._sum = 0.0
         self._calls = 0  # in this excursion
         self._busy_ns = 0
+        self._slow_calls = self._slow_ns = 0  # of them, those that were slow
+        self._began_s = 0.0
+        self._suspected = False
+        self._cause: Cause | None = None  # of this excursion
+        self._looked_ns = 0.0  # of slow calls, when the machine was asked for it last; 0 where it was not yet
         self._outside = False
         self._paused_ns = math.inf  # of calls, since the last event
         self.baseline_s: float | None = None
@@ -145,6 +163,8 @@ class DriftMonitor:
                 event = self._warm_up((total_ns, calls, last))
             else:
                 self._recent.extend(last)
+                self._witness.calls += calls
+                self._witness.busy_ns += total_ns
                 event = self._put_together(total_ns, calls)
         if event is not None:
             self._tell_or_wait(event)
@@ -175,6 +195,9 @@ class DriftMonitor:
         if self._skip:
             self._skip -= 1
             return None
+        self._witness.calls += block[1]
+        self._witness.busy_ns += block[0]
+        self._witness.begin()
         self._warm.append(block)
         self._warm_ns += block[0]
         self._warm_calls += block[1]
@@ -191,13 +214,18 @@ class DriftMonitor:
         calls = self._warm_calls
         self._warm, self._warming, self.baseline_s = [], False, call_ns / 1e9
         if self._expected is None:
+            self._witness.usual()
             return None
         # The plan's numbers are those of a call, and the level is one of means: what lies between the two is in the baseline.
         high_ns = (self._expected.high or self._expected.value) * 1e9
         limit = baseline + math.log(high_ns / call_ns)
         if self._callers == 1 and call_ns > high_ns * _TOLERANCE:
             self._level, self._sum = limit + _ALLOWANCE, self._limit  # it is back when it is where the plan says
-            return self._left(self.baseline_s, calls, math.exp(baseline) / 1e9)
+            self._calls = self._slow_calls = calls
+            self._busy_ns = self._slow_ns = self._warm_ns
+            self._began_s = self._machine.now_s()
+            return self._left(self.baseline_s) if self._explained() else None
+        self._witness.usual()
         self._floor = limit + (_ALLOWANCE if self._callers > 1 else 0.0)
         self._level = max(self._level, self._floor)
         return None
@@ -219,8 +247,11 @@ class DriftMonitor:
 
     def _gather(self, durations_ns: Sequence[int]) -> Drift | None:
         self._recent.extend(durations_ns)
-        most = self._most_ns
-        total_ns = sum(durations_ns) if max(durations_ns) <= most else sum(min(each, most) for each in durations_ns)
+        most, total_ns, witness = self._most_ns, sum(durations_ns), self._witness
+        witness.calls += len(durations_ns)
+        witness.busy_ns += total_ns
+        if max(durations_ns) > most:
+            total_ns = sum(min(each, most) for each in durations_ns)
         return self._put_together(total_ns, len(durations_ns))
 
     def _put_together(self, total_ns: int, calls: int) -> Drift | None:
@@ -240,25 +271,52 @@ class DriftMonitor:
             self._pending.append(mean)
         self._sum = min(self._limit, max(0.0, self._sum + min(_CLIP, step)))
         if self._sum <= 0.0:
-            self._calls = self._busy_ns = 0
-            if self._pending:  # it was noise: what comes in half a second is not all that there is
-                self._logs += self._pending if not self._outside else []
-                self._pending.clear()
-                if len(self._logs) >= 2 * self._learned:
-                    self._learn()
-            if self._outside:
-                self._outside = False
-                log.info("latency is back inside of the plan's interval")
+            self._over()
             return None
+        if not self._calls:
+            self._began_s = self._machine.now_s()
         self._calls += calls
         self._busy_ns += total_ns
+        if step > 0:
+            self._slow_calls += calls
+            self._slow_ns += total_ns
+        if not self._suspected and self._sum >= _SUSPECTED * self._limit:
+            self._suspected = True
+            self._witness.suspect()
         lasted = self._calls >= _LEAST_CALLS and self._busy_ns >= _LEAST_S * 1e9 * self._callers
         if self._outside or self._sum < self._limit or not lasted or self._paused_ns < _PAUSE_S * 1e9 * self._callers:
             return None
-        return self._left(median(self._recent) / 1e9, self._calls, self._busy_ns / self._calls / 1e9)
+        return self._left(median(self._recent) / 1e9) if self._explained() else None
 
-    def _left(self, live_s: float, calls: int, mean_s: float) -> Drift:
-        assert self.baseline_s is not None
+    def _over(self) -> None:
+        """Do what is to be done where calls are not slow: forget an excursion, and learn of it where it was noise."""
+        if self._pending:  # what comes in half a second is not all that there is
+            self._logs += self._pending if not (self._outside or self._looked_ns) else []
+            self._pending.clear()
+            if len(self._logs) >= 2 * self._learned:
+                self._learn()
+        if self._outside:
+            self._outside = False
+            log.info("latency is back inside of the plan's interval")
+        if self._calls:
+            self._calls = self._busy_ns = self._slow_calls = self._slow_ns = 0
+            self._suspected, self._cause, self._looked_ns = False, None, 0.0
+        self._witness.quiet()
+
+    def _explained(self) -> bool:
+        """Return whether the excursion is to be told now: since its cause is seen, or since it has lasted without one."""
+        if self._cause is not None:  # it was told already, and is to be told again
+            return True
+        lasted = self._machine.now_s() - self._began_s >= _UNSEEN_S
+        for_long = lasted and self._slow_calls >= max(_UNSEEN_CALLS, self._calls / 2)
+        if self._slow_ns >= self._looked_ns * _AGAIN or for_long:
+            self._looked_ns = float(self._slow_ns)
+            seen = self._witness.cause(self._calls, self._busy_ns, usual_ns=math.exp(self._level - _ALLOWANCE))
+            self._cause = seen or (self._witness.unseen() if for_long else None)
+        return self._cause is not None
+
+    def _left(self, live_s: float) -> Drift:
+        assert self.baseline_s is not None and self._cause is not None
         self._outside, self._paused_ns = True, 0
         said = self._expected
         found = Drift(
@@ -267,9 +325,11 @@ class DriftMonitor:
             plan_s=None if said is None else said.value,
             low_s=None if said is None else said.low,
             high_s=None if said is None else said.high,
-            calls=calls,
-            live_mean_s=mean_s,
+            calls=self._calls,
+            live_mean_s=self._busy_ns / self._calls / 1e9,
             baseline_mean_s=math.exp(self._baseline) / 1e9,
+            cause=self._cause.name,
+            seen=self._cause.words,
         )
         self.events.append(found)
         return found

@@ -16,6 +16,7 @@ from aivmm.errors import AivmmError, BundleError, Unsupported, UsageError
 from aivmm.runtime.backend import Buffer, DeviceTensor, Executable
 from aivmm.runtime.blobs import BlobCache
 from aivmm.runtime.bundle import Bundle
+from aivmm.runtime.causes import Machine
 from aivmm.runtime.deadline import Deadlines
 from aivmm.runtime.drift import Drift
 from aivmm.runtime.finding import find_named
@@ -351,8 +352,7 @@ class Engine:
                     raise error from None
                 self._program = replacement
                 self._lengthen()
-                tracer = self.tracer
-                if tracer is not None:
+                if (tracer := self.tracer) is not None:
                     tracer.follow(self, replacement)
                 self._drift, self._unwatched = self._watch()
                 if hangs:
@@ -470,15 +470,15 @@ class Engine:
         # Where the plan's numbers do not hold anyway, an engine is held against its own beginning.
         names = {_PLAN: self.plan.expected, **{each.name: each.expected for each in self.plan.fallbacks}}
         expected = None if self.validity.grade == "retune" else names[self._running].get("median_s")
-        drift = PacedMonitor(expected, callers=self._program.window, tell=self._drifted)
+        here = Machine(self._targets[each.target].device for stage in self.stages for each in stage.everywhere())
+        drift = PacedMonitor(expected, callers=self._program.window, tell=self._drifted, machine=here)
         for lane in self._program.lanes:
             lane.watch = drift
         return drift, ""
 
     def _drifted(self, found: Drift) -> None:
         self._event(str(found))
-        if self.on_drift is not None:
-            tell_apart(self.on_drift, found)
+        tell_apart(self.on_drift, found)
 
     def _event(self, text: str) -> None:
         self.events.append(text)

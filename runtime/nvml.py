@@ -124,6 +124,11 @@ def is_nvidia(device: Device) -> bool:
     return device.uid.startswith(("GPU-", "MIG-"))
 
 
+def is_started() -> bool:
+    """Say whether the library is in use by now: to start it takes 0.1 s."""
+    return _started.cache_info().currsize > 0
+
+
 @cache
 def _started() -> Any:
     """Return the library, initialised for as long as the process lives: that takes 0.1 s, and readings are taken between measurements.

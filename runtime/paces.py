@@ -22,6 +22,7 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
+from aivmm.runtime.causes import Machine
 from aivmm.runtime.drift import Drift, DriftMonitor
 from aivmm.runtime.plan import Number
 
@@ -45,9 +46,10 @@ class _Pace(DriftMonitor):
 class PacedMonitor:
     """Watches the latencies of one engine. Thread-safe."""
 
-    def __init__(self, expected: Number | None, *, callers: int = 1, tell: Callable[[Drift], None]) -> None:
+    def __init__(self, expected: Number | None, *, callers: int = 1, tell: Callable[[Drift], None], machine: Machine | None = None) -> None:
         """Watch as `DriftMonitor` does, with one of it for each pace."""
         self._expected, self._callers, self._tell = expected, callers, tell
+        self._machine = machine or Machine()
         self._paces: dict[int, _Pace] = {}
         self._lock = threading.Lock()
         self._quickest_ns = math.inf  # a call, on the average of a block
@@ -110,7 +112,7 @@ class PacedMonitor:
         found = self._paces.get(number)
         if found is None:
             expected = None if number else self._expected
-            self._paces[number] = found = _Pace(expected, callers=self._callers, tell=partial(self._found, number))
+            self._paces[number] = found = _Pace(expected, callers=self._callers, tell=partial(self._found, number), machine=self._machine)
         return found
 
     def _found(self, number: int, event: Drift) -> bool:
@@ -129,9 +131,11 @@ def _steps(pause_ns: float) -> int:
     return 1 + int(2 * math.log2(max(1.0, pause_ns / _NO_PAUSE_NS)))
 
 
-def tell_apart(listener: Callable[[Drift], None], found: Drift) -> None:
-    """Tell a listener on a thread of its own: a call that showed drift has its turn still, and who asked the engine, or closed it, would
-    wait for that turn for ever."""
+def tell_apart(listener: Callable[[Drift], None] | None, found: Drift) -> None:
+    """Tell a listener, if there is one, on a thread of its own: a call that showed drift has its turn still, and who asked the engine, or
+    closed it, would wait for that turn for ever."""
+    if listener is None:
+        return
     try:
         threading.Thread(target=_listen, args=(listener, found), name="aivmm-drift", daemon=True).start()
     except RuntimeError:  # no threads any more: the interpreter ends

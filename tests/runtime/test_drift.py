@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 
 import aivmm
 from aivmm.errors import UsageError
+from aivmm.runtime import engine as engine_module
 from aivmm.runtime import lane, shortest
+from aivmm.runtime.causes import Machine
 from aivmm.runtime.drift import BLOCK, Drift, DriftMonitor
 from aivmm.runtime.plan import Batching, Execution, Number
 from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, normal
+from tests.runtime.machines import ByHand, Suspicious
 
 Floats = npt.NDArray[np.float64]
 CALL_S = 5e-3
@@ -34,8 +37,11 @@ def feed(monitor: DriftMonitor, seconds: Floats) -> list[tuple[int, Drift]]:
     """Feed latencies, and return each event with the number of calls after which it came."""
     found: list[tuple[int, Drift]] = []
     nanoseconds = (seconds * 1e9).astype(np.int64).tolist()
+    machine = monitor._machine
     for at in range(0, len(nanoseconds) - BLOCK + 1, BLOCK):
         before = len(monitor.events)
+        if isinstance(machine, ByHand):
+            machine.passes(sum(nanoseconds[at : at + BLOCK]) / 1e9)
         monitor.add(nanoseconds[at : at + BLOCK])
         found += [(at + BLOCK, each) for each in list(monitor.events)[before:]]
     return found
@@ -45,8 +51,13 @@ def quiet(_: Drift) -> None:
     pass
 
 
-def monitor(expected: Number | None = None, **options: int) -> DriftMonitor:
-    return DriftMonitor(expected or plan_says(), tell=quiet, **options)
+def monitor(expected: Number | None = None, *, callers: int = 1, machine: Machine | None = None) -> DriftMonitor:
+    """Watch with a machine that sees a cause whenever calls are slow: what is tested is the statistic."""
+    return DriftMonitor(expected or plan_says(), tell=quiet, callers=callers, machine=machine or Suspicious())
+
+
+def unexpected() -> DriftMonitor:
+    return DriftMonitor(None, tell=quiet, machine=Suspicious())
 
 
 # --- noise ---
@@ -92,8 +103,8 @@ def test_stalls_that_were_there_from_the_beginning_are_no_drift(call: float, sha
     rng = np.random.default_rng(seed)
     count = int(30 / (call + share * stall))
     seconds = call * np.exp(rng.normal(0, 0.08, count)) + np.where(rng.random(count) < share, stall, 0.0)
-    assert feed(DriftMonitor(None, tell=quiet), seconds) == []
-    assert len(feed(DriftMonitor(None, tell=quiet), np.concatenate([seconds, 1.8 * seconds[: int(5 / call)]]))) == 1
+    assert feed(unexpected(), seconds) == []
+    assert len(feed(unexpected(), np.concatenate([seconds, 1.8 * seconds[: int(5 / call)]]))) == 1
 
 
 @pytest.mark.parametrize("noise", [white, stalls, correlated, cron, creeping])
@@ -208,7 +219,7 @@ def test_an_engine_that_starts_outside_of_the_plans_interval_says_so_once_and_kn
     rng = np.random.default_rng(0)
     watch = monitor()
     ((calls, event),) = feed(watch, 1.5 * white(rng, 4000))
-    assert calls < 200 and event.live_s == pytest.approx(1.5 * CALL_S, rel=0.1)
+    assert calls < 200 and event.cause == "other processes" and event.live_s == pytest.approx(1.5 * CALL_S, rel=0.1)
     assert watch.state()["state"] == "outside"
     assert feed(watch, white(rng, 14_000)) == []
     assert watch.state()["state"] == "inside"
@@ -232,7 +243,7 @@ def test_with_several_callers_more_load_is_no_drift_until_it_is_more_than_the_pl
 
 def test_a_plan_without_a_latency_is_watched_against_its_own_beginning() -> None:
     rng = np.random.default_rng(0)
-    watch = DriftMonitor(None, tell=quiet)
+    watch = unexpected()
     ((_, event),) = feed(watch, np.concatenate([white(rng, 2000), 1.4 * white(rng, 2000)]))
     assert event.plan_s is None and "the plan names no latency" in str(event)
 
@@ -245,7 +256,7 @@ def test_a_clock_that_sees_nothing_of_a_call_costs_no_request() -> None:
 
 
 def test_many_threads_may_feed_it() -> None:
-    watch = DriftMonitor(plan_says(), tell=quiet)
+    watch = monitor()
     calls = [int(CALL_S * 1e9)] * BLOCK
     threads = [threading.Thread(target=lambda: [watch.add(calls) for _ in range(500)]) for _ in range(8)]
     for each in threads:
@@ -261,7 +272,8 @@ def test_many_threads_may_feed_it() -> None:
 class Slow:
     """How long a run of the runtime takes, and what lies between two."""
 
-    seconds = pause = 0.0
+    seconds = pause = others = 0.0
+    machine: ByHand
     wait: Callable[[], None]
 
 
@@ -269,6 +281,8 @@ class Slow:
 def slowed(folder: Path, monkeypatch: pytest.MonkeyPatch, call_s: float) -> Iterator[aivmm.Engine]:
     """An engine whose calls take what `Slow.seconds` says: its clock is moved by hand, so that no load of the machine is seen."""
     now = [0]
+    Slow.machine = Suspicious()
+    monkeypatch.setattr(engine_module, "Machine", lambda _: Slow.machine)
     for module in (lane, shortest):
         monkeypatch.setattr(module, "perf_counter_ns", lambda: now[0])
     bundle = make_bundle(folder / "m.aivmm", chain_model(), [Part(ONNXRUNTIME)], expected={"median_s": plan_says(call_s)})
@@ -278,11 +292,13 @@ def slowed(folder: Path, monkeypatch: pytest.MonkeyPatch, call_s: float) -> Iter
             def run() -> None:
                 real()
                 now[0] += int(Slow.seconds * 1e9)
+                Slow.machine.passes(Slow.seconds, own=Slow.seconds, others=Slow.others * Slow.seconds)
 
             return run
 
         def wait() -> None:
             now[0] += int(Slow.pause * 1e9)
+            Slow.machine.passes(Slow.pause)
 
         Slow.wait = staticmethod(wait)
         for each in loaded._program.lanes:
@@ -331,6 +347,8 @@ def test_an_engine_tells_its_listener_its_log_and_its_statistics(engine: aivmm.E
     stats = engine.stats()
     assert stats["drift"]["state"] == "outside" and len(stats["drift"]["events"]) == 1
     assert str(event) in stats["events"] and str(event) in caplog.text
+    assert stats["drift"]["events"][0]["cause"] == event.cause == "card"
+    assert event.seen == stats["drift"]["events"][0]["seen"] and event.seen in str(event)
 
 
 def test_futures_are_watched_as_calls_are(engine: aivmm.Engine) -> None:

@@ -1,0 +1,272 @@
+"""Why calls have become slow, as far as this machine counts it: what others took, what its own threads waited, what was withheld.
+
+A slowdown of a second that nothing on this machine has to do with is the host's, or the clock's: on virtual machines such come many times
+an hour, and nobody can do anything about them. One that another process makes is there to stay, or to be stopped. Latencies alone do not
+tell the two apart; the processor's accounts do.
+
+What is compared are amounts: how much more was taken than is usual since calls became slow, against what calls lost by then. Others who
+take turns on a core with a call take as much as it loses; those who slow it down from another core, by its memory or its cache, take more.
+Half of what was lost is held for enough, and a quarter of what is usual, since that varies. Looking takes some 20 µs (more with hundreds of
+threads): so it is done where there is a suspicion, and else once in thousands of calls.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from aivmm.errors import Unsupported
+from aivmm.runtime.cpu import throttled_s, throttling_files
+from aivmm.runtime.nvml import card_state, card_users, is_nvidia, is_started
+from aivmm.runtime.target import Device
+
+CauseName = Literal["other processes", "this process", "cpu quota", "card", "none seen"]
+
+_ENOUGH = 0.5  # of what calls lost
+_LEAST = 0.05  # of a core: what comes and goes on any machine
+_VARIES = 0.25  # of what is usual
+_RARE_CALLS, _RARE_S, _LONGEST_S = 4096, 5.0, 30.0  # between two looks at what is usual: so many calls, or so long
+_CLOCK_CALLS = 256  # between two readings of the clock for that
+_FRESH_CALLS, _FRESH_S = 1334, 10.0  # between two suspicions that are looked into: with the other looks, one in a thousand calls
+_FORGOTTEN = 0.5  # of what is known of the usual, at each look
+_MOST_THREADS = 512  # whose waits are added up
+_SAME = 0.9  # of the slowdown: so much of it in CPU time is all of it
+
+
+class Counted(NamedTuple):
+    """What was counted up to some moment, or from one to another: seconds, of all cores together. What nobody counts here stays 0."""
+
+    seconds: float  # on the clock
+    own: float = 0.0  # CPU time of this process
+    others: float = 0.0  # and of all others
+    waited: float = 0.0  # by threads of this process that could have run, for a core
+    withheld: float = 0.0  # by a CPU quota
+    stolen: float = 0.0  # by the host, as far as it tells
+    calls: float = 0.0
+    busy: float = 0.0  # what these calls took
+
+    def since(self, before: Counted) -> Counted:
+        """Return what was counted after `before`."""
+        return Counted(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """What was seen to take the time, as a name for programs, and in words with figures."""
+
+    name: CauseName
+    words: str
+
+
+class Machine:
+    """What the operating system counts, and who computes on the cards among `devices`."""
+
+    def __init__(self, devices: Iterable[Device] = ()) -> None:
+        self._cards = {each.uid: None for each in devices if is_nvidia(each)}
+
+    def now_s(self) -> float:
+        """Return the time on the clock by which looks are apart."""
+        return time.monotonic()
+
+    def counted(self) -> Counted:
+        """Return what was counted so far, calls apart."""
+        own = time.process_time()
+        busy, stolen = _busy_and_stolen_s()
+        others = 0.0 if busy is None else busy - own
+        return Counted(self.now_s(), own, others, _waited_s(), throttled_s(self._throttling), stolen)
+
+    def on_cards(self) -> frozenset[int]:
+        """Return the processes that compute on the cards, by the host's ids; none where the driver's library is not in use already."""
+        found: set[int] = set()
+        for each in self._cards if is_started() else ():
+            try:
+                found |= card_users(each).keys()
+            except Unsupported:
+                continue
+        return frozenset(found)
+
+    def slowed_cards(self) -> str:
+        """Say what slows a card down just now, in its driver's words; nothing where that is nothing, or not told."""
+        for each in self._cards if is_started() else ():
+            try:
+                reasons = card_state(each).slowed_by
+            except Unsupported:
+                continue
+            if reasons:
+                return ", ".join(reasons)
+        return ""
+
+    @cached_property
+    def _throttling(self) -> tuple[str, ...]:
+        return throttling_files()
+
+
+class Witness:
+    """Knows what is usual while calls are, and says what was not when they are slow. Used by one thread at a time."""
+
+    def __init__(self, machine: Machine, *, callers: int = 1) -> None:
+        """Watch for calls of which as many as there are `callers` run side by side."""
+        self._machine = machine
+        self._callers = callers
+        self._since: Counted | None = None  # the last look
+        self._usual: Counted | None = None
+        self._suspected: Counted | None = None  # the last one that was for a suspicion
+        self._doubted = False  # calls became slow since then
+        self._at_home: frozenset[int] = frozenset()  # processes that compute on the cards
+        self.calls = 0  # how many there were
+        self.busy_ns = 0  # and what they took: counted by who sees them
+        self._ask_at = 0  # calls, when the clock is read next
+
+    def begin(self) -> None:
+        """Look, before the first calls."""
+        if self._since is None:
+            self._since = self._look()
+
+    def usual(self) -> None:
+        """Take all since the last look for usual, unless calls were slow; what is long ago counts less and less."""
+        now = self._look()
+        if self._since is not None and not self._doubted:
+            spent, known = now.since(self._since), self._usual or Counted(0.0)
+            self._usual = Counted(*(new + _FORGOTTEN * old for new, old in zip(spent, known, strict=True)))
+            self._at_home = self._machine.on_cards()
+        self._since, self._doubted = now, False
+
+    def quiet(self) -> None:
+        """Look now and then at what is usual, while calls are."""
+        if self.calls < self._ask_at or self._since is None:
+            return
+        self._ask_at = self.calls + _CLOCK_CALLS
+        calls, seconds = self.calls - self._since.calls, self._machine.now_s() - self._since.seconds
+        if seconds >= _LONGEST_S or (calls >= _RARE_CALLS and seconds >= _RARE_S):
+            self.usual()
+
+    def suspect(self) -> None:
+        """Look, since calls may be slow from now on; not where a suspicion a moment ago came to nothing."""
+        then, doubted = self._suspected, self._doubted
+        if then is None or doubted or self.calls - then.calls >= _FRESH_CALLS or self._machine.now_s() - then.seconds >= _FRESH_S:
+            self._since = self._suspected = self._look()
+            self._doubted = False
+
+    def cause(self, calls: int, busy_ns: int, usual_ns: float) -> Cause | None:
+        """Return what took the time of so many slow calls, which take `usual_ns` where all is well; None where nothing is seen that did."""
+        now, self._doubted = self._look(), True
+        spent = now.since(self._since or now)
+        lost_s = max(0.0, busy_ns - calls * usual_ns) / 1e9 / self._callers
+        enough = max(_ENOUGH * lost_s, _LEAST * spent.seconds, 1e-9)
+        more = self._more(spent, usual_ns)
+        if more.withheld >= enough:
+            return Cause("cpu quota", f"the CPU quota stopped this process for {_share(spent.withheld, spent)} s of each second")
+        if more.others >= enough and more.others >= more.own:
+            return Cause("other processes", f"other processes took {self._others(spent)}")
+        if more.own >= enough:
+            return Cause("this process", f"other work of this process took {_share(more.own, spent)} of {_all_cores()} meanwhile")
+        if more.waited >= enough:
+            waited = f"threads of this process waited for cores, {_share(spent.waited, spent)} s in each second"
+            if spent.others < enough:
+                return Cause("this process", f"{waited}, that others of its threads had")
+            return Cause("other processes", f"{waited}, and other processes took {self._others(spent)}")
+        if self._usual is not None and self._machine.on_cards() - self._at_home:
+            return Cause("card", "another process began to compute on the card")
+        return None
+
+    def unseen(self) -> Cause:
+        """Say of calls that have been slow for long that nothing here is seen to be why, and what is seen beside."""
+        now = self._look()
+        spent, usual = now.since(self._since or now), self._usual
+        if slowed := self._machine.slowed_cards():
+            return Cause("card", f"the card slows down ({slowed})")
+        said = "nothing on this machine is seen to take the time"
+        if spent.stolen >= max(_LEAST * spent.seconds, 1e-9):
+            return Cause("none seen", f"{said}, and the host took {_share(spent.stolen, spent)} of {_all_cores()} away")
+        if usual is None or not (usual.calls and usual.own and spent.calls):
+            return Cause("none seen", f"{said} (the host, the clock, the temperature, or a plan from elsewhere)")
+        ratio = (spent.own / spent.calls) / (usual.own / usual.calls)
+        if ratio >= (spent.busy / spent.calls) / (usual.busy / usual.calls) * _SAME:
+            return Cause("none seen", f"{said}; calls need {ratio:.2g} times the CPU time (the host, the clock or the temperature)")
+        return Cause("none seen", f"{said}; calls need {ratio:.2g} times the CPU time, and wait otherwise (a device, a file, a lock)")
+
+    def _look(self) -> Counted:
+        return self._machine.counted()._replace(calls=self.calls, busy=self.busy_ns / 1e9)
+
+    def _more(self, spent: Counted, usual_ns: float) -> Counted:
+        """Return how much more than is usual was taken; nothing where that is within what the usual varies by."""
+        usual = self._usual
+        if usual is None or usual.seconds <= 0 or usual.busy <= 0:  # from the beginning: a plan is proven where nobody else is
+            return spent._replace(own=0.0)
+        # Where all is slow, others need longer for what they always do.
+        slower = max(1.0, spent.busy / max(spent.calls * usual_ns / 1e9, 1e-9))
+        share = spent.seconds / usual.seconds * slower
+
+        def beyond(now: float, expected: float) -> float:
+            return now - expected if now >= (1 + _VARIES) * expected else 0.0
+
+        # A wait is a part of its call, so it is held against those of as many calls; where all is slow, it is as large a part as before.
+        waits = beyond(spent.waited, usual.waited / usual.busy * spent.busy) > 0
+        return Counted(
+            seconds=spent.seconds,
+            # Threads that spin for as long as a call lasts take as much of each second of calls, however long those are.
+            own=beyond(spent.own, usual.own / usual.busy * spent.busy),
+            others=beyond(spent.others, usual.others * share),
+            waited=spent.waited - usual.waited / usual.calls * spent.calls if waits else 0.0,
+            withheld=beyond(spent.withheld, usual.withheld * share),
+        )
+
+    def _others(self, spent: Counted) -> str:
+        """Say how many cores others kept busy, and how many they did before."""
+        before = "" if self._usual is None else f" ({_share(self._usual.others, self._usual)} before)"
+        return f"{_share(spent.others, spent)} of {_all_cores()} meanwhile{before}"
+
+
+def _share(seconds: float, spent: Counted) -> str:
+    return f"{max(0.0, seconds / max(spent.seconds, 1e-9)):.2f}"
+
+
+def _all_cores() -> str:
+    count = os.cpu_count() or 1
+    return f"{count} core" + ("s" if count > 1 else "")
+
+
+def _busy_and_stolen_s() -> tuple[float | None, float]:
+    """Return the CPU time of all processes, None where it cannot be seen, and what the host took."""
+    if sys.platform == "linux":
+        try:
+            fields = [int(each) / _TICKS for each in _read("/proc/stat").split(b"\n", 1)[0].split()[1:9]]
+            user, nice, system, _, _, irq, softirq, stolen = fields
+        except (OSError, ValueError):  # an old kernel, or one that shows nothing
+            return None, 0.0
+        return user + nice + system + irq + softirq, stolen
+    import psutil  # here: 13 ms, and nobody needs it to load a plan
+
+    times = psutil.cpu_times()
+    return float(times.user + times.system), 0.0
+
+
+_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+
+
+def _waited_s() -> float:
+    """Return for how long threads of this process that could run waited for a core, all together; 0 where that is not counted."""
+    try:
+        threads = os.listdir("/proc/self/task")  # noqa: PTH208 - a moment ago there were calls, and there will be
+    except OSError:
+        return 0.0
+    waited_ns = 0
+    for each in threads[:_MOST_THREADS]:
+        try:
+            waited_ns += int(_read(f"/proc/self/task/{each}/schedstat").split()[1])
+        except (OSError, ValueError, IndexError):  # it ended, or the kernel counts nothing
+            continue
+    return waited_ns / 1e9
+
+
+def _read(path: str) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(descriptor, 4096)
+    finally:
+        os.close(descriptor)

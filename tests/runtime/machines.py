@@ -1,0 +1,58 @@
+"""Machines whose accounts are moved by hand, for what asks them why calls are slow."""
+
+from __future__ import annotations
+
+from itertools import count
+
+from aivmm.runtime.causes import Counted, Machine
+
+
+class ByHand(Machine):
+    """Counts what a test says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at = Counted(0.0)
+        self.looks = 0
+        self.users: frozenset[int] = frozenset()  # of cards
+        self.slowed = ""
+
+    def passes(self, seconds: float, **counted: float) -> None:
+        """Let time pass, and count so much more."""
+        more = {"seconds": seconds} | counted
+        self.at = self.at._replace(**{name: getattr(self.at, name) + each for name, each in more.items()})
+
+    def now_s(self) -> float:
+        return self.at.seconds
+
+    def counted(self) -> Counted:
+        self.looks += 1
+        return self.at
+
+    def on_cards(self) -> frozenset[int]:
+        return self.users
+
+    def slowed_cards(self) -> str:
+        return self.slowed
+
+
+class Others(ByHand):
+    """Others take so many cores all the time."""
+
+    def __init__(self, cores: float) -> None:
+        super().__init__()
+        self.cores = cores
+
+    def passes(self, seconds: float, **counted: float) -> None:
+        super().passes(seconds, **({"own": seconds, "others": self.cores * seconds} | counted))
+
+
+class Suspicious(Others):
+    """Finds a cause whenever it is asked for one: others from the beginning, and later somebody new on a card."""
+
+    def __init__(self) -> None:
+        super().__init__(0.5)
+        self._pids = count()
+
+    def on_cards(self) -> frozenset[int]:
+        return frozenset({next(self._pids)})

@@ -1,0 +1,223 @@
+"""What is said to have made calls slow: others, this process itself, a quota, a card, or nothing that is seen here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aivmm.runtime.causes import Cause, Machine, Witness
+from tests.runtime.machines import ByHand
+
+CALL_S = 5e-3
+
+
+def calls(machine: ByHand, witness: Witness, seconds: float, *, factor: float = 1.0, **cores: float) -> None:
+    """Let calls of 5 ms come in a row for so long, `factor` times as slow, while so many cores do something else; this process has one."""
+    count = round(seconds / CALL_S / factor)
+    machine.passes(seconds, **({"own": seconds} | {name: share * seconds for name, share in cores.items()}))
+    witness.calls += count
+    witness.busy_ns += int(seconds * 1e9)
+
+
+def asked(witness: Witness, seconds: float, factor: float = 1.4) -> Cause | None:
+    """Ask for the cause of slow calls that came for so long."""
+    return witness.cause(round(seconds / CALL_S / factor), int(seconds * 1e9), CALL_S * 1e9)
+
+
+def seen(*, before: dict[str, float] | None = None, users: frozenset[int] = frozenset(), **cores: float) -> Cause | None:
+    """Return the cause that is seen where calls are slower for a second, after ten as usual."""
+    machine = ByHand()
+    witness = Witness(machine)
+    witness.begin()
+    calls(machine, witness, 10.0, **(before or {}))
+    witness.usual()
+    witness.suspect()
+    machine.users = users
+    calls(machine, witness, 1.0, factor=1.4, **cores)
+    return asked(witness, 1.0)
+
+
+def test_others_who_take_what_calls_lose_are_the_cause() -> None:
+    cause = seen(others=0.29)
+    assert cause is not None and cause.name == "other processes"
+    assert cause.words == f"other processes took 0.29 of {machine_cores()} meanwhile (0.00 before)"
+
+
+def machine_cores() -> str:
+    return f"{os.cpu_count()} core" + ("s" if os.cpu_count() != 1 else "")
+
+
+def test_others_who_do_what_they_always_did_are_not() -> None:
+    assert seen() is None
+    assert seen(before={"others": 0.8}, others=0.8) is None
+    assert seen(before={"others": 0.8}, others=0.8 * 1.4) is None  # all is slow, and so are they
+    assert seen(others=0.04) is None
+    cause = seen(before={"others": 0.8}, others=1.5)
+    assert cause is not None and "took 1.50 of" in cause.words and "(0.80 before)" in cause.words
+
+
+def test_other_work_of_this_process_is_a_cause() -> None:
+    cause = seen(own=1.4)
+    assert cause is not None and cause.name == "this process" and "other work of this process took 0.40 of" in cause.words
+    assert seen(before={"own": 4.0}, own=4.0) is None  # threads that spin as long as a call lasts
+
+
+def test_threads_that_wait_for_a_core_tell_of_it_whoever_has_it() -> None:
+    cause = seen(waited=0.3, own=0.7)
+    assert cause is not None and cause.name == "this process" and "waited for cores, 0.30 s in each second" in cause.words
+    cause = seen(before={"others": 1.0}, waited=0.3, others=1.0)
+    assert cause is not None and cause.name == "other processes" and "other processes took 1.00 of" in cause.words
+    assert seen(before={"waited": 0.3}, waited=0.3) is None
+
+
+def test_a_quota_is_a_cause() -> None:
+    cause = seen(withheld=0.3)
+    assert cause is not None and cause.name == "cpu quota" and "0.30 s of each second" in cause.words
+
+
+def test_who_begins_to_compute_on_the_card_is_a_cause() -> None:
+    cause = seen(users=frozenset({7}))
+    assert cause is not None and cause.name == "card"
+
+
+def test_what_the_host_takes_is_said_and_is_no_cause_here() -> None:
+    assert seen(stolen=0.5) is None
+
+
+@pytest.mark.parametrize(
+    ("counted", "slowed", "name", "words"),
+    [
+        ({"stolen": 0.3}, "", "none seen", "and the host took 0.30 of"),
+        ({}, "", "none seen", "calls need 1.4 times the CPU time (the host, the clock or the temperature)"),
+        ({"own": 0.7}, "", "none seen", "calls need 0.98 times the CPU time, and wait otherwise (a device, a file, a lock)"),
+        ({}, "hardware thermal limit", "card", "the card slows down (hardware thermal limit)"),
+    ],
+)
+def test_where_no_cause_is_seen_it_says_what_is_seen_beside(counted: dict[str, float], slowed: str, name: str, words: str) -> None:
+    machine = ByHand()
+    machine.slowed = slowed
+    witness = Witness(machine)
+    witness.begin()
+    calls(machine, witness, 10.0)
+    witness.usual()
+    calls(machine, witness, 60.0, factor=1.4, **counted)
+    assert asked(witness, 60.0) is None
+    cause = witness.unseen()
+    assert cause.name == name and words in cause.words
+
+
+def test_from_the_beginning_others_are_held_against_a_plan_that_was_proven_alone() -> None:
+    machine = ByHand()
+    witness = Witness(machine)
+    witness.begin()
+    calls(machine, witness, 1.0, factor=1.4, others=0.3, own=3.0)
+    cause = asked(witness, 1.0)
+    assert cause is not None and cause.name == "other processes" and "before" not in cause.words
+    assert "a plan from elsewhere" in witness.unseen().words
+
+
+def test_what_came_while_nobody_called_is_not_held_against_the_next_calls() -> None:
+    """An hour of somebody's work in a pause: less than a thousand calls ago, and yet the last look says nothing of now."""
+    machine = ByHand()
+    witness = Witness(machine)
+    witness.begin()
+    calls(machine, witness, 2.0)
+    witness.usual()
+    machine.passes(3600.0, others=3600.0)
+    witness.suspect()
+    calls(machine, witness, 1.0, factor=1.4)
+    assert asked(witness, 1.0) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps=st.lists(st.tuples(st.integers(1, 600), st.booleans()), min_size=1, max_size=200), call=st.floats(1e-5, 9e-3))
+def test_it_looks_at_most_once_in_a_thousand_calls_where_no_alarm_is(steps: list[tuple[int, bool]], call: float) -> None:
+    machine = ByHand()
+    witness = Witness(machine)
+    witness.begin()
+    witness.usual()
+    before, made = machine.looks, 0
+    for count, noisy in steps:
+        machine.passes(count * call)
+        witness.calls += count
+        witness.busy_ns += int(count * call * 1e9)
+        made += count
+        witness.suspect() if noisy else witness.quiet()
+    assert machine.looks - before <= 1 + made / 1000
+
+
+# --- the machine's own counters ---
+
+
+def burn(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+@contextmanager
+def another(code: str) -> Iterator[None]:
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def spent(during: Callable[[], object]) -> tuple[float, float, float, float]:
+    """Return own CPU time, that of others, waits and seconds meanwhile."""
+    machine = Machine()
+    before = machine.counted()
+    during()
+    found = machine.counted().since(before)
+    return found.own, found.others, found.waited, found.seconds
+
+
+def test_own_work_is_no_others_work() -> None:
+    own, others, _, seconds = spent(lambda: burn(0.5))
+    assert 0.1 < own <= seconds * 1.05
+    assert others <= (os.cpu_count() or 1) * seconds - own + 0.1  # ticks of 10 ms
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_who_shares_a_core_is_seen_in_others_time_and_in_own_waits() -> None:
+    mine = os.sched_getaffinity(0)
+    core = max(mine)
+    found: list[tuple[float, float, float, float]] = []
+
+    def pinned() -> None:  # a thread, so that nothing else of the tests is pinned
+        os.sched_setaffinity(0, {core})
+        found.append(spent(lambda: burn(1.0)))
+
+    with another(f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"):
+        thread = threading.Thread(target=pinned)
+        thread.start()
+        thread.join()
+    ((own, others, waited, seconds),) = found
+    assert others > 0.2 * seconds and waited > 0.2 * seconds
+    assert own < 0.8 * seconds
+
+
+def test_looking_costs_little() -> None:
+    """Of a call of a millisecond it is a part, and comes once in a thousand."""
+    machine = Machine()
+    machine.counted()
+    durations = []
+    for _ in range(200):
+        started = time.perf_counter()
+        machine.counted()
+        durations.append(time.perf_counter() - started)
+    started = time.perf_counter()
+    for _ in range(20_000):
+        pass
+    assert sorted(durations)[20] < 20 * (time.perf_counter() - started)  # what a loop of 20,000 turns takes, several times
