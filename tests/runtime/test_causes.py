@@ -14,7 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aivmm.errors import Unsupported
+from aivmm.runtime import causes
 from aivmm.runtime.causes import Cause, Machine, Witness
+from aivmm.runtime.nvml import CardState
+from aivmm.runtime.target import Device
 from tests.runtime.machines import ByHand
 
 CALL_S = 5e-3
@@ -221,3 +225,38 @@ def test_looking_costs_little() -> None:
     for _ in range(20_000):
         pass
     assert sorted(durations)[20] < 20 * (time.perf_counter() - started)  # what a loop of 20,000 turns takes, several times
+
+
+def test_a_system_that_is_not_linux_is_asked_by_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    own, others, *_ = spent(lambda: burn(0.3))
+    assert own > 0.05 and others > -0.5
+
+
+def test_where_nothing_is_counted_nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: str) -> bytes:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(causes, "_read", missing)
+    found = Machine().counted()
+    assert found.own > 0 and found.others == found.waited == found.stolen == 0.0
+
+
+def test_cards_are_asked_where_their_library_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    users: dict[str, dict[int, int | None]] = {"GPU-1": {7: 1}, "GPU-2": {8: None}}
+    machine = Machine([Device(kind="gpu", model="card", uid=each) for each in (*users, "GPU-3")] + [Device(kind="cpu", model="cpu")])
+    assert machine.on_cards() == frozenset() and machine.slowed_cards() == ""  # it is not, on a machine without a driver
+
+    def card_users(uid: str) -> dict[int, int | None]:
+        if uid not in users:
+            raise Unsupported("no such card")
+        return users[uid]
+
+    def card_state(uid: str) -> CardState:
+        return CardState(uid=uid, sm_mhz=None, most_sm_mhz=None, temperature_c=None, power_w=None, slowed_by=("power brake",))
+
+    monkeypatch.setattr(causes, "is_started", lambda: True)
+    monkeypatch.setattr(causes, "card_users", card_users)
+    monkeypatch.setattr(causes, "card_state", card_state)
+    assert machine.on_cards() == {7, 8} and machine.slowed_cards() == "power brake"
+    assert Machine([Device(kind="cpu", model="cpu")]).on_cards() == frozenset()
