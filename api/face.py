@@ -84,12 +84,13 @@ def deploy(
     targets: str | Sequence[str] = (),
     precisions: str | Sequence[str] = (),
     batches: Sequence[int] = (),
-    shapes: Mapping[str, Sequence[int] | Sequence[Sequence[int]]] | None = None,
-    dims: Mapping[str, int | Sequence[int]] | None = None,
+    shapes: Mapping[str, str | Sequence[int] | Sequence[Sequence[int]]] | None = None,
+    dims: Mapping[str, int | str | Sequence[int]] | None = None,
     other_shapes: str = "refuse",
     inputs: str | Path | None = None,
     dataset: str | Path | None = None,
     metric: str | None = None,
+    prefer: str | Sequence[str] = (),
     budget_s: float | None = None,
     trials: int | None = None,
     seed: int = 0,
@@ -106,7 +107,8 @@ def deploy(
     numbers keep the constraints. Else `aivmm.tune` makes one first, with progress on standard error; `may_tune=False` refuses instead.
     Plans are kept below `store`, by default in the user's data folder; `plan` names one bundle to use, and to write, instead. Where a
     target fails to compile, the plan's fallbacks are tried, and then what a tuning finds on the targets that are left. Lists in `shapes`
-    and `dims` ask for a plan for each, as in `tune`.
+    and `dims` (also the command line's "32,128" and "32..512") ask for a plan for each, as in `tune`. `prefer` counts when a plan is made,
+    and plans made with another order are kept apart.
 
         with aivmm.deploy("model.onnx", constraints="latency<100ms") as engine:
             outputs = engine.run({"input": array})
@@ -115,27 +117,32 @@ def deploy(
         AivmmError: as `aivmm.tune`; or no kept plan fits and none may be made.
         Infeasible: no plan meets the constraints.
     """
+    from aivmm import arguments
     from aivmm.deployment import Deployment, content_of, run
-    from aivmm.planner.levels import goal
+    from aivmm.planner.objectives import parse_objectives
 
-    objective, limits = goal(service_level, objective, (constraints,) if isinstance(constraints, str) else tuple(constraints))
+    objective, limits = _goal(service_level, objective, constraints)
+    among, order = _patterns("targets", targets), _patterns("prefer", prefer)
+    listed = (arguments.shapes(shapes), arguments.extents(dims))
+    samples, data = arguments.place("inputs", inputs), arguments.place("dataset", dataset)
     options = {
-        "precisions": (precisions,) if isinstance(precisions, str) else tuple(precisions),
-        "batches": tuple(sorted(set(batches))),
-        "shapes": {name: _each(shape) for name, shape in (shapes or {}).items()},
-        "dims": {name: (each,) if isinstance(each, int) else tuple(sorted(each)) for name, each in (dims or {}).items()},
+        "precisions": _precisions(precisions),
+        "batches": arguments.several("batches", batches, _BATCHES),
+        "shapes": {name: tuple(sorted(each)) for name, each in listed[0].items()},
+        "dims": listed[1],
         "other_shapes": other_shapes,
-        "inputs": None if inputs is None else content_of(str(inputs)),
-        "dataset": None if dataset is None else content_of(str(dataset)),
-        "metric": metric,
+        "inputs": None if samples is None else content_of(str(inputs)),
+        "dataset": None if data is None else content_of(str(dataset)),
+        "metric": arguments.text("metric", metric, _METRIC),
+        **({"prefer": order} if order else {}),
     }
     deployment = Deployment(
         model=str(model),
-        objective=objective,
+        objective=",".join(each.name for each in parse_objectives(objective)),  # as plans spell it
         constraints=limits,
-        targets=(targets,) if isinstance(targets, str) else tuple(targets),
-        plan=None if plan is None else Path(plan),
-        store=None if store is None else Path(store),
+        targets=among,
+        plan=arguments.place("plan", plan),
+        store=arguments.place("store", store),
         options=options,
     )
 
@@ -154,6 +161,7 @@ def deploy(
             inputs=inputs,
             dataset=dataset,
             metric=metric,
+            prefer=order,
             budget_s=budget_s,
             trials=trials,
             seed=seed,
@@ -164,10 +172,28 @@ def deploy(
     return run(deployment, tune=make if may_tune else None, on_drift=on_drift)
 
 
-def _each(shape: Sequence[int] | Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes of an input, where there may be one or a list."""
-    several = tuple(sorted(tuple(each) for each in shape if not isinstance(each, int)))
-    return several or (tuple(each for each in shape if isinstance(each, int)),)
+_BATCHES = "batches=[1, 8, 32]"
+_METRIC = 'metric="my_module:my_function"'
+
+
+def _goal(level: str | None, objective: str | None, constraints: str | Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    from aivmm import arguments
+    from aivmm.planner.levels import goal
+
+    objective = arguments.text("objective", objective, 'objective="latency"')
+    return goal(level, objective, arguments.texts("constraints", constraints, 'constraints="latency<100ms"'))
+
+
+def _patterns(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    from aivmm import arguments
+
+    return arguments.names(name, value, f'{name}="onnxruntime:CPU"')
+
+
+def _precisions(value: str | Sequence[str]) -> tuple[str, ...]:
+    from aivmm import arguments
+
+    return arguments.names("precisions", value, 'precisions="fp32,bf16"')
 
 
 def devices() -> tuple[Target, ...]:
@@ -196,8 +222,8 @@ def tune(
     targets: str | Sequence[str] = (),
     precisions: str | Sequence[str] = (),
     batches: Sequence[int] = (),
-    shapes: Mapping[str, Sequence[int] | Sequence[Sequence[int]]] | None = None,
-    dims: Mapping[str, int | Sequence[int]] | None = None,
+    shapes: Mapping[str, str | Sequence[int] | Sequence[Sequence[int]]] | None = None,
+    dims: Mapping[str, int | str | Sequence[int]] | None = None,
     workload: str | Path | None = None,
     inputs: str | Path | None = None,
     dataset: str | Path | None = None,
@@ -226,51 +252,53 @@ def tune(
         AivmmError: something the caller can fix: the model, an option, the database, the output folder.
         Infeasible: no plan meets the constraints; the message says which binds and what comes nearest. The report is written all the same.
     """
-    from aivmm.planner.levels import goal
+    from aivmm import arguments
     from aivmm.result import TuneResult
     from aivmm.tuner import entry
     from aivmm.tuner.many import ManyOutcome
-    from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions, parse_list
+    from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions
     from aivmm.tuner.progress import make_progress
+    from aivmm.tuner.shapes import wanted
 
     models = [str(model)] if isinstance(model, str | Path) else [str(each) for each in model]
     if not models:
         raise UsageError("no model is given", advice="give the path of one")
-    each_shape = entry.listed(shapes or {}, dims or {})
+    each_shape = wanted(arguments.shapes(shapes), arguments.extents(dims))
     assumed_objective = objective is None and service_level is None
-    objective, limits = goal(service_level, objective, (constraints,) if isinstance(constraints, str) else tuple(constraints))
+    objective, limits = _goal(service_level, objective, constraints)
+    budget_s = arguments.seconds("budget_s", budget_s)
     options = TuneOptions(
         model=models[0],
-        output=None if output is None else Path(output),
+        output=arguments.place("output", output),
         db=None if db is None else str(db),
         objective=objective,
         assumed_objective=assumed_objective,
-        prefer=parse_list((prefer,) if isinstance(prefer, str) else prefer),
+        prefer=_patterns("prefer", prefer),
         constraints=limits,
-        targets=(targets,) if isinstance(targets, str) else tuple(targets),
-        precisions=(precisions,) if isinstance(precisions, str) else tuple(precisions),
-        batches=tuple(sorted(set(batches))),
+        targets=_patterns("targets", targets),
+        precisions=_precisions(precisions),
+        batches=arguments.several("batches", batches, _BATCHES),
         shapes=each_shape[0].shapes,
         dims=each_shape[0].dims,
-        inputs=None if inputs is None else Path(inputs),
-        dataset=None if dataset is None else str(dataset),
-        metric=metric,
+        inputs=arguments.place("inputs", inputs),
+        dataset=None if arguments.place("dataset", dataset) is None else str(dataset),
+        metric=arguments.text("metric", metric, _METRIC),
         service_level=service_level,
         budget_s=DEFAULT_BUDGET_S if budget_s is None else budget_s,
-        trials=trials,
-        min_segments=min_segments,
+        trials=None if trials is None else arguments.whole("trials", trials, "trials=100"),
+        min_segments=arguments.whole("min_segments", min_segments, "min_segments=2"),
         input_contract=input_contract,
-        normalise=(normalise,) if isinstance(normalise, str) else tuple(normalise),
+        normalise=arguments.texts("normalise", normalise, 'normalise="x=127.5/127.5"'),
         other_shapes=other_shapes,
-        cut_around=(cut_around,) if isinstance(cut_around, str) else tuple(cut_around),
-        top=top,
-        seed=seed,
+        cut_around=arguments.texts("cut_around", cut_around, 'cut_around="Resize"'),
+        top=arguments.whole("top", top, "top=3"),
+        seed=arguments.whole("seed", seed, "seed=0"),
         fresh=fresh,
         retry_failed=retry_failed,
     )
     progress = make_progress(quiet=quiet)
     try:
-        file = None if workload is None else Path(workload)
+        file = arguments.place("workload", workload)
         outcome = entry.run(options, each_shape, models, file, progress, command=f"aivmm.tune({', '.join(map(repr, models))})")
     finally:
         progress.close()

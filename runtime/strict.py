@@ -79,7 +79,7 @@ class Reader(Generic[_Kind]):
         """Check a text and return what it says.
 
         Raises:
-            BundleError: not JSON, newer than this version, or not such a file; one line, with the place.
+            BundleError: not JSON, a key twice in one object, newer than this version, or not such a file; one line, with the place.
         """
         try:
             schema = _HEAD.decode(text).schema
@@ -90,7 +90,9 @@ class Reader(Generic[_Kind]):
                     f"{where} has schema {schema}; this aivmm knows up to {self._newest}",
                     advice=f"upgrade aivmm, or {self._remedy} with this one",
                 )
-            return self._decoder.decode(text)
+            found = self._decoder.decode(text)
+            json.loads(text, object_pairs_hook=_keys_once)  # JSON leaves open which of two counts: another reader would see another plan
+            return found
         except RecursionError as error:
             raise BundleError(f"{where} is nested too deeply", advice=self._remedy) from error
         except ValidationError as error:
@@ -127,6 +129,14 @@ def _not_json(text: str | bytes) -> str:
     except (ValueError, RecursionError) as error:
         return _line(error)
     return ""
+
+
+def _keys_once(pairs: list[tuple[str, Any]]) -> None:
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise ValueError(f"the key {_shown(key)} is there twice in one object")
+        seen.add(key)
 
 
 def _no_constant(text: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from aivmm.tuner.many import ManyOutcome
 from aivmm.tuner.options import TuneOptions
 from aivmm.tuner.progress import Progress
 from aivmm.tuner.session import Session, TuneOutcome
-from aivmm.tuner.shapes import Shape, Wanted, wanted
+from aivmm.tuner.shapes import Wanted
 
 
 def run(
@@ -53,20 +53,3 @@ def _require_files(models: Sequence[str]) -> None:
     for each in models:
         if not each.startswith("demo:"):
             require_file(Path(each))
-
-
-def listed(shapes: Mapping[str, Sequence[int] | Sequence[Sequence[int]]], dims: Mapping[str, int | Sequence[int]]) -> tuple[Wanted, ...]:
-    """Return each shape that is wanted, where a shape or an extent may be one or a list of them.
-
-    Raises:
-        UsageError: see `wanted`; or an extent or a shape is listed twice.
-    """
-    extents = {name: (each,) if isinstance(each, int) else tuple(sorted(each)) for name, each in dims.items()}
-    several: dict[str, tuple[Shape, ...]] = {}
-    for name, each in shapes.items():
-        found = [tuple(one) for one in each if not isinstance(one, int)]
-        several[name] = tuple(found) if found else (tuple(one for one in each if isinstance(one, int)),)
-    for name, values in (*extents.items(), *several.items()):
-        if not values or len(set(values)) < len(values):
-            raise UsageError(f"{name!r} lists {list(values)!r}", advice="give at least one, and each once")
-    return wanted(several, extents)

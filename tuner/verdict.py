@@ -107,7 +107,7 @@ def sentence(
         text += ", " + " and ".join([", ".join(clauses[:-1]), clauses[-1]] if len(clauses) > 2 else clauses)
     text += "."
     if prefer:
-        text += f" {_as_preferred(plan.draft, prefer)}"
+        text += f" {_as_preferred(plan.draft, prefer, [each.draft for each in proof.entrants])}"
     elif objective not in ("latency", "throughput"):
         text += f" {_by_objective(plan, proof, first)}"
     elif plan.role == "baseline":
@@ -157,13 +157,15 @@ def _why_baseline(plan: Entrant, proof: Proof) -> str:
     return "The baseline won: the search found nothing that promised to be faster."
 
 
-def _as_preferred(draft: Draft, prefer: Sequence[str]) -> str:
+def _as_preferred(draft: Draft, prefer: Sequence[str], proven: Sequence[Draft]) -> str:
     """Say how far down the order of preference the plan runs, and that nothing before it could be the plan."""
     place = rank([str(each) for each in draft.all_targets], prefer)
     if place == 0:
         return f"It is the best on the hardware that is preferred ({', '.join(prefer)})."
     before = " or ".join(prefer[:place])
     where = f"It is the best on {prefer[place]}, which is wanted next" if place < len(prefer) else "It is the best of all others"
+    if all(rank([str(each) for each in other.all_targets], prefer) >= place for other in proven):
+        return f"{where}: nothing was proven on {before}."
     return f"{where}: nothing that was proven on {before} may be the plan."
 
 

@@ -265,6 +265,27 @@ def test_what_is_not_a_plan_is_refused_in_one_line(text: str | bytes) -> None:
     assert str(caught.value).startswith("here") and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("once", "twice", "key"),
+    [
+        ('"batch": 1', '"batch": 1, "batch": 1', "batch"),
+        ('"batch": 1', '"batch": 1, "\\u0062atch": 2', "batch"),
+        ('"NUM_STREAMS": 2', '"NUM_STREAMS": 2, "NUM_STREAMS": 1', "NUM_STREAMS"),
+        ('"segments/a.onnx": "aaa', '"segments/a.onnx": "' + "b" * 64 + '", "segments/a.onnx": "aaa', "'segments/a.onnx'"),
+        ('"schema": 1', '"schema": 1, "schema": 1', "schema"),
+    ],
+    ids=["same", "spelled otherwise", "setting", "file", "schema"],
+)
+def test_a_key_that_is_there_twice_is_refused(once: str, twice: str, key: str) -> None:
+    """Who checks a plan with another reader of JSON, which keeps the first, would have checked another plan."""
+    text = json.dumps(raw())
+    assert once in text
+    parse_plan(text, "here")
+    with pytest.raises(BundleError, match=f"^here is not valid JSON \\(the key {key} is there twice in one object\\)") as caught:
+        parse_plan(text.replace(once, twice, 1), "here")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("depth", [50, 200, 300, 500, 900, 960, 980, 990, 995, 1000, 5000, 100_000])
 @pytest.mark.parametrize("brackets", ["[]", "{}"])
 def test_deep_nesting_is_refused(depth: int, brackets: str) -> None:

@@ -98,13 +98,14 @@ def test_what_is_traded_says_which_of_its_times_and_sizes_is_what() -> None:
     ("prefer", "said"),
     [
         (("*:CPU", "*:GPU"), "It is the best on the hardware that is preferred (*:CPU, *:GPU)."),
-        (("*:NPU", "*:CPU"), "It is the best on *:CPU, which is wanted next: nothing that was proven on *:NPU may be the plan."),
+        (("*:NPU", "*:CPU"), "It is the best on *:CPU, which is wanted next: nothing was proven on *:NPU."),
+        (("*:GPU", "*:CPU"), "It is the best on *:CPU, which is wanted next: nothing that was proven on *:GPU may be the plan."),
         (("*:NPU", "*:GPU"), "It is the best of all others: nothing that was proven on *:NPU or *:GPU may be the plan."),
     ],
 )
 def test_preferred_hardware_is_told_as_it_came_out(prefer: tuple[str, ...], said: str) -> None:
     plan = entrant("candidate 1", 10e-3, role="candidate")
-    proof = Proof(entrants=[entrant("toy default", 12e-3), plan], plan=plan)
+    proof = Proof(entrants=[entrant("toy default", 12e-3), entrant("on a card", 5e-3, problem="it is wrong", on="GPU"), plan], plan=plan)
     assert said in sentence(proof, accuracy_text="Right.", prefer=prefer)
 
 

@@ -1,0 +1,88 @@
+"""What the public functions take, and what is refused in one line before anything is read or measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import aivmm
+from aivmm import arguments
+
+WRONG = [
+    ({"constraints": 5}, "constraints takes text, or a list of texts, and not 5; such as constraints="),
+    ({"constraints": ["latency<1s", None]}, "constraints takes text, or a list of texts, and not None"),
+    ({"constraints": b"latency<1s"}, "constraints takes text"),
+    ({"objective": 5}, "objective takes text, and not 5"),
+    ({"objective": "speed"}, "unknown objective 'speed'"),
+    ({"service_level": "nice"}, "unknown service level 'nice'"),
+    ({"targets": 5}, "targets takes text"),
+    ({"prefer": [5]}, "prefer takes text"),
+    ({"precisions": 32}, "precisions takes text"),
+    ({"batches": 4}, "batches takes a list of whole numbers, and not 4"),
+    ({"batches": ["8"]}, "batches takes a whole number, and not '8'"),
+    ({"shapes": {"x": 5}}, r"shapes\['x'\] takes a shape, or a list of shapes"),
+    ({"shapes": {"x": (1, 2.5)}}, r"shapes\['x'\] takes a whole number, and not 2.5"),
+    ({"shapes": [(1, 4)]}, "shapes takes a mapping from names"),
+    ({"dims": {"rows": 2.5}}, r"dims\['rows'\] takes a whole number, and not 2.5"),
+    ({"dims": {"rows": []}}, "'rows' lists \\[\\]; give at least one"),
+    ({"dims": {"rows": [4, 4]}}, "give at least one, and each once"),
+    ({"dims": {"rows": "64..32"}}, "the range 64..32 does not go up"),
+    ({"inputs": 5}, "inputs takes a path, and not 5"),
+    ({"metric": len}, "metric takes text"),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), WRONG, ids=[f"{given}"[:50] for given, _ in WRONG])
+@pytest.mark.parametrize("function", [aivmm.deploy, aivmm.tune])
+def test_what_is_of_a_wrong_kind_is_one_line_that_names_the_argument(
+    function: Any, given: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(aivmm.UsageError, match=words) as refused:
+        function("missing.onnx", quiet=True, **given)
+    assert "\n" not in str(refused.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["trials", "top", "seed", "min_segments", "budget_s"])
+def test_text_is_no_number(name: str) -> None:
+    with pytest.raises(aivmm.UsageError, match=f"{name} takes a .*number"):
+        aivmm.tune("missing.onnx", quiet=True, **{name: "3"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (None, {}),
+        ({"rows": 4}, {"rows": (4,)}),
+        ({"rows": np.int64(4)}, {"rows": (4,)}),
+        ({"rows": [16, 4]}, {"rows": (4, 16)}),
+        ({"rows": range(4, 13, 4)}, {"rows": (4, 8, 12)}),
+        ({"rows": np.array([4, 16])}, {"rows": (4, 16)}),
+        ({"rows": "16,4", "side": "32..128"}, {"rows": (4, 16), "side": (32, 64, 128)}),
+    ],
+)
+def test_extents_are_one_a_list_or_as_on_the_command_line(given: Any, meant: dict[str, tuple[int, ...]]) -> None:
+    assert arguments.extents(given) == meant
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"sr": ()}, {"sr": ((),)}),
+        ({"x": (1, 4)}, {"x": ((1, 4),)}),
+        ({"x": np.ones((1, 4)).shape}, {"x": ((1, 4),)}),
+        ({"x": [(1, 16), (1, 4)]}, {"x": ((1, 16), (1, 4))}),  # inputs change in step: the order stays
+        ({"x": "1x4,1x16"}, {"x": ((1, 4), (1, 16))}),
+    ],
+)
+def test_shapes_are_one_a_list_or_as_on_the_command_line(given: Any, meant: dict[str, tuple[tuple[int, ...], ...]]) -> None:
+    assert arguments.shapes(given) == meant
+
+
+def test_names_may_be_joined_by_commas_as_on_the_command_line() -> None:
+    assert (
+        arguments.names("targets", "openvino, *:CPU", "") == arguments.names("targets", ["openvino", "*:CPU"], "") == ("openvino", "*:CPU")
+    )
