@@ -99,7 +99,7 @@ def extents(value: object) -> dict[str, tuple[int, ...]]:
         UsageError: it is something else, or an extent is there twice.
     """
     example = 'dims={"seq": 128}, dims={"seq": [32, 128]} or dims={"seq": "32..512"}'
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for name, each in _named("dims", value, example).items():
         if isinstance(each, str):
             found |= parse_dim_lists([f"{name}={each}"])
@@ -116,7 +116,7 @@ def shapes(value: object) -> dict[str, tuple[Shape, ...]]:
         UsageError: it is something else, or a shape is there twice.
     """
     example = 'shapes={"image": (1, 3, 224, 224)}, or a list of such'
-    found = {}
+    found: dict[str, tuple[Shape, ...]] = {}
     for name, each in _named("shapes", value, example).items():
         if isinstance(each, str):
             found |= parse_shape_lists([f"{name}={each}"])
