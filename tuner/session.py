@@ -269,6 +269,8 @@ class Session:
         for each in proof.records():
             work.database.add_proof(record.id, each)
         work.notes.extend(f"{what} was not measured: {why}" for what, why in proof.absent.items())
+        for caution in proof.cautions:  # the verdict does not say so; the report has them beside each proof
+            self.progress.note(f"while the plan was proven, {caution.message}: {caution.advice}")
         return self._finish(work, record, decider, proof, cut_short=cut_short)
 
     def _cut_around_refused(self, work: Work, explorer: Explorer) -> None:
