@@ -4,10 +4,10 @@ A slowdown of a second that nothing on this machine has to do with is the host's
 an hour, and nobody can do anything about them. One that another process makes is there to stay, or to be stopped. Latencies alone do not
 tell the two apart; the processor's accounts do.
 
-What is compared are amounts: how much more was taken than is usual since calls became slow, against what calls lost by then. Others who
-take turns on a core with a call take as much as it loses; those who slow it down from another core, by its memory or its cache, take more.
-Half of what was lost is held for enough, and a quarter of what is usual, since that varies. Looking takes some 20 µs (more with hundreds of
-threads): so it is done where there is a suspicion, and else once in thousands of calls.
+What is compared are amounts: how much more was taken than is usual since calls became slow, against what calls lost by then. Who takes
+turns on a core with a call takes what it loses, and it waits for as long, which Linux counts. Who slows it down from another core, by its
+memory or its cache, makes it some times as slow for as long as he works, and so takes more than it loses. And what is usual varies.
+Looking takes some 20 µs (more with hundreds of threads): so it is done where there is a suspicion, and else once in thousands of calls.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from aivmm.runtime.target import Device
 
 CauseName = Literal["other processes", "this process", "cpu quota", "card", "none seen"]
 
-_ENOUGH = 0.5  # of what calls lost
+_ENOUGH = 0.5  # of what calls lost: what they waited, or where that is not counted, what others took
+_ELSEWHERE = 1.5  # of what calls lost: what was taken by who does not share their cores
 _LEAST = 0.05  # of a core: what comes and goes on any machine
 _VARIES = 0.25  # of what is usual
 _RARE_CALLS, _RARE_S, _LONGEST_S = 4096, 5.0, 30.0  # between two looks at what is usual: so many calls, or so long
@@ -79,6 +80,14 @@ class Machine:
         busy, stolen = _busy_and_stolen_s()
         others = 0.0 if busy is None else busy - own
         return Counted(self.now_s(), own, others, _waited_s(), throttled_s(self._throttling), stolen)
+
+    @cached_property
+    def sees_waits(self) -> bool:
+        """Whether it is counted how long threads wait for a core."""
+        try:
+            return int(_read("/proc/self/schedstat").split()[0]) > 0
+        except (OSError, ValueError, IndexError):
+            return False
 
     def on_cards(self) -> frozenset[int]:
         """Return the processes that compute on the cards, by the host's ids; none where the driver's library is not in use already."""
@@ -157,19 +166,21 @@ class Witness:
         now, self._doubted = self._look(), True
         spent = now.since(self._since or now)
         lost_s = max(0.0, busy_ns - calls * usual_ns) / 1e9 / self._callers
-        enough = max(_ENOUGH * lost_s, _LEAST * spent.seconds, 1e-9)
-        more = self._more(spent, usual_ns)
+        least = max(_LEAST * spent.seconds, 1e-9)
+        enough, more = max(_ENOUGH * lost_s, least), self._more(spent, usual_ns)
         if more.withheld >= enough:
             return Cause("cpu quota", f"the CPU quota stopped this process for {_share(spent.withheld, spent)} s of each second")
+        if more.waited >= enough:
+            waited = f"threads of this process waited for cores, {_share(spent.waited, spent)} s in each second"
+            if spent.others >= enough and more.others >= more.own:
+                return Cause("other processes", f"{waited}, and other processes took {self._others(spent)}")
+            return Cause("this process", f"{waited}, that others of its threads had")
+        if self._machine.sees_waits:
+            enough = max(_ELSEWHERE * lost_s, least)
         if more.others >= enough and more.others >= more.own:
             return Cause("other processes", f"other processes took {self._others(spent)}")
         if more.own >= enough:
             return Cause("this process", f"other work of this process took {_share(more.own, spent)} of {_all_cores()} meanwhile")
-        if more.waited >= enough:
-            waited = f"threads of this process waited for cores, {_share(spent.waited, spent)} s in each second"
-            if spent.others < enough:
-                return Cause("this process", f"{waited}, that others of its threads had")
-            return Cause("other processes", f"{waited}, and other processes took {self._others(spent)}")
         if self._usual is not None and self._machine.on_cards() - self._at_home:
             return Cause("card", "another process began to compute on the card")
         return None

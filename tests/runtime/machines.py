@@ -16,6 +16,7 @@ class ByHand(Machine):
         self.looks = 0
         self.users: frozenset[int] = frozenset()  # of cards
         self.slowed = ""
+        self.sees_waits = True
 
     def passes(self, seconds: float, **counted: float) -> None:
         """Let time pass, and count so much more."""
@@ -37,14 +38,14 @@ class ByHand(Machine):
 
 
 class Others(ByHand):
-    """Others take so many cores all the time."""
+    """Others take so many cores all the time, and this process waits for as long: they share its core."""
 
     def __init__(self, cores: float) -> None:
         super().__init__()
         self.cores = cores
 
     def passes(self, seconds: float, **counted: float) -> None:
-        super().passes(seconds, **({"own": seconds, "others": self.cores * seconds} | counted))
+        super().passes(seconds, **({"own": seconds, "others": self.cores * seconds, "waited": self.cores * seconds} | counted))
 
 
 class Suspicious(Others):
