@@ -15,7 +15,7 @@ class AivmmError(Exception):
         self.advice = advice
 
     def __str__(self) -> str:
-        return f"{self.message}; {self.advice}" if self.advice else self.message
+        return f"{self.message.removesuffix('.')}; {self.advice}" if self.advice else self.message
 
 
 class UsageError(AivmmError):

@@ -92,9 +92,12 @@ def misfit(options: Sequence[Option], constraints: Sequence[Constraint]) -> Misf
 
 
 def distance(violations: Sequence[Violation]) -> tuple[float, float]:
-    """Return how far limits are broken, in percent: by the worst, then by all together. What comes nearest has the least."""
+    """Return how far limits are broken, in percent: by the worst, then by all together. What comes nearest has the least.
+
+    The worst counts to two digits: where all are far too large, a few bytes must not outweigh the time of a call.
+    """
     found = [each.percent for each in violations]
-    return max(found, default=0.0), math.fsum(each for each in found if math.isfinite(each))
+    return float(f"{max(found, default=0.0):.1e}"), math.fsum(each for each in found if math.isfinite(each))
 
 
 def relaxed(violations: Sequence[Violation]) -> str:

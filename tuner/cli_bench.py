@@ -16,7 +16,7 @@ from aivmm.errors import UsageError
 from aivmm.planner.constraints import Constraint, check, human, parse
 from aivmm.tuner.command import Inputs, Json, Plan, Quiet, Trace, print_json
 from aivmm.tuner.options import parse_budget
-from aivmm.tuner.scenarios import SCENARIOS, Result
+from aivmm.tuner.scenarios import MOST_QUERIES, SCENARIOS, Result
 from aivmm.tuner.text import printable
 
 if TYPE_CHECKING:
@@ -80,6 +80,9 @@ def bench(
         seed=seed,
         trace=trace,
     )
+    if request.rate_per_s is not None and request.rate_per_s * request.duration_s > MOST_QUERIES:
+        problem = f"--rate {rate}: {request.rate_per_s * request.duration_s:.3g} queries are more than the {MOST_QUERIES:,} that are kept"
+        raise UsageError(problem, advice="give a lower rate, or a shorter --duration")
     found = run_scenarios(plan, request, tell=_silent if quiet else _tell)
     met = [each for result in found.results for each in _met(gates, result)]
     if as_json:
@@ -175,8 +178,11 @@ def _sentence(result: Result) -> str:
     bound = ""
     if result.bound_s is not None:
         bound = f", {'within' if result.valid else 'NOT within'} the bound of {human(result.bound_s, 'latency')}"
+    early = ""
+    if result.ended_early:
+        early = f"; ended early: {result.queries / result.wall_s:.4g} queries/s were answered, and the line only grew"
     few = "; fewer than 1,000 queries say little of p99" if result.queries < 1000 else ""
-    return f"{result.rate_per_s:.4g} queries/s arriving{bound}: {quantiles}; {result.queries} queries{few}"
+    return f"{result.rate_per_s:.4g} queries/s arriving{bound}: {quantiles}; {result.queries} queries{early}{few}"
 
 
 def _tell(text: str) -> None:

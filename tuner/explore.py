@@ -18,7 +18,7 @@ from aivmm.runtime.backend import Baseline
 from aivmm.runtime.config import Config
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.target import Target
-from aivmm.tuner.joules import counts_cards_only
+from aivmm.tuner.joules import asks_for_energy, counts_cards_only
 from aivmm.tuner.knobs import that_can_matter
 from aivmm.tuner.measure import Measurer
 from aivmm.tuner.precision import Scout
@@ -96,7 +96,7 @@ class Explorer:
             fresh=self.work.options.fresh,
             retry_failed=self.work.options.retry_failed,
             seed=self.work.options.seed,
-            counts_energy=any(each.name == "energy" for each in self.work.options.objectives),
+            counts_energy=asks_for_energy(self.work.options.objectives, self.work.constraints),
             needs=frozenset(each.metric for each in searched(self.work.options.objectives)),
             rate=counts_rate(self.work.options.objectives, self.work.constraints),
             cards_only=counts_cards_only(self.work.targets),

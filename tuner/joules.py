@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from aivmm.errors import Unsupported
+from aivmm.planner.constraints import Constraint
+from aivmm.planner.objectives import Objective
 from aivmm.probes.client import Worker, run_limit_s
 from aivmm.probes.energy import POWERCAP, SHORTEST_S, EnergyMeter, counters
 from aivmm.probes.machine import measuring
@@ -15,6 +17,11 @@ from aivmm.runtime.nvml import is_nvidia, process_memory_bytes, total_energy_j
 from aivmm.runtime.target import Target
 
 ENERGY = ("energy", "power")  # constraints that need a counter of energy
+
+
+def asks_for_energy(objectives: Iterable[Objective], constraints: Iterable[Constraint]) -> bool:
+    """Say whether a search has to count the energy of each candidate: it is an objective, or a limit is on it."""
+    return any(each.name == "energy" for each in objectives) or any(each.metric in ENERGY for each in constraints)
 
 
 class _Racer(Protocol):

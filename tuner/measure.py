@@ -64,7 +64,7 @@ class Measurer:
     fresh: bool = False
     retry_failed: bool = False
     seed: int = 0
-    counts_energy: bool = False  # of each candidate, for seconds each: only where that is an objective
+    counts_energy: bool = False  # of each candidate, for seconds each: only where that is an objective or limited
     needs: frozenset[str] = frozenset()  # metrics of the objectives: without one of them there is nothing to compare
     rate: bool = False  # what is answered in a second counts, also of one caller; see `Contestant.rate`
     cards_only: bool = False  # the energy that counts is that of cards: nothing counts the host's

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from aivmm.errors import AivmmError, UsageError
+from aivmm.errors import AivmmError, ModelError, UsageError
 from aivmm.planner.workload import Demand, Division, Option, divide, rank
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.machine import BackgroundLoad, machine_cautions, measuring
@@ -120,8 +120,7 @@ class WorkloadTuner:
             shown = (self.output, self.output / f"report-{index}.html")
             session = Session(options, Prefixed(self.progress, name), command=self.command, shown=shown, look=ladder.look)
             self._cosine = session.cosine_limit or DEFAULT_COSINE
-            found = session.run()
-            assert isinstance(found, TuneOutcome)
+            found = _run_of(name, session)
             outcomes.append(found)
             asked = asked or session.interrupts.asked
             ladder.proven_s = _proven_s(found.summary)
@@ -340,10 +339,24 @@ class WorkloadTuner:
         return found
 
 
+def _run_of(name: str, session: Session) -> TuneOutcome:
+    """Tune one model of several.
+
+    Raises:
+        AivmmError: as `Session.run`; what is wrong with this model's file, or with what is said of it, says which one it is.
+    """
+    try:
+        found = session.run()
+    except (ModelError, UsageError) as error:
+        raise type(error)(f"{name}: {error.message}", advice=error.advice) from error
+    assert isinstance(found, TuneOutcome)
+    return found
+
+
 def require_alone(options: TuneOptions, shapes: Sequence[Wanted]) -> None:
     """Raise UsageError when an option is given that speaks of one model."""
     given = {
-        "--dim and --shape": len(shapes) > 1 or bool(shapes[0].dims) or bool(shapes[0].shapes),
+        "--dim or --shape": len(shapes) > 1 or bool(shapes[0].dims) or bool(shapes[0].shapes),
         "--inputs": options.inputs is not None,
         "--dataset": options.dataset is not None,
         "--metric": options.metric is not None,

@@ -115,6 +115,7 @@ def test_every_error_is_one_that_a_user_can_fix() -> None:
     errors = [aivmm.BundleError, aivmm.DatabaseError, aivmm.Infeasible, aivmm.ModelError, aivmm.Unsupported, aivmm.UsageError]
     assert all(issubclass(each, aivmm.AivmmError) for each in errors)
     assert str(aivmm.UsageError("no such file", advice="give another")) == "no such file; give another"
+    assert str(aivmm.Infeasible("Nothing does. A is nearest.", advice="see there")) == "Nothing does. A is nearest; see there"
 
 
 def test_importing_it_imports_nothing_heavy() -> None:

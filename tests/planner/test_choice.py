@@ -89,6 +89,12 @@ def test_what_comes_nearest_breaks_its_worst_limit_by_the_least() -> None:
     assert relaxed(check(parse("targets in (openvino)"), {}, targets=["onnxruntime:CPU"])) == ""
 
 
+def test_what_all_break_alike_does_not_hide_what_is_nearer_in_the_rest() -> None:
+    limits = parse("latency<1us, size<1KB")
+    slow, fast = (check(limits, {"latency": seconds, "size": size}) for seconds, size in ((98e-6, 2_100_000.0), (90e-6, 2_100_050.0)))
+    assert distance(fast) < distance(slow)
+
+
 def test_hardware_is_taken_in_the_order_in_which_it_is_wanted() -> None:
     options = {
         name: Option(metrics={"latency": seconds}, targets=(name,))

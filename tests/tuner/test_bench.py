@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,7 +16,7 @@ import pytest
 
 from aivmm.errors import UsageError
 from aivmm.runtime.engine import Engine
-from aivmm.tuner.cli_bench import FAILED, failing
+from aivmm.tuner.cli_bench import FAILED, _sentence, failing
 from aivmm.tuner.scenarios import Result, highest_rate, offline, server, single
 from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle
 from tests.tuner.harness import Shell
@@ -77,7 +78,20 @@ def test_arrivals_are_a_poisson_process_that_hangs_on_the_seed() -> None:
 def test_a_server_that_cannot_keep_up_is_not_loaded_for_the_whole_time() -> None:
     started = time.perf_counter()
     found = server(Waiter(50e-3).engine, {}, 30.0, rate_per_s=1000, bound_s=5e-3)
-    assert not found.valid and time.perf_counter() - started < 20
+    assert not found.valid and found.ended_early and time.perf_counter() - started < 20
+
+
+def test_neither_is_one_that_keeps_no_bound() -> None:
+    """A million arrived in a second once, and all of them were answered."""
+    found = server(Waiter(20e-3).engine, {}, 0.1, rate_per_s=10_000, bound_s=None)
+    assert found.ended_early and found.queries < 1000
+    assert found.valid  # there is nothing to keep
+    assert "ended early" in _sentence(found) and found.as_json()["ended_early"]
+
+
+def test_a_bound_is_not_kept_by_the_few_before_the_line_became_hopeless() -> None:
+    few = Result(scenario="server", latencies_s=np.array([1e-3]), queries=1, samples=1, wall_s=1.0, rate_per_s=1.0, bound_s=1.0)
+    assert few.valid and not replace(few, ended_early=True).valid
 
 
 def test_the_highest_rate_keeps_the_bound_and_is_below_what_offline_reaches() -> None:
@@ -173,6 +187,7 @@ def test_the_gate_has_an_exit_status_of_its_own(place: Shell) -> None:
         (("--scenario", "multi"), "unknown scenario 'multi'; choose from single, offline, server, all"),
         (("--duration", "soon"), "--duration 'soon' is not a time"),
         (("--rate", "fast"), "--rate 'fast' is not a rate"),
+        (("--rate", "1000000000000"), "1e+13 queries are more than the 20,000,000 that are kept"),
         (("--bucket", "seq=8"), "there is no shape 'seq=8'"),
         (("--model", "other"), "there is no model 'other'"),
     ],

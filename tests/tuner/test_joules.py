@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from aivmm.planner.constraints import parse
+from aivmm.planner.objectives import parse_objectives
 from aivmm.probes import energy, wire
 from aivmm.probes.arrays import save_arrays
 from aivmm.probes.client import Worker
@@ -16,8 +19,9 @@ from aivmm.probes.race import Contestant
 from aivmm.runtime.config import Config
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Device, Target
-from aivmm.tuner.joules import absent, counts_cards_only, device_memory, energy_metrics, why_no_energy
+from aivmm.tuner.joules import absent, asks_for_energy, counts_cards_only, device_memory, energy_metrics, why_no_energy
 from tests.making import chain_model, normal, write_model
+from tests.tuner.harness import Place
 
 WATTS = 20.0
 
@@ -115,3 +119,28 @@ def test_a_real_cards_sample_costs_what_its_counter_counted(tmp_path: Path) -> N
     assert 10 < found["card_power_w"] < 1.2 * (card.device.power_limit_w or 1000)
     assert found["card_energy_j"] > 0
     assert counts_cards_only([card], root=nowhere)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "limits", "asks"),
+    [
+        ("latency", "latency<1s", False),
+        ("latency,energy", "latency<1s", True),
+        ("latency", "energy<1mJ", True),
+        ("latency", "latency<1s, power<=15W", True),
+    ],
+)
+def test_a_search_counts_energy_where_it_is_a_goal_or_limited(objectives: str, limits: str, asks: bool) -> None:
+    assert asks_for_energy(parse_objectives(objectives), parse(limits)) is asks
+
+
+@pytest.mark.slow
+def test_a_limit_on_energy_that_no_baseline_keeps_is_kept_by_what_the_search_finds(tmp_path: Path) -> None:
+    """The search was blind to it: the null CPU draws less with fewer threads, and what was proven was the fastest alone."""
+    place = Place.at(tmp_path)
+    write_model(place.work / "chain.onnx", chain_model(width=256, rows=4, layers=8))
+    done = place.aivmm("tune", "chain.onnx", "--backend", "null", "--trials", "12", "--constraint", "energy<1.6mJ", "--json")
+    assert done.code == 0, done.err
+    found = json.loads((place.work / "chain.aivmm" / "plan.json").read_text())
+    assert found["expected"]["energy_j"]["value"] < 1.6e-3
+    assert not any(each["eligible"] for each in done.json["baselines"])

@@ -111,7 +111,7 @@ def test_any_text_is_a_workload_or_one_line_of_refusal(text: str) -> None:
     [
         (("a.onnx", "b.onnx"), "2 models are given; tune one by one, or say with --workload FILE"),
         (("a.onnx", "b.onnx", "--workload", "nowhere.toml"), "cannot read nowhere.toml"),
-        (("a.onnx", "b.onnx", "--workload", "w.toml", "--dim", "n=4"), "--dim and --shape is for one model"),
+        (("a.onnx", "b.onnx", "--workload", "w.toml", "--dim", "n=4"), "--dim or --shape is for one model"),
         (("a.onnx", "b.onnx", "--workload", "w.toml", "--constraint", "latency<5ms"), "--constraint is for one model"),
         (("a.onnx", "b.onnx", "--workload", "w.toml", "--inputs", "x.npz"), "--inputs is for one model"),
         (("a.onnx", "b.onnx", "--workload", "w.toml", "--dry-run"), "--dry-run"),
@@ -127,3 +127,11 @@ def test_the_command_refuses_what_does_not_go_together(
     assert done.code == 2
     assert len(done.error_lines) == 1
     assert words in done.error_lines[0]
+
+
+def test_what_does_not_fit_one_of_the_models_says_which(place: Place, in_process: Callable[..., Finished], tiny: Path) -> None:
+    (place.work / "w.toml").write_text("[a]\npriority = 1\ndim = { seq = 8 }\n")
+    for name in ("a.onnx", "b.onnx"):
+        shutil.copy(tiny, place.work / name)
+    done = in_process(place, "tune", "a.onnx", "b.onnx", "--workload", "w.toml", "-q")
+    assert done.code == 2 and done.error_lines[0].startswith("aivmm: a: --dim seq=8: no input has a dimension 'seq'")
