@@ -32,6 +32,7 @@ from aivmm.tuner.subject import Prepared
 from aivmm.tuner.throughput import Finder
 from aivmm.tuner.tried import Tried
 from aivmm.tuner.verdict import accuracy_text, describe, factor_text, sentence
+from aivmm.tuner.whole import at_its_batch, raced_whole
 from aivmm.tuner.work import Work
 from aivmm.tuner.worth import HOPELESS, keeps
 
@@ -48,6 +49,9 @@ class Decider:
         self.explorer = explorer
         self.anatomist = anatomist
         self._predicted: dict[str, Estimate] = {}  # draft name -> seconds of one call, where the reference takes what it took in the search
+        self._whole: dict[str, Estimate] = {}  # candidate key -> what one of several callers takes, seen on the engine
+        self._searched_as: dict[str, Estimate] = {}  # draft name -> what the search had measured of those, calling executables
+        self._on_engine: set[str] = set()  # names of drafts whose expected time has what the engine takes in it
         self._cut_plans: dict[str, CutPlan] = {}  # by draft name
         self._cutter: Cutter | None = None
         self._cut_configs: dict[str, Config] = {}  # what stages on each target are compiled with
@@ -71,12 +75,16 @@ class Decider:
             prefer=self.work.options.prefer,
             top=self.work.options.top,
         )
-        finalists: list[Draft] = []
-        ends: dict[str, tuple[str, ...]] = {}
-        for each in selection.finalists() if self.work.min_segments == 1 else ():
-            draft = Draft.whole(f"candidate {len(finalists) + 1}", each.candidate, blocks)
-            self._predicted[draft.name], ends[draft.name] = self._expected(each.candidate, each.score), each.ends
-            finalists.append(draft)
+        chosen = selection.finalists() if self.work.min_segments == 1 else []
+        finalists = [Draft.whole(f"candidate {number}", each.candidate, blocks) for number, each in enumerate(chosen, 1)]
+        both = list(zip(chosen, finalists, strict=True))
+        ends = {draft.name: each.ends for each, draft in both}
+        rivals, new = [*scored, *((each.candidate, each.score) for each in chosen)], not self.explorer.searched_before
+        self._whole = raced_whole(self.work, self.explorer.measurer, rivals, reference_s=self._reference_s(), measure_new=new)
+        names = {candidate.key: each.name for each, candidate in baselines} | {each.candidate.key: draft.name for each, draft in both}
+        self._searched_as = {names[each.key]: self._searched(each, score) for each, score in rivals if each.key in self._whole}
+        self._on_engine |= self._searched_as.keys()
+        self._predicted |= {draft.name: self._expected(each.candidate, each.score) for each, draft in both}
         finalists += self._cuts()
         finalists += self._at_once()
         near = self._near(scored)
@@ -147,6 +155,7 @@ class Decider:
         found, self.tried = finder.find(), finder.tried
         self.explorer.measurer.release()
         self._predicted |= {each.draft.name: each.expected for each in found}
+        self._on_engine |= {each.draft.name for each in found if each.expected.source == "measured"}
         return [each.draft for each in found]
 
     def _learn(self, wanted: Sequence[Candidate]) -> list[Known]:
@@ -189,12 +198,15 @@ class Decider:
         outcome = self.explorer.outcome(self.explorer.measurer.reference)
         return outcome.median_s if isinstance(outcome, Score | Rejection) else None
 
-    def _engine_s(self) -> float:
-        """Return what calling the engine adds to any plan and to the reference: the search runs executables, the proof runs engines."""
-        return self._cutter.engine_s if self._cutter else 0.0
+    def _engine_s(self, draft: Draft | None = None) -> float:
+        """Return what calling the engine adds to a draft, or to the reference: the search runs executables, the proof runs engines."""
+        return 0.0 if self._cutter is None or (draft is not None and draft.name in self._on_engine) else self._cutter.engine_s
 
     def _expected(self, candidate: Candidate, score: Score) -> Estimate:
         """Return what one call of a candidate takes where the reference takes what it took in the search: races are minutes apart."""
+        return self._whole.get(candidate.key) or self._searched(candidate, score)
+
+    def _searched(self, candidate: Candidate, score: Score) -> Estimate:
         reference_s, reference = self._reference_s(), self.explorer.measurer.reference
         seconds = score.median_s if reference_s is None else score.ratio * reference_s * candidate.batch / reference.batch
         sigma = math.log(score.high / score.low) / (2 * 1.96) if 0 < score.low <= score.high else 0.0
@@ -208,9 +220,7 @@ class Decider:
     def _entrant(self, number: int, draft: Draft, role: str, ends: tuple[str, ...] = ()) -> Entrant:
         prepared: Prepared = self.work.subject.at(draft.batch)
         bundle = self.work.folder / f"entrant-{number}.aivmm"
-        if len(draft.pieces) == 1:  # blocks of another batch may be numbered differently; the whole is the whole
-            last = len(self.work.subject.structure_at(draft.batch).blocks) - 1
-            draft = replace(draft, pieces=(replace(draft.pieces[0], first=0, last=last),))
+        draft = at_its_batch(self.work, draft)
         self.work.emitter(draft.batch).write(draft, bundle, objective=self.work.options.objective)
         return Entrant(
             draft=draft,
@@ -255,13 +265,13 @@ class Decider:
         reference = next((each.name for each, candidate in self.explorer.baselines if candidate == self.explorer.measurer.reference), None)
         if proof.plan is None or found is None:
             return {"median_s": None, "interval_s": None, "source": None, "reference": reference, "ratio_to_reference": None}
-        callers, reference_s, engine_s = proof.plan.draft.callers, self._reference_s(), self._engine_s()
+        callers, reference_s, engine_s = proof.plan.draft.callers, self._reference_s(), self._engine_s(proof.plan.draft)
         return {
             "median_s": found.seconds * callers + engine_s,
             "interval_s": [each * callers + engine_s for each in in_other_processes(found).interval_s],
             "source": found.source,
             "reference": reference,
-            "ratio_to_reference": (found.seconds * callers + engine_s) / (reference_s + engine_s) if reference_s else None,
+            "ratio_to_reference": (found.seconds * callers + engine_s) / (reference_s + self._engine_s()) if reference_s else None,
         }
 
     def note_predictions(self, proof: Proof) -> None:
@@ -269,7 +279,8 @@ class Decider:
 
         `predicted_measured` is the share of that which rests on measurements. A cut plan also has the sum of segments and boundaries it
         was planned at, `planned_ratio` (`planned_assembled` is 1 where none of the segments was timed in this chain yet), and the sum that
-        was believed before this chain was first timed, `believed_ratio`.
+        was believed before this chain was first timed, `believed_ratio`. Several callers who were raced on the engine have
+        what they came to in the search, where they call executables: `searched_ratio`.
         """
         reference_s, engine_s = self._reference_s(), self._engine_s()
         for each in proof.entrants:
@@ -277,8 +288,10 @@ class Decider:
             if found is None or not reference_s:
                 continue
             cut = self._cut_plans.get(each.draft.name)
+            if each.draft.name in self._searched_as:
+                each.metrics["searched_ratio"] = (self._searched_as[each.draft.name].seconds + engine_s) / (reference_s + engine_s)
             each.metrics |= {
-                "predicted_ratio": (found.seconds + engine_s) / (reference_s + engine_s),
+                "predicted_ratio": (found.seconds + self._engine_s(each.draft)) / (reference_s + engine_s),
                 "predicted_sigma": in_other_processes(found).sigma,
                 "predicted_measured": shares(cut.parts if cut else [found]).get("measured", 0.0),
             }
@@ -297,7 +310,7 @@ class Decider:
             return None
         cut = self._cut_plans.get(draft.name)
         looked = cut.look if cut else self._cutter.cuts.looked if self._cutter else None
-        return certificate_of(self.work, draft, found, cut=cut, looked=looked, engine_s=self._engine_s())
+        return certificate_of(self.work, draft, found, cut=cut, looked=looked, engine_s=self._engine_s(draft))
 
     def _measured_as(self, draft: Draft) -> list[Candidate]:
         """Return the measured candidates that run what a draft runs; a hint that resolves to the default was measured as the default."""

@@ -1,25 +1,27 @@
-"""Plans whose parts run at once, measured whole before they are proven: on the engine, in one race with the search's reference.
+"""Plans that answer several callers at once, measured whole before they are proven: on the engine, beside the search's reference.
 
-What parts were seen to cost each other two by two is what a plan of them may be hoped to reach. What it reaches is measured here as its
-proof will measure it, so that what is promised is what is proven, but for what the machine does in between.
+What parts were seen to cost each other two by two is what a plan of them may be hoped to reach; and what callers or replicas reach who call
+executables in a bare loop, as the search has them, is not what they reach through the engine. Here both are measured as the proof will
+measure them, so that what is promised is what is proven, but for what the machine does in between.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from aivmm.errors import AivmmError
-from aivmm.planner.candidates import Draft
+from aivmm.planner.candidates import Candidate, Draft, Score
 from aivmm.planner.evidence import Estimate
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.compare import Comparison, cautions, compare
 from aivmm.probes.race import Contestant, race
-from aivmm.probes.records import Measured, ProbeKey
+from aivmm.probes.records import Measured, Outcome, ProbeKey, Samples
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.null import counts_itself
 from aivmm.tuner.measure import Measurer, fresh
@@ -27,11 +29,20 @@ from aivmm.tuner.work import Work
 
 _RACE_S = 4.0
 _ROUNDS = 20
+_NEAR = 1.1  # of the least time: who is farther behind is told by what the search measured
+
+
+def at_its_batch(work: Work, draft: Draft) -> Draft:
+    """Return a draft of one piece with the blocks of its batch, which may be numbered differently: the whole is the whole."""
+    if len(draft.pieces) > 1:
+        return draft
+    last = len(work.subject.structure_at(draft.batch).blocks) - 1
+    return replace(draft, pieces=(replace(draft.pieces[0], first=0, last=last),))
 
 
 def load_engine(work: Work, draft: Draft, bundle: Path, workers: ExitStack, *, rate: bool) -> Contestant | None:
     """Write a draft and load it with the engine in a worker of its own, which ends with `workers`; None, and a note, where that fails."""
-    work.emitter(draft.batch).write(draft, bundle, objective=work.options.objective)
+    work.emitter(draft.batch).write(at_its_batch(work, draft), bundle, objective=work.options.objective)
     worker = Worker(draft.name)
     workers.callback(worker.close)
     sample = work.subject.at(draft.batch).samples[0]
@@ -47,7 +58,10 @@ def load_engine(work: Work, draft: Draft, bundle: Path, workers: ExitStack, *, r
 
 @dataclass(slots=True)
 class Whole:
-    """Measures a draft of one piece in several places. What an earlier run measured is reused; with `measure_new` False nothing else is."""
+    """Measures drafts of one piece, in one place or several.
+
+    What an earlier run measured is reused; with `measure_new` False nothing else is.
+    """
 
     work: Work
     measurer: Measurer
@@ -60,53 +74,69 @@ class Whole:
 
         None where it was not measured: it does not load, there is no time, or its devices are made of arithmetic.
         """
-        if counts_itself(draft.all_targets) or self.reference_s is None:
-            return None
-        seen = self._seen(draft)
-        if seen is None:
-            return None
-        seconds = seen.ratio * self.reference_s * draft.batch / self.measurer.reference.batch
-        sigma = math.log(seen.high / seen.low) / (2 * 1.96) if 0 < seen.low <= seen.high else 0.0
-        return Estimate(seconds=seconds, sigma=sigma, source="measured", because="all copies at once")
+        return self.all_expected([draft]).get(draft.name)
 
-    def _seen(self, draft: Draft) -> Comparison | None:
-        mine, beside = self._keys(draft)
-        known = {} if self.work.options.fresh else self.work.database.find_many([mine, beside])
-        found = {key: each for key, each in known.items() if isinstance(each, Measured)}
-        if len(found) == 2 and found[mine].race == found[beside].race:
-            self.measurer.counts.reused += 2
-            self.work.database.link(self.work.run_id, list(found))
-        elif not self.measure_new or self.stop():
-            return None
-        else:
-            found = self._raced(draft, mine, beside)
-        if len(found) < 2:
-            return None
-        return compare(found[mine].samples, found[beside].samples, scale=self.measurer.reference.batch / draft.batch, by=self.measurer.by)
+    def all_expected(self, drafts: Sequence[Draft]) -> dict[str, Estimate]:
+        """Return that of several drafts, by name, as far as it was measured: in one race, what was not known yet."""
+        if self.reference_s is None:
+            return {}
+        found: dict[str, Estimate] = {}
+        for draft, seen in self._seen([each for each in drafts if not counts_itself(each.all_targets)]):
+            seconds = seen.ratio * self.reference_s * draft.batch / self.measurer.reference.batch
+            sigma = math.log(seen.high / seen.low) / (2 * 1.96) if 0 < seen.low <= seen.high else 0.0
+            found[draft.name] = Estimate(seconds=seconds, sigma=sigma, source="measured", because="all callers at once, on the engine")
+        return found
 
-    def _raced(self, draft: Draft, mine: ProbeKey, beside: ProbeKey) -> dict[ProbeKey, Measured]:
+    def _seen(self, drafts: Sequence[Draft]) -> list[tuple[Draft, Comparison]]:
+        keys = {draft.name: self._keys(draft) for draft in drafts}
+        wanted = list(chain.from_iterable(keys.values()))
+        known = {} if self.work.options.fresh or not wanted else self.work.database.find_many(wanted)
+        pairs = {name: _of_one_race(known.get(mine), known.get(beside)) for name, (mine, beside) in keys.items()}
+        old = [key for name, pair in pairs.items() if pair is not None for key in keys[name]]
+        self.measurer.counts.reused += len(old)
+        self.work.database.link(self.work.run_id, old)
+        missing = [draft for draft in drafts if pairs[draft.name] is None]
+        if missing and self.measure_new and not self.stop():
+            pairs |= self._raced(missing, keys)
+        scale = self.measurer.reference.batch
+        return [
+            (draft, compare(pair[0].samples, pair[1].samples, scale=scale / draft.batch, by=self.measurer.by))
+            for draft in drafts
+            if (pair := pairs[draft.name]) is not None
+        ]
+
+    def _raced(self, drafts: Sequence[Draft], keys: Mapping[str, tuple[ProbeKey, ProbeKey]]) -> dict[str, tuple[Measured, Measured]]:
+        """Race drafts beside the reference and store what came out, by draft name; what does not load, or fails, is left out."""
         reference = self.measurer.load_reference()
         if reference is None:
             return {}
-        self.work.progress.detail("measuring all copies at once")
+        self.work.progress.detail("measuring all callers at once, on the engine")
         rival = fresh(reference, rate=self.measurer.rate)
         rival.keep = True
+        entrants: dict[str, Contestant] = {}
         with ExitStack() as workers:
-            bundle = self.work.folder / f"whole-{mine.subject[-16:]}.aivmm"
-            contestant = load_engine(self.work, draft, bundle, workers, rate=self.measurer.rate)
-            if contestant is None:
+            for draft in drafts:
+                bundle = self.work.folder / f"whole-{keys[draft.name][0].subject[-16:]}-{draft.batch}.aivmm"
+                contestant = load_engine(self.work, draft, bundle, workers, rate=self.measurer.rate)
+                if contestant is not None:
+                    contestant.keep = True
+                    entrants[draft.name] = contestant
+            if not entrants:
                 return {}
-            contestant.keep = True
             # As many rounds as the proof has: this is to say what that will say.
-            race([rival, contestant], budget_s=_RACE_S, seed=self.work.options.seed, stop=self.stop, enough=lambda done: done >= _ROUNDS)
-        samples = {mine: contestant.samples(), beside: rival.samples()}
-        name = f"{self.work.run_id} {mine.subject}"
-        seen = {key: each for key, each in samples.items() if each is not None}
-        found = {key: Measured(key=key, samples=each, cautions=cautions(each), race=name) for key, each in seen.items()}
-        if len(found) < 2 or contestant.failed is not None or rival.failed is not None:
-            return {}
-        self.work.database.add_many(found.values(), run_id=self.work.run_id)
-        self.measurer.counts.measured += len(found)
+            budget_s = _RACE_S * (1 + len(entrants)) / 2
+            seed = self.work.options.seed
+            race([rival, *entrants.values()], budget_s=budget_s, seed=seed, stop=self.stop, enough=lambda done: done >= _ROUNDS)
+        race_name, theirs = f"{self.work.run_id} {keys[drafts[0].name][0].subject}", rival.samples()
+        found: dict[str, tuple[Measured, Measured]] = {}
+        for name, contestant in entrants.items():
+            mine = contestant.samples()
+            if mine is not None and theirs is not None and contestant.failed is None and rival.failed is None:
+                one, other = zip(keys[name], (mine, theirs), strict=True)
+                found[name] = _stored(*one, race_name), _stored(*other, race_name)
+        rows = list(chain.from_iterable(found.values()))
+        self.work.database.add_many(rows, run_id=self.work.run_id)
+        self.measurer.counts.measured += len(rows)
         return found
 
     def _keys(self, draft: Draft) -> tuple[ProbeKey, ProbeKey]:
@@ -137,3 +167,30 @@ class Whole:
             )
 
         return key("copies at once", draft.callers), key("beside copies", self.measurer.reference.callers)
+
+
+def _of_one_race(mine: Outcome | None, beside: Outcome | None) -> tuple[Measured, Measured] | None:
+    alike = isinstance(mine, Measured) and isinstance(beside, Measured) and mine.race == beside.race
+    return (mine, beside) if alike else None  # type: ignore[return-value]
+
+
+def _stored(key: ProbeKey, samples: Samples, race_name: str) -> Measured:
+    return Measured(key=key, samples=samples, cautions=cautions(samples), race=race_name)
+
+
+def raced_whole(
+    work: Work, measurer: Measurer, scored: Sequence[tuple[Candidate, Score]], *, reference_s: float | None, measure_new: bool
+) -> dict[str, Estimate]:
+    """Race on the engine, as the proof will, what has several callers and may yet be the plan; return what it takes, by candidate key.
+
+    `scored` are baselines and finalists, with what the search measured of them, calling executables.
+    """
+    least = min((score.ratio for _, score in scored), default=0.0)
+    near = dict.fromkeys(each for each, score in scored if each.callers > 1 and score.ratio <= _NEAR * least)
+    if work.asked() or not near:
+        return {}
+    blocks = len(work.subject.structure.blocks)
+    drafts = {each.key: Draft.whole(f"{each.target} of {each.callers} callers, {number}", each, blocks) for number, each in enumerate(near)}
+    whole = Whole(work=work, measurer=measurer, reference_s=reference_s, measure_new=measure_new, stop=work.asked)
+    seen = whole.all_expected(list(drafts.values()))
+    return {key: seen[draft.name] for key, draft in drafts.items() if draft.name in seen}

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aivmm.planner.candidates import Copy, Draft, Piece, Rejection
+from aivmm.planner.candidates import Candidate, Copy, Draft, Piece, Rejection, Score
 from aivmm.planner.evidence import Estimate
 from aivmm.planner.partition import ChainEvidence
 from aivmm.planner.records import TrialRecord
 from aivmm.planner.segments import Segments
 from aivmm.runtime.config import Config
 from aivmm.runtime.engine import Engine
+from aivmm.tuner.decide import Decider
 from aivmm.tuner.depths import STUDY, DepthSearch
 from aivmm.tuner.explore import Explorer
 from aivmm.tuner.measure import Counts
@@ -24,7 +25,7 @@ from aivmm.tuner.pipelining import DEPTH, Pipeliner
 from aivmm.tuner.progress import Silent
 from aivmm.tuner.session import Session
 from aivmm.tuner.together import Together
-from aivmm.tuner.whole import Whole
+from aivmm.tuner.whole import Whole, raced_whole
 from aivmm.tuner.work import Work
 from tests.making import ONNXRUNTIME, OPENVINO, chain_model, normal, reference, write_model
 
@@ -116,6 +117,7 @@ def test_stages_are_measured_at_once_and_remembered_and_the_plan_runs_them_at_on
             target=first, config=config, first=0, last=len(work.subject.structure.blocks) - 1, copies=(Copy(target=second, config=config),)
         )
         both = Draft(name="both", pieces=(piece,), callers=2)
+        monkeypatch.setattr("aivmm.tuner.whole._ROUNDS", 0)  # as few as a race has at least: nothing here hangs on the figures
         whole = Whole(work=work, measurer=explorer.measurer, reference_s=1.0)
         assert replace(whole, measure_new=False).expected(both) is None
         seen = whole.expected(both)
@@ -123,6 +125,26 @@ def test_stages_are_measured_at_once_and_remembered_and_the_plan_runs_them_at_on
         assert replace(whole, measure_new=False).expected(both) == seen
         assert replace(whole, measure_new=False).expected(replace(both, callers=3)) is None  # driven otherwise
         assert replace(whole, reference_s=None).expected(both) is None
+        _callers_measured_whole(work, explorer)
+
+    def _callers_measured_whole(work: Work, explorer: Explorer) -> None:
+        target = next(each for each in work.targets if str(each) == ONNXRUNTIME)
+        one, two, slow = (Candidate(target=target, config=Config(precision="fp32"), callers=callers) for callers in (1, 2, 3))
+        replicas = replace(two, replicas=2)
+        score = Score(ratio=0.1, low=0.1, high=0.1, median_s=0.1)
+        scored = [(one, score), (two, score), (replicas, score), (slow, replace(score, ratio=0.2))]
+
+        def seen(*, measure_new: bool, of: int = 4) -> dict[str, Estimate]:
+            return raced_whole(work, explorer.measurer, scored[:of], reference_s=1.0, measure_new=measure_new)
+
+        assert seen(measure_new=False) == {}
+        found = seen(measure_new=True)
+        assert found.keys() == {two.key, replicas.key}  # one caller was timed well enough, and three are far behind
+        assert all(each.source == "measured" and each.seconds > 0 for each in found.values())
+        assert seen(measure_new=False) == found and seen(measure_new=True, of=1) == {}
+        decider = Decider(work, explorer, None, {})  # type: ignore[arg-type]
+        decider._whole = found
+        assert decider._expected(two, score) == found[two.key] and decider._expected(one, score).because == "the whole model"
 
     for each in (look, look_again):
         with pytest.raises(_EnoughError):
