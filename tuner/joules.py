@@ -17,6 +17,7 @@ from aivmm.runtime.nvml import is_nvidia, process_memory_bytes, total_energy_j
 from aivmm.runtime.target import Target
 
 ENERGY = ("energy", "power")  # constraints that need a counter of energy
+COUNTED = ("energy_j", "power_w", "card_energy_j", "card_power_w")  # what a counter gives
 
 
 def asks_for_energy(objectives: Iterable[Objective], constraints: Iterable[Constraint]) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from aivmm.errors import AivmmError
-from aivmm.planner.choice import Option, alternatives, as_good, misfit, preferred
-from aivmm.planner.constraints import Constraint, Violation, check, unjudged
+from aivmm.planner.choice import Option, alternatives, as_good, distance, misfit, preferred
+from aivmm.planner.constraints import ACCURACY, TARGETS, Constraint, Violation, check, unjudged
 from aivmm.planner.objectives import OBJECTIVES, Objective, counts_rate
 from aivmm.probes import conditions
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
@@ -17,7 +17,7 @@ from aivmm.probes.race import Contestant, RaceState, block_s, leader_of, race, r
 from aivmm.probes.records import Samples
 from aivmm.probes.timer import BATCH_BELOW_S
 from aivmm.runtime.target import Target
-from aivmm.tuner.joules import ENERGY, absent, counts_cards_only, device_memory, energy_metrics, why_no_energy
+from aivmm.tuner.joules import COUNTED, ENERGY, absent, asks_for_energy, counts_cards_only, device_memory, energy_metrics, why_no_energy
 from aivmm.tuner.judging import Judge, Metric
 from aivmm.tuner.proof import Entrant, Proof, by_rounds, constraint_metrics, sample_s, targets_of, typical_s, unbeaten
 from aivmm.tuner.strays import explained, read_stages
@@ -26,6 +26,7 @@ from aivmm.tuner.subject import Further
 # Seconds of racing: as many as the entrants' own speed asks for, within these. Loading, the tail and the report come on top.
 _LEAST_S, _MOST_S = 4.0, 6.5
 _ROUNDS = 20
+_SPEED = ("latency", "throughput")  # objectives and limits of which a race tells all
 _WORTH_CHANGING = 0.97  # two processes that run the very same differ by as much: a smaller gain may be gone in the next one
 _SWITCH_S = 0.03  # between two workers: until the one before has stopped spinning
 TAIL_SAMPLES = 500  # below this a 99th percentile is not given
@@ -64,6 +65,9 @@ class Prover:
         self._rate = counts_rate(objectives, constraints)
         wanted = {constraint.metric for constraint in constraints} | {each.metric for each in objectives}
         self._asks_tail, self._asks_energy = "p99" in wanted, not wanted.isdisjoint(ENERGY)
+        # What is forced is the plan however slow it is; and the slowest may draw the least, or be the only one that keeps a limit.
+        limited = {constraint.metric for constraint in constraints} - {*_SPEED, *ACCURACY, TARGETS}
+        self._may_win_slow = forced or objectives[0].name not in _SPEED or bool(limited)
         self._asks_compile = not wanted.isdisjoint({"compile", "first_inference"})
 
     def run(self) -> Proof:
@@ -123,7 +127,7 @@ class Prover:
             batch=entrant.draft.batch,
             callers=entrant.draft.callers,
             expected_s=expected,
-            keep=entrant.role == "baseline" or self._forced,  # what is forced is the plan however slow it is: it is measured as well
+            keep=entrant.role == "baseline" or self._may_win_slow or bool(entrant.ends),
             rate=self._rate,
             single=runs_single(targets_of(entrant), entrant.draft.all_configs),
         )
@@ -181,14 +185,25 @@ class Prover:
         )
         for each in finalists:
             self._measure(each, each.contestant.samples() if each.contestant else None)
+        if asks_for_energy(self._objectives[:1], self._constraints):
+            for each in finalists:
+                if each.running:
+                    self._count_energy(each)
         running = [each for each in finalists if each.running]
-        serving = self._serving([each for each in running if not self._violations(each)])
-        chosen = leader_of([each.contestant for each in serving if each.contestant]) or leader_of(contestants)
+        chosen = self._leader(running)
+        for each in running:  # what chose is not what proves
+            each.metrics = {name: value for name, value in each.metrics.items() if name not in COUNTED}
         ends = [each.contestant for each in running if each.ends]
         for contestant in contestants:
             if contestant is not chosen and contestant not in ends:
                 contestant.dropped = contestant.dropped or "another candidate was faster, or kept the constraints"
         return next_round
+
+    def _leader(self, running: Sequence[Entrant]) -> Contestant | None:
+        """Return the fastest of those that keep the constraints; where none does, what comes nearest: it says what a limit could be."""
+        serving = self._serving([each for each in running if not self._violations(each)])
+        nearest = min(running, key=lambda each: distance(self._violations(each)), default=None)
+        return leader_of([each.contestant for each in serving if each.contestant]) or (nearest.contestant if nearest else None)
 
     def _option(self, entrant: Entrant) -> Option:
         return Option(metrics=constraint_metrics(entrant), targets=tuple(map(str, entrant.draft.all_targets)))

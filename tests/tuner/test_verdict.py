@@ -109,6 +109,38 @@ def test_preferred_hardware_is_told_as_it_came_out(prefer: tuple[str, ...], said
     assert said in sentence(proof, accuracy_text="Right.", prefer=prefer)
 
 
+def test_of_finalists_the_fastest_goes_on_that_keeps_the_limits_and_else_the_nearest() -> None:
+    fast, frugal, least = (
+        entrant(f"candidate {number}", seconds, role="candidate") for number, seconds in ((1, 8e-3), (2, 10e-3), (3, 12e-3))
+    )
+    for each, joules in ((fast, 3e-3), (frugal, 2e-3), (least, 1.5e-3)):
+        each.metrics["energy_j"] = joules
+    finalists = [fast, frugal, least]
+
+    def goes_on(limit: str) -> Contestant | None:
+        return Prover(finalists, constraints=parse(limit), cosine_limit=None, seed=0, tell=lambda what, state: None)._leader(finalists)
+
+    assert goes_on("latency<1s") is fast.contestant
+    assert goes_on("energy<=2mJ") is frugal.contestant
+    assert goes_on("energy<1mJ") is least.contestant
+    assert goes_on("latency<1ms") is fast.contestant
+
+
+@pytest.mark.parametrize(
+    ("objectives", "limits", "kept"),
+    [
+        ("latency", "latency<1s, cosine>=0.99", False),
+        ("throughput", "", False),
+        ("energy", "", True),  # what draws the least may be far behind in time
+        ("latency", "memory<1GB", True),  # and so may be all that keeps a limit
+    ],
+)
+def test_the_slow_stay_in_the_race_where_it_does_not_decide(objectives: str, limits: str, kept: bool) -> None:
+    wanted = {"constraints": parse(limits) if limits else (), "objectives": parse_objectives(objectives)}
+    prover = Prover([], cosine_limit=None, seed=0, tell=lambda what, state: None, **wanted)
+    assert prover._may_win_slow is kept
+
+
 def test_percent_and_times_say_the_same_of_one_ratio() -> None:
     near, far = (Comparison(ratio=ratio, low=ratio, high=ratio, pairs=9, verdict="faster") for ratio in (0.8, 0.5))
     assert factor_text(near) == "25 % faster than"  # the report's 1.25x, and not the 20 % of time that is saved
