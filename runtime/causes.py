@@ -196,6 +196,9 @@ class Witness:
             return Cause("none seen", f"{said}, and the host took {_share(spent.stolen, spent)} of {_all_cores()} away")
         if usual is None or not (usual.calls and usual.own and spent.calls):
             return Cause("none seen", f"{said} (the host, the clock, the temperature, or a plan from elsewhere)")
+        if spent.waited >= _VARIES * spent.seconds:
+            waited = f"{_share(spent.waited, spent)} s in each second ({_share(usual.waited, usual)} before)"
+            return Cause("none seen", f"{said} that did not before; threads of this process wait for cores, {waited}")
         ratio = (spent.own / spent.calls) / (usual.own / usual.calls)
         if ratio >= (spent.busy / spent.calls) / (usual.busy / usual.calls) * _SAME:
             return Cause("none seen", f"{said}; calls need {ratio:.2g} times the CPU time (the host, the clock or the temperature)")
@@ -216,8 +219,8 @@ class Witness:
         def beyond(now: float, expected: float) -> float:
             return now - expected if now >= (1 + _VARIES) * expected else 0.0
 
-        # A wait is a part of its call, so it is held against those of as many calls; where all is slow, it is as large a part as before.
-        waits = beyond(spent.waited, usual.waited / usual.busy * spent.busy) > 0
+        # A wait is a part of its call, so it is held against those of as many calls; where all is slow, so is what threads do beside.
+        waits = beyond(spent.waited, usual.waited / max(usual.own, 1e-9) * spent.own) > 0
         return Counted(
             seconds=spent.seconds,
             # Threads that spin for as long as a call lasts take as much of each second of calls, however long those are.

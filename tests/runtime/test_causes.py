@@ -100,6 +100,8 @@ def test_threads_that_wait_for_a_core_tell_of_it_whoever_has_it() -> None:
     cause = seen(before={"others": 1.0}, waited=0.3, others=1.0)
     assert cause is not None and cause.name == "other processes" and "other processes took 1.00 of" in cause.words
     assert seen(before={"waited": 0.3}, waited=0.3) is None
+    cause = seen(before={"waited": 0.8, "own": 0.2, "others": 1.8}, waited=0.9, own=0.1, others=1.9)  # where there was little left to lose
+    assert cause is not None and cause.name == "other processes"
 
 
 def test_a_quota_is_a_cause() -> None:
@@ -122,6 +124,7 @@ def test_what_the_host_takes_is_said_and_is_no_cause_here() -> None:
         ({"stolen": 0.3}, "", "none seen", "and the host took 0.30 of"),
         ({}, "", "none seen", "calls need 1.4 times the CPU time (the host, the clock or the temperature)"),
         ({"own": 0.7}, "", "none seen", "calls need 0.98 times the CPU time, and wait otherwise (a device, a file, a lock)"),
+        ({"waited": 0.3}, "", "none seen", "threads of this process wait for cores, 0.30 s in each second (0.30 before)"),
         ({}, "hardware thermal limit", "card", "the card slows down (hardware thermal limit)"),
     ],
 )
@@ -130,7 +133,7 @@ def test_where_no_cause_is_seen_it_says_what_is_seen_beside(counted: dict[str, f
     machine.slowed = slowed
     witness = Witness(machine)
     witness.begin()
-    calls(machine, witness, 10.0)
+    calls(machine, witness, 10.0, waited=counted.get("waited", 0.0))
     witness.usual()
     calls(machine, witness, 60.0, factor=1.4, **counted)
     assert asked(witness, 60.0) is None
@@ -207,8 +210,13 @@ def spent(during: Callable[[], object]) -> tuple[float, float, float, float]:
 
 
 def test_own_work_is_no_others_work() -> None:
-    own, others, _, seconds = spent(lambda: burn(0.5))
-    assert 0.1 < own <= seconds * 1.05
+    def work() -> None:
+        end = time.process_time() + 0.3
+        while time.process_time() < end:
+            pass
+
+    own, others, _, seconds = spent(work)
+    assert 0.3 <= own
     assert others <= (os.cpu_count() or 1) * seconds - own + 0.1  # ticks of 10 ms
 
 
@@ -251,7 +259,7 @@ def test_a_system_that_is_not_linux_is_asked_by_its_library(monkeypatch: pytest.
     before = psutil.cpu_times()
     own, others, *_ = spent(lambda: burn(0.3))
     after = psutil.cpu_times()
-    assert own > 0.05 and others <= after.user + after.system - before.user - before.system
+    assert own > 0 and others <= after.user + after.system - before.user - before.system
 
 
 def test_where_nothing_is_counted_nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
