@@ -216,7 +216,7 @@ def test_own_work_is_no_others_work() -> None:
             pass
 
     own, others, _, seconds = spent(work)
-    assert 0.3 <= own
+    assert own >= 0.3
     assert others <= (os.cpu_count() or 1) * seconds - own + 0.1  # ticks of 10 ms
 
 
