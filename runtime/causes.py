@@ -28,6 +28,7 @@ from aivmm.runtime.target import Device
 CauseName = Literal["other processes", "this process", "cpu quota", "card", "none seen"]
 
 _ENOUGH = 0.5  # of what calls lost: what they waited, or where that is not counted, what others took
+_ALONE = 0.14  # of what calls usually take: waits that are as long are a drift by themselves, however slow the host is just then
 _ELSEWHERE = 1.5  # of what calls lost: what was taken by who does not share their cores
 _LEAST = 0.05  # of a core: what comes and goes on any machine
 _VARIES = 0.25  # of what is usual
@@ -165,9 +166,10 @@ class Witness:
         """Return what took the time of so many slow calls, which take `usual_ns` where all is well; None where nothing is seen that did."""
         now, self._doubted = self._look(), True
         spent = now.since(self._since or now)
-        lost_s = max(0.0, busy_ns - calls * usual_ns) / 1e9 / self._callers
+        usual_s = calls * usual_ns / 1e9 / self._callers
+        lost_s = max(0.0, busy_ns / 1e9 / self._callers - usual_s)
         least = max(_LEAST * spent.seconds, 1e-9)
-        enough, more = max(_ENOUGH * lost_s, least), self._more(spent, usual_ns)
+        enough, more = max(min(_ENOUGH * lost_s, _ALONE * usual_s), least), self._more(spent, usual_ns)
         if more.withheld >= enough:
             return Cause("cpu quota", f"the CPU quota stopped this process for {_share(spent.withheld, spent)} s of each second")
         if more.waited >= enough:

@@ -110,6 +110,15 @@ def test_what_others_take_is_told_within_200_calls_on_hosts_with_modes_too(noise
     assert event.cause == "other processes" and "meanwhile (0.02 before)" in event.seen
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_what_others_take_is_told_within_200_calls_when_the_host_is_slow_as_well(seed: int) -> None:
+    watch = Watched()
+    watch.feed(white(30.0, seed=seed))
+    before = watch.calls
+    assert watch.feed(white(3.0, factor=2.0, seed=seed + 1), others=0.25) == 1
+    assert watch.told[0][0] - before <= 200 and watch.told[0][1].cause == "other processes"
+
+
 def test_what_was_slow_without_a_cause_is_told_soon_when_one_comes() -> None:
     watch = Watched()
     watch.feed(white(20.0))
