@@ -339,10 +339,15 @@ def aligned_empty(spec: TensorSpec, *, alignment: int = 4096) -> Buffer:
         raise ValueError(f"{spec} has no fixed size")
     dtype = np.dtype(spec.dtype)
     size = math.prod(shape) * dtype.itemsize
+    return np.ndarray(shape, dtype, aligned_bytes(size, alignment=alignment))
+
+
+def aligned_bytes(size: int, *, alignment: int = 4096) -> Buffer:
+    """Return `size` uninitialised bytes that start at a multiple of `alignment` and are padded to 64."""
     padded = max(64, (size + 63) // 64 * 64)
     raw = np.empty(padded + alignment, dtype=np.uint8)
     start = -raw.__array_interface__["data"][0] % alignment  # what `raw.ctypes` takes long to say when it is first asked
-    return raw[start : start + size].view(dtype).reshape(shape)
+    return raw[start : start + size]
 
 
 # Types that NumPy knows only once `ml_dtypes` is imported. Of the packed ones several elements share a byte in both runtimes, and none in

@@ -12,33 +12,35 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import mmap
 import os
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from aivmm.errors import Unsupported
-from aivmm.runtime.backend import Backend, Buffer, Executable, ExportsBlob, ImportsBlob
+from aivmm.runtime.backend import Backend, Buffer, Executable, ExportsBlob, ImportsBlob, aligned_bytes
 from aivmm.runtime.config import Config
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.folders import cache_folder
 from aivmm.runtime.target import Target
 
 log = logging.getLogger("aivmm.blobs")
+_AS_IT_IS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
-_FORMAT = 2
+_FORMAT = 3
 _MAGIC = b"aivmm compiled stage\n"
 _PAGE = 4096
 _WORDS = _PAGE // 8
 MOST_BYTES = 8 << 30  # the cache's size, beyond which the files that were not used for longest are removed
-_SMALL_BYTES = 1 << 20  # up to here SHA-256 is as fast as getting ready for anything else
+_SMALL_BYTES = 1 << 20  # up to here SHA-256 and reading are as fast as getting ready for anything else
+_USED_S = 3600.0  # how exactly a file says when it was last used: to note it takes as long as to read a small one
 _ABANDONED_S = 3600.0  # a file half written that is older than this was left by a process that died
 
 
@@ -50,10 +52,10 @@ class BlobCache:
         self.hits = 0
         self.stored = 0
         self.problems: list[str] = []
-        self._root: Path | None = None
+        self._root: str | None = None
         self._digest = bundle_digest
         try:
-            self._root = (root or cache_folder()).absolute() / "blobs"
+            self._root = os.path.join(os.path.abspath(root or cache_folder()), "blobs")
         except RuntimeError:  # a user whom the password file does not know, as containers have them
             self._problem("there is no home folder; set AIVMM_CACHE to a folder to keep compiled stages in")
 
@@ -106,41 +108,38 @@ class BlobCache:
         """Return how many stages came from the cache, how many went into it, and what was wrong with it."""
         return {"hits": self.hits, "stored": self.stored, "problems": list(self.problems)}
 
-    def _path(self, model: Path, target: Target, config: Config) -> Path:
+    def _path(self, model: Path, target: Target, config: Config) -> str:
         assert self._root is not None
-        depends = {
-            "format": _FORMAT,
-            "model": model.name,
-            "target": str(target),
-            "config": config.key(),
-            "environment": environment_of(target).fingerprint,
-        }
-        key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
-        return self._root / self._digest[:32] / f"{key}.blob"
+        depends = (_FORMAT, model.name, config.precision, config.settings, environment_of(target))  # which names the target
+        key = hashlib.sha256(repr(depends).encode()).hexdigest()[:32]
+        return os.path.join(self._root, self._digest[:32], f"{key}.blob")
 
-    def _read(self, path: Path) -> Buffer | None:
-        """Return the payload of a file that is ours and whole, mapped; None where there is none."""
+    def _read(self, path: str) -> Buffer | None:
+        """Return the payload of a file that is ours and whole, mapped where it is large; None where there is none."""
         assert self._root is not None
         try:
-            for folder in (self._root, path.parent):
-                _require_ours(folder.lstat(), folder, stat.S_ISDIR)
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
-            with os.fdopen(descriptor, "rb") as file:
-                _require_ours(os.fstat(descriptor), path, stat.S_ISREG)
-                payload = _mapped(file, path.name)
+            for folder in (self._root, os.path.dirname(path)):
+                _require_ours(os.lstat(folder), folder, stat.S_ISDIR)
+            descriptor = os.open(path, os.O_RDONLY | _AS_IT_IS)
+            with open(descriptor, "rb", buffering=0) as file:
+                status = os.fstat(descriptor)
+                _require_ours(status, path, stat.S_ISREG)
+                payload = _payload(file, os.path.basename(path), status.st_size)
         except FileNotFoundError:
             return None
         except (OSError, _Odd) as error:
             self._problem(f"compiled again: {_words(error)}")
             return None
-        with contextlib.suppress(OSError):
-            os.utime(path)  # used now: the last to be removed
+        if time.time() - status.st_mtime > _USED_S:
+            with contextlib.suppress(OSError):
+                os.utime(path)  # used now: the last to be removed
         return payload
 
-    def _write(self, path: Path, payload: bytes) -> None:
+    def _write(self, name: str, payload: bytes) -> None:
         assert self._root is not None
+        path = Path(name)
         path.parent.parent.parent.mkdir(parents=True, exist_ok=True)
-        for folder in (self._root, path.parent):
+        for folder in (path.parent.parent, path.parent):
             folder.mkdir(mode=0o700, exist_ok=True)
             try:
                 _require_ours(folder.lstat(), folder, stat.S_ISDIR)
@@ -148,18 +147,18 @@ class BlobCache:
                 raise OSError(str(error)) from error
         import tempfile  # here: where all stages are kept nothing is written
 
-        descriptor, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)  # mode 0600
+        descriptor, partial = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)  # mode 0600
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(_head(path.name, payload))
+                file.write(_head(path.name, np.frombuffer(payload, dtype=np.uint8)))
                 file.write(payload)
-            Path(name).replace(path)
+            Path(partial).replace(path)
         except BaseException:  # not handled, only cleaned up
             with contextlib.suppress(OSError):
-                Path(name).unlink()
+                Path(partial).unlink()
             raise
         self.stored += 1
-        prune(self._root, keep=path)
+        prune(path.parent.parent, keep=path)
 
     def _problem(self, text: str) -> None:
         self.problems.append(text)
@@ -178,7 +177,7 @@ class _Odd(Exception):
     """A file or folder of the cache that is not used, and why."""
 
 
-def _require_ours(status: os.stat_result, path: Path, kind: Callable[[int], bool]) -> None:
+def _require_ours(status: os.stat_result, path: str | Path, kind: Callable[[int], bool]) -> None:
     """Raise _Odd unless nobody else than this user and root may have written it."""
     if not kind(status.st_mode):
         raise _Odd(f"{path} is a link or a special file")
@@ -190,27 +189,26 @@ def _require_ours(status: os.stat_result, path: Path, kind: Callable[[int], bool
         raise _Odd(f"{path} may be written to by other users")
 
 
-def _head(name: str, payload: bytes) -> bytes:
+def _head(name: str, payload: Buffer) -> bytes:
     """Return the page that states what follows it."""
-    facts = {"name": name, "bytes": len(payload), "sum": _check_sum(np.frombuffer(payload, dtype=np.uint8))}
-    return (_MAGIC + json.dumps(facts).encode() + b"\n").ljust(_PAGE, b"\0")
+    text = f"{name}\n{len(payload)} bytes\n{_check_sum(payload)}\n"
+    return (_MAGIC + text.encode()).ljust(_PAGE, b"\0")
 
 
-def _mapped(file: Any, name: str) -> Buffer:
-    head = file.read(_PAGE)
-    if not head.startswith(_MAGIC):
-        raise _Odd(f"{name} is not a compiled stage")
-    try:
-        facts: Mapping[str, Any] = json.loads(head[len(_MAGIC) :].partition(b"\n")[0])
-        size, expected = int(facts["bytes"]), str(facts["sum"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise _Odd(f"{name} is damaged: no head") from error
-    if facts.get("name") != name or size <= 0 or os.fstat(file.fileno()).st_size != _PAGE + size:
-        raise _Odd(f"{name} is damaged: {size} bytes were written")
-    # Private: OpenVINO takes only what may be written to, and what it writes must not reach the file.
-    payload = np.frombuffer(mmap.mmap(file.fileno(), _PAGE + size, access=mmap.ACCESS_COPY), dtype=np.uint8, offset=_PAGE)
-    if _check_sum(payload) != expected:
-        raise _Odd(f"{name} is damaged: its check sum is another")
+def _payload(file: FileIO, name: str, size: int) -> Buffer:
+    """Return what follows the head of a file of `size` bytes, when the head says just that."""
+    if size <= _PAGE:
+        raise _Odd(f"{name} is damaged: no head, or nothing behind it")
+    if size <= _SMALL_BYTES:
+        whole = aligned_bytes(size)
+        if file.readinto(whole) != size:
+            raise _Odd(f"{name} was read in part")
+    else:
+        # Private: OpenVINO takes only what may be written to, and what it writes must not reach the file.
+        whole = np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY), dtype=np.uint8)
+    payload = whole[_PAGE:]
+    if whole[:_PAGE].tobytes() != _head(name, payload):
+        raise _Odd(f"{name} is damaged: its head does not fit what follows it")
     return payload
 
 

@@ -15,10 +15,13 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os.path import isdir, isfile, join  # where the first answer waits: a path's methods take three to eight times as long when first asked
 from pathlib import Path, PurePosixPath
 from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from aivmm.errors import BundleError, UsageError
 from aivmm.runtime.onnx_arity import short_of_inputs
@@ -35,7 +38,12 @@ UNLISTED = frozenset({REPORT_FILE, SIGNATURE_FILE})  # may lie beside the plan w
 _COMPILED = b"EPContext"  # the operator of ONNX Runtime that carries blobs, or reads them from a path of its own
 _MAX_PLAN_BYTES = 64 << 20
 _LARGE_BYTES = 32 << 20  # takes 20 ms to hash, or more
-_PIECE_BYTES = 1 << 20  # hashed at a time; before and after each, the interpreter's lock is taken from who loads the plan meanwhile
+# A thread that has the interpreter keeps it up to 5 ms from who asks for it back. ONNX Runtime does so between reading a model, which takes
+# it half a millisecond, and the rest of its work: so the other thread begins when that is over.
+_PAUSE_S = 1e-3
+# Hashed at a time. Before and after each the interpreter's lock is taken from who loads the plan meanwhile; larger ones do not stay in the
+# cache of a core, and take new pages where the runtime asks for pages, too.
+_PIECE_BYTES = 256 << 10
 
 
 class Bundle:
@@ -92,7 +100,7 @@ class Bundle:
         folder, unpacked = unpack(path)
         try:
             text = read_root(folder, PLAN_FILE, path, signed_by=signed_by)
-            plan = parse_plan(text, str(path / PLAN_FILE))
+            plan = parse_plan(text, join(path, PLAN_FILE))
             size = check_listing(folder, plan.files, root=PLAN_FILE, shown=path)
             reading = Reading(folder, plan.files, plan.model_files(), path, size=size)
             return cls(folder, plan, unpacked=unpacked, reading=reading, text=text)
@@ -105,7 +113,7 @@ class Bundle:
         """Return the path of a listed file."""
         if name not in self.plan.files:
             raise BundleError(f"{name!r} is not a file of this bundle")
-        return self.folder / PurePosixPath(name)
+        return Path(join(self.folder, *name.split("/")))
 
     def start_reading(self) -> None:
         """Have the contents of the files checked on a thread meanwhile, unless that has begun."""
@@ -144,17 +152,16 @@ class Bundle:
 
 def is_family(path: str | Path) -> bool:
     """Say whether what lies at `path` looks like a bundle of several plans. Nothing is checked yet."""
-    path = Path(path)
-    if path.is_dir():
-        return (path / FAMILY_FILE).is_file()
+    if isdir(path):
+        return isfile(join(path, FAMILY_FILE))
     from aivmm.runtime.unzip import holds  # here, as below: a folder need not wait for what zips need
 
-    return holds(path, FAMILY_FILE)
+    return holds(Path(path), FAMILY_FILE)
 
 
 def unpack(path: Path) -> tuple[Path, TemporaryDirectory[str] | None]:
     """Return the folder of the bundle at `path`, nothing in it checked yet, and the temporary one that it is when `path` is a zip."""
-    if path.is_dir():
+    if isdir(path):
         return path, None
     if not path.exists():
         raise BundleError(f"{path} does not exist", advice="make one with aivmm-tune MODEL -o PATH")
@@ -218,14 +225,19 @@ class Reading:
         self._given_up = False
         self._starting = threading.Lock()
         self._started = False
-        self._ended = threading.Event()
+        self._pause = threading.Lock()  # held while there is reason to leave the interpreter to who loads
+        self._pause.acquire()
+        self._ended = threading.Lock()  # held until nothing is read any more. An event takes four times as long to make
+        self._ended.acquire()
         self._what = (folder, files, frozenset(models), shown)
         if size >= _LARGE_BYTES:
-            self.start()
+            self.start(at_once=True)
 
-    def start(self) -> None:
-        """Start to read, unless that was done before."""
+    def start(self, *, at_once: bool = False) -> None:
+        """Start to read, unless that was done before: in a moment, or `at_once`."""
         with self._starting:
+            if at_once and self._pause.locked():
+                self._pause.release()
             if not self._started:
                 # Not `threading.Thread`, whose `start` waits until the new thread runs: half a millisecond in which nothing is loaded.
                 _thread.start_new_thread(self._read, self._what)
@@ -238,8 +250,9 @@ class Reading:
             BundleError: a file is not what the plan says.
         """
         started = perf_counter()
-        self.start()
-        self._ended.wait()
+        self.start(at_once=True)
+        with self._ended:  # for a moment: others may wait, too
+            pass
         self.waited_s += perf_counter() - started
         if self._error is not None:
             raise self._error
@@ -249,15 +262,20 @@ class Reading:
         self._given_up = True
         with self._starting:
             if self._started:
-                self._ended.wait()
+                with self._ended:
+                    pass
 
     def _read(self, folder: Path, files: Mapping[str, str], models: frozenset[str], shown: Path) -> None:
+        self._pause.acquire(timeout=_PAUSE_S)
         started = perf_counter()
         try:
             for name, expected in files.items():
                 if self._given_up:
                     return
                 check_content(folder, name, expected, shown)
+            for name in files:  # last: it is Python's work, and the runtime needs the interpreter at first more than later
+                if self._given_up:
+                    return
                 if name in models:
                     refuse_compiled(folder / PurePosixPath(name), shown / name)
             self._error = None
@@ -270,7 +288,7 @@ class Reading:
             self._error.__cause__ = error
         finally:
             self.seconds = perf_counter() - started
-            self._ended.set()
+            self._ended.release()
 
 
 def unlisted_in(folder: Path, root: str) -> list[str]:
@@ -290,23 +308,23 @@ def refuse_compiled(model: Path, shown: Path) -> None:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 if mapped.find(_COMPILED) >= 0:
                     raise BundleError(f"{shown} holds compiled code ({_COMPILED.decode()})", advice="tune from the original model")
-    short = short_of_inputs(model)
-    if short:
-        raise BundleError(f"{shown} holds {short}", advice="tune from the original model")
+                short = short_of_inputs(mapped)
+                if short:
+                    raise BundleError(f"{shown} holds {short}", advice="tune from the original model")
 
 
 def _read_beside(folder: Path, name: str, most: int, shown: Path) -> bytes | None:
     """Return the bytes of `plan.json` or `signature.json`, or None where it is no plain file. Read once: what is checked is used."""
-    path = folder / name
+    path = join(folder, name)
     try:
-        status = path.lstat()
+        status = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     if not stat.S_ISREG(status.st_mode):
         return None
     if status.st_nlink > 1:
         raise BundleError(f"{shown} holds {name!r}, which is hard-linked from elsewhere", advice="copy the bundle instead of linking it")
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         text = file.read(min(most, status.st_size) + 1)  # room is made for all that is asked for; what grew meanwhile is cut, and refused
     if len(text) > most:
         raise BundleError(f"{shown / name} is larger than {_size(most)}")
@@ -333,7 +351,7 @@ def _walk(folder: Path, shown: Path, *, free: frozenset[str]) -> dict[str, int]:
     pending = [""]
     while pending:
         inside = pending.pop()
-        for entry in list(os.scandir(folder / inside)):
+        for entry in list(os.scandir(join(folder, inside))):
             name = inside + entry.name
             status = os.lstat(entry.path)  # an entry's own has no count of links on Windows
             if stat.S_ISDIR(status.st_mode):
@@ -352,10 +370,10 @@ def _walk(folder: Path, shown: Path, *, free: frozenset[str]) -> dict[str, int]:
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file, mmap.mmap(-1, _PIECE_BYTES) as room, memoryview(room) as piece:
+    with path.open("rb", buffering=0) as file:
+        piece = np.empty(min(_PIECE_BYTES, max(1, os.fstat(file.fileno()).st_size)), dtype=np.uint8)
         while size := file.readinto(piece):
-            with piece[:size] as read:
-                digest.update(read)
+            digest.update(piece[:size])
     return digest.hexdigest()
 
 

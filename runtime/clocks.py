@@ -24,9 +24,10 @@ class StageClock:
 
     __slots__ = ("added_up", "count", "durations", "late_bytes", "wait_count", "wait_ns", "waits")
 
-    def __init__(self) -> None:
+    def __init__(self, *, runs: bool = True) -> None:
+        """Without `runs` it is for waits alone."""
         self.count = 0
-        self.durations: deque[int] = deque((_UNUSED + number for number in range(RING)), maxlen=RING)
+        self.durations: deque[int] = deque(range(_UNUSED, _UNUSED + (RING if runs else 0)), RING)
         self.added_up = 0, 0  # so many runs, and what they took; one object, so that a look sees both or neither
         self.waits: deque[int] = deque(maxlen=RING)  # in front of the stage, where it has a queue
         self.wait_ns = 0

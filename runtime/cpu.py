@@ -53,8 +53,8 @@ def _groups(root: Path, membership: Path) -> Iterator[tuple[str, bool]]:
         lines = (_start_of(str(membership)) or "").splitlines()
     except OSError:
         return
-    for line in lines:
-        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+    for line in [each for each in lines if "cpu" in each or "::" in each]:
+        controllers, _, path = line.partition(":")[2].partition(":")
         if not path or (controllers and "cpu" not in controllers.split(",")):
             continue
         # Inside a container the group's path may name the host's tree; its own limits are then at the root of the mount.
@@ -67,15 +67,15 @@ def _groups(root: Path, membership: Path) -> Iterator[tuple[str, bool]]:
 def _quota_of(folder: str, *, first_version: bool) -> float | None:
     try:
         text = _start_of(f"{folder}/{'cpu.cfs_quota_us' if first_version else 'cpu.max'}")
-        if first_version and text is not None:
-            text = f"{text} {_start_of(f'{folder}/cpu.cfs_period_us')}"
-        if text is None:
+        if text is None or text.startswith(("max", "-1")):
             return None
+        if first_version:
+            text = f"{text} {_start_of(f'{folder}/cpu.cfs_period_us')}"
         limit, period = text.split()
-        cores = None if limit in ("max", "-1") else float(limit) / float(period)
+        cores = float(limit) / float(period)
     except (OSError, ValueError, ZeroDivisionError):
         return None
-    return cores if cores is not None and cores > 0 else None
+    return cores if cores > 0 else None
 
 
 def _start_of(path: str, until: bytes = b"") -> str | None:
@@ -113,26 +113,30 @@ def cpu_device() -> Device:
 
 
 def _model_name() -> str:
-    info = _cpuinfo()
-    for key in ("model name", "Hardware", "Model"):
-        if info.get(key):
-            return info[key]
-    return platform.processor() or platform.machine() or "unknown CPU"
+    return _told("model name", "Hardware", "Model") or platform.processor() or platform.machine() or "unknown CPU"
 
 
 def _instruction_sets() -> tuple[str, ...]:
-    info = _cpuinfo()
-    flags = set((info.get("flags") or info.get("Features") or "").split())
-    return tuple(name for name in _DECISIVE if name in flags)
+    flags = f" {_told('flags', 'Features')} "
+    return tuple([name for name in _DECISIVE if f" {name} " in flags])
+
+
+def _told(*keys: str) -> str:
+    """Return what `/proc/cpuinfo` says of the first processor under the first of `keys` that it has; empty where it has none."""
+    text = _cpuinfo()
+    for key in keys:
+        value = text.partition(f"\n{key}\t")[2].partition("\n")[0].strip("\t :")
+        if value:
+            return value
+    return ""
 
 
 @cache
-def _cpuinfo() -> dict[str, str]:
+def _cpuinfo() -> str:
     try:
-        text = _start_of("/proc/cpuinfo", until=b"\n\n") or ""
+        return "\n" + (_start_of("/proc/cpuinfo", until=b"\n\n") or "")
     except OSError:
-        return {}
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+        return ""
 
 
 def host_memory_bytes() -> int:

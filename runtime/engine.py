@@ -465,7 +465,7 @@ class Engine:
         """Watch the latency of calls, or say why it cannot be told from other things that change it."""
         if self._program.execution.batching is not None:
             return None, "requests are batched, and a batch takes as long as it has rows"
-        if not all(spec.static for spec in self.inputs):
+        if not all(spec.static for spec in self._program.inputs):
             return None, "inputs change their shape"
         # Where the plan's numbers do not hold anyway, an engine is held against its own beginning.
         names = {_PLAN: self.plan.expected, **{each.name: each.expected for each in self.plan.fallbacks}}
@@ -488,12 +488,12 @@ class Engine:
 def _check_interface(stage: Stage, executable: Executable) -> None:
     """Raise BundleError unless the model behind `stage` is what the plan says: buffers are bound by the plan's word."""
     for kind, said, found in (("input", stage.inputs, executable.inputs), ("output", stage.outputs, executable.outputs)):
-        specs = {each.name: each.spec for each in said}
+        tensors = {each.name: each for each in said}
         have = {each.name: each for each in found}
         # A runtime may drop an input that nothing reads, and a model may have outputs that the plan leaves alone.
-        odd = next(iter(have.keys() - specs.keys() if kind == "input" else specs.keys() - have.keys()), None)
+        odd = next(iter(have.keys() - tensors.keys() if kind == "input" else tensors.keys() - have.keys()), None)
         if odd is not None:
             raise BundleError(f"{stage.model} does not fit its plan: the {kind} {odd!r} is not in both")
-        for name in specs.keys() & have.keys():
-            if not agree(specs[name], have[name]):
-                raise BundleError(f"{stage.model} does not fit its plan: the {kind} {specs[name]} is {have[name]} in the file")
+        for name in tensors.keys() & have.keys():
+            if not agree(tensors[name], have[name]):
+                raise BundleError(f"{stage.model} does not fit its plan: the {kind} {tensors[name].spec} is {have[name]} in the file")

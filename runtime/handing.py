@@ -21,6 +21,7 @@ from aivmm.runtime.backend import Buffer, CallsDirectly, Executable, ForgetsInpu
 from aivmm.tensors import TensorSpec
 
 log = logging.getLogger("aivmm.engine")
+_COUNTS: bool = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
 _Direct = tuple[Callable[[], object], Callable[[BaseException], Exception | None]]
 _MOST = 3  # requests whose arrays are handed out. A caller who keeps more of them than that gets copies.
 
@@ -37,7 +38,7 @@ class _Memory:
 
 def counts_references() -> bool:
     """Say whether this interpreter's reference counts are exact: CPython's, with its global lock."""
-    return sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
+    return _COUNTS
 
 
 class Slot:

@@ -12,11 +12,14 @@ from aivmm.errors import UsageError
 from aivmm.runtime.backend import Buffer
 from aivmm.tensors import TensorSpec
 
+_PLAIN = frozenset(["bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
 _ON_HOST = (1, 3)  # of DLPack's devices: kDLCPU, kDLCUDAHost
 
 
 def is_numpy(dtype: str) -> bool:
     """Say whether NumPy alone has this type of fixed size: not strings, and bfloat16 and its like only where ml_dtypes was imported."""
+    if dtype in _PLAIN:
+        return True
     try:
         return np.dtype(dtype).kind in "biufc"
     except TypeError:

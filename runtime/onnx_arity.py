@@ -7,9 +7,7 @@ Runtime refuses such a model. So it is refused before either sees it. Read from 
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from aivmm.runtime.onnx_interface import _fields
 
@@ -44,20 +42,13 @@ _NEEDED = {
 LEAST_INPUTS = {name: count for count, names in _NEEDED.items() for name in names.split()}
 
 
-def short_of_inputs(path: Path) -> str:
-    """Return what is wrong with the first node of a model that has too few inputs; empty when none has, or it cannot be read."""
-    with path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return ""
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            return _first_of(memoryview(mapped))
+def short_of_inputs(model: mmap.mmap | bytes) -> str:
+    """Return what is wrong with the first node of a model that has too few inputs; empty when none has, or it cannot be read.
 
-
-def _first_of(view: memoryview) -> str:
-    """Look at all graphs and functions. What is no protobuf the runtimes refuse themselves.
-
-    Nothing may be raised out of here: an error in flight holds views of the file, which then cannot be unmapped.
+    All graphs and functions are looked at. What is no protobuf the runtimes refuse themselves. Nothing may be raised out of here: an error
+    in flight holds views of the file, which then cannot be unmapped.
     """
+    view = memoryview(model)
     try:
         for field, value in _fields(view):
             if isinstance(value, memoryview) and field in (7, 25):  # the graph, and functions: their nodes are fields 1 and 7

@@ -203,16 +203,17 @@ class OnnxRuntime:
     ) -> _Executable:
         if config.precision is not None and config.precision not in target.precisions:
             raise Unsupported(f"{target} does not run {config.precision} natively", advice=f"it runs {', '.join(target.precisions)}")
+        kind = _kind(target)
         options, provider_options = self._options(target, config)
         for name, value in besides.items():
             setattr(options, name, value)
         if weights is not None:  # without a path of its own, a model's weights are looked for in the current folder
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-        provider = PROVIDERS[_kind(target)].name
-        if _kind(target) == "TensorRT":
+        provider = PROVIDERS[kind].name
+        if kind == "TensorRT":
             provider_options |= tensorrt_caches(source if isinstance(source, bytes) else Path(source), config)
-        _load_libraries(_kind(target))
-        stream = Stream(index_of(target)) if _kind(target) == "CUDA" and _graphed(config) else None
+        _load_libraries(kind)
+        stream = Stream(index_of(target)) if kind == "CUDA" and _graphed(config) else None
         if stream is not None:  # a session that records serves one request, whose copies can go the way of its kernels
             provider_options["user_compute_stream"] = str(stream.handle)
         try:
@@ -221,7 +222,7 @@ class OnnxRuntime:
             raise Unsupported(f"ONNX Runtime on {target.name}: {words(error)}") from error
         if provider not in session.get_providers():
             raise Unsupported(f"ONNX Runtime could not start {provider} and fell back to {session.get_providers()[0]}")
-        if _kind(target) not in NVIDIA:
+        if kind not in NVIDIA:
             return _Executable(session, target, config)
         card = _CardExecutable(session, target, config, stream)
         if card.graphed:  # an address is recorded once, so that each request has to have a session of its own

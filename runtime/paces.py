@@ -56,7 +56,6 @@ class PacedMonitor:
         self._now = self._by_pause = 0  # the pace now, and its pause when it began
         self._period_ns = 0.0  # of the last calls of it that had pauses
         self._before = 0, 0  # the paces of the two blocks before, even if they were dropped
-        self._pace(0)
         self._events: list[Drift] = []
 
     def add(self, durations_ns: Sequence[int], passed_ns: int) -> None:
@@ -75,7 +74,7 @@ class PacedMonitor:
         """Return the state for statistics: that of the last calls' pace, `outside` where another one was lately, and the events."""
         now_s = monotonic()
         with self._lock:
-            found = self._paces[self._now].state() | {"events": [each.as_json() for each in self._events]}
+            found = self._pace(self._now).state() | {"events": [each.as_json() for each in self._events]}
             return found | {"state": "outside"} if any(each.outside(now_s) for each in self._paces.values()) else found
 
     def _of(self, total_ns: int, calls: int, passed_ns: int) -> _Pace | None:

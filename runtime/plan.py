@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Annotated, Literal
 
 from msgspec import Meta, field
@@ -115,17 +114,23 @@ class Stage(Strict, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Raise ValueError for more executables than a stage may have."""
-        count = self.replicas + sum(each.replicas for each in self.copies)
-        if count > MOST_EXECUTABLES:
-            raise ValueError(f"{count} replicas, those of its copies among them, and a stage may have {MOST_EXECUTABLES}")
+        if self.executables > MOST_EXECUTABLES:
+            raise ValueError(f"{self.executables} replicas, those of its copies among them, and a stage may have {MOST_EXECUTABLES}")
 
     @property
     def compiled_with(self) -> Config:
         """The config, as it was searched; see `Config.compiled_for` for what a target is asked for."""
         return Config.of(dict(self.config), precision=None if self.precision == "default" else self.precision)
 
+    @property
+    def executables(self) -> int:
+        """The stage's replicas and those of its copies."""
+        return self.replicas + sum([each.replicas for each in self.copies])
+
     def everywhere(self) -> tuple[Stage, ...]:
         """Return the stage and its copies, each as a stage of its own."""
+        if not self.copies:
+            return (self,)
         alone = self.replaced(copies=[])
         return (alone, *(alone.replaced(**{name: getattr(each, name) for name in Copy.__struct_fields__}) for each in self.copies))
 
@@ -268,32 +273,32 @@ class Plan(Strict, frozen=True, kw_only=True):
     def _require_stages_that_connect(self) -> None:
         batches = (self.batch, *(each.batch or self.batch for each in (*self.alternatives, *self.fallbacks)))
         for stages, batch in zip(self.stage_lists(), batches, strict=True):
-            known = {each.name: _at_batch(each.spec, self.batch, batch) for each in self.model.inputs}
+            known = {each.name: _at_batch(each, self.batch, batch) for each in self.model.inputs}
             if len(known) != len(self.model.inputs):
                 raise ValueError("two inputs of the model have one name")
-            made: dict[str, TensorSpec] = {}
+            made: dict[str, Tensor] = {}
             for stage in stages:
-                for model in (each.model for each in stage.everywhere()):
+                for model in (stage.model, *[each.model for each in stage.copies]):
                     if model not in self.files:
                         raise ValueError(f"stage file {model!r} is not listed in files")
                 for each in stage.inputs:
                     if each.name not in known:
                         raise ValueError(f"stage on {stage.target} needs {each.name!r}, which nothing before it makes")
-                    _require_agreement(each.spec, known[each.name])
+                    _require_agreement(each, known[each.name])
                 for each in stage.outputs:
                     if each.name in made:
                         raise ValueError(f"two stages make {each.name!r}")
-                    made[each.name] = each.spec
+                    made[each.name] = each
                 known |= made
             for each in self.model.outputs:
                 if each.name not in known:
                     raise ValueError(f"no stage makes the output {each.name!r}")
-                _require_agreement(_at_batch(each.spec, self.batch, batch), known[each.name])
+                _require_agreement(_at_batch(each, self.batch, batch), known[each.name])
 
     def _require_few_lanes(self) -> None:
         ways: tuple[Plan | Alternative, ...] = (self, *self.alternatives, *self.fallbacks)
         for way in ways:
-            copies = max(len(each.kinds()) for each in way.stages)
+            copies = max([each.executables for each in way.stages])
             lanes = copies * way.execution.depth * len(way.stages) if way.execution.mode == "pipelined" else copies
             if lanes > MOST_LANES:
                 text = f"{len(way.stages)} stages with {way.execution.depth} requests for each, in up to {copies} replicas"
@@ -352,26 +357,28 @@ class Plan(Strict, frozen=True, kw_only=True):
         return tuple(dict.fromkeys(each.target for stage in self.stages for each in stage.everywhere()))
 
 
-def agree(a: TensorSpec, b: TensorSpec) -> bool:
+def agree(a: Tensor | TensorSpec, b: Tensor | TensorSpec) -> bool:
     """Say whether two descriptions of one tensor can both be right. An empty shape may stand for an unknown rank."""
-    if "unknown" not in (a.dtype, b.dtype) and a.dtype != b.dtype:
+    if a.dtype != b.dtype and "unknown" not in (a.dtype, b.dtype):
         return False
+    if a.shape == b.shape:  # lists, both of them, where a plan is held against itself
+        return True
     if len(a.shape) != len(b.shape):
         return not a.shape or not b.shape
     return all(one is None or other is None or one == other for one, other in zip(a.shape, b.shape, strict=True))
 
 
-def _at_batch(spec: TensorSpec, batch: int, other: int) -> TensorSpec:
+def _at_batch(tensor: Tensor, batch: int, other: int) -> Tensor:
     """Return what is known of a tensor at another batch than the plan's: its first extent may be any, and so may those that are the
     plan's batch: the state of a recurrent model is [layers, batch, width]."""
     if other == batch:
-        return spec
-    return replace(spec, shape=tuple(None if at == 0 or extent == batch else extent for at, extent in enumerate(spec.shape)))
+        return tensor
+    return tensor.replaced(shape=[None if at == 0 or extent == batch else extent for at, extent in enumerate(tensor.shape)])
 
 
-def _require_agreement(a: TensorSpec, b: TensorSpec) -> None:
+def _require_agreement(a: Tensor, b: Tensor) -> None:
     if not agree(a, b):
-        raise ValueError(f"{a} is {b} elsewhere in the plan")
+        raise ValueError(f"{a.spec} is {b.spec} elsewhere in the plan")
 
 
 _READER = Reader(Plan, newest=SCHEMA, remedy="tune again")

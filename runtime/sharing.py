@@ -15,6 +15,8 @@ def shared_out(weights: Sequence[float], lanes: int) -> list[int]:
     """
     if lanes < len(weights):
         raise ValueError(f"{lanes} lanes do not serve {len(weights)} copies")
+    if len(weights) == 1:
+        return [0] * lanes
     counts = _counts(weights, lanes)
     credit = [0.0] * len(weights)
     left = list(counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -87,13 +88,13 @@ def test_what_was_compiled_with_other_settings_is_another_file(tmp_path: Path, s
         assert engine._program._executables[0][0].effective_config[setting[0]] == setting[1]
 
 
-def test_another_environment_compiles_anew(bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "change", [{"driver": "other"}, {"runtime_version": "0"}, {"instruction_sets": ()}, {"usable_cores": 999}], ids=repr
+)
+def test_another_environment_compiles_anew(bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
     used(bundle)
-
-    class Elsewhere:
-        fingerprint = "f" * 32
-
-    monkeypatch.setattr(blobs, "environment_of", lambda target: Elsewhere)
+    real = blobs.environment_of
+    monkeypatch.setattr(blobs, "environment_of", lambda target: dataclasses.replace(real(target), **change))
     assert used(bundle)["stored"] == 2
     assert len(files(cache)) == 4
 
@@ -156,7 +157,7 @@ def test_what_the_runtime_refuses_is_compiled_again(bundle: Path, cache: Path) -
     used(bundle)
     for each in files(cache):
         payload = b"not compiled by anyone" * 1000
-        each.write_bytes(blobs._head(each.name, payload) + payload)
+        each.write_bytes(blobs._head(each.name, np.frombuffer(payload, dtype=np.uint8)) + payload)
     found = used(bundle)
     assert found["hits"] == 0 and found["stored"] == 2 and all("compiled again" in each for each in found["problems"])
 
@@ -273,7 +274,7 @@ from pathlib import Path
 from aivmm.runtime.blobs import BlobCache
 cache = BlobCache("0" * 64, root=Path(sys.argv[1]))
 while True:
-    cache._write(cache._root / ("0" * 32) / "a.blob", bytes([1]) * (8 << 20))
+    cache._write(str(Path(cache._root) / ("0" * 32) / "a.blob"), bytes([1]) * (8 << 20))
     print("written", flush=True)
 """
 
@@ -282,7 +283,7 @@ while True:
 def test_a_writer_that_is_killed_while_writing_leaves_no_half_a_file(tmp_path: Path) -> None:
     cache = blobs.BlobCache("0" * 64, root=tmp_path / "killed")
     assert cache._root is not None
-    path = cache._root / ("0" * 32) / "a.blob"
+    path = str(Path(cache._root) / ("0" * 32) / "a.blob")
     for round_ in range(5):
         process = subprocess.Popen([sys.executable, "-c", WRITE_FOREVER, str(tmp_path / "killed")], stdout=subprocess.PIPE)
         assert process.stdout is not None and process.stdout.readline()

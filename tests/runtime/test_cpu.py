@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from aivmm.runtime import cpu
 from aivmm.runtime.cpu import cgroup_quota, cpu_device, host_memory_bytes, throttled_s, throttling_files, usable_cores
 
 
@@ -119,3 +121,40 @@ def test_the_cpu_is_described() -> None:
     device = cpu_device()
     assert device.kind == "cpu" and device.model and device.cores == usable_cores()
     assert host_memory_bytes() > 1 << 28
+
+
+X86 = """processor\t: 0
+vendor_id\t: GenuineIntel
+cpu family\t: 6
+model\t\t: 207
+model name\t: Intel(R) Xeon(R) Processor
+flags\t\t: fpu avx avx2 fma avx512f avx512_vnni amx_tile
+vmx flags\t: vnmi avx512_fp16
+
+processor\t: 1
+model name\t: another
+"""
+ARM = "processor\t: 0\nBogoMIPS\t: 108.00\nFeatures\t: fp asimd asimdhp sve bf16x\nCPU implementer\t: 0x41\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "sets"),
+    [
+        (X86, "Intel(R) Xeon(R) Processor", ("avx", "avx2", "fma", "avx512f", "avx512_vnni", "amx_tile")),
+        (ARM, None, ("asimd", "asimdhp", "sve")),
+        (ARM + "Model\t\t: Raspberry Pi 5\n", "Raspberry Pi 5", ("asimd", "asimdhp", "sve")),
+        ("", None, ()),
+    ],
+)
+def test_the_kernels_words_of_the_first_processor_are_read(
+    monkeypatch: pytest.MonkeyPatch, text: str, model: str | None, sets: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(cpu, "_start_of", lambda path, until=b"": text.encode().partition(until)[0].decode())
+    cpu._cpuinfo.cache_clear()
+    cpu_device.cache_clear()
+    try:
+        assert cpu._model_name() == (model or platform.processor() or platform.machine())
+        assert cpu._instruction_sets() == sets
+    finally:
+        cpu._cpuinfo.cache_clear()
+        cpu_device.cache_clear()
