@@ -25,7 +25,7 @@ import numpy as np
 
 from aivmm.errors import BundleError, UsageError
 from aivmm.runtime.onnx_arity import short_of_inputs
-from aivmm.runtime.plan import Plan, parse_plan
+from aivmm.runtime.plan import Plan, parse_plan, require_keys_once
 from aivmm.runtime.signing import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, Key, require_signature
 
 if TYPE_CHECKING:
@@ -100,9 +100,9 @@ class Bundle:
         folder, unpacked = unpack(path)
         try:
             text = read_root(folder, PLAN_FILE, path, signed_by=signed_by)
-            plan = parse_plan(text, join(path, PLAN_FILE))
+            plan = parse_plan(text, join(path, PLAN_FILE), keys_later=True)
             size = check_listing(folder, plan.files, root=PLAN_FILE, shown=path)
-            reading = Reading(folder, plan.files, plan.model_files(), path, size=size)
+            reading = Reading(folder, plan.files, plan.model_files(), path, size=size, text=text)
             return cls(folder, plan, unpacked=unpacked, reading=reading, text=text)
         except BaseException:  # not handled, only cleaned up: nothing else knows of the folder
             if unpacked is not None:
@@ -212,8 +212,12 @@ def check_content(folder: Path, name: str, expected: str, shown: Path) -> None:
 class Reading:
     """The check of a bundle's contents, on a thread of its own: hashing and loading leave the interpreter to each other."""
 
-    def __init__(self, folder: Path, files: Mapping[str, str], models: Iterable[str], shown: Path, *, size: int) -> None:
+    def __init__(
+        self, folder: Path, files: Mapping[str, str], models: Iterable[str], shown: Path, *, size: int, text: bytes | None = None
+    ) -> None:
         """Prepare to read `files` (digests by name) in `folder`; some are `models`. `shown` is what its user calls it, maybe a zip.
+
+        Of a plan's `text` what takes longest to check is left for then.
 
         What has a large `size` in bytes is begun at once. Reading and loading would take turns with the interpreter, so that what is small
         waits until the runtimes begin their own work, beside which it is done soon.
@@ -229,7 +233,7 @@ class Reading:
         self._pause.acquire()
         self._ended = threading.Lock()  # held until nothing is read any more. An event takes four times as long to make
         self._ended.acquire()
-        self._what = (folder, files, frozenset(models), shown)
+        self._what = (folder, files, frozenset(models), shown, text)
         if size >= _LARGE_BYTES:
             self.start(at_once=True)
 
@@ -265,7 +269,7 @@ class Reading:
                 with self._ended:
                     pass
 
-    def _read(self, folder: Path, files: Mapping[str, str], models: frozenset[str], shown: Path) -> None:
+    def _read(self, folder: Path, files: Mapping[str, str], models: frozenset[str], shown: Path, text: bytes | None) -> None:
         self._pause.acquire(timeout=_PAUSE_S)
         started = perf_counter()
         try:
@@ -278,6 +282,8 @@ class Reading:
                     return
                 if name in models:
                     refuse_compiled(folder / PurePosixPath(name), shown / name)
+            if text is not None:
+                require_keys_once(text, str(shown / PLAN_FILE))
             self._error = None
         except BundleError as error:
             self._error = error

@@ -384,13 +384,22 @@ def _require_agreement(a: Tensor, b: Tensor) -> None:
 _READER = Reader(Plan, newest=SCHEMA, remedy="tune again")
 
 
-def parse_plan(text: str | bytes, where: str) -> Plan:
-    """Check the text of a `plan.json`.
+def parse_plan(text: str | bytes, where: str, *, keys_later: bool = False) -> Plan:
+    """Check the text of a `plan.json`; with `keys_later` all but what `require_keys_once` does.
 
     Raises:
         BundleError: not JSON, newer than this version, or not a plan; one line, with the place.
     """
-    return _READER.read(text, where)
+    return _READER.read(text, where, keys_later=keys_later)
+
+
+def require_keys_once(text: bytes, where: str) -> None:
+    """Refuse the text of a `plan.json` that has a key twice in one object.
+
+    Raises:
+        BundleError: it has.
+    """
+    _READER.require_keys_once(text, where)
 
 
 def settings(config: Config) -> dict[str, Setting]:

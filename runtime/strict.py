@@ -75,8 +75,8 @@ class Reader(Generic[_Kind]):
         self._newest = newest
         self._remedy = remedy
 
-    def read(self, text: str | bytes, where: str) -> _Kind:
-        """Check a text and return what it says.
+    def read(self, text: str | bytes, where: str, *, keys_later: bool = False) -> _Kind:
+        """Check a text and return what it says; with `keys_later` all but what `require_keys_once` does.
 
         Raises:
             BundleError: not JSON, a key twice in one object, newer than this version, or not such a file; one line, with the place.
@@ -91,14 +91,28 @@ class Reader(Generic[_Kind]):
                     advice=f"upgrade aivmm, or {self._remedy} with this one",
                 )
             found = self._decoder.decode(text)
-            json.loads(text, object_pairs_hook=_keys_once)  # JSON leaves open which of two counts: another reader would see another plan
-            return found
         except RecursionError as error:
             raise BundleError(f"{where} is nested too deeply", advice=self._remedy) from error
         except ValidationError as error:
             raise BundleError(f"{where}: {_explained(error)}", advice=self._remedy) from error
         except ValueError as error:  # what msgspec raises, and what decoding the text as UTF-8 does
             raise BundleError(f"{where} is not valid JSON ({_not_json(text) or _line(error)})", advice=self._remedy) from error
+        if not keys_later:
+            self.require_keys_once(text, where)
+        return found
+
+    def require_keys_once(self, text: str | bytes, where: str) -> None:
+        """Refuse a text with a key twice in one object. JSON leaves open which of them counts: another reader would see another plan.
+
+        Raises:
+            BundleError: there is such a key.
+        """
+        try:
+            json.loads(text, object_pairs_hook=_keys_once)
+        except RecursionError as error:
+            raise BundleError(f"{where} is nested too deeply", advice=self._remedy) from error
+        except ValueError as error:
+            raise BundleError(f"{where} is not valid JSON ({_line(error)})", advice=self._remedy) from error
 
 
 def _explained(error: DecodeError) -> str:
