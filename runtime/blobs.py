@@ -201,7 +201,7 @@ def _payload(file: FileIO, name: str, size: int) -> Buffer:
         raise _Odd(f"{name} is damaged: no head, or nothing behind it")
     if size <= _SMALL_BYTES:
         whole = aligned_bytes(size)
-        if file.readinto(whole) != size:
+        if file.readinto(whole.data) != size:
             raise _Odd(f"{name} was read in part")
     else:
         # Private: OpenVINO takes only what may be written to, and what it writes must not reach the file.

@@ -240,12 +240,16 @@ class Reading:
     def start(self, *, at_once: bool = False) -> None:
         """Start to read, unless that was done before: in a moment, or `at_once`."""
         with self._starting:
-            if at_once and self._pause.locked():
-                self._pause.release()
+            if at_once:
+                self._end_pause()
             if not self._started:
                 # Not `threading.Thread`, whose `start` waits until the new thread runs: half a millisecond in which nothing is loaded.
                 _thread.start_new_thread(self._read, self._what)
                 self._started = True
+
+    def _end_pause(self) -> None:
+        if self._pause.locked():
+            self._pause.release()
 
     def wait(self) -> None:
         """Return when all is read and found good.
@@ -265,6 +269,7 @@ class Reading:
         """Return when nothing is read any more, be it checked or not."""
         self._given_up = True
         with self._starting:
+            self._end_pause()
             if self._started:
                 with self._ended:
                     pass
@@ -377,7 +382,7 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        piece = np.empty(min(_PIECE_BYTES, max(1, os.fstat(file.fileno()).st_size)), dtype=np.uint8)
+        piece = np.empty(min(_PIECE_BYTES, max(1, os.fstat(file.fileno()).st_size)), dtype=np.uint8).data
         while size := file.readinto(piece):
             digest.update(piece[:size])
     return digest.hexdigest()

@@ -145,6 +145,16 @@ def test_a_damaged_file_is_compiled_again(bundle: Path, cache: Path, damage: str
         assert used(bundle) == {"hits": 2, "stored": 0, "problems": []}
 
 
+def test_when_a_file_was_used_is_noted_to_the_hour(bundle: Path, cache: Path) -> None:
+    used(bundle)
+    old, new = files(cache)
+    long_ago, lately = time.time() - 7200, time.time() - 60
+    os.utime(old, (long_ago, long_ago))
+    os.utime(new, (lately, lately))
+    assert used(bundle)["hits"] == 2
+    assert old.stat().st_mtime > long_ago + 3600 and new.stat().st_mtime == pytest.approx(lately, abs=1)
+
+
 def test_another_stages_blob_under_this_ones_name_is_not_taken(bundle: Path, cache: Path) -> None:
     used(bundle)
     one, other = files(cache)

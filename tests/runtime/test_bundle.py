@@ -13,13 +13,16 @@ import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import aivmm
 from aivmm.errors import AivmmError, BundleError
+from aivmm.runtime import bundle as bundle_module
 from aivmm.runtime.bundle import Bundle, file_sha256
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle
 from tests.runtime.bundles import edit_plan, links, list_as, refused, snapshot, zipped
@@ -359,6 +362,49 @@ def test_what_is_small_is_read_beside_the_runtime_and_what_is_large_at_once(bund
     monkeypatch.setattr("aivmm.runtime.bundle._LARGE_BYTES", 1000)
     with Bundle.open(bundle, read_later=True):
         assert begun.wait(60)
+
+
+def test_the_thread_that_reads_rests_at_first_unless_somebody_waits_for_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aivmm.runtime.bundle._PAUSE_S", 250.0)
+    begun = threading.Event()
+    real = bundle_module.check_content
+
+    def noted(*arguments: Any) -> None:
+        begun.set()
+        real(*arguments)
+
+    monkeypatch.setattr("aivmm.runtime.bundle.check_content", noted)
+    with Bundle.open(bundle, read_later=True) as opened:
+        opened.start_reading()
+        assert not begun.wait(0.2)
+        waiting = [threading.Thread(target=opened.verify) for _ in range(3)]
+        for each in waiting:
+            each.start()
+        for each in waiting:
+            each.join()
+        assert begun.is_set() and opened.hashing["hash_s"] > 0
+    with Bundle.open(bundle, read_later=True) as opened:
+        opened.start_reading()  # and closing does not wait for the rest, either
+
+
+def test_all_is_hashed_before_models_are_looked_into(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashing needs no interpreter, looking into models does, and the runtime needs it at first."""
+    order: list[str] = []
+    monkeypatch.setattr("aivmm.runtime.bundle.check_content", lambda folder, name, *_: order.append("hash"))
+    monkeypatch.setattr("aivmm.runtime.bundle.refuse_compiled", lambda *_: order.append("look"))
+    with Bundle.open(bundle) as opened:
+        assert order == ["hash"] * len(opened.plan.files) + ["look"] * len(opened.plan.model_files())
+
+
+def test_a_plan_with_a_key_twice_is_never_found_good(bundle: Path) -> None:
+    text = (bundle / "plan.json").read_text()
+    (bundle / "plan.json").write_text(text.replace('"objective":', '"objective": "throughput", "objective":', 1))
+    with Bundle.open(bundle, read_later=True) as opened, pytest.raises(BundleError, match=r"plan\.json is not valid JSON \(the key objective"):
+        opened.verify()
+    with pytest.raises(BundleError, match="the key objective is there twice in one object"):
+        Bundle.open(bundle)
+    with pytest.raises(BundleError, match="the key objective is there twice in one object"):
+        aivmm.load_plan(bundle)
 
 
 @pytest.mark.parametrize("error", [MemoryError("no\nroom"), RecursionError(), ValueError("odd"), KeyboardInterrupt()], ids=repr)
