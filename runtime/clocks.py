@@ -17,22 +17,30 @@ _UNUSED = 1 << 20  # numbers that the interpreter does not share, of the size of
 class StageClock:
     """Durations of one stage in one lane, in nanoseconds: the last ones, how many there were and their sum.
 
-    Only its lane writes. The last ones are whole from the beginning, so that a call takes the memory of one that is forgotten: new pages
+    Only its lane writes. The last ones are whole from early on, so that a call takes the memory of one that is forgotten: new pages
     would cost a fault for each hundred calls. They are added up before they are forgotten, and not at each call, which would touch a sum
     besides. A look from another thread may miss the call that is being counted.
     """
 
     __slots__ = ("added_up", "count", "durations", "late_bytes", "wait_count", "wait_ns", "waits")
 
-    def __init__(self, *, runs: bool = True) -> None:
-        """Without `runs` it is for waits alone."""
+    def __init__(self, *, full: bool = True) -> None:
+        """With `full` take the memory of the last ones now, else when `fill` is called."""
         self.count = 0
-        self.durations: deque[int] = deque(range(_UNUSED, _UNUSED + (RING if runs else 0)), RING)
+        self.durations: deque[int] = deque(maxlen=RING)
+        if full:
+            self.fill()
         self.added_up = 0, 0  # so many runs, and what they took; one object, so that a look sees both or neither
         self.waits: deque[int] = deque(maxlen=RING)  # in front of the stage, where it has a queue
         self.wait_ns = 0
         self.wait_count = 0
         self.late_bytes = 0  # of outputs whose size is known only after the run
+
+    def fill(self) -> None:
+        """Take the memory of what is still to come of the last durations."""
+        missing = RING - len(self.durations)
+        if missing:
+            self.durations.extendleft(range(_UNUSED, _UNUSED + missing))
 
     def took(self, nanoseconds: int) -> None:
         """Count a run. `Lane.call` and `shortest` do so without this call, and `add_up` after `RING` of them at the latest."""

@@ -65,7 +65,7 @@ class Lane(StageClock):
         Raises:
             Unsupported: an input is of a type that NumPy lacks.
         """
-        super().__init__()
+        super().__init__(full=False)
         self.awaited = False  # somebody waits for a free lane
         self.due, self.due_ns = 1, 0  # the count at which, and the time from which, what was timed is passed on
         self.turn: Slot | None = None  # of `hands`, the one to look at first
@@ -279,6 +279,8 @@ class Lane(StageClock):
     def pass_on(self, now_ns: int) -> None:
         """Tell who watches what calls took: of short ones the sum, by as many as are one observation, of others each; not at each call."""
         before, before_ns = self.added_up
+        if before:  # not with the first answer, for which somebody may wait
+            self.fill()
         self.add_up()
         calls, total_ns = self.count - before, self.added_up[1] - before_ns
         call_ns = total_ns // max(calls, 1) + 1

@@ -68,7 +68,7 @@ class Program:
         self._asked = threading.Condition(self._lock)
         self._asking = False  # somebody asks whether it is alive
         self._one_asks = threading.Lock()
-        self._turn = StageClock(runs=False)  # waits for a free lane
+        self._turn = StageClock(full=False)  # waits for a free lane
         self._good: Mapping[str, Buffer] | None = None  # the first inputs that were answered
         self._suspicions = 0
         self._closed = False
