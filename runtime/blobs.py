@@ -28,7 +28,7 @@ from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Backend, Buffer, Executable, ExportsBlob, ImportsBlob, aligned_bytes
 from aivmm.runtime.config import Config
 from aivmm.runtime.environment import environment_of
-from aivmm.runtime.folders import cache_folder
+from aivmm.runtime.folders import cache_path
 from aivmm.runtime.target import Target
 
 log = logging.getLogger("aivmm.blobs")
@@ -55,7 +55,7 @@ class BlobCache:
         self._root: str | None = None
         self._digest = bundle_digest
         try:
-            self._root = os.path.join(os.path.abspath(root or cache_folder()), "blobs")
+            self._root = os.path.join(os.path.abspath(root or cache_path()), "blobs")
         except RuntimeError:  # a user whom the password file does not know, as containers have them
             self._problem("there is no home folder; set AIVMM_CACHE to a folder to keep compiled stages in")
 

@@ -16,12 +16,17 @@ def data_folder() -> Path:
 
 def cache_folder() -> Path:
     """Return the folder for what can be made again (compiled blobs). `AIVMM_CACHE` overrides it. Not created here."""
+    return Path(cache_path())
+
+
+def cache_path() -> str:
+    """Return the path of `cache_folder`."""
     named = os.environ.get("AIVMM_CACHE")
     if named:
-        return Path(named)
+        return named
     if sys.platform == "linux":  # what platformdirs says there, which takes as long to import as a plan to open
         named = os.environ.get("XDG_CACHE_HOME", "")
-        return (Path(named) if named.startswith("/") else Path.home() / ".cache") / "aivmm"
+        return os.path.join(named if named.startswith("/") else Path.home() / ".cache", "aivmm")
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("aivmm", appauthor=False))
+    return str(platformdirs.user_cache_dir("aivmm", appauthor=False))
