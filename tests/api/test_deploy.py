@@ -141,6 +141,24 @@ def test_options_have_plans_of_their_own(asked: Callable[..., Deployment]) -> No
         run(asked(options={"dims": {"seq": 16}}), tune=None, on_drift=None)
 
 
+def test_a_plan_is_kept_for_the_order_in_which_hardware_is_wanted_and_for_objectives_however_spelled(model: Path, tmp_path: Path) -> None:
+    def deployed(**options: Any) -> Any:
+        return aivmm.deploy(model, store=tmp_path / "store", may_tune=False, **options)
+
+    with pytest.raises(UsageError, match="there is none") as refused:
+        deployed(objective="latency, p99", prefer="*:NPU, *:CPU")
+    place = Path(str(refused.value).removeprefix("no kept plan fits: ").partition(": ")[0])
+    place.parent.mkdir(parents=True)
+    make_bundle(place, MODEL, [Part(ONNXRUNTIME)], expected=EXPECTED, objective="latency,p99")
+    plan = json.loads((place / "plan.json").read_text())
+    plan["model"]["sha256"] = file_sha256(model)
+    (place / "plan.json").write_text(json.dumps(plan))
+    deployed(objective="latency,p99", prefer=["*:NPU", "*:CPU"]).close()
+    for options in ({"objective": "latency,p99"}, {"objective": "latency,p99", "prefer": "*:CPU"}, {"prefer": "*:NPU,*:CPU"}):
+        with pytest.raises(UsageError, match="there is none"):
+            deployed(**options)
+
+
 def test_where_a_target_does_not_start_the_others_are_tuned_for(asked: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aivmm.deployment._targets_here", lambda patterns: [OPENVINO, ONNXRUNTIME])
     tuner = Tuner(Part(OPENVINO, settings=(("NO_SUCH_SETTING", 1),)), Part(ONNXRUNTIME))
