@@ -7,7 +7,7 @@ tell the two apart; the processor's accounts do.
 What is compared are amounts: how much more was taken than is usual since calls became slow, against what calls lost by then. Who takes
 turns on a core with a call takes what it loses, and it waits for as long, which Linux counts. Who slows it down from another core, by its
 memory or its cache, makes it some times as slow for as long as he works, and so takes more than it loses. And what is usual varies.
-Looking takes some 20 µs (more with hundreds of threads): so it is done where there is a suspicion, and else once in thousands of calls.
+Looking takes some 40 µs (a millisecond with 200 threads): so it is done where there is a suspicion, and else once in thousands of calls.
 """
 
 from __future__ import annotations
