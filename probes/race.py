@@ -30,6 +30,7 @@ _VERY_SLOW_S = 0.2  # one such call is a block
 _BUSY_LEAST = 4  # durations to a block on a busy machine, so that one of them is likely to have run through
 _WARM_S = 0.5  # at most so long until the first calls no longer become faster
 _HOPELESS = 1.10  # dropped when it is shown to be this far behind the leader
+_FAR, _FAR_ROUNDS = 3.0, 3  # kept, and this many times behind in each of so many rounds or more: it rests
 _HOPELESS_P = 0.05  # five rounds of five reach it: what is dropped for nothing costs one candidate of a search
 _TIGHT = 0.03  # an interval this wide (±1.5 %) is decided enough: more rounds would be spent on what nobody feels
 _KNOWN_EACH = 4  # rounds between two looks at how well ratios are known
@@ -57,6 +58,7 @@ class Contestant:
     memory_bytes: int = 0
     device_memory_bytes: int = 0  # the most it was seen to hold of its device's own memory; 0 where nothing tells
     dropped: str = ""  # why it left the race early
+    rests: bool = False  # kept, and so far behind that what is known of it is enough: it takes no more turns
     failed: WorkerDied | None = None
     refused: bool = False  # failed, and its runtime said why: out of memory, say
     lost: bool = False  # failed through no fault of its own: another contestant took its worker down
@@ -246,6 +248,7 @@ def race(
     warmup: bool = True,
     confidence: float = 0.95,
     tell: Callable[[RaceState], None] | None = None,
+    tire: Callable[[int], None] | None = None,
     enough: Callable[[int], bool] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> int:
@@ -256,8 +259,9 @@ def race(
     Only the worker whose block it is runs: the others are frozen, or waited for until they are quiet, since spinning threads slow their
     neighbours. The first calls of a block are not timed; one round before the first is for warming up and is not counted. The order is
     random, and each second round has the one before it backwards, so that a drift within rounds cancels. Hopeless contestants leave early
-    unless `keep`. `enough(rounds)` replaces the rule that ends the race when each remaining comparison with the leader is decided at
-    `confidence`. Those that are not when the race ends carry the caution `never-settled`. `stop()` ends it after three rounds.
+    unless `keep`; `tire(rounds)` may let some of those rest. `enough(rounds)` replaces the rule that ends the race when each remaining
+    comparison with the leader is decided at `confidence`. Those that are not when the race ends carry the caution `never-settled`. `stop()`
+    ends it after three rounds.
     """
     order = random.Random(seed)
     started = time.perf_counter()
@@ -287,6 +291,8 @@ def race(
             number += 1
             background.look(count + 1)
             _drop_hopeless(contestants, count + 1)
+            if tire:
+                tire(count + 1)
             if tell:
                 racing = sum(each.racing for each in contestants)
                 elapsed = time.perf_counter() - started
@@ -319,6 +325,27 @@ def known_well(contestants: Sequence[Contestant]) -> Callable[[int], bool]:
         return all(math.log(each.high / each.low) <= _TIGHT for each in found)
 
     return enough
+
+
+def far_behind(who: Sequence[Contestant], field: Sequence[Contestant]) -> Callable[[int], None]:
+    """Return what lets those of `who` rest (`tire`) that took three times as long as the fastest of `field` or more in every round so far.
+
+    A race has its budget: what is slow beyond doubt would take the time in which those that are close are told apart.
+    """
+
+    def tire(rounds: int) -> None:
+        leader = leader_of(field)
+        if rounds < _FAR_ROUNDS or leader is None:
+            return
+        for each in who:
+            if each is leader or not each.racing or each.rests or not each.durations:
+                continue
+            mine, theirs = each.samples(), leader.samples()
+            assert mine and theirs
+            behind = paired_logs(mine, theirs, scale=leader.batch / each.batch, by=by_of(each, leader))
+            each.rests = behind.size >= _FAR_ROUNDS and float(behind.min()) > math.log(_FAR)
+
+    return tire
 
 
 class _Background:
@@ -365,7 +392,7 @@ class _Turns:
 
     def take(self, contestant: Contestant, number: int, *, warmup: bool = False) -> None:
         """Time one block of a contestant that still takes part."""
-        if not contestant.racing:
+        if not contestant.racing or contestant.rests:
             return
         load = worker, _ = contestant.loads[number % contestant.copies]
         if self._last is not None and self._last[0] is not worker:
@@ -423,7 +450,7 @@ def _undecided(contestants: Sequence[Contestant], confidence: float) -> list[Con
         return []
     found = []
     for each in contestants:
-        if each is leader or not each.racing or not each.durations:
+        if each is leader or not each.racing or each.rests or not each.durations:
             continue
         against = _within(each, leader, confidence)
         if against.verdict == "ambiguous" and against.high - against.low > _TIGHT:

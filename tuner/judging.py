@@ -45,7 +45,7 @@ class Judge:
         self._limits = [each for each in constraints if each.metric == "metric"]
         self._further = further
         self._found: Further | None = None
-        self._asking = threading.Lock()  # two entrants are loaded at a time, and one process holds the user's code
+        self._asking = threading.Lock()  # several entrants are loaded at a time, and one process holds the user's code
 
     def proof(self, entrant: Entrant, loaded: Mapping[str, Any]) -> tuple[dict[str, float], str]:
         """Return an entrant's accuracy on its samples, and why it cannot be the plan; `loaded` is what loading it found on its own sample.

@@ -262,6 +262,14 @@ class Measurer:
         self._loaded[candidate.key] = loaded
         return loaded
 
+    def load(self, candidate: Candidate) -> Loaded | Refused | Failed:
+        """Load a candidate, or say why not; nothing is stored. The next race that it takes part in finds it loaded."""
+        return self._load(candidate)
+
+    def unload(self, candidate: Candidate) -> None:
+        """Unload what `load` loaded."""
+        self._unload_except(self._loaded.keys() - {candidate.key})
+
     def try_load(self, candidate: Candidate) -> Rejection | None:
         """Load a candidate if the target takes it and it was not measured before; otherwise return why not, stored once."""
         if candidate.key not in self._rejected:

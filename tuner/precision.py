@@ -21,7 +21,7 @@ from aivmm.planner.constraints import ACCURACY, check
 from aivmm.planner.precision import Choice, Way, adds_up, front, most_noise, searched_front, unfit
 from aivmm.probes.accuracy import over_limit
 from aivmm.probes.client import WorkerDied
-from aivmm.probes.lab import Sensitivity
+from aivmm.probes.lab import Loaded, Sensitivity
 from aivmm.probes.race import Contestant
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Target
@@ -130,34 +130,40 @@ class Scout:
     # --- trying them
 
     def _try(self, recipes: Sequence[Recipe], targets: Sequence[Target]) -> None:
-        """Lower by each recipe, judge the outcome on each target, and race what is within the limit."""
-        racing = []
+        """Lower by each recipe, judge the outcome on each target, and race what is within the limit as it was loaded to be judged."""
+        racing: list[Candidate] = []
         for recipe in recipes:
             self.work.subject.lowerer.recipes[recipe.variant] = recipe
             for target in targets:
-                if not self._unfit(recipe, target) and self._judge(target, recipe.variant):
-                    racing.append(self._candidate(target, recipe.variant))
-        racing = [each for each in racing if each.key not in self.known]
-        for start in range(0, len(racing), _GROUP):
-            group = racing[start : start + _GROUP]
+                candidate = self._candidate(target, recipe.variant)
+                if self._unfit(recipe, target):
+                    continue
+                if self._judge(target, recipe.variant) and candidate.key not in self.known:
+                    racing.append(candidate)
+                else:
+                    self.measurer.unload(candidate)
+                if len(racing) == _GROUP:
+                    self._race(racing)
+                    racing = []
+        self._race(racing)
+
+    def _race(self, group: Sequence[Candidate]) -> None:
+        if group:
             found = self.measurer.measure(group, budget_s=_GROUP_S, tell=self.work.tell_race)
             self.known.update({each.key: (each, found[each.key]) for each in group})
 
     def _judge(self, target: Target, variant: str) -> bool:
-        """Say whether a variant stays within the limit on a target; its accuracy is stored either way."""
+        """Say whether a variant stays within the limit on a target; its accuracy is stored either way. It stays loaded where it ran."""
         place, subject = (str(target), variant), self.work.subject
         try:
+            loaded = self.measurer.load(self._candidate(target, variant))
+            if not isinstance(loaded, Loaded):
+                raise Unsupported(loaded.reason)
             samples, references = subject.choosing()
-            config = Config(precision=variant)
-            path = subject.variant(subject.base_batch, variant)
-            loaded = self.work.lab.load(path, target, config, inputs=samples[0], reference=references[0])
-            try:
-                metrics, problem = self.work.lab.judge(loaded.contestant, samples, references)
-                if self.work.options.metric is not None and not problem:
-                    metrics["metric"] = self._metric(loaded.contestant, samples)
-            finally:
-                self.work.lab.unload(loaded.contestant)
-        except (Unsupported, WorkerDied, AivmmError) as error:
+            metrics, problem = self.work.lab.judge(loaded.contestant, samples, references)
+            if self.work.options.metric is not None and not problem:
+                metrics["metric"] = self._metric(loaded.contestant, samples)
+        except (WorkerDied, AivmmError) as error:
             self.problems[place] = error.reason if isinstance(error, WorkerDied) else error.message
             record = subject.lowerer.record(variant)
         else:
@@ -271,9 +277,7 @@ class Scout:
         out = [(metrics.get("cosine", -1.0), variant) for (where, variant), metrics in self.judged.items() if where == str(target)]
         racing = [self._candidate(target, variant) for _, variant in sorted(out, reverse=True)[:_GROUP]]
         racing = [each for each in racing if each.key not in self.known]
-        if racing:
-            found = self.measurer.measure(racing, budget_s=_GROUP_S, tell=self.work.tell_race)
-            self.known.update({each.key: (each, found[each.key]) for each in racing})
+        self._race(racing)
 
     def _to_mix(self, target: Target) -> str | None:
         """Return the whole lowered model to take apart: of those whose operators can be given back, the one with the least noise."""

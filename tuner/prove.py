@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from threading import BoundedSemaphore
 
 from aivmm.errors import AivmmError
 from aivmm.planner.choice import Option, alternatives, as_good, distance, misfit, preferred
@@ -13,9 +15,10 @@ from aivmm.planner.objectives import OBJECTIVES, Objective, counts_rate
 from aivmm.probes import conditions
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.machine import BackgroundLoad, measuring, wait_until_quiet
-from aivmm.probes.race import Contestant, RaceState, block_s, leader_of, race, runs_single
+from aivmm.probes.race import Contestant, RaceState, block_s, far_behind, leader_of, race, runs_single
 from aivmm.probes.records import Samples
 from aivmm.probes.timer import BATCH_BELOW_S
+from aivmm.runtime.cpu import usable_cores
 from aivmm.runtime.target import Target
 from aivmm.tuner.joules import COUNTED, ENERGY, absent, asks_for_energy, counts_cards_only, device_memory, energy_metrics, why_no_energy
 from aivmm.tuner.judging import Judge, Metric
@@ -27,6 +30,7 @@ from aivmm.tuner.subject import Further
 _LEAST_S, _MOST_S = 4.0, 6.5
 _ROUNDS = 20
 _SPEED = ("latency", "throughput")  # objectives and limits of which a race tells all
+_LOADS, _MOST_LOADS, _CORES_TO_LOAD = 2, 6, 4  # entrants that are loaded at once: two, or as many as have so many cores each
 _WORTH_CHANGING = 0.97  # two processes that run the very same differ by as much: a smaller gain may be gone in the next one
 _SWITCH_S = 0.03  # between two workers: until the one before has stopped spinning
 TAIL_SAMPLES = 500  # below this a 99th percentile is not given
@@ -69,14 +73,15 @@ class Prover:
         limited = {constraint.metric for constraint in constraints} - {*_SPEED, *ACCURACY, TARGETS}
         self._may_win_slow = forced or objectives[0].name not in _SPEED or bool(limited)
         self._asks_compile = not wanted.isdisjoint({"compile", "first_inference"})
+        self._cards = BoundedSemaphore(_LOADS)
 
     def run(self) -> Proof:
         """Prove. The workers are ended in any case."""
         entrants = self._proof.entrants
         try:
             self._tell("loading the finalists and the baselines", None)
-            # Two at a time to save time, but one at a time where it counts what loading takes.
-            with ThreadPoolExecutor(max_workers=1 if self._asks_compile else 2) as pool:
+            # Several at a time to save time, but one at a time where it counts what loading takes.
+            with ThreadPoolExecutor(max_workers=1 if self._asks_compile else loads_at_once(usable_cores())) as pool:
                 list(pool.map(self._load, entrants))
             contestants = [each.contestant for each in entrants if each.contestant is not None]
             if contestants:
@@ -89,6 +94,12 @@ class Prover:
         return self._proof
 
     def _load(self, entrant: Entrant) -> None:
+        # What looks for its algorithms by timing them on a card finds others where many do: of those two at a time.
+        on_a_card = any(each.device.kind != "cpu" for each in targets_of(entrant))
+        with self._cards if on_a_card else nullcontext():
+            self._load_now(entrant)
+
+    def _load_now(self, entrant: Entrant) -> None:
         entrant.worker = Worker(f"proof of {entrant.draft.name}")
         try:
             answer = entrant.worker.call(
@@ -150,6 +161,7 @@ class Prover:
             most_rounds=200,
             seed=self._seed + 1,
             first_round=next_round,
+            tire=self._tire(),
             tell=cards.beside(lambda state: self._tell("proving the plan against the baselines", state)),
         )
         load_cores, after = load.read(pids), conditions.read(self._targets())
@@ -168,6 +180,14 @@ class Prover:
             entrant.confirmed = entrant.contestant.samples()
             entrant.metrics |= around
             self._measure(entrant, entrant.confirmed)
+
+    def _tire(self) -> Callable[[int], None] | None:
+        """Return what lets baselines rest that are far behind what may be the plan, where speed alone decides which that is."""
+        if len(self._objectives) > 1 or self._prefer or self._may_win_slow:
+            return None
+        field = [each.contestant for each in self._proof.entrants if each.contestant is not None and each.eligible]
+        who = [each.contestant for each in self._proof.entrants if each.contestant is not None and each.role == "baseline"]
+        return far_behind(who, field)
 
     def _targets(self) -> set[Target]:
         return {target for each in self._proof.entrants for target in targets_of(each)}
@@ -388,6 +408,11 @@ class Prover:
         if len(durations) >= TAIL_SAMPLES:
             entrant.metrics["p99_s"] = Samples(timed_s=tuple(durations)).quantile_s(0.99)
         return True
+
+
+def loads_at_once(cores: int) -> int:
+    """Return how many entrants to load at once."""
+    return max(_LOADS, min(_MOST_LOADS, cores // _CORES_TO_LOAD))
 
 
 def _racing_s(contestants: Sequence[Contestant]) -> float:

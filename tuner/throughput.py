@@ -25,10 +25,17 @@ from aivmm.tuner.whole import Whole
 from aivmm.tuner.work import Work
 
 _PIPELINE_SIGMA, _COPIES_SIGMA = 0.2, 0.1  # relative: blocks in proportion to the whole, or the whole itself, and factors of pairs
-_LEAST_S, _SHARE = 90.0, 0.5  # what is measured here comes on top of the budget: no more than so long, or than this share of it
+# What is measured here comes on top of the budget: as long as that at most, but for small ones, and of large ones a share.
+_LEAST_S, _ENOUGH_S, _SHARE = 15.0, 90.0, 0.5
 _BEHIND = 3.0  # a processor's target this many times slower than the best is not measured on parts of it
+_NO_STAGE = 10.0  # nor for a stage: a pipeline, or copies, with so slow a processor gain less than a tenth
 
 Learn = Callable[[Sequence[Candidate]], Sequence[Known]]  # measures what is not known yet
+
+
+def allowed_s(budget_s: float) -> float:
+    """Return how many seconds may be spent on top of a budget."""
+    return max(min(_ENOUGH_S, max(_LEAST_S, budget_s)), _SHARE * budget_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +70,7 @@ class Finder:
 
     def find(self) -> list[AtOnce]:
         """Return what is worth proving: at most one plan of each kind."""
-        self._ends = time.perf_counter() + max(_LEAST_S, _SHARE * self.work.options.budget_s)
+        self._ends = time.perf_counter() + allowed_s(self.work.options.budget_s)
         together = Together(work=self.work, counts=self.measurer.counts, measure_new=self.measure_new)
         best_s = self.best_s
         parts = self.learn(self._parts())
@@ -92,7 +99,8 @@ class Finder:
             wanted = []
             if best is not None and best.seconds / best.candidate.batch <= _BEHIND * least and self.work.min_segments == 1:
                 wanted += narrowed(best.candidate, knobs)
-            if self.evidence is not None and len(cpus) > 1 and name in self.configs and len(self.evidence.structure.blocks) > 1:
+            near = best is None or best.seconds / best.candidate.batch <= _NO_STAGE * least
+            if near and self.evidence is not None and len(cpus) > 1 and name in self.configs and len(self.evidence.structure.blocks) > 1:
                 config = with_threads(self.configs[name], knobs, parts_of(target)[0])
                 base = self.work.subject.base_batch
                 wanted += [] if config is None else [Candidate(target=target, config=config, batch=base)]

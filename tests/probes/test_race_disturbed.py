@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from aivmm.probes import race as racing
 from aivmm.probes.compare import By, compare, rate_interval_s, rate_s, round_figures
 from aivmm.probes.machine import BackgroundLoad, is_busy, threads_s
-from aivmm.probes.race import Contestant, by_of, per_sample_s, race, runs_single, versus
+from aivmm.probes.race import Contestant, by_of, far_behind, per_sample_s, race, runs_single, versus
 from aivmm.probes.records import Samples
 from aivmm.probes.timer import held, outspin, spinning
 from aivmm.runtime.config import Config
@@ -244,3 +245,46 @@ def test_what_runs_on_the_calling_thread_alone() -> None:
     one = Config.of({"intra_op_num_threads": 1})
     assert runs_single([on("cpu")], [one, Config.of({"INFERENCE_NUM_THREADS": 1})])
     assert not runs_single([on("gpu")], [one]) and not runs_single([on("cpu")], [one, Config()])
+
+
+class Paced(Asked):
+    """Stands for a worker whose loads take so many milliseconds a call; a list has those of each round, the last for all that follow."""
+
+    def __init__(self, **paces: float | list[float]) -> None:
+        super().__init__()
+        self.paces = {name: pace if isinstance(pace, list) else [pace] for name, pace in paces.items()}
+
+    def call(self, operation: str, *, name: str, **arguments: Any) -> dict[str, Any]:
+        pace = self.paces[name]
+        seen = sum(each == name for each, _ in self.blocks) - 1  # the first block warms up
+        answer = super().call(operation, name=name, **arguments)
+        return {**answer, "durations": [1e-3 * pace[min(max(seen, 0), len(pace) - 1)]] * 4}
+
+
+def paced(worker: Paced, field: Iterable[str], rounds: int = 12, **batches: int) -> dict[str, Contestant]:
+    """Race what the worker holds, all of it kept; those named in `field` may be the plan."""
+    made = {name: Contestant(name, worker, keep=True, batch=batches.get(name, 1)) for name in worker.paces}  # type: ignore[arg-type]
+    tire = far_behind(list(made.values()), [made[each] for each in field])
+    race(list(made.values()), budget_s=60, most_rounds=rounds, enough=lambda _: False, tire=tire)
+    return made
+
+
+def rounds_of(found: dict[str, Contestant]) -> dict[str, int]:
+    return {name: len(set(each.rounds)) for name, each in found.items()}
+
+
+def test_what_is_far_behind_rests_after_three_rounds_and_is_compared_by_those() -> None:
+    found = paced(Paced(a=1.0, b=2.5, c=9.0), "abc")
+    assert rounds_of(found) == {"a": 12, "b": 12, "c": 3} and found["c"].racing and found["c"].rests
+    against = versus(found["c"], found["a"])
+    assert against.verdict == "slower" and against.ratio == pytest.approx(9.0) and against.pairs == 3
+
+
+def test_what_was_near_in_any_round_goes_on_and_what_answers_more_samples_is_not_behind() -> None:
+    assert rounds_of(paced(Paced(a=1.0, b=[9.0, 2.0, 9.0]), "ab")) == {"a": 12, "b": 12}
+    assert rounds_of(paced(Paced(a=1.0, b=9.0), "ab", b=8)) == {"a": 12, "b": 12}
+
+
+def test_nobody_rests_for_the_sake_of_one_that_may_not_be_the_plan() -> None:
+    found = paced(Paced(barred=0.2, a=1.0, b=1.1), ["a", "b"])
+    assert rounds_of(found) == {"barred": 12, "a": 12, "b": 12}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from aivmm.planner.candidates import Candidate
 from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.target import Target
+from aivmm.tuner.copying import Known
 from aivmm.tuner.narrow import cores_of, narrowed, parts_of, with_threads
+from aivmm.tuner.throughput import Finder, allowed_s
 from tests.planner.test_search import target
 
 OV = (Knob(name="INFERENCE_NUM_THREADS", kind="int", low=1, high=16, default=None, why="-"),)
@@ -74,3 +77,34 @@ def test_a_candidate_on_parts_runs_one_call_at_a_time_in_what_it_computed_in() -
         (8, 1, "int8:made", 1),
     ]
     assert narrowed(Candidate(target=gpu(), config=config), ORT) == []
+
+
+@pytest.mark.parametrize(("seconds", "measured"), [(0.9, {"openvino:CPU", "onnxruntime:CPU"}), (1.1, {"onnxruntime:CPU"})])
+def test_parts_of_a_processor_are_measured_where_a_stage_on_it_could_gain_something_beside_a_card(
+    seconds: float, measured: set[str]
+) -> None:
+    cpus = [replace(cpu(16), runtime=name) for name in ("openvino", "onnxruntime")]
+    work = SimpleNamespace(
+        targets=[*cpus, gpu()],
+        min_segments=1,
+        subject=SimpleNamespace(base_batch=1),
+        lab=SimpleNamespace(knobs=lambda each: OV if each.runtime == "openvino" else ORT),
+    )
+    took = {gpu(): 0.1, cpus[0]: seconds, cpus[1]: 0.5}
+    finder = Finder(
+        work=work,  # type: ignore[arg-type]
+        measurer=None,  # type: ignore[arg-type]
+        evidence=SimpleNamespace(structure=SimpleNamespace(blocks=[1, 2])),  # type: ignore[arg-type]
+        configs={str(each): Config(precision="fp32") for each in took},
+        known=[Known(candidate=Candidate(target=each, config=Config()), seconds=taken) for each, taken in took.items()],
+        learn=lambda wanted: (),
+        reference_s=None,
+        best_s=None,
+        measure_new=True,
+    )
+    assert {str(each.target) for each in finder._parts()} == measured
+
+
+@pytest.mark.parametrize(("budget_s", "most_s"), [(2, 15), (6, 15), (20, 20), (60, 60), (120, 90), (600, 300)])
+def test_what_runs_at_once_is_measured_for_as_long_as_the_budget_and_of_large_ones_for_a_share(budget_s: float, most_s: float) -> None:
+    assert allowed_s(budget_s) == most_s

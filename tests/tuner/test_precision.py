@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +13,9 @@ import pytest
 
 import aivmm
 from aivmm.db.database import Database
+from aivmm.probes.lab import Lab, Loaded
+from aivmm.runtime.config import Config
+from aivmm.runtime.target import Target
 from tests.models.hostile import HOSTILE, hostile
 from tests.tuner.conftest import Tuned
 from tests.tuner.harness import ONE_RUNTIME, TINY, Finished, Place, reference, relative_l2
@@ -204,3 +208,20 @@ def test_no_plan_is_over_its_limit_whatever_int8_does_to_a_model(kind: str, tmp_
         made, expected = engine.run(fresh), reference(model, fresh)
     assert done.json["accuracy"]["value"] >= 0.999
     assert relative_l2(made, expected) < 2 * (2 * (1 - 0.999)) ** 0.5  # on inputs that nobody saw
+
+
+def test_a_lowered_model_that_was_compiled_to_be_judged_is_raced_as_it_is(
+    in_process: Callable[..., Finished], shared: Place, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[tuple[str, str]] = []
+    load = Lab.load
+
+    def told(lab: Lab, model: Path, target: Target, config: Config, **more: Any) -> Loaded:
+        if config.lowered and not config.settings:
+            loaded.append((str(target), str(config.precision)))
+        return load(lab, model, target, config, **more)
+
+    monkeypatch.setattr(Lab, "load", told)
+    done = in_process(shared, "tune", tiny, *TINY, *LOWERED, *FEW, "--fresh", "-o", "once.aivmm")
+    assert done.code == 0, done.err
+    assert loaded and len(loaded) == len(set(loaded))

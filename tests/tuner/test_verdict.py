@@ -15,7 +15,7 @@ from aivmm.probes.compare import Comparison, Word
 from aivmm.probes.race import Contestant
 from aivmm.runtime.config import Config
 from aivmm.tuner.proof import Entrant, Proof, call_s, interval_s, sample_s
-from aivmm.tuner.prove import Prover
+from aivmm.tuner.prove import Prover, loads_at_once
 from aivmm.tuner.verdict import describe, factor_text, sentence
 from tests.planner.test_search import target
 
@@ -193,3 +193,40 @@ def test_a_headline_names_two_settings_and_counts_the_others(count: int, said: s
     plan.draft = replace(plan.draft, pieces=(replace(plan.draft.pieces[0], config=config),))
     assert told(Proof(entrants=[entrant("toy default", 15e-3), plan], plan=plan)).startswith(f"toy:CPU, {said}, bf16: 100 samples/s, 1.5x ")
     assert "+" not in describe(plan.draft)
+
+
+@pytest.mark.parametrize(
+    ("objective", "constraints", "prefer", "rests"),
+    [
+        ("latency", "latency<1s", (), True),
+        ("throughput", "cosine>=0.9", (), True),
+        ("latency", "p99<1s", (), False),  # a slow one may be all that keeps it
+        ("latency,throughput", "latency<1s", (), False),
+        ("memory", "latency<1s", (), False),
+        ("latency", "latency<1s", ("*:CPU",), False),
+    ],
+)
+def test_baselines_that_are_far_behind_rest_where_speed_alone_decides(
+    objective: str, constraints: str, prefer: tuple[str, ...], rests: bool
+) -> None:
+    entrants = [entrant("toy default", 10e-3), entrant("candidate 1", 1e-3, role="candidate")]
+    prover = Prover(
+        entrants,
+        constraints=parse(constraints),
+        cosine_limit=None,
+        seed=0,
+        tell=lambda what, state: None,
+        objectives=parse_objectives(objective),
+        prefer=prefer,
+    )
+    tire = prover._tire()
+    assert (tire is not None) == rests
+    if tire is not None:
+        tire(ROUNDS)
+        slow, plan = (each.contestant for each in entrants)
+        assert slow is not None and plan is not None and slow.rests and not plan.rests
+
+
+@pytest.mark.parametrize(("cores", "loads"), [(1, 2), (8, 2), (16, 4), (64, 6)])
+def test_as_many_entrants_are_loaded_at_once_as_have_cores(cores: int, loads: int) -> None:
+    assert loads_at_once(cores) == loads
