@@ -14,7 +14,8 @@ timed by itself, alone on the machine. A step that takes more than `_PATIENCE` t
 one that is not likely to end in the time left is left out, and a shorter one after it may still run.
 
 `--list` shows what there is to do; `--only NAMES`, `--skip NAMES` and `--again NAMES` choose; `--earlier DIR` takes over what a machine
-that is gone left. `--pretend` shows the schedule without running anything, as if each step took as long as it should.
+that is gone left, which is then not run on today's code. `--pretend` shows the schedule without running anything, as if each step took as
+long as it should.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ _OPENCL = (("ultraface", "latency fp32"), ("resnet50", "latency lower"))  # agai
 _TUNE_S, _TUNE_TWO_S = 110, 220
 _TWO_BUDGET = "30s"  # of the tunings that are to find copies on two cards
 _PATIENCE = 2.0
+_MARGIN = 1.15  # what is begun should end
 _TAIL = 6000
 _CORES = "AIVMM_LANE_CORES"
 _POLL_S = 0.1
@@ -92,7 +94,7 @@ def steps(state: Path, folder: Path, shared: Path, budget: str, *, cards: int = 
     from benchmarks.gpu import GOALS, MODELS
 
     gpu = (sys.executable, "-m", "benchmarks.gpu", "--state", str(state), "--shared", str(shared))
-    doctor = Step(name="doctor", command=(sys.executable, "-m", "benchmarks.card_doctor"), seconds=30, alone=True)
+    doctor = Step(name="doctor", command=(sys.executable, "-m", "benchmarks.card_doctor"), seconds=40, alone=True)
     lanes = [replace(doctor, name=f"doctor-lane-{number}", alone=False) for number in range(cards)]  # in all lanes at once
     pytest = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider")
     tests = [Step(name=name, command=(*pytest, *files), seconds=60, cards=min(2, cards)) for name, files in TESTS.items()]
@@ -288,7 +290,7 @@ def _why_not(step: Step, state: Path, *, cards: int, left: float, again: set[str
         return "has a result"
     if step.cards > cards:
         return f"needs {step.cards} cards, {cards} here"
-    return f"no time: about {step.seconds:.0f} s, {max(0, left):.0f} left" if left < step.seconds else ""
+    return f"no time: about {step.seconds:.0f} s, {max(0, left):.0f} left" if left < _MARGIN * step.seconds else ""
 
 
 def _record(state: Path, step: Step) -> Path:

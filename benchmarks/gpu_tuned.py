@@ -44,7 +44,10 @@ def tune(folder: Path, shared: Path, *, models: Sequence[str], goals: Sequence[s
             command = [sys.executable, "-m", "aivmm", "tune", str(path), "--objective", objective, "--budget", budget, "--json"]
             command += ["--precisions", "fp32" if precision == "fp32" else _LOWER, "-o", str(output), "--db", str(folder / "gpu.db")]
             command += ["--dim", "seq=128"] if name == "minilm" else []
-            start, environment, targets = _lane(opencl=kind == "opencl")
+            start, environment, targets, found = _lane(opencl=kind == "opencl")
+            if kind == "opencl" and not any(each.startswith("openvino:GPU") for each in found):
+                place.with_suffix(".failed").write_text(f"no worker finds OpenVINO's GPU, only {', '.join(found)}")
+                continue
             command = [*start, *command, *targets]
             began = time.monotonic()
             said = place.with_suffix(".log")
@@ -65,8 +68,8 @@ def tune(folder: Path, shared: Path, *, models: Sequence[str], goals: Sequence[s
                 (state / f"{kind}-{name}-{objective}-{precision}.html").write_bytes(report.read_bytes())
 
 
-def _lane(*, opencl: bool) -> tuple[list[str], dict[str, str], list[str]]:
-    """Return how a tuning starts, its environment, and the option that leaves it one card where `CUDA_VISIBLE_DEVICES` means to.
+def _lane(*, opencl: bool) -> tuple[list[str], dict[str, str], list[str], list[str]]:
+    """Return how a tuning starts, its environment, the option that leaves it one card where CUDA_VISIBLE_DEVICES does, and all targets.
 
     OpenCL may show all cards where CUDA shows one.
     """
@@ -81,7 +84,7 @@ def _lane(*, opencl: bool) -> tuple[list[str], dict[str, str], list[str]]:
     cuda = f"onnxruntime:CUDA:{mine}" if mine.isdigit() and "CUDA_VISIBLE_DEVICES" not in environment else "onnxruntime:CUDA:0"
     graphics = f"openvino:GPU.{mine}" if len(shown) > 1 and mine.isdigit() else "openvino:GPU.0"
     wanted = ["openvino:CPU", "onnxruntime:CPU", cuda, *([graphics] if shown else [])]
-    return start, environment, ["--targets", ",".join(wanted)] if mine.isdigit() and {cuda, "openvino:CPU"} <= set(found) else []
+    return start, environment, ["--targets", ",".join(wanted)] if mine.isdigit() and set(wanted) <= set(found) else [], found
 
 
 def _wider(given: dict[str, str]) -> Iterator[tuple[str, list[str], dict[str, str]]]:
