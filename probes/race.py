@@ -30,7 +30,7 @@ _VERY_SLOW_S = 0.2  # one such call is a block
 _BUSY_LEAST = 4  # durations to a block on a busy machine, so that one of them is likely to have run through
 _WARM_S = 0.5  # at most so long until the first calls no longer become faster
 _HOPELESS = 1.10  # dropped when it is shown to be this far behind the leader
-_FAR, _FAR_ROUNDS = 3.0, 3  # kept, and this many times behind in each of so many rounds or more: it rests
+_FAR = ((2, 10.0), (3, 3.0))  # kept, and in each of so many rounds or more so many times behind: it rests
 _HOPELESS_P = 0.05  # five rounds of five reach it: what is dropped for nothing costs one candidate of a search
 _TIGHT = 0.03  # an interval this wide (±1.5 %) is decided enough: more rounds would be spent on what nobody feels
 _KNOWN_EACH = 4  # rounds between two looks at how well ratios are known
@@ -55,6 +55,7 @@ class Contestant:
     durations: list[float] = field(default_factory=list)
     rounds: list[int] = field(default_factory=list)
     warmup: list[float] = field(default_factory=list)
+    took_s: float = 0.0  # of the race that it is in, or was in last
     memory_bytes: int = 0
     device_memory_bytes: int = 0  # the most it was seen to hold of its device's own memory; 0 where nothing tells
     dropped: str = ""  # why it left the race early
@@ -271,9 +272,13 @@ def race(
     turns = _Turns(contestants)
     background = _Background(contestants)
     mirrored: list[Contestant] = []
+    for each in contestants:
+        each.took_s = 0.0
     try:
         for count in range(-1 if warmup else 0, most_rounds):
-            spent = time.perf_counter() - started - waited
+            # What rests has had its share: the others are not to go short for it.
+            rested = sum(each.took_s for each in contestants if each.rests)
+            spent = time.perf_counter() - started - waited - rested
             # A budget that is over ends the race, but not before there is something to compare, unless it is over by far.
             if (count >= least_rounds and spent > budget_s) or (count >= 3 and spent > 1.3 * budget_s + 1):
                 break
@@ -321,7 +326,7 @@ def known_well(contestants: Sequence[Contestant]) -> Callable[[int], bool]:
         first, *others = contestants
         if rounds % _KNOWN_EACH or not first.durations:
             return False
-        found = (_within(each, first, 0.95) for each in others if each.racing and each.durations)
+        found = (_within(each, first, 0.95) for each in others if each.racing and not each.rests and each.durations)
         return all(math.log(each.high / each.low) <= _TIGHT for each in found)
 
     return enough
@@ -330,12 +335,13 @@ def known_well(contestants: Sequence[Contestant]) -> Callable[[int], bool]:
 def far_behind(who: Sequence[Contestant], field: Sequence[Contestant]) -> Callable[[int], None]:
     """Return what lets those of `who` rest (`tire`) that took three times as long as the fastest of `field` or more in every round so far.
 
-    A race has its budget: what is slow beyond doubt would take the time in which those that are close are told apart.
+    Ten times, where there were two rounds only. A race has its budget: what is slow beyond doubt would take the time in which those that
+    are close are told apart.
     """
 
     def tire(rounds: int) -> None:
         leader = leader_of(field)
-        if rounds < _FAR_ROUNDS or leader is None:
+        if rounds < _FAR[0][0] or leader is None:
             return
         for each in who:
             if each is leader or not each.racing or each.rests or not each.durations:
@@ -343,7 +349,7 @@ def far_behind(who: Sequence[Contestant], field: Sequence[Contestant]) -> Callab
             mine, theirs = each.samples(), leader.samples()
             assert mine and theirs
             behind = paired_logs(mine, theirs, scale=leader.batch / each.batch, by=by_of(each, leader))
-            each.rests = behind.size >= _FAR_ROUNDS and float(behind.min()) > math.log(_FAR)
+            each.rests = any(behind.size >= least and float(behind.min()) > math.log(times) for least, times in _FAR)
 
     return tire
 
@@ -408,7 +414,9 @@ class _Turns:
             thaw(worker.pid)
             self._frozen.discard(worker.pid)
         self._last = self._ran[worker] = load
+        began = time.perf_counter()
         contestant.block(number, warmup=warmup, outspin=outspin, core=self._core)
+        contestant.took_s += time.perf_counter() - began
         if contestant.core is not None:
             self._core = contestant.core
 

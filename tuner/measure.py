@@ -16,7 +16,7 @@ from aivmm.probes.client import WorkerDied
 from aivmm.probes.compare import By, cautions, compare, rate_s
 from aivmm.probes.lab import Lab, Loaded
 from aivmm.probes.machine import BackgroundLoad
-from aivmm.probes.race import Contestant, RaceState, known_well, race
+from aivmm.probes.race import Contestant, RaceState, far_behind, known_well, race
 from aivmm.probes.records import Caution, Failed, Measured, Outcome, ProbeKey, Refused, in_replicas
 from aivmm.runtime.config import Setting
 from aivmm.runtime.environment import environment_of
@@ -200,7 +200,10 @@ class Measurer:
             left = max(1.0, budget_s - (time.perf_counter() - started))
             seed = self.seed + self._number
             shown = cards.beside(tell)
-            number = race(contestants, budget_s=left, seed=seed, tell=shown, stop=self.stop)
+            # Where all are kept, nobody waits for what is slow beyond doubt but the reference, which all are compared with.
+            others = [each for each in contestants if each.name != field_[self.reference.key][1].contestant.name]
+            tire = far_behind(others, contestants) if precise else None
+            number = race(contestants, budget_s=left, seed=seed, tell=shown, tire=tire, stop=self.stop)
             left = min(_PRECISE_S if precise else 0.0, budget_s - (time.perf_counter() - started))
             if left > 0 and not any(each.failed for each in contestants):
                 well = known_well(contestants)

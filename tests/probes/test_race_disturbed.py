@@ -273,9 +273,9 @@ def rounds_of(found: dict[str, Contestant]) -> dict[str, int]:
     return {name: len(set(each.rounds)) for name, each in found.items()}
 
 
-def test_what_is_far_behind_rests_after_three_rounds_and_is_compared_by_those() -> None:
-    found = paced(Paced(a=1.0, b=2.5, c=9.0), "abc")
-    assert rounds_of(found) == {"a": 12, "b": 12, "c": 3} and found["c"].racing and found["c"].rests
+def test_what_is_far_behind_rests_after_three_rounds_or_two_and_is_compared_by_those() -> None:
+    found = paced(Paced(a=1.0, b=2.5, c=9.0, d=11.0), "abcd")
+    assert rounds_of(found) == {"a": 12, "b": 12, "c": 3, "d": 2} and found["c"].racing and found["c"].rests
     against = versus(found["c"], found["a"])
     assert against.verdict == "slower" and against.ratio == pytest.approx(9.0) and against.pairs == 3
 
@@ -288,3 +288,15 @@ def test_what_was_near_in_any_round_goes_on_and_what_answers_more_samples_is_not
 def test_nobody_rests_for_the_sake_of_one_that_may_not_be_the_plan() -> None:
     found = paced(Paced(barred=0.2, a=1.0, b=1.1), ["a", "b"])
     assert rounds_of(found) == {"barred": 12, "a": 12, "b": 12}
+
+
+def test_what_rests_has_spent_its_own_time_and_not_that_of_the_others() -> None:
+    class Slow(Paced):
+        def call(self, operation: str, *, name: str, **arguments: Any) -> dict[str, Any]:
+            time.sleep(0.2 if name == "slow" else 0.001)
+            return super().call(operation, name=name, **arguments)
+
+    worker = Slow(a=1.0, b=1.01, slow=200.0)
+    made = [Contestant(name, worker, keep=True) for name in worker.paces]  # type: ignore[arg-type]
+    race(made, budget_s=0.3, most_rounds=12, least_rounds=12, enough=lambda _: False, tire=far_behind(made, made))
+    assert rounds_of({each.name: each for each in made}) == {"a": 12, "b": 12, "slow": 2}
