@@ -230,7 +230,7 @@ def test_a_lowered_model_that_was_compiled_to_be_judged_is_raced_as_it_is(
     race = measure.race
     monkeypatch.setattr(Lab, "load", told)
     monkeypatch.setattr(measure, "race", raced)
-    done = in_process(shared, "tune", tiny, *TINY, *LOWERED, *FEW, "--fresh", "-o", "once.aivmm")
+    done = in_process(shared, "tune", tiny, *TINY, *LOWERED, *FEW, *ONE_RUNTIME, "--fresh", "-o", "once.aivmm")
     assert done.code == 0, done.err
     first = next(each for each in at_races if each)  # what had been loaded when the lowered models raced first
     assert len(first) == len(set(first))
