@@ -56,8 +56,11 @@ class StageClock:
     @property
     def total_ns(self) -> int:
         """The sum of all durations."""
-        count, total_ns = self.added_up
-        return total_ns + sum(_newest(self.durations, min(RING, self.count - count)))
+        while True:
+            before = self.added_up
+            total_ns = before[1] + sum(_newest(self.durations, min(RING, self.count - before[0])))
+            if self.added_up is before:  # its lane has not added up meanwhile
+                return total_ns
 
     def last(self, many: int) -> list[int]:
         """Return the durations of the last `many` runs, in their order; of at most as many as are remembered."""

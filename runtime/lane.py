@@ -5,7 +5,6 @@ A lane is a caller's turn in a sequential plan (one thread runs all its steps) a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from sys import getrefcount
 from time import perf_counter_ns
@@ -15,23 +14,13 @@ import numpy as np
 
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.backend import Buffer, DeviceTensor, DeviceTensors, Executable, Request, host_buffer, is_foreign, on_device
-from aivmm.runtime.clocks import RING, StageClock
-from aivmm.runtime.drift import BLOCK, LEAST_BLOCK_NS
+from aivmm.runtime.clocks import StageClock
 from aivmm.runtime.feed import Feed, wanted_buffer
 from aivmm.runtime.handing import Handing, Slot, counts_references, direct_call
 from aivmm.runtime.inputs import is_numpy, refuse_unknown
-from aivmm.runtime.paces import PacedMonitor
 from aivmm.runtime.plan import Stage
+from aivmm.runtime.watched_clock import WatchedClock
 from aivmm.tensors import TensorSpec
-
-# What was timed is passed on to who watches it: 50 to 100 µs where caches are cold. Were it one call in a hundred, that would be the 99th
-# percentile, and one in two hundred still moves it, so that short calls are passed on by hundreds, or after so long, as long as they take
-# what they took before. Calls of `_LONG_NS`, and all that seem slower, are passed on by a twentieth of a second: there it is a small part
-# of a call, and drift is to be told within two hundred of them.
-_PASSED_CALLS, _PASSED_NS = 512, 500_000_000
-_LONG_NS, _LONG_PASSED_NS = 2_000_000, 50_000_000
-_SLOWER, _FORGOTTEN = 1.1, 1.02  # than the quickest that were passed on, which counts for so much more each time
-_SHORT_NS = 500_000  # where all are shorter their sums are watched, otherwise each
 
 
 def _one_memory(executables: Sequence[Executable]) -> bool:
@@ -42,11 +31,11 @@ def _one_memory(executables: Sequence[Executable]) -> bool:
 _Step = tuple[Callable[[], None], Callable[[int], None], list[tuple[str, StageClock, Request, list[Request]]]]
 
 
-class Lane(StageClock):
+class Lane(WatchedClock):
     """Runs the stages one after another, and is the clock of its whole way. Used by one thread at a time; who holds it sees to that."""
 
     # What the shortest way touches lies side by side, in the object itself (`shortest`); `feed` and `hands` where `of_one` is True.
-    __slots__ = ("__dict__", "__weakref__", "awaited", "due", "due_ns", "feed", "hands", "turn")
+    __slots__ = ("__dict__", "__weakref__", "awaited", "feed", "hands", "turn")
     feed: Feed
     hands: Handing
 
@@ -67,7 +56,6 @@ class Lane(StageClock):
         """
         super().__init__(full=False)
         self.awaited = False  # somebody waits for a free lane
-        self.due, self.due_ns = 1, 0  # the count at which, and the time from which, what was timed is passed on
         self.turn: Slot | None = None  # of `hands`, the one to look at first
         self.index = index  # its number in its program
         self.places = tuple(places or (0,) * len(stages))  # which of each stage's executables it is bound to
@@ -83,10 +71,6 @@ class Lane(StageClock):
         if self._handing is not None:
             self._requests.append(self._handing)
         self._clocks = [StageClock() for _ in stages] if len(stages) > 1 else []
-        self.watch: PacedMonitor | None = None  # takes the durations of runs
-        self._passed_at_ns = perf_counter_ns()  # up to when they were passed on
-        self._rest: list[int] = []  # of the block that is not whole yet
-        self._quickest_ns = math.inf  # a call, on the average of those passed on at once
         self._so_far_ns = 0  # of a run that is taken by steps
         self._buffers: dict[str, Buffer] = {}
         self.kept_on_device: dict[str, str] = {}  # tensor between stages -> the memory that it never leaves
@@ -184,7 +168,8 @@ class Lane(StageClock):
             lane.durations.append(ended_ns - started_ns)
             lane.count = count = lane.count + 1
             if count >= lane.due or ended_ns >= lane.due_ns:
-                lane.pass_on(ended_ns)
+                lane.pass_on(started_ns, ended_ns)
+            lane.ended_ns = ended_ns
             return handing.given(slot)
 
         return call
@@ -274,39 +259,8 @@ class Lane(StageClock):
         if self._cut:
             self.took(took_ns)
         if self.count >= self.due or now_ns >= self.due_ns:
-            self.pass_on(now_ns)
-
-    def pass_on(self, now_ns: int) -> None:
-        """Tell who watches what calls took: of short ones the sum, by as many as are one observation, of others each; not at each call."""
-        before, before_ns = self.added_up
-        if before:  # not with the first answer, for which somebody may wait
-            self.fill()
-        self.add_up()
-        calls, total_ns = self.count - before, self.added_up[1] - before_ns
-        call_ns = total_ns // max(calls, 1) + 1
-        calm = call_ns < _LONG_NS and call_ns <= self._quickest_ns * _SLOWER
-        self._quickest_ns = min(call_ns, self._quickest_ns * _FORGOTTEN)
-        passed_ns, most = (_PASSED_NS, _PASSED_CALLS) if calm else (_LONG_PASSED_NS, BLOCK)
-        # Not before they are a block: who calls once a second, too, is watched by blocks.
-        self.due = self.count + max(most, min(RING - 1, LEAST_BLOCK_NS // call_ns + 1))
-        self.due_ns = now_ns + max(passed_ns, BLOCK * call_ns)
-        watch = self.watch
-        if watch is None:
-            return
-        whole = self._rest + self.last(calls)
-        end = len(whole) // BLOCK * BLOCK
-        self._rest = whole[end:]
-        if not end:
-            return
-        passed_ns = (now_ns - self._passed_at_ns) * end // len(whole)
-        self._passed_at_ns += passed_ns
-        if max(whole) >= _SHORT_NS:
-            watch.add(whole[:end], passed_ns)
-            return
-        step = max(BLOCK, LEAST_BLOCK_NS // call_ns + 1)
-        for at in range(0, end, step):
-            block = whole[at : min(at + step, end)]
-            watch.add_short(sum(block), len(block), block[-BLOCK:], passed_ns * len(block) // end)
+            self.pass_on(now_ns - took_ns, now_ns)
+        self.ended_ns = now_ns
 
     def copies(self) -> dict[str, Buffer]:
         """Return the outputs of the last run; the arrays are the caller's own. Those of the last stage are not copied: see `handing`."""

@@ -23,7 +23,7 @@ from time import monotonic
 from typing import Any
 
 from aivmm.runtime.causes import Machine
-from aivmm.runtime.drift import Drift, DriftMonitor
+from aivmm.runtime.drift import BLOCK, Drift, DriftMonitor
 from aivmm.runtime.plan import Number
 
 log = logging.getLogger("aivmm.engine")
@@ -64,11 +64,11 @@ class PacedMonitor:
         if pace is not None:
             pace.add(durations_ns)
 
-    def add_short(self, total_ns: int, calls: int, last: Sequence[int], passed_ns: int) -> None:
-        """Take what short calls of one caller took together, as `DriftMonitor.add_short` does, and in what time they came."""
-        pace = self._of(total_ns, calls, passed_ns)
-        if pace is not None:
-            pace.add_short(total_ns, calls, last)
+    def add_short(self, blocks: Sequence[Sequence[int]], passed_ns: int) -> None:
+        """Take the durations of short calls of one caller, by as many as `DriftMonitor.add_short` takes, and in what time all came."""
+        pace = self._of(sum(map(sum, blocks)), sum(map(len, blocks)), passed_ns)  # of all: a pause among them is in none of the blocks
+        for block in blocks if pace is not None else ():
+            pace.add_short(sum(block), len(block), block[-BLOCK:])
 
     def state(self) -> dict[str, Any]:
         """Return the state for statistics: that of the last calls' pace, `outside` where another one was lately, and the events."""

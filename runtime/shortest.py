@@ -100,7 +100,8 @@ def _of_one(program: Program, instead: Instead) -> Callable[[Mapping[str, Any]],
                 lane.durations.append(ended_ns - started_ns)
                 lane.count = count = lane.count + 1
                 if count >= lane.due or ended_ns >= lane.due_ns:
-                    lane.pass_on(ended_ns)
+                    lane.pass_on(started_ns, ended_ns)
+                lane.ended_ns = ended_ns
                 return lane.hands.given(slot) if slot.face is None else {output: slot.face.view()}
             finally:
                 give(lane)

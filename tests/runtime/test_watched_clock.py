@@ -1,0 +1,110 @@
+"""The clock of a lane: what it passes on, on a clock made up; whose calls are in a row, and when they are told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aivmm.runtime.clocks import RING
+from aivmm.runtime.drift import BLOCK
+from aivmm.runtime.watched_clock import WatchedClock
+
+
+class Watch:
+    """Takes what is passed on: the durations of each block, and in what time they came."""
+
+    def __init__(self) -> None:
+        self.durations: list[int] = []
+        self.passed: list[tuple[int, int, int]] = []  # calls, what they took, in what time they came
+
+    def add(self, durations_ns: list[int], passed_ns: int) -> None:
+        self.durations += durations_ns
+        self.passed.append((len(durations_ns), sum(durations_ns), passed_ns))
+
+    def add_short(self, blocks: list[list[int]], passed_ns: int) -> None:
+        self.add([each for block in blocks for each in block], passed_ns)
+
+
+class Caller:
+    """Calls as `shortest` does."""
+
+    def __init__(self, watch: Any = None) -> None:
+        self.clock, self.watch = WatchedClock(), watch or Watch()
+        self.clock.watch = self.watch
+        self.now_ns = self.clock.ended_ns
+
+    def call(self, took_ns: int, pause_ns: int = 2000) -> None:
+        started_ns = self.now_ns + pause_ns
+        self.now_ns = ended_ns = started_ns + took_ns
+        clock = self.clock
+        clock.durations.append(took_ns)
+        clock.count += 1
+        if clock.count >= clock.due or ended_ns >= clock.due_ns:
+            clock.pass_on(started_ns, ended_ns)
+        clock.ended_ns = ended_ns
+
+
+@given(st.lists(st.tuples(st.integers(1, 3_000), st.integers(1, 20_000_000), st.integers(0, 10**9)), min_size=1, max_size=6))
+def test_each_call_is_passed_on_once_and_in_order(phases: list[tuple[int, int, int]]) -> None:
+    caller, made = Caller(), []
+    for calls, took_ns, pause_ns in phases:
+        for number in range(calls):
+            made.append(took_ns + number % 7)
+            caller.call(made[-1], pause_ns if number == 0 else 2000)
+    told = caller.watch.durations
+    assert told == made[: len(told)] and len(made) - len(told) < RING + BLOCK
+    assert caller.clock.count == len(made) and caller.clock.total_ns == sum(made)
+    assert sum(passed_ns for _, _, passed_ns in caller.watch.passed) <= caller.now_ns
+
+
+@pytest.mark.parametrize("took_ns", [60_000, 300_000, 1_000_000, 1_900_000, 5_000_000])
+def test_short_calls_are_passed_on_seldom_and_sooner_once_they_seem_slower(took_ns: int) -> None:
+    caller = Caller()
+    for _ in range(8000):
+        caller.call(took_ns)
+    calm = [calls for calls, _, _ in caller.watch.passed[5:]]
+    if took_ns < 2_000_000:
+        assert min(calm) * took_ns >= 20_000_000 and (min(calm) >= 480 or min(calm) * took_ns >= 200_000_000)
+    assert (max(calm) - BLOCK) * took_ns <= 250_000_000  # and what is slower is seen then
+    caller.watch.passed.clear()
+    for _ in range(int(5e9 / took_ns)):
+        caller.call(took_ns * 13 // 10)
+    slower = [calls for calls, _, _ in caller.watch.passed[3:]]
+    assert max(slower) <= max(BLOCK, 60_000_000 // took_ns)
+
+
+@pytest.mark.parametrize(("took_ns", "burst"), [(1_000_000, 300), (300_000, 400), (60_000, 400)])
+def test_calls_of_a_burst_are_passed_on_as_calls_in_a_row(took_ns: int, burst: int) -> None:
+    caller = Caller()
+    for number in range(40 * burst):
+        caller.call(took_ns, 1_000_000_000 if number % burst == 0 else 2000)
+    for calls, taken_ns, passed_ns in caller.watch.passed[1:]:
+        assert passed_ns - taken_ns <= 2000 * calls  # the pause is in none of them
+
+
+def test_who_pauses_at_each_call_has_a_pace_of_his_own() -> None:
+    caller = Caller()
+    for _ in range(200):
+        caller.call(1_000_000, 1_000_000_000)
+    for calls, taken_ns, passed_ns in caller.watch.passed[1:]:
+        assert passed_ns - taken_ns == pytest.approx(calls * 1e9, rel=0.1)
+
+
+def test_a_fault_of_the_watch_costs_nobody_an_answer(caplog: pytest.LogCaptureFixture) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no such counter")
+
+    watch = Watch()
+    broken: Callable[..., None] = fails
+    watch.add = watch.add_short = broken  # type: ignore[method-assign]
+    caller = Caller(watch)
+    with caplog.at_level(logging.ERROR, logger="aivmm.engine"):
+        for _ in range(100):
+            caller.call(5_000_000)
+    assert caller.clock.count == 100 and caller.clock.watch is None
+    assert caplog.text.count("latency is not watched any more") == 1 and "no such counter" in caplog.text
