@@ -67,8 +67,9 @@ class PacedMonitor:
     def add_short(self, blocks: Sequence[Sequence[int]], passed_ns: int) -> None:
         """Take the durations of short calls of one caller, by as many as `DriftMonitor.add_short` takes, and in what time all came."""
         pace = self._of(sum(map(sum, blocks)), sum(map(len, blocks)), passed_ns)  # of all: a pause among them is in none of the blocks
-        for block in blocks if pace is not None else ():
-            pace.add_short(sum(block), len(block), block[-BLOCK:])
+        if pace is not None:
+            for block in blocks:
+                pace.add_short(sum(block), len(block), block[-BLOCK:])
 
     def state(self) -> dict[str, Any]:
         """Return the state for statistics: that of the last calls' pace, `outside` where another one was lately, and the events."""
