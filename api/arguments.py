@@ -57,6 +57,19 @@ def place(name: str, value: object) -> Path | None:
     return None if value is None else Path(value)
 
 
+def places(name: str, value: object) -> list[str]:
+    """Return the path or paths that an argument is, as texts.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    found = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) else (value,)
+    for each in found:
+        if not isinstance(each, str | Path):
+            raise _wrong(name, each, "a path, or a list of paths", f'{name}="model.onnx"')
+    return [str(each) for each in found]
+
+
 def whole(name: str, value: Any, example: str) -> int:
     """Return the whole number that an argument is, also where it is one of NumPy's.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +42,15 @@ def load_plan(
     plan can be traded for there.
 
     Raises:
-        UsageError: the plan has no such alternative (the message lists what it has), or `timeout_s` is no time to wait.
+        UsageError: `path` is no path, the plan has no such alternative (the message lists what it has), or `timeout_s` is no time to wait.
         BundleError: the bundle is missing, damaged, changed, unsafe, newer than this version, or not signed as required.
         Unsupported: neither the plan nor a fallback of it that `on_mismatch` allows runs on this machine.
     """
     from aivmm.runtime.bundle import is_family
     from aivmm.runtime.engine import Engine
 
+    if not isinstance(path, str | PathLike):
+        raise UsageError(f"{path!r} is not a path", advice='load_plan("model.aivmm")')
     if not is_family(path):  # what serves several plans takes a tenth of a second to import
         single = Engine.load(path, on_mismatch=on_mismatch, require_signature=require_signature, alternative=alternative)
         _set(single, [single], on_drift, timeout_s)
@@ -153,10 +156,10 @@ def deploy(
             targets=targets,
             objective=objective,
             constraints=limits,
-            precisions=precisions,
-            batches=batches,
+            precisions=options["precisions"],  # as read above: what can be gone through only once is empty by now
+            batches=options["batches"],
             shapes=shapes,
-            dims=dims,
+            dims=listed[1],
             other_shapes=other_shapes,
             inputs=inputs,
             dataset=dataset,
@@ -260,7 +263,7 @@ def tune(
     from aivmm.tuner.progress import make_progress
     from aivmm.tuner.shapes import wanted
 
-    models = [str(model)] if isinstance(model, str | Path) else [str(each) for each in model]
+    models = arguments.places("model", model)
     if not models:
         raise UsageError("no model is given", advice="give the path of one")
     each_shape = wanted(arguments.shapes(shapes), arguments.extents(dims))

@@ -10,6 +10,7 @@ import pytest
 
 import aivmm
 from aivmm import arguments
+from tests.making import chain_model
 
 WRONG = [
     ({"constraints": 5}, "constraints takes text, or a list of texts, and not 5; such as constraints="),
@@ -44,6 +45,33 @@ def test_what_is_of_a_wrong_kind_is_one_line_that_names_the_argument(
     with pytest.raises(aivmm.UsageError, match=words) as refused:
         function("missing.onnx", quiet=True, **given)
     assert "\n" not in str(refused.value) and not list(tmp_path.iterdir())
+
+
+def test_a_model_or_a_plan_that_is_no_path_is_one_line() -> None:
+    with pytest.raises(aivmm.UsageError, match="model takes a path, or a list of paths"):
+        aivmm.tune(5)  # type: ignore[arg-type]
+    with pytest.raises(aivmm.UsageError, match="5 is not a path"):
+        aivmm.load_plan(5)  # type: ignore[arg-type]
+
+
+def test_what_can_be_gone_through_once_is_tuned_for_as_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def tune(*_: Any, **options: Any) -> None:
+        asked.update(options)
+        raise aivmm.ModelError("seen enough")
+
+    monkeypatch.setattr("aivmm.face.tune", tune)
+    (tmp_path / "m.onnx").write_bytes(chain_model(width=4, rows=1, layers=1).SerializeToString())
+    with pytest.raises(aivmm.ModelError, match="seen enough"):
+        aivmm.deploy(
+            tmp_path / "m.onnx",
+            store=tmp_path / "plans",
+            precisions=(each for each in ("fp32", "bf16")),  # type: ignore[arg-type]
+            batches=(each for each in (1, 4)),  # type: ignore[arg-type]
+            dims={"rows": iter((2, 4))},  # type: ignore[dict-item]
+        )
+    assert (asked["precisions"], tuple(asked["batches"]), asked["dims"]) == (("fp32", "bf16"), (1, 4), {"rows": (2, 4)})
 
 
 @pytest.mark.parametrize("name", ["trials", "top", "seed", "min_segments", "budget_s"])
