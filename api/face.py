@@ -128,9 +128,10 @@ def deploy(
     among, order = _patterns("targets", targets), _patterns("prefer", prefer)
     listed = (arguments.shapes(shapes), arguments.extents(dims))
     samples, data = arguments.place("inputs", inputs), arguments.place("dataset", dataset)
+    lowered, rows = _precisions(precisions), arguments.several("batches", batches, _BATCHES)
     options = {
-        "precisions": _precisions(precisions),
-        "batches": arguments.several("batches", batches, _BATCHES),
+        "precisions": lowered,
+        "batches": rows,
         "shapes": {name: tuple(sorted(each)) for name, each in listed[0].items()},
         "dims": listed[1],
         "other_shapes": other_shapes,
@@ -156,8 +157,8 @@ def deploy(
             targets=targets,
             objective=objective,
             constraints=limits,
-            precisions=options["precisions"],  # as read above: what can be gone through only once is empty by now
-            batches=options["batches"],
+            precisions=lowered,  # as read above: what can be gone through only once is empty by now
+            batches=rows,
             shapes=shapes,
             dims=listed[1],
             other_shapes=other_shapes,
