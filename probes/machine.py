@@ -139,6 +139,15 @@ def threads_s() -> dict[int, float]:
     return found
 
 
+def is_runnable(thread: int) -> bool:
+    """Say whether a thread of this process runs, or would if it had a core; False where the system does not tell."""
+    try:
+        with open(f"/proc/self/task/{thread}/stat", "rb") as file:  # noqa: PTH123 - called while others wait
+            return file.read().rpartition(b")")[2].split(maxsplit=1)[0] == b"R"
+    except (OSError, IndexError):  # it has ended
+        return False
+
+
 class BackgroundLoad:
     """How many of the cores that we may use processes other than ours kept busy, between construction and `read`."""
 

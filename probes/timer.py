@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
-from aivmm.probes.machine import threads_s
+from aivmm.probes.machine import is_runnable, threads_s
 
 BATCH_BELOW_S = 100e-6  # steps shorter than this are timed several at a time, so that the clock does not matter
 _BATCH_OF_S = 200e-6
@@ -25,7 +25,7 @@ _NAP_S = 1e-3
 _STRETCH_S = 5e-3  # warming up looks at calls in stretches of this
 _ANY = 0  # no thread has this number
 OUTSPIN_S = 0.25  # threads that spin after a run are at rest by then: those of ONNX Runtime took 95 ms beside two busy ones on two cores
-_RESTING_S = 50e-6  # a thread that ran for less in a stretch has come to rest
+_BLIND_S = 0.05  # ... and as long as those spin alone: where threads are not told apart, it is not seen when they rest
 _SEVERAL_STRETCH_S = 0.05
 _FALLING = 0.98  # a stretch whose median is below this much of the best before is still becoming faster
 _STEADY_STRETCHES = 2
@@ -103,7 +103,8 @@ def spinning() -> bool:
 def _running() -> set[int]:
     """Return the threads that run while this one sleeps, or `_ANY` for all of them where the system does not tell them apart.
 
-    The clock of the whole process would not do where it tells them: what runs on other cores is in it up to their last tick, 4 ms ago.
+    The clock of the whole process would not do where it tells them: what runs on other cores is in it up to their last tick, 4 ms ago. And
+    their own clocks do not where others have the cores: a thread that spins, and waits for one, has used nothing.
     """
     before, whole, began = threads_s(), time.process_time(), time.perf_counter()
     time.sleep(_NAP_S)
@@ -111,22 +112,24 @@ def _running() -> set[int]:
     now = threads_s()
     if not now:
         return {_ANY} if time.process_time() - whole > least else set()
-    return {each for each, seconds in now.items() if seconds - before.get(each, 0.0) > least}
+    return {each for each, seconds in now.items() if seconds - before.get(each, 0.0) > least or is_runnable(each)}
 
 
 def outspin(step: Step, most_s: float = OUTSPIN_S) -> float:
     """Call `step` until the threads that run while this process does nothing have come to rest, for `most_s` at most; return the seconds.
 
     They are those of whatever ran here before. Where they share cores with what runs now, they need longer than they spin alone: each of
-    three busy threads on two cores gets two thirds of one. Where the system does not tell threads apart, `most_s` is how long it takes.
+    three busy threads on two cores gets two thirds of one. Whether they rest is seen in naps between stretches of calls: during calls those
+    run, too, that `step` uses as well (the models of OpenVINO share their threads, which rest in less than 1 ms), and those that got no core
+    do not. Where the system does not tell threads apart, those of `step` that spin look like any others.
     """
     began, running = time.perf_counter(), _running()
-    before = threads_s()
+    if _ANY in running:
+        most_s = min(most_s, _BLIND_S)
     while running and time.perf_counter() - began < most_s:
         _settle(step, 1, _STRETCH_S)
-        now = threads_s()
-        running = {each for each in running if each == _ANY or now.get(each, 0.0) - before.get(each, 0.0) > _RESTING_S}
-        before = now
+        time.sleep(_NAP_S)  # until those rest that do so soon after a call
+        running &= _running()
     return time.perf_counter() - began
 
 

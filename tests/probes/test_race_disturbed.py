@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import threading
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from aivmm.probes import race as racing
+from aivmm.probes import timer
 from aivmm.probes.compare import By, compare, rate_interval_s, rate_s, round_figures
 from aivmm.probes.machine import BackgroundLoad, is_busy, threads_s
 from aivmm.probes.race import Contestant, by_of, far_behind, per_sample_s, race, runs_single, versus
@@ -153,6 +155,81 @@ def test_a_step_is_called_until_what_spun_before_it_rests() -> None:
     finally:
         stop.set()
         thread.join()
+
+
+class Spinner:
+    """A thread that keeps a core busy whenever it is told to, and lets others run Python meanwhile."""
+
+    def __init__(self) -> None:
+        self.on, self.ended = threading.Event(), False
+        self.thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self.ended:
+            self.on.wait()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 100)
+
+    def spin(self) -> None:
+        """Spin, and return when it is seen to: on a busy machine it may get no core for a while."""
+        self.on.set()
+        while not spinning():
+            pass
+
+    def __enter__(self) -> Spinner:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended = True
+        self.on.set()
+        self.thread.join()
+
+
+@LINUX
+def test_a_thread_that_the_step_uses_too_is_not_outspun_for_ever() -> None:
+    """The models of OpenVINO in one process share their threads: those of the one before are at work whenever the next is called."""
+    with Spinner() as shared:
+
+        def step() -> None:
+            shared.on.set()
+            time.sleep(0.001)
+            shared.on.clear()
+
+        for _ in range(5):
+            shared.spin()
+            assert outspin(step, 0.3) < 0.3
+
+
+@LINUX
+def test_a_thread_that_got_no_core_for_a_stretch_does_not_rest() -> None:
+    allowed = os.sched_getaffinity(0)
+    core = {min(allowed)}
+    with Spinner() as before:
+        os.sched_setaffinity(before.thread.native_id or 0, core)
+        before.spin()
+        os.sched_setscheduler(before.thread.native_id or 0, os.SCHED_IDLE, os.sched_param(0))
+        os.sched_setaffinity(0, core)
+        try:  # whoever calls has the core, and the other one what is left
+            assert outspin(lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 1000), 0.3) >= 0.3
+        finally:
+            os.sched_setaffinity(0, allowed)
+            os.sched_setaffinity(before.thread.native_id or 0, allowed)
+
+
+@LINUX
+def test_where_threads_are_not_told_apart_it_is_seen_all_the_same_that_all_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timer, "threads_s", dict)
+    with Spinner() as before:
+
+        def step() -> None:
+            before.on.clear()
+            time.sleep(0.005)
+
+        for _ in range(5):  # a clock as old as its last tick does not show it in each nap
+            before.spin()
+            assert outspin(step, 0.5) < 0.5
+            before.spin()
+            assert outspin(lambda: time.sleep(0.005), 0.5) < 0.5  # it may be one of its own that spins on
 
 
 Times = namedtuple("Times", "user system idle steal")
