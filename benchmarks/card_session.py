@@ -3,15 +3,18 @@
 On a machine with 4 cards, and the same on one with 2, or with 1 (which leaves out what needs two):
 
     python -m benchmarks.card_session --state DIR --minutes 27        # again after a break: what has a result in DIR is not run again
-    python -m benchmarks.gpu --state DIR --render benchmarks/results/h200.md
+    python -m benchmarks.gpu --state DIR --render benchmarks/results/h200.md --keep benchmarks/results/h200.md
 
-Where one call may take ten minutes: `--state ~/state --minutes 9.2; cp -r ~/state/. $OUT` in each of three. All of it takes 20 minutes on 4
-cards and 26 on 2, the last two of them for what was measured before.
+Where one call may take ten minutes: `--state ~/state --minutes 9.2; tar czf $OUT/state.tgz -C ~ state` in each of three
+(the state is many files, and few come back). All of it takes 20 minutes on 4 cards and 26 on 2, the last two of them for what was measured
+before.
 
 Each step is a process of its own. What it came to is in DIR as soon as it ends, so a machine that goes away costs the steps under way.
 First what may share the machine, beside each other: each step has its cards, their share of the cores, and a lock of its own. Then what is
-timed by itself, alone on the machine. A step that takes more than `_PATIENCE` times as long as it should is ended and leaves no result;
-one that is not likely to end in the time left is left out, and a shorter one after it may still run.
+timed by itself, alone on the machine. They begin in their order: one that waits for two cards is not overtaken by those that need one.
+A step that takes more than `_PATIENCE` times as long as it should is ended and leaves no result;
+one that is not likely to end in the time left is left out, and a shorter one after it may still run. One that did not make what it was to
+make leaves no result either, but its log. SIGINT and SIGTERM end what runs.
 
 `--list` shows what there is to do; `--only NAMES`, `--skip NAMES` and `--again NAMES` choose; `--earlier DIR` takes over what a machine
 that is gone left, which is then not run on today's code. `--pretend` shows the schedule without running anything, as if each step took as
@@ -24,13 +27,15 @@ import argparse
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -72,12 +77,14 @@ _MARGIN = 1.15  # what is begun should end
 _TAIL = 6000
 _CORES = "AIVMM_LANE_CORES"
 _POLL_S = 0.1
+_ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """A command, about how many seconds it takes, and how many cards. `makes`: a file that shows that it need not run.
 
+    `leaves`: what it makes outside of the state for the step `serves`, which `needs` it. Records outlive a machine, that does not.
     With `alone` nothing else runs, and it has the whole machine; otherwise it has some cards and their share of the cores.
     """
 
@@ -87,24 +94,30 @@ class Step:
     makes: str = ""
     cards: int = 1
     alone: bool = False
+    leaves: Path | None = None
+    serves: str = ""
+    needs: tuple[Path, ...] = ()
 
 
 def steps(state: Path, folder: Path, shared: Path, budget: str, *, cards: int = 4, every: bool = False) -> list[Step]:
     """Return the steps for a machine with so many cards. `every`: the tunings that are known from before, too."""
     from benchmarks.gpu import GOALS, MODELS
+    from benchmarks.gpu_tuned import bundle_for_cards
 
     gpu = (sys.executable, "-m", "benchmarks.gpu", "--state", str(state), "--shared", str(shared))
     doctor = Step(name="doctor", command=(sys.executable, "-m", "benchmarks.card_doctor"), seconds=40, alone=True)
     lanes = [replace(doctor, name=f"doctor-lane-{number}", alone=False) for number in range(cards)]  # in all lanes at once
     pytest = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider")
     tests = [Step(name=name, command=(*pytest, *files), seconds=60, cards=min(2, cards)) for name, files in TESTS.items()]
-    pairs = [(model, goal) for goal in GOALS for model in MODELS if (model, goal) not in _MISSING] if every else []
+    bundles = {count: bundle_for_cards(folder, "resnet50", count) for count in (1, 2)}
     two = (*gpu, "--folder", str(folder), "--models", "resnet50", "--budget", _TWO_BUDGET, "--only")
+    one = Step(name="tune-one-card", command=(*two, "tune_one"), seconds=150, leaves=bundles[1], serves="two_tuned")
+    pairs = [(model, goal) for goal in GOALS for model in MODELS if (model, goal) not in _MISSING] if every else []
     return [
         doctor,
         *lanes,
-        Step(name="tune-two-cards", command=(*two, "tune_two"), seconds=_TUNE_TWO_S, cards=2),
-        Step(name="tune-one-card", command=(*two, "tune_one"), seconds=150),
+        Step(name="tune-two-cards", command=(*two, "tune_two"), seconds=_TUNE_TWO_S, cards=2, leaves=bundles[2], serves="two_tuned"),
+        *([one] if cards > 1 else []),  # it is tuned to be raced against the two
         *(_tuning(model, goal, gpu, folder, budget) for model, goal in _MISSING),
         *(_tuning(model, goal, gpu, folder, budget, opencl=True) for model, goal in _OPENCL),
         *tests,
@@ -116,6 +129,7 @@ def steps(state: Path, folder: Path, shared: Path, budget: str, *, cards: int = 
                 makes="" if name == "two_tuned" else f"{name}.json",  # which holds what was known of another model
                 cards=needed,
                 alone=True,
+                needs=tuple(bundles.values()) if name == "two_tuned" else (),
             )
             for name, (needed, seconds) in _SECTIONS.items()
         ),
@@ -135,7 +149,7 @@ def lane(chosen: Sequence[int], cards: int) -> dict[str, str]:
     """Return the environment of a step that has some cards of a machine with so many: those alone, their cores, a lock of its own."""
     if cards < 2:
         return {}
-    cores = range(os.cpu_count() or 1)
+    cores = sorted(os.sched_getaffinity(0))  # which may be fewer than the machine has
     size = max(1, len(cores) // cards)
     mine = [core for number in chosen for core in cores[number * size : (number + 1) * size]]
     numbers = [str(each) for each in chosen]
@@ -197,9 +211,13 @@ class Machine:
 
 
 class Pretended(Machine):
-    """Runs nothing: each step takes the time that it should, by a clock that is turned on; those in `hang` never end."""
+    """Runs nothing: each step takes about the time that it should, by a clock that is turned on; those in `hang` never end.
 
-    def __init__(self, hang: Sequence[str] = ()) -> None:
+    None takes quite that time, so that cards are freed one by one, as they are. Steps make what they are to make in `state`.
+    """
+
+    def __init__(self, state: Path, hang: Sequence[str] = ()) -> None:
+        self.state = state
         self.seconds = 0.0
         self.hang = hang
 
@@ -211,16 +229,26 @@ class Pretended(Machine):
 
     def start(self, step: Step, log: Path, given: Mapping[str, str]) -> Process:
         log.write_text(f"{given.get('CUDA_VISIBLE_DEVICES', 'all')} cards")
-        return _Imagined(self, self.seconds + (math.inf if step.name in self.hang else step.seconds))
+        return _Imagined(self, step, self.seconds + (math.inf if step.name in self.hang else self.takes(step)))
+
+    def takes(self, step: Step) -> float:
+        """Return how long a step takes, the same each time."""
+        return step.seconds * random.Random(step.name).uniform(0.8, 1.05)
 
 
 @dataclass(slots=True)
 class _Imagined:
     machine: Pretended
+    step: Step
     ends: float
 
     def poll(self) -> int | None:
-        return 0 if self.machine.seconds >= self.ends else None
+        if self.machine.seconds < self.ends:
+            return None
+        for path in _made(self.step, self.machine.state):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return 0
 
     def end(self) -> None:
         self.ends = self.machine.seconds
@@ -241,7 +269,7 @@ def run(
     """Run what has no result yet while there is time, and return what became of each step.
 
     What may share the machine starts as soon as its cards are free, in order; a step that is to be alone waits for all before it, and all
-    after it wait for it.
+    after it wait for it. Signals that ask for an end end what runs.
     """
     machine = machine or Machine()
     began, free, again = machine.now(), list(range(max(1, cards))), set(again)
@@ -253,8 +281,8 @@ def run(
         became[step.name] = what
         print(f"[{machine.now() - began:6.0f} s] {step.name}: {what}", flush=True)
 
-    try:
-        while waiting or running:
+    with _signals() as stopped, _ending(running):
+        while (waiting or running) and not stopped:
             now = machine.now()
             for one in [each for each in running if each.process.poll() is not None or now - each.began > each.limit_s]:
                 running.remove(one)
@@ -263,38 +291,101 @@ def run(
             for step in list(waiting):
                 left = ends - now
                 why_not = _why_not(step, state, cards=cards, left=left, again=again)
+                if not why_not and step.alone and running:
+                    break  # which may be making what it needs
+                why_not = why_not or _lacking(step)
                 if why_not:
                     told(step, why_not)
-                elif step.alone and running:
-                    break
                 elif step.cards <= len(free):
                     taken = tuple(free) if step.alone else tuple(free[: step.cards])
                     free = [each for each in free if each not in taken]
                     given = {} if step.alone else lane(taken, cards)
+                    if step.name in again:
+                        _set_aside(step, state)
                     process = machine.start(step, _log(state, step), given)
                     running.append(_Running(step, process, taken, now, min(_PATIENCE * step.seconds, left)))
                 else:
-                    continue  # until cards are free
+                    break  # until cards are free: one by one, those after it would take them for as long as there are any
                 waiting.remove(step)
                 if step.alone and not why_not:
                     break
             machine.rest()
-    finally:
-        for one in running:
-            one.process.end()
+    if stopped:
+        raise SystemExit(128 + stopped[0])
     return became
 
 
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Note the signals that ask for an end, until the block ends.
+
+    Between two looks at the steps, so that none is just being started. A shell's background jobs ignore SIGINT unless told otherwise.
+    """
+    found: list[int] = []
+    before = {number: signal.signal(number, lambda given, _: found.append(given)) for number in _ENDS}
+    try:
+        yield found
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _ending(running: Sequence[_Running]) -> Iterator[None]:
+    """End what runs when the block ends, however it does: steps have sessions of their own, which no terminal ends."""
+    try:
+        yield
+    finally:
+        for one in running:
+            one.process.end()
+
+
 def _why_not(step: Step, state: Path, *, cards: int, left: float, again: set[str]) -> str:
-    if step.name not in again and (_record(state, step).exists() or (step.makes and (state / step.makes).exists())):
+    if step.name not in again and _known(step, state, again):
         return "has a result"
     if step.cards > cards:
         return f"needs {step.cards} cards, {cards} here"
     return f"no time: about {step.seconds:.0f} s, {max(0, left):.0f} left" if left < _MARGIN * step.seconds else ""
 
 
-def _record(state: Path, step: Step) -> Path:
-    return state / f"session.{step.name}.json"
+def _known(step: Step, state: Path, again: Iterable[str] = ()) -> bool:
+    """Return whether a step has a result, which is still there where another step needs it."""
+    if step.leaves and not step.leaves.exists():
+        return step.serves not in again and _record(state, step.serves).exists()
+    return _record(state, step.name).exists() or bool(step.makes and (state / step.makes).exists())
+
+
+def _lacking(step: Step) -> str:
+    missing = [each.name for each in step.needs if not each.exists()]
+    return f"needs {', '.join(missing)}" if missing else ""
+
+
+def _made(step: Step, state: Path) -> list[Path]:
+    """Return what shows that a step did what it was to do."""
+    return [*([state / step.makes] if step.makes else []), *([step.leaves] if step.leaves else [])]
+
+
+def _set_aside(step: Step, state: Path) -> None:
+    """Move what a step made earlier out of its way: a tuning that finds its result there does nothing."""
+    for path in _made(step, state):
+        if path.exists():
+            shutil.rmtree(_aside(path), ignore_errors=True)
+            path.replace(_aside(path))
+
+
+def _put_back(step: Step, state: Path) -> None:
+    """Put back what was moved away and not made anew."""
+    for path in _made(step, state):
+        if _aside(path).exists() and not path.exists():
+            _aside(path).replace(path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.before")
+
+
+def _record(state: Path, name: str) -> Path:
+    return state / f"session.{name}.json"
 
 
 def _log(state: Path, step: Step) -> Path:
@@ -302,16 +393,22 @@ def _log(state: Path, step: Step) -> Path:
 
 
 def _ended(one: _Running, state: Path, seconds: float) -> str:
-    """Keep what a step said last. What did not end is no result: it leaves no record, and is run again."""
+    """Keep what a step said last. What did not end, or not make what it was to, is no result: it leaves no record, and is run again."""
     code = one.process.poll()
     one.process.end()
     if code is None:
+        _put_back(one.step, state)
         return f"did not end within {one.limit_s:.0f} s"
+    missing = [each.name for each in _made(one.step, state) if not each.exists()]
+    _put_back(one.step, state)
+    if missing or (code and one.step.needs):
+        return f"no result: exit {code} after {seconds:.0f} s" + (f" without {', '.join(missing)}" if missing else "")
     tail = _log(state, one.step).read_bytes()[-_TAIL:].decode(errors="replace")
     found = {"code": code, "seconds": seconds, "at": time.strftime("%Y-%m-%d %H:%M"), "cards": list(one.cards), "tail": tail}
-    draft = _record(state, one.step).with_suffix(".part")
+    record = _record(state, one.step.name)
+    draft = record.with_suffix(".part")
     draft.write_text(json.dumps(found))
-    draft.replace(_record(state, one.step))
+    draft.replace(record)
     return f"exit {code} after {seconds:.0f} s"
 
 
@@ -348,19 +445,20 @@ def main() -> None:
     if asked.earlier:
         print(f"{take_over(asked.earlier, asked.state)} results taken over", flush=True)
     count = len(cards()) if asked.cards is None else asked.cards
-    every = steps(asked.state, asked.folder, asked.shared, asked.budget, cards=count, every=asked.every)
+    nowhere = tempfile.TemporaryDirectory()
+    state, folder = (Path(nowhere.name), Path(nowhere.name) / "folder") if asked.pretend else (asked.state, asked.folder)
+    every = steps(state, folder, asked.shared, asked.budget, cards=count, every=asked.every)
     only, skip = (set(filter(None, each.split(","))) for each in (asked.only, asked.skip))
     if unknown := (only | skip | set(filter(None, asked.again.split(",")))) - {each.name for each in every}:
         parser.error(f"there is no step {', '.join(sorted(unknown))}: see --list")
     every = [each for each in every if (not only or each.name in only) and each.name not in skip]
     if asked.list:
         for step in every:
-            known = ", has a result" if _record(asked.state, step).exists() else ""
+            known = ", has a result" if _known(step, state) else ""
             print(f"{step.name}: about {step.seconds:.0f} s, {'alone' if step.alone else f'{step.cards} cards'}{known}")
         return
-    with tempfile.TemporaryDirectory() as nowhere:
-        state, machine = (Path(nowhere), Pretended()) if asked.pretend else (asked.state, Machine())
-        run(every, state, minutes=asked.minutes, cards=count, again=asked.again.split(","), machine=machine)
+    machine = Pretended(state) if asked.pretend else Machine()
+    run(every, state, minutes=asked.minutes, cards=count, again=asked.again.split(","), machine=machine)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """What a machine with NVIDIA cards makes of six models: plans against every default, two cards, what the engine adds. For issue 8.
 
     python -m benchmarks.gpu --state DIR [--only tune,throughput,overhead,boundaries,two] [--budget 12s] [--models NAMES] [--goals ...]
-    python -m benchmarks.gpu --state DIR --render benchmarks/results/h200.md
+    python -m benchmarks.gpu --state DIR --render benchmarks/results/h200.md --keep benchmarks/results/h200.md
 
 Each section writes what it found into DIR as it goes, so that a run that is cut short loses the rest only; `--render` makes the page of
-whatever is there. What is compared takes turns in one process or in one race, in random order; medians of rounds are shown.
+whatever is there, above what the page of `--keep` says, word for word. A page that is there is replaced only where it is kept.
+
+What is compared takes turns in one process or in one race, in random order; medians of rounds are shown.
 
 - tune: `aivmm tune` for each model, latency and throughput, at fp32 and with bf16 and fp16 allowed. Ratios are the proof's own: the written
   bundle in a process of its own, raced with the defaults of every target.
@@ -336,8 +338,16 @@ def cards() -> list[str]:
     return asked.stdout.strip().splitlines()
 
 
+def code_of(*arguments: str) -> str:
+    """Return the commit that the code is of, or that `arguments` choose; nothing where there is no repository."""
+    if shutil.which("git") is None:
+        return ""
+    asked = subprocess.run(["git", "log", "-1", "--format=%h", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return asked.stdout.strip()
+
+
 def environment() -> dict[str, Any]:
-    """Return what the machine is."""
+    """Return what the machine is, and the code."""
     import onnxruntime
     import openvino
 
@@ -352,21 +362,23 @@ def environment() -> dict[str, Any]:
         "onnxruntime": onnxruntime.__version__,
         "openvino": openvino.__version__,
         "at": time.strftime("%Y-%m-%d %H:%M"),
+        "code": code_of(),
     }
 
 
-def _tuned_section(name: str, asked: argparse.Namespace, *, models: Sequence[str]) -> None:
-    """Run a section that tunes, or races what was tuned; those keep what they find themselves."""
+def _tuned_section(name: str, asked: argparse.Namespace, *, models: Sequence[str]) -> bool:
+    """Run a section that tunes, or races what was tuned; those keep what they find themselves. Return whether all of it was found."""
     from benchmarks import gpu_tuned as more
 
     if name in ("tune", "opencl"):
-        more.tune(
+        return more.tune(
             asked.folder, asked.shared, models=models, goals=asked.goals.split(","), budget=asked.budget, state=asked.state, kind=name
         )
-    elif name == "two_tuned":
-        more.two_tuned(asked.folder, asked.shared, models=models, budget=asked.budget, state=asked.state)
-    else:
-        more.tune_for_cards(asked.folder, asked.shared, models=models, budget=asked.budget, count=2 if name == "tune_two" else 1)
+    if name == "two_tuned":
+        return more.two_tuned(asked.folder, asked.shared, models=models, budget=asked.budget, state=asked.state)
+    count = 2 if name == "tune_two" else 1
+    found = more.tune_for_cards(asked.folder, asked.shared, models=models, budget=asked.budget, count=count)
+    return all(isinstance(each, Path) for each in found.values())
 
 
 def _section(name: str) -> Callable[[Path, Path], dict[str, Any]]:
@@ -387,23 +399,29 @@ def main() -> None:
     parser.add_argument("--goals", default=",".join(GOALS))
     parser.add_argument("--budget", default="12s")
     parser.add_argument("--render", type=Path)
+    parser.add_argument("--keep", type=Path, help="with --render: a page that goes below what is new")
     asked = parser.parse_args()
     if asked.render:
-        from benchmarks.gpu_page import page
+        from benchmarks.gpu_page import render
 
-        asked.render.write_text(page(asked.state))
+        if asked.render.exists() and not (asked.keep and asked.keep.exists() and asked.keep.samefile(asked.render)):
+            parser.error(f"{asked.render} is there, and what it says would be lost: add --keep {asked.render}")
+        render(asked.state, asked.render, keep=asked.keep)
         return
     for each in (asked.state, asked.folder):
         each.mkdir(parents=True, exist_ok=True)
     (asked.state / "environment.json").write_text(json.dumps(environment()))
+    succeeded = True
     for name in asked.only.split(","):
         began = time.monotonic()
         if name in ("tune", "opencl", "tune_one", "tune_two", "two_tuned"):
-            _tuned_section(name, asked, models=asked.models.split(","))
+            succeeded &= _tuned_section(name, asked, models=asked.models.split(","))
             continue
         found = _section(name)(asked.folder, asked.shared)
         (asked.state / f"{name}.json").write_text(json.dumps(found))
         print(f"{name}: {time.monotonic() - began:.0f} s", json.dumps(found)[:1500], flush=True)
+    if not succeeded:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

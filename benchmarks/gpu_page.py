@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.gpu import GOALS, MODELS
+from benchmarks.gpu import GOALS, MODELS, code_of
 from benchmarks.gpu_tuned import page_rates, page_requests, page_two_tuned
+
+_DATE = re.compile(r"20\d\d-\d\d-\d\d")
+
+
+def render(state: Path, to: Path, *, keep: Path | None = None) -> None:
+    """Write the page of what is in `state`, above all that the page `keep` says, word for word."""
+    new = page(state)
+    if keep is not None:
+        old = keep.read_text(encoding="utf-8")
+        date = max(_DATE.findall(old), default="no date")
+        code = code_of("--", str(keep.resolve()))
+        new = f"{new}\n# Earlier ({date}{f', page of {code}' if code else ''})\n\n{old}"
+    draft = to.with_suffix(".part")
+    draft.write_text(new, encoding="utf-8")
+    draft.replace(to)
 
 
 def page(state: Path) -> str:
     """Return the page of whatever sections left in `state`."""
     found = {each.stem: json.loads(each.read_text()) for each in sorted(state.glob("*.json"))}
-    lines = ["# A machine with NVIDIA cards", ""]
-    lines += _environment(found.get("environment", {}))
-    for name, title, section in (
+    sections = (
         ("throughput", "ResNet-50, fp32 input, images a second", _throughput),
         ("two", "One card and two, samples a second, fed from the host, fp16", _two),
         ("overhead", "The engine beside bare ONNX Runtime with I/O binding (µs, batch 1)", _overhead),
@@ -26,7 +40,11 @@ def page(state: Path) -> str:
         ("beside", "The CPU beside a card, by hand", page_rates),
         ("pixels", "ResNet-50 in fp16, by the type of its input", page_rates),
         ("boundaries", "Copies of one caller", _boundaries),
-    ):
+    )
+    machine = found.get("environment", {})
+    lines = [_title(machine), "", *_environment(machine)]
+    lines += ["", *_left_out([name for name, _, _ in sections if name not in found], {key for key in found if key.startswith("tune.")})]
+    for name, title, section in sections:
         if name in found:
             lines += ["", f"## {title}", "", *section(found[name])]
     tunes = {key: value for key, value in found.items() if key.startswith("tune.")}
@@ -45,6 +63,20 @@ def page(state: Path) -> str:
     if failed:
         lines += ["", "## Not finished", "", *(f"- {each.stem}: {_last(each)}" for each in failed)]
     return "\n".join(lines) + "\n"
+
+
+def _title(machine: Mapping[str, Any]) -> str:
+    kinds = [each.split(",")[0] for each in machine.get("cards", ())]
+    cards = " and ".join(f"{kinds.count(each)} x {each}" for each in dict.fromkeys(kinds)) or "no card"
+    date = (_DATE.findall(machine.get("at", "")) or ["no date"])[0]
+    return f"# A machine with NVIDIA cards: {date}, {cards}, code of {machine.get('code') or 'a commit that was not noted'}"
+
+
+def _left_out(sections: Sequence[str], tunes: set[str]) -> list[str]:
+    missing = len(MODELS) * len(GOALS) - len(tunes)
+    without = [*sections, *([f"{missing} of {missing + len(tunes)} tunings"] if missing > 0 else [])]
+    said = f"Not run, or lost with the state that held it: {', '.join(without)}." if without else "All of it was run."
+    return [f"This part holds what was found then, and nothing older. {said}"]
 
 
 def _tail(found: Mapping[str, Any]) -> str:

@@ -27,12 +27,13 @@ _WIDE = "import os, sys; os.sched_setaffinity(0, range(os.cpu_count())); os.exec
 _PIXELS = "input=123.7,116.3,103.5/58.4,57.1,57.4"
 
 
-def tune(folder: Path, shared: Path, *, models: Sequence[str], goals: Sequence[str], budget: str, state: Path, kind: str = "tune") -> None:
+def tune(folder: Path, shared: Path, *, models: Sequence[str], goals: Sequence[str], budget: str, state: Path, kind: str = "tune") -> bool:
     """Tune each model for each goal; what `--json` says is kept as `KIND.MODEL.GOAL.json`, and the reports.
 
     Where `kind` is "opencl", OpenVINO's GPU has to be among the targets, and what stands in its way is left out: the lane's cores, then
-    its card. What was left out is printed.
+    its card. What was left out is printed. What comes to nothing leaves its reason as `.failed` until it does; return whether all did.
     """
+    succeeded = True
     for goal in goals:
         for name in models:
             path = model_file(name, folder, shared)
@@ -46,7 +47,7 @@ def tune(folder: Path, shared: Path, *, models: Sequence[str], goals: Sequence[s
             command += ["--dim", "seq=128"] if name == "minilm" else []
             start, environment, targets, found = _lane(opencl=kind == "opencl")
             if kind == "opencl" and not any(each.startswith("openvino:GPU") for each in found):
-                place.with_suffix(".failed").write_text(f"no worker finds OpenVINO's GPU, only {', '.join(found)}")
+                succeeded = _failed(place, f"no worker finds OpenVINO's GPU, only {', '.join(found)}")
                 continue
             command = [*start, *command, *targets]
             began = time.monotonic()
@@ -55,17 +56,25 @@ def tune(folder: Path, shared: Path, *, models: Sequence[str], goals: Sequence[s
                 with said.open("w") as log:
                     ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, timeout=_TUNE_LIMIT_S, env=environment)
             except subprocess.TimeoutExpired:
-                place.with_suffix(".failed").write_text(f"no end within {_TUNE_LIMIT_S} s")
+                succeeded = _failed(place, f"no end within {_TUNE_LIMIT_S} s")
                 continue
             print(f"{name} {goal}: {time.monotonic() - began:.0f} s, exit {ran.returncode}", flush=True)
             print(said.read_text()[-3000:], flush=True)  # with the seconds that each phase began at
             if ran.returncode in (0, 3) and ran.stdout.strip():
                 place.write_text(ran.stdout)
+                place.with_suffix(".failed").unlink(missing_ok=True)
             else:
-                place.with_suffix(".failed").write_text(said.read_text()[-3000:])
+                succeeded = _failed(place, said.read_text()[-3000:])
             report = output / "report.html"
             if report.exists():
                 (state / f"{kind}-{name}-{objective}-{precision}.html").write_bytes(report.read_bytes())
+    return succeeded
+
+
+def _failed(place: Path, why: str) -> bool:
+    place.with_suffix(".failed").write_text(why)
+    print(why, flush=True)
+    return False
 
 
 def _lane(*, opencl: bool) -> tuple[list[str], dict[str, str], list[str], list[str]]:
@@ -117,6 +126,11 @@ def tuned_bundle(path: Path, output: Path, *, targets: str, options: tuple[str, 
     return output if ran.returncode == 0 else (ran.stderr.strip() or ran.stdout)[-400:]
 
 
+def bundle_for_cards(folder: Path, name: str, count: int) -> Path:
+    """Return where a model tuned for so many cards is."""
+    return folder / f"{name}-{count}.aivmm"
+
+
 def tune_for_cards(folder: Path, shared: Path, *, models: Sequence[str], budget: str, count: int) -> dict[str, Path | str]:
     """Tune each model for throughput on one card or on two, so that the two bundles can be raced later; return them by model."""
     found = {}
@@ -124,7 +138,7 @@ def tune_for_cards(folder: Path, shared: Path, *, models: Sequence[str], budget:
         place = folder / f"models-for-{count}"  # another step may be writing the same model for as many
         place.mkdir(parents=True, exist_ok=True)
         options = ("--precisions", "fp32,fp16", *(("--dim", "seq=128") if name == "bert" else ()))
-        output, targets = folder / f"{name}-{count}.aivmm", ",".join(_TWO_CARDS[:count])
+        output, targets = bundle_for_cards(folder, name, count), ",".join(_TWO_CARDS[:count])
         found[name] = tuned_bundle(model_file(name, place, shared), output, targets=targets, options=options, budget=budget)
         print(f"{name} on {count}: {found[name]}", flush=True)
     return found
@@ -140,10 +154,10 @@ def _steps_of(bundle: Path, feed: Mapping[str, Any]) -> tuple[Any, int, list[Ste
     return running, rows, [partial(running.run, each) for each in feeds]
 
 
-def two_tuned(folder: Path, shared: Path, *, models: Sequence[str], budget: str, state: Path) -> None:
+def two_tuned(folder: Path, shared: Path, *, models: Sequence[str], budget: str, state: Path) -> bool:
     """Race the plan that a tune finds on two cards against the one that the same tune finds on one, each with its own callers.
 
-    What is there already of other models stays.
+    What is there already of other models stays. Return whether all were raced.
     """
     place = state / "two_tuned.json"
     found: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {}
@@ -163,6 +177,7 @@ def two_tuned(folder: Path, shared: Path, *, models: Sequence[str], budget: str,
             each.close()
         place.write_text(json.dumps(found))
         print(f"{name}: {json.dumps(found[name])[:1500]}", flush=True)
+    return all(found[name]["rates"] for name in models)
 
 
 def beside(folder: Path, shared: Path) -> dict[str, Any]:
