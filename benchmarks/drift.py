@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 import aivmm
-from aivmm.runtime.causes import Machine
+from aivmm.runtime.causes import Counted, Machine
 from aivmm.runtime.drift import BLOCK, Drift, DriftMonitor
 from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, normal
 
@@ -60,20 +60,28 @@ def neighbour(nice: int) -> subprocess.Popen[bytes]:
     return process
 
 
+def looked(machine: Machine) -> Counted:
+    """Return what a machine has counted so far."""
+    found = machine.counted()
+    if found is None:
+        raise RuntimeError("the machine's accounts cannot be read just now")
+    return found
+
+
 def idle(bundle: Path, inputs: Any, minutes: float) -> dict[str, Any]:
     """Run for so many minutes, and return the events."""
     told: list[Drift] = []
     means: list[float] = []  # of the calls of each second
     machine = Machine()
     with aivmm.load_plan(bundle, on_drift=told.append) as engine:
-        started, calls, before = time.perf_counter(), 0, machine.counted()
+        started, calls, before = time.perf_counter(), 0, looked(machine)
         while time.perf_counter() - started < 60 * minutes:
             second, first = time.perf_counter(), calls
             while time.perf_counter() - second < 1.0:
                 engine.run(inputs)
                 calls += 1
             means.append((time.perf_counter() - second) / (calls - first))
-        spent, events = machine.counted().since(before), engine.stats()["drift"]["events"]
+        spent, events = looked(machine).since(before), engine.stats()["drift"]["events"]
     return {
         "minutes": minutes,
         "calls": calls,

@@ -7,14 +7,16 @@ tell the two apart; the processor's accounts do.
 What is compared are amounts: how much more was taken than is usual since calls became slow, against what calls lost by then. Who takes
 turns on a core with a call takes what it loses, and it waits for as long, which Linux counts. Who slows it down from another core, by its
 memory or its cache, makes it some times as slow for as long as he works, and so takes more than it loses. And what is usual varies.
-Looking takes some 40 µs (a millisecond with 200 threads): so it is done where there is a suspicion, and else once in thousands of calls.
+Looking takes some 40 µs: so it is done where there is a suspicion, and else once in thousands of calls.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,8 +37,10 @@ _VARIES = 0.25  # of what is usual
 _RARE_CALLS, _RARE_S, _LONGEST_S = 4096, 5.0, 30.0  # between two looks at what is usual: so many calls, or so long
 _CLOCK_CALLS = 256  # between two readings of the clock for that
 _FRESH_CALLS, _FRESH_S = 1334, 10.0  # between two suspicions that are looked into: with the other looks, one in a thousand calls
-_FORGOTTEN = 0.5  # of what is known of the usual, at each look
-_MOST_THREADS = 512  # whose waits are added up
+_FORGOTTEN = 0.5  # of what is known of the usual, each time when as much again is known
+_LOOKS, _SHORT_S = 16, 0.5  # for how many looks what others took at most is usual, and how far these are apart at least
+_MOST_THREADS = 64  # whose waits are read, at 4 µs each; of more they are not counted
+_TICK_S = 0.1  # by which accounts of cores and the clock may differ
 _SAME = 0.9  # of the slowdown: so much of it in CPU time is all of it
 
 
@@ -54,7 +58,11 @@ class Counted(NamedTuple):
 
     def since(self, before: Counted) -> Counted:
         """Return what was counted after `before`."""
-        return Counted(*(now - then for now, then in zip(self, before, strict=True)))
+        return Counted(*(max(0.0, now - then) for now, then in zip(self, before, strict=True)))
+
+    def plus(self, more: Counted, times: float = 1.0) -> Counted:
+        """Return what was counted in both, or so many times as much of the other."""
+        return Counted(*(each + times * other for each, other in zip(self, more, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,29 +74,48 @@ class Cause:
 
 
 class Machine:
-    """What the operating system counts, and who computes on the cards among `devices`."""
+    """What the operating system counts, and who computes on the cards among `devices`. Thread-safe: all paces of an engine ask one."""
 
     def __init__(self, devices: Iterable[Device] = ()) -> None:
+        self.cores = os.cpu_count() or 1
+        self.sees_waits = False  # whether it was counted at the last look how long threads wait for a core
         self._cards = {each.uid: None for each in devices if is_nvidia(each)}
+        self._lock = threading.Lock()
+        self._sees_others = False
+        self._waits_ns: dict[str, int] | None = None  # of each thread, at the last look
+        self._stops_s: dict[str, float] = {}  # by each file of a quota, when it was read last
+        self._waited_s = self._withheld_s = 0.0  # added up from look to look, since threads come and go
 
     def now_s(self) -> float:
         """Return the time on the clock by which looks are apart."""
         return time.monotonic()
 
-    def counted(self) -> Counted:
-        """Return what was counted so far, calls apart."""
-        own = time.process_time()
-        busy, stolen = _busy_and_stolen_s()
-        others = 0.0 if busy is None else busy - own
-        return Counted(self.now_s(), own, others, _waited_s(), throttled_s(self._throttling), stolen)
+    def counted(self) -> Counted | None:
+        """Return what was counted so far, calls apart; None where that cannot be read just now, and could be before."""
+        with self._lock:
+            own = time.process_time()
+            busy, stolen = _busy_and_stolen_s()
+            if busy is None and self._sees_others:
+                return None
+            self._sees_others = busy is not None
+            self._add_waits()
+            self._add_stops()
+            return Counted(self.now_s(), own, 0.0 if busy is None else busy - own, self._waited_s, self._withheld_s, stolen)
 
-    @cached_property
-    def sees_waits(self) -> bool:
-        """Whether it is counted how long threads wait for a core."""
-        try:
-            return int(_read("/proc/self/schedstat").split()[0]) > 0
-        except (OSError, ValueError, IndexError):
-            return False
+    def _add_waits(self) -> None:
+        """Add what each thread has waited since the last look: who has ended since adds nothing, and takes nothing away."""
+        now, before = _waits_ns(), self._waits_ns
+        self.sees_waits, self._waits_ns = now is not None, now
+        if now is not None and before is not None:
+            grown = (waited - (then if (then := before.get(thread, 0)) <= waited else 0) for thread, waited in now.items())
+            self._waited_s += sum(grown) / 1e9
+
+    def _add_stops(self) -> None:
+        """Add for how long the quota stopped that one of our groups that was stopped the most since the last look."""
+        read = {each: throttled_s(each) for each in self._throttling}
+        now = {each: seconds for each, seconds in read.items() if seconds is not None}
+        self._withheld_s += max((max(0.0, seconds - self._stops_s.get(each, seconds)) for each, seconds in now.items()), default=0.0)
+        self._stops_s |= now
 
     def on_cards(self) -> frozenset[int]:
         """Return the processes that compute on the cards, by the host's ids; none where the driver's library is not in use already."""
@@ -123,11 +150,15 @@ class Witness:
         """Watch for calls of which as many as there are `callers` run side by side."""
         self._machine = machine
         self._callers = callers
-        self._since: Counted | None = None  # the last look
+        self._since: Counted | None = None  # the last look, those at causes apart
+        self._kept = Counted(0.0)  # what came since the usual was taken, as far as calls were not slow
         self._usual: Counted | None = None
-        self._suspected: Counted | None = None  # the last one that was for a suspicion
-        self._doubted = False  # calls became slow since then
+        self._shares: deque[float] = deque(maxlen=_LOOKS)  # cores that others took, between the last looks
+        self._suspected: Counted | None = None  # the last look that was for a suspicion
+        self._doubted = False  # calls became slow since the last look
+        self._again = False  # the last look is to have another one soon, to see how much comes in a short time
         self._at_home: frozenset[int] = frozenset()  # processes that compute on the cards
+        self._slowed_before: frozenset[str] = frozenset()  # why cards are slow where calls are not
         self.calls = 0  # how many there were
         self.busy_ns = 0  # and what they took: counted by who sees them
         self._ask_at = 0  # calls, when the clock is read next
@@ -138,40 +169,57 @@ class Witness:
             self._since = self._look()
 
     def usual(self) -> None:
-        """Take all since the last look for usual, unless calls were slow; what is long ago counts less and less."""
-        now = self._look()
-        if self._since is not None and not self._doubted:
-            spent, known = now.since(self._since), self._usual or Counted(0.0)
-            self._usual = Counted(*(new + _FORGOTTEN * old for new, old in zip(spent, known, strict=True)))
-            self._at_home = self._machine.on_cards()
-        self._since, self._doubted = now, False
+        """Take all that came until now for usual, calls that were slow apart; what is long ago counts less and less."""
+        self._calm()
+        self._settle()
 
     def quiet(self) -> None:
         """Look now and then at what is usual, while calls are."""
-        if self.calls < self._ask_at or self._since is None:
+        if self._doubted:  # slow calls are over, and what comes from now on is usual again
+            self._calm()
+            self._again = True
+        if self.calls < self._ask_at:
             return
         self._ask_at = self.calls + _CLOCK_CALLS
+        if self._since is None:
+            self.begin()
+            return
         calls, seconds = self.calls - self._since.calls, self._machine.now_s() - self._since.seconds
-        if seconds >= _LONGEST_S or (calls >= _RARE_CALLS and seconds >= _RARE_S):
-            self.usual()
+        if (self._again and seconds >= _SHORT_S) or seconds >= _LONGEST_S or (calls >= _RARE_CALLS and seconds >= _RARE_S):
+            self._calm()
+            self._again = not self._again
+
+    def stopped(self) -> None:
+        """Take note that no calls came for a while: what was counted meanwhile says nothing of the next ones."""
+        self._suspected = None
 
     def suspect(self) -> None:
         """Look, since calls may be slow from now on; not where a suspicion a moment ago came to nothing."""
-        then, doubted = self._suspected, self._doubted
-        if then is None or doubted or self.calls - then.calls >= _FRESH_CALLS or self._machine.now_s() - then.seconds >= _FRESH_S:
-            self._since = self._suspected = self._look()
-            self._doubted = False
+        then = self._suspected
+        if then is not None and self.calls - then.calls < _FRESH_CALLS and self._machine.now_s() - then.seconds < _FRESH_S:
+            return
+        now = self._look()
+        self._take(now, least_s=_RARE_S)
+        self._since, self._again = now, False  # where it failed, nothing is known of what comes now
+        self._suspected = now or then
 
     def cause(self, calls: int, busy_ns: int, usual_ns: float) -> Cause | None:
-        """Return what took the time of so many slow calls, which take `usual_ns` where all is well; None where nothing is seen that did."""
+        """Return what took the time of so many slow calls since the suspicion, which take `usual_ns` where all is well, if that is seen."""
         now, self._doubted = self._look(), True
-        spent = now.since(self._since or now)
+        if now is None or self._since is None:
+            self._since = self._since or now
+            return None
+        spent = now.since(self._since)
+        if self._is_absurd(spent):
+            return None
         usual_s = calls * usual_ns / 1e9 / self._callers
         lost_s = max(0.0, busy_ns / 1e9 / self._callers - usual_s)
         least = max(_LEAST * spent.seconds, 1e-9)
         enough, more = max(min(_ENOUGH * lost_s, _ALONE * usual_s), least), self._more(spent, usual_ns)
-        if more.withheld >= enough:
-            return Cause("cpu quota", f"the CPU quota stopped this process for {_share(spent.withheld, spent)} s of each second")
+        # A quota stops each core that has something to do, and all that time is added up.
+        stopped = max(1.0, (spent.own + spent.withheld) / max(spent.seconds, 1e-9))
+        if more.withheld / stopped >= enough:
+            return Cause("cpu quota", f"the CPU quota stopped this process for {_share(spent.withheld / stopped, spent)} s of each second")
         if more.waited >= enough:
             waited = f"threads of this process waited for cores, {_share(spent.waited, spent)} s in each second"
             if spent.others >= enough and more.others >= more.own:
@@ -183,13 +231,17 @@ class Witness:
             return Cause("other processes", f"other processes took {self._others(spent)}")
         if more.own >= enough:
             return Cause("this process", f"other work of this process took {_share(more.own, spent)} of {_all_cores()} meanwhile")
-        if self._usual is not None and self._machine.on_cards() - self._at_home:
+        return None if self._usual is None else self._of_cards()
+
+    def _of_cards(self) -> Cause | None:
+        if self._machine.on_cards() - self._at_home:
             return Cause("card", "another process began to compute on the card")
-        return None
+        slowed = self._machine.slowed_cards()
+        return Cause("card", f"the card slows down ({slowed})") if _reasons(slowed) - self._slowed_before else None
 
     def unseen(self) -> Cause:
         """Say of calls that have been slow for long that nothing here is seen to be why, and what is seen beside."""
-        now = self._look()
+        now = self._look() or self._since or Counted(0.0)
         spent, usual = now.since(self._since or now), self._usual
         if slowed := self._machine.slowed_cards():
             return Cause("card", f"the card slows down ({slowed})")
@@ -206,8 +258,39 @@ class Witness:
             return Cause("none seen", f"{said}; calls need {ratio:.2g} times the CPU time (the host, the clock or the temperature)")
         return Cause("none seen", f"{said}; calls need {ratio:.2g} times the CPU time, and wait otherwise (a device, a file, a lock)")
 
-    def _look(self) -> Counted:
-        return self._machine.counted()._replace(calls=self.calls, busy=self.busy_ns / 1e9)
+    def _look(self) -> Counted | None:
+        counted = self._machine.counted()
+        return None if counted is None else counted._replace(calls=self.calls, busy=self.busy_ns / 1e9)
+
+    def _calm(self) -> None:
+        """Look while calls are as usual. A look that fails is none: the last one stays."""
+        now = self._look()
+        if now is None:
+            return
+        self._take(now, least_s=_SHORT_S)
+        self._since, self._doubted = now, False
+        self._at_home, self._slowed_before = self._machine.on_cards(), _reasons(self._machine.slowed_cards())
+
+    def _take(self, now: Counted | None, *, least_s: float) -> None:
+        """Keep what came since the last look, unless calls were slow; how much others took where that is over `least_s`."""
+        if now is None or self._since is None or self._doubted:
+            return
+        spent = now.since(self._since)
+        if self._is_absurd(spent):
+            return
+        if spent.seconds >= least_s:
+            self._shares.append(spent.others / spent.seconds)
+        self._kept = self._kept.plus(spent)
+        if self._kept.seconds >= _LONGEST_S or (self._kept.calls >= _RARE_CALLS and self._kept.seconds >= _RARE_S):
+            self._settle()
+
+    def _settle(self) -> None:
+        if self._kept.calls:
+            self._usual, self._kept = self._kept.plus(self._usual or Counted(0.0), _FORGOTTEN), Counted(0.0)
+
+    def _is_absurd(self, spent: Counted) -> bool:
+        """Return whether others took more than there is, as where a look saw but a part."""
+        return spent.others > self._machine.cores * spent.seconds + _TICK_S
 
     def _more(self, spent: Counted, usual_ns: float) -> Counted:
         """Return how much more than is usual was taken; nothing where that is within what the usual varies by."""
@@ -227,7 +310,8 @@ class Witness:
             seconds=spent.seconds,
             # Threads that spin for as long as a call lasts take as much of each second of calls, however long those are.
             own=beyond(spent.own, usual.own / usual.busy * spent.busy),
-            others=beyond(spent.others, usual.others * share),
+            # Of long times the mean says little of short ones: what others took at most a while ago is usual, too.
+            others=beyond(spent.others, max(usual.others * share, max(self._shares, default=0.0) * spent.seconds * slower)),
             waited=spent.waited - usual.waited / usual.calls * spent.calls if waits else 0.0,
             withheld=beyond(spent.withheld, usual.withheld * share),
         )
@@ -240,6 +324,10 @@ class Witness:
 
 def _share(seconds: float, spent: Counted) -> str:
     return f"{max(0.0, seconds / max(spent.seconds, 1e-9)):.2f}"
+
+
+def _reasons(slowed: str) -> frozenset[str]:
+    return frozenset(slowed.split(", ")) - {""}
 
 
 def _all_cores() -> str:
@@ -265,19 +353,20 @@ def _busy_and_stolen_s() -> tuple[float | None, float]:
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
-def _waited_s() -> float:
-    """Return for how long threads of this process that could run waited for a core, all together; 0 where that is not counted."""
+def _waits_ns() -> dict[str, int] | None:
+    """Return for how long each thread of this process that could run waited for a core; None where that is not counted or they are many."""
+    waits, ran = {}, 0
     try:
         threads = os.listdir("/proc/self/task")  # noqa: PTH208 - a moment ago there were calls, and there will be
-    except OSError:
-        return 0.0
-    waited_ns = 0
-    for each in threads[:_MOST_THREADS]:
-        try:
-            waited_ns += int(_read(f"/proc/self/task/{each}/schedstat").split()[1])
-        except (OSError, ValueError, IndexError):  # it ended, or the kernel counts nothing
-            continue
-    return waited_ns / 1e9
+        for each in threads if len(threads) <= _MOST_THREADS else ():
+            try:
+                fields = _read(f"/proc/self/task/{each}/schedstat").split()
+            except (FileNotFoundError, ProcessLookupError):  # it ended
+                continue
+            ran, waits[each] = ran + int(fields[0]), int(fields[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return waits if ran else None  # a kernel that is told not to count says 0
 
 
 def _read(path: str) -> bytes:

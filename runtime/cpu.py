@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -33,18 +33,15 @@ def throttling_files(root: Path = Path("/sys/fs/cgroup"), membership: Path = Pat
     return tuple(f"{folder}/cpu.stat" for folder in limited)
 
 
-def throttled_s(files: Iterable[str]) -> float:
-    """Return for how many seconds the processor was withheld, by what `throttling_files` names: of several groups, the most."""
-    return max((_throttled_s(each) for each in files), default=0.0)
-
-
-def _throttled_s(file: str) -> float:
+def throttled_s(file: str) -> float | None:
+    """Return for how many seconds processors were withheld, all of them added up, by a file that `throttling_files` names; None where it
+    does not say."""
     units = {"throttled_usec": 1e-6, "throttled_time": 1e-9}  # version 2, version 1
     try:
         pairs = [line.split() for line in (_start_of(file) or "").splitlines()]
-        return sum(int(value) * units[name] for name, value in pairs if name in units)
+        return next((int(value) * units[name] for name, value in pairs if name in units), None)
     except (OSError, ValueError):
-        return 0.0
+        return None
 
 
 def _groups(root: Path, membership: Path) -> Iterator[tuple[str, bool]]:

@@ -19,7 +19,8 @@ baseline knows this machine, this process and its load; the plan's interval keep
 drift. Where it comes and goes, there is at most one event in `_PAUSE_S`.
 
 The event says what took the time (`causes`). Where nothing on this machine is seen to have, it is raised only when S has not come back to 0
-for `_UNSEEN_S` and most calls were slow: hosts are slow for seconds, again and again (docs/decisions/0065).
+for `_UNSEEN_S` and most calls were slow: hosts are slow for seconds, again and again (docs/decisions/0065). Where no calls come, nothing
+is known: a pause that is much longer than those before counts for little of that time, and what was counted in it is held against nobody.
 """
 
 from __future__ import annotations
@@ -57,10 +58,12 @@ _NEIGHBOURS = 4  # observations
 _REMEMBERED = 100  # events
 _SKEWED = 1.1  # a mean so much above the median is told, too
 _LEAST_CALLS, _LEAST_S = 10 * BLOCK, 0.5
-_UNSEEN_CALLS, _UNSEEN_S = 1000, 60.0  # slow calls, and how long they last, before that is told of which no cause is seen
+_UNSEEN_S = 60.0  # for so long, and in most calls, slowness lasts before it is told where no cause is seen
+_UNSEEN_CALLS, _UNSEEN_LONG_S = 1000, 600.0  # so many of them, or as many as an event needs that took `_UNSEEN_S`, or came in so long
 _SUSPECTED = 0.25  # of the limit: from there on the machine's accounts are compared
 _AGAIN = 1.08  # they are looked at again when calls have been slow for so much longer
 _PAUSE_S = 60.0  # of calls, between two events
+_IDLE_S, _IDLE_TIMES, _IDLE_KEPT = 3.0, 4.0, 0.9  # calls have stopped when none comes for so long, and for so many times the longest lately
 _TOLERANCE = 1.15  # loads of one model differ by up to 10 % (docs/decisions/0009); beyond this a warm-up is outside of the plan's interval
 
 
@@ -135,10 +138,14 @@ class DriftMonitor:
         self._calls = 0  # in this excursion
         self._busy_ns = 0
         self._slow_calls = self._slow_ns = 0  # of them, those that were slow
-        self._began_s = 0.0
+        self._held_calls = self._held_ns = 0  # of them, those whose loss is held against what is counted
+        self._lasted_s = 0.0  # on the clock, but for times without calls
+        self._came_s, self._came_ns = -math.inf, 0  # when the last calls came, and what all had taken by then
+        self._idle_s = 0.0  # the longest time between two blocks, lately
         self._suspected = False
         self._cause: Cause | None = None  # of this excursion
         self._looked_ns = 0.0  # of slow calls, when the machine was asked for it last; 0 where it was not yet
+        self._lasted = False  # it was so long by then that it is told without a cause
         self._outside = False
         self._paused_ns = math.inf  # of calls, since the last event
         self.baseline_s: float | None = None
@@ -181,13 +188,15 @@ class DriftMonitor:
 
     def state(self) -> dict[str, Any]:
         """Return the state for statistics: `warming up`, `inside` or `outside`, the baseline, and the events."""
-        state = "warming up" if self._warming else "outside" if self._outside else "inside"
-        return {"state": state, "baseline_s": self.baseline_s, "events": [each.as_json() for each in self.events]}
+        with self._lock:
+            state = "warming up" if self._warming else "outside" if self._outside else "inside"
+            return {"state": state, "baseline_s": self.baseline_s, "events": [each.as_json() for each in self.events]}
 
     def _tell_or_wait(self, event: Drift) -> None:
         if self._tell(event) is False:
             with self._lock:
                 self._outside, self._paused_ns = False, math.inf
+                self._cause, self._looked_ns = None, min(self._looked_ns, 1.0)  # looked for anew with the next calls: it may be another one
                 with suppress(ValueError):
                     self.events.remove(event)
 
@@ -221,9 +230,9 @@ class DriftMonitor:
         limit = baseline + math.log(high_ns / call_ns)
         if self._callers == 1 and call_ns > high_ns * _TOLERANCE:
             self._level, self._sum = limit + _ALLOWANCE, self._limit  # it is back when it is where the plan says
-            self._calls = self._slow_calls = calls
-            self._busy_ns = self._slow_ns = self._warm_ns
-            self._began_s = self._machine.now_s()
+            self._calls = self._slow_calls = self._held_calls = calls
+            self._busy_ns = self._slow_ns = self._held_ns = self._warm_ns
+            self._came_s, self._came_ns, self._suspected = self._machine.now_s(), self._witness.busy_ns, True
             return self._left(self.baseline_s) if self._explained() else None
         self._witness.usual()
         self._floor = limit + (_ALLOWANCE if self._callers > 1 else 0.0)
@@ -265,16 +274,21 @@ class DriftMonitor:
 
     def _watch(self, total_ns: int, calls: int) -> Drift | None:
         self._paused_ns += total_ns
+        passed_s, stopped = self._passed()
         mean = math.log(max(total_ns, 1) / calls)
         step = mean - self._level
-        if self._learned < _LEARNT:
+        if self._learned < _LEARNT and len(self._pending) < _LEARNT and not self._outside:
             self._pending.append(mean)
         self._sum = min(self._limit, max(0.0, self._sum + min(_CLIP, step)))
         if self._sum <= 0.0:
             self._over()
             return None
-        if not self._calls:
-            self._began_s = self._machine.now_s()
+        if stopped and self._suspected:
+            self._suspected, self._held_calls, self._held_ns = False, 0, 0  # begins anew, after these calls
+        else:
+            self._held_calls += calls
+            self._held_ns += total_ns
+        self._lasted_s += passed_s
         self._calls += calls
         self._busy_ns += total_ns
         if step > 0:
@@ -299,21 +313,41 @@ class DriftMonitor:
             self._outside = False
             log.info("latency is back inside of the plan's interval")
         if self._calls:
-            self._calls = self._busy_ns = self._slow_calls = self._slow_ns = 0
-            self._suspected, self._cause, self._looked_ns = False, None, 0.0
+            self._calls = self._busy_ns = self._slow_calls = self._slow_ns = self._held_calls = self._held_ns = 0
+            self._suspected, self._cause, self._looked_ns, self._lasted, self._lasted_s = False, None, 0.0, False, 0.0
         self._witness.quiet()
+
+    def _passed(self) -> tuple[float, bool]:
+        """Return what passed on the clock with the last calls, and whether they had stopped before: then little of that counts."""
+        now_s, busy_ns = self._machine.now_s(), self._witness.busy_ns
+        passed_s, busy_s = now_s - self._came_s, (busy_ns - self._came_ns) / 1e9 / self._callers
+        self._came_s, self._came_ns = now_s, busy_ns
+        idle_s, most_s = max(0.0, passed_s - busy_s), max(_IDLE_S, _IDLE_TIMES * self._idle_s)
+        self._idle_s = max(min(idle_s, most_s), _IDLE_KEPT * self._idle_s)
+        if idle_s <= most_s:
+            return passed_s, False
+        self._witness.stopped()
+        return most_s + busy_s, True
 
     def _explained(self) -> bool:
         """Return whether the excursion is to be told now: since its cause is seen, or since it has lasted without one."""
-        if self._cause is not None:  # it was told already, and is to be told again
-            return True
-        lasted = self._machine.now_s() - self._began_s >= _UNSEEN_S
-        for_long = lasted and self._slow_calls >= max(_UNSEEN_CALLS, self._calls / 2)
-        if self._slow_ns >= self._looked_ns * _AGAIN or for_long:
-            self._looked_ns = float(self._slow_ns)
-            seen = self._witness.cause(self._calls, self._busy_ns, usual_ns=math.exp(self._level - _ALLOWANCE))
-            self._cause = seen or (self._witness.unseen() if for_long else None)
+        lasts = self._lasts()
+        if self._slow_ns < self._looked_ns * _AGAIN and (self._lasted or not lasts):
+            return False
+        self._looked_ns, self._lasted = float(self._slow_ns), lasts
+        if self._held_calls >= _WARMUP_BLOCKS * BLOCK and self._held_ns >= _LEAST_S * 1e9 * self._callers:
+            self._cause = self._witness.cause(self._held_calls, self._held_ns, usual_ns=math.exp(self._level - _ALLOWANCE))
+        if self._cause is None and lasts:
+            self._cause = self._witness.unseen()
         return self._cause is not None
+
+    def _lasts(self) -> bool:
+        """Return whether it has lasted so long that it is told without a cause: by enough calls for a host's slow seconds not to be met by
+        chance, which are fewer where they are long or come seldom."""
+        if self._lasted_s < _UNSEEN_S or self._slow_calls < max(_LEAST_CALLS, self._calls / 2):
+            return False
+        slow_s = self._slow_ns / 1e9 / self._callers
+        return self._slow_calls >= _UNSEEN_CALLS or slow_s >= _UNSEEN_S or self._lasted_s >= _UNSEEN_LONG_S
 
     def _left(self, live_s: float) -> Drift:
         assert self.baseline_s is not None and self._cause is not None

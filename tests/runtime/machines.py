@@ -7,6 +7,13 @@ from itertools import count
 from aivmm.runtime.causes import Counted, Machine
 
 
+def counted(machine: Machine) -> Counted:
+    """Return what a machine counts that can be read."""
+    found = machine.counted()
+    assert found is not None
+    return found
+
+
 class ByHand(Machine):
     """Counts what a test says."""
 
@@ -17,6 +24,8 @@ class ByHand(Machine):
         self.users: frozenset[int] = frozenset()  # of cards
         self.slowed = ""
         self.sees_waits = True
+        self.cores = 64
+        self.fails = False  # whether nothing can be read just now
 
     def passes(self, seconds: float, **counted: float) -> None:
         """Let time pass, and count so much more."""
@@ -26,9 +35,9 @@ class ByHand(Machine):
     def now_s(self) -> float:
         return self.at.seconds
 
-    def counted(self) -> Counted:
+    def counted(self) -> Counted | None:
         self.looks += 1
-        return self.at
+        return None if self.fails else self.at
 
     def on_cards(self) -> frozenset[int]:
         return self.users
@@ -40,12 +49,19 @@ class ByHand(Machine):
 class Others(ByHand):
     """Others take so many cores all the time, and this process waits for as long: they share its core."""
 
-    def __init__(self, cores: float) -> None:
+    def __init__(self, busy: float) -> None:
         super().__init__()
-        self.cores = cores
+        self.busy = busy
 
     def passes(self, seconds: float, **counted: float) -> None:
-        super().passes(seconds, **({"own": seconds, "others": self.cores * seconds, "waited": self.cores * seconds} | counted))
+        super().passes(seconds, **({"own": seconds, "others": self.busy * seconds, "waited": self.busy * seconds} | counted))
+
+
+class Elsewhere(Others):
+    """Others work on other cores, and nobody waits for them."""
+
+    def passes(self, seconds: float, **counted: float) -> None:
+        super().passes(seconds, **({"waited": 0.0} | counted))
 
 
 class Suspicious(Others):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -20,7 +22,7 @@ from aivmm.runtime import causes
 from aivmm.runtime.causes import Cause, Machine, Witness
 from aivmm.runtime.nvml import CardState
 from aivmm.runtime.target import Device
-from tests.runtime.machines import ByHand
+from tests.runtime.machines import ByHand, counted
 
 CALL_S = 5e-3
 
@@ -39,17 +41,23 @@ def asked(witness: Witness, seconds: float, factor: float = 1.4) -> Cause | None
 
 
 def seen(
-    *, before: dict[str, float] | None = None, users: frozenset[int] = frozenset(), sees_waits: bool = True, **cores: float
+    *,
+    before: dict[str, float] | None = None,
+    users: frozenset[int] = frozenset(),
+    slowed: tuple[str, str] = ("", ""),
+    sees_waits: bool = True,
+    **cores: float,
 ) -> Cause | None:
     """Return the cause that is seen where calls are slower for a second, after ten as usual."""
     machine = ByHand()
     machine.sees_waits = sees_waits
+    machine.slowed = slowed[0]
     witness = Witness(machine)
     witness.begin()
     calls(machine, witness, 10.0, **(before or {}))
     witness.usual()
     witness.suspect()
-    machine.users = users
+    machine.users, machine.slowed = users, slowed[1]
     calls(machine, witness, 1.0, factor=1.4, **cores)
     return asked(witness, 1.0)
 
@@ -105,13 +113,25 @@ def test_threads_that_wait_for_a_core_tell_of_it_whoever_has_it() -> None:
 
 
 def test_a_quota_is_a_cause() -> None:
-    cause = seen(withheld=0.3)
+    cause = seen(withheld=0.3, own=0.7)
     assert cause is not None and cause.name == "cpu quota" and "0.30 s of each second" in cause.words
+
+
+def test_a_quota_that_stops_many_cores_at_once_is_told_by_the_clock() -> None:
+    """The kernel adds up what each core was stopped for: four threads that are stopped for 0.3 s are 1.2."""
+    cause = seen(before={"own": 4.0}, withheld=1.2, own=2.8)
+    assert cause is not None and cause.name == "cpu quota" and "for 0.30 s of each second" in cause.words
 
 
 def test_who_begins_to_compute_on_the_card_is_a_cause() -> None:
     cause = seen(users=frozenset({7}))
     assert cause is not None and cause.name == "card"
+
+
+def test_a_card_that_begins_to_slow_down_is_a_cause_and_one_that_always_does_is_none() -> None:
+    assert seen(slowed=("power cap", "power cap")) is None
+    cause = seen(slowed=("power cap", "hardware thermal limit, power cap"))
+    assert cause is not None and cause.name == "card" and cause.words == "the card slows down (hardware thermal limit, power cap)"
 
 
 def test_what_the_host_takes_is_said_and_is_no_cause_here() -> None:
@@ -164,6 +184,34 @@ def test_what_came_while_nobody_called_is_not_held_against_the_next_calls() -> N
     assert asked(witness, 1.0) is None
 
 
+@pytest.mark.parametrize("when", ["suspect", "cause", "usual"])
+def test_a_look_that_fails_is_none(when: str) -> None:
+    """It counted as 0: then others had taken less than nothing, or all that they ever took in one second."""
+    machine = ByHand()
+    witness = Witness(machine)
+    machine.passes(1000.0, own=100.0, others=900.0, waited=50.0)
+    witness.begin()
+    calls(machine, witness, 10.0)
+    machine.fails = when == "usual"
+    witness.usual()
+    machine.fails = False
+    calls(machine, witness, 10.0)
+    witness.usual()
+    machine.fails = when == "suspect"
+    witness.suspect()
+    machine.fails = when == "cause"
+    calls(machine, witness, 1.0, factor=1.4)
+    assert asked(witness, 1.0) is None
+    machine.fails = False
+    calls(machine, witness, 1.0, factor=1.4, others=1.8, own=0.6)
+    cause = asked(witness, 1.0)
+    assert cause is not None and cause.name == "other processes"
+
+
+def test_more_than_there_are_cores_is_no_account() -> None:
+    assert seen(others=65.0) is None and seen(others=63.0) is not None  # of 64
+
+
 @settings(max_examples=200, deadline=None)
 @given(steps=st.lists(st.tuples(st.integers(1, 600), st.booleans()), min_size=1, max_size=200), call=st.floats(1e-5, 9e-3))
 def test_it_looks_at_most_once_in_a_thousand_calls_where_no_alarm_is(steps: list[tuple[int, bool]], call: float) -> None:
@@ -203,9 +251,9 @@ def another(code: str) -> Iterator[None]:
 def spent(during: Callable[[], object]) -> tuple[float, float, float, float]:
     """Return own CPU time, that of others, waits and seconds meanwhile."""
     machine = Machine()
-    before = machine.counted()
+    before = counted(machine)
     during()
-    found = machine.counted().since(before)
+    found = counted(machine).since(before)
     return found.own, found.others, found.waited, found.seconds
 
 
@@ -267,9 +315,81 @@ def test_where_nothing_is_counted_nothing_is_seen(monkeypatch: pytest.MonkeyPatc
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(causes, "_read", missing)
-    found = Machine().counted()
+    found = counted(Machine())
     assert not Machine().sees_waits
     assert found.own > 0 and found.others == found.waited == found.stolen == 0.0
+
+
+class Proc:
+    """What Linux says of this process's threads and of all others, by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waited_s: dict[str, float] = {"1": 0.0}
+        self.busy_s = 1000.0
+        self.full = False  # no file can be opened any more
+        self.reads = 0
+        monkeypatch.setattr(sys, "platform", "linux")
+        monkeypatch.setattr(causes, "_TICKS", 100)
+        monkeypatch.setattr(causes, "_read", self.read)
+        monkeypatch.setattr(os, "listdir", lambda _: list(self.waited_s))
+
+    def read(self, path: str) -> bytes:
+        self.reads += 1
+        if self.full:
+            raise OSError(errno.EMFILE, "too many open files", path)
+        if path == "/proc/stat":
+            return f"cpu {int(self.busy_s * 100)} 0 0 0 0 0 0 0 0 0\n".encode()
+        return f"1000 {int(self.waited_s.get(path.split('/')[4], 0.0) * 1e9)} 1".encode()
+
+
+def test_a_thread_that_ends_takes_its_waits_with_it_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    proc, machine = Proc(monkeypatch), Machine()
+    proc.waited_s = {"1": 3.0, "2": 50.0}
+    before = counted(machine)
+    proc.waited_s = {"1": 3.5}
+    ended = counted(machine)
+    assert machine.sees_waits and ended.waited - before.waited == pytest.approx(0.5)
+    proc.waited_s = {"1": 3.75, "2": 0.25}  # another one that got the number
+    assert counted(machine).waited - ended.waited == pytest.approx(0.5)
+
+
+def test_a_machine_that_cannot_be_read_just_now_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    proc, machine = Proc(monkeypatch), Machine()
+    proc.waited_s = {"1": 3.0}
+    before = counted(machine)
+    proc.full = True
+    assert machine.counted() is None
+    proc.full, proc.busy_s, proc.waited_s = False, 1002.0, {"1": 3.5}
+    spent = counted(machine).since(before)
+    assert spent.others == pytest.approx(2.0, abs=0.5) and spent.waited == pytest.approx(0.5)
+
+
+def test_waits_of_many_threads_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs 4 µs, under a lock that calls wait for."""
+    proc, machine = Proc(monkeypatch), Machine()
+    proc.waited_s = {str(each): 1.0 for each in range(500)}
+    assert counted(machine).waited == 0.0 and not machine.sees_waits and proc.reads < 100
+    proc.waited_s = {"1": 2.0}
+    assert counted(machine).waited == 0.0  # since when is not known
+    proc.waited_s = {"1": 3.0}
+    assert counted(machine).waited == pytest.approx(1.0) and machine.sees_waits
+
+
+def test_a_group_that_is_stopped_is_seen_below_one_that_was_stopped_for_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pod, mine = tmp_path / "pod", tmp_path / "mine"
+    pod.write_text("throttled_usec 1000000000\n")
+    mine.write_text("throttled_usec 0\n")
+    monkeypatch.setattr(causes, "throttling_files", lambda: (str(pod), str(mine)))
+    machine = Machine()
+    before = counted(machine)
+    mine.write_text("throttled_usec 30000000\n")
+    pod.write_text("throttled_usec 1010000000\n")
+    stopped = counted(machine)
+    assert stopped.withheld - before.withheld == pytest.approx(30.0)
+    mine.unlink()
+    assert counted(machine).withheld == stopped.withheld
+    mine.write_text("throttled_usec 31000000\n")
+    assert counted(machine).withheld - stopped.withheld == pytest.approx(1.0)
 
 
 def test_cards_are_asked_where_their_library_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:

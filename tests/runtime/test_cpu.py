@@ -88,19 +88,20 @@ def test_throttling_is_read_of_groups_that_have_a_quota(root: Path) -> None:
     group(root, "slice", cpu__max="200000 100000", cpu__stat="usage_usec 7\nnr_throttled 3\nthrottled_usec 1500000")
     group(root, "slice/app", cpu__max="400000 100000", cpu__stat="nr_throttled 1\nthrottled_usec 200000")
     files = throttling_files(root, member(root, "0::/slice/app"))
-    assert len(files) == 2 and throttled_s(files) == pytest.approx(1.5)
+    assert [throttled_s(each) for each in files] == pytest.approx([1.5, 0.2])
 
 
 def test_throttling_is_read_in_version_1_too(root: Path) -> None:
     group(root, "cpu/app", cpu__cfs_quota_us="50000", cpu__cfs_period_us="100000", cpu__stat="nr_throttled 5\nthrottled_time 2500000000")
-    assert throttled_s(throttling_files(root, member(root, "4:cpu:/app"))) == pytest.approx(2.5)
+    (file,) = throttling_files(root, member(root, "4:cpu:/app"))
+    assert throttled_s(file) == pytest.approx(2.5)
 
 
 @pytest.mark.parametrize("text", ["", "throttled_usec", "throttled_usec x", "a b c"])
 def test_throttling_that_makes_no_sense_is_none(root: Path, text: str) -> None:
     group(root, "app", cpu__max="150000 100000", cpu__stat=text)
-    assert throttled_s(throttling_files(root, member(root, "0::/app"))) == 0.0
-    assert throttled_s((str(root / "missing"),)) == 0.0
+    (file,) = throttling_files(root, member(root, "0::/app"))
+    assert throttled_s(file) is None and throttled_s(str(root / "missing")) is None
 
 
 def test_usable_cores_are_between_one_and_the_machines() -> None:

@@ -24,7 +24,7 @@ from aivmm.runtime.drift import BLOCK, Drift, DriftMonitor
 from aivmm.runtime.paces import PacedMonitor
 from aivmm.runtime.plan import Number
 from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, normal
-from tests.runtime.machines import ByHand, Others
+from tests.runtime.machines import ByHand, Others, counted
 
 Floats = npt.NDArray[np.float64]
 CALL_S = 5e-3
@@ -45,7 +45,7 @@ class Watched:
 
     def feed(self, seconds: Floats, *, others: float = 0.02) -> int:
         """Feed the durations of calls in a row while others take so many cores, and return how many events there are."""
-        self.machine.cores = others
+        self.machine.busy = others
         for at in range(0, len(seconds) - BLOCK + 1, BLOCK):
             block = (seconds[at : at + BLOCK] * 1e9).astype(np.int64).tolist()
             self.machine.passes(sum(block) / 1e9 / self.callers)
@@ -251,11 +251,12 @@ def test_processes_on_the_same_core_are_named_as_the_cause(tmp_path: Path) -> No
         os.sched_setaffinity(0, {core})
         inputs = {"x": normal(48, 384)}
         with aivmm.load_plan(bundle) as engine:
-            before = Machine().counted()
+            machine = Machine()
+            before = counted(machine)
             while engine.stats()["drift"]["state"] == "warming up":
                 for _ in range(200):  # in a row: where statistics are asked for between two calls, these come at another pace
                     engine.run(inputs)
-            usual = Machine().counted().since(before)
+            usual = counted(machine).since(before)
             others.append(usual.others / usual.seconds)
             engine.on_drift = told.append
             end = time.monotonic() + 5
