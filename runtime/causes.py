@@ -155,7 +155,7 @@ class Witness:
         self._usual: Counted | None = None
         self._shares: deque[float] = deque(maxlen=_LOOKS)  # cores that others took, between the last looks
         self._suspected: Counted | None = None  # the last look that was for a suspicion
-        self._doubted = False  # calls became slow since the last look
+        self._doubted = False  # what came since the last look is not usual: calls were slow, or there were none
         self._again = False  # the last look is to have another one soon, to see how much comes in a short time
         self._at_home: frozenset[int] = frozenset()  # processes that compute on the cards
         self._slowed_before: frozenset[str] = frozenset()  # why cards are slow where calls are not
@@ -165,8 +165,7 @@ class Witness:
 
     def begin(self) -> None:
         """Look, before the first calls."""
-        if self._since is None:
-            self._since = self._look()
+        self._since, self._doubted = self._look(), False
 
     def usual(self) -> None:
         """Take all that came until now for usual, calls that were slow apart; what is long ago counts less and less."""
@@ -175,7 +174,7 @@ class Witness:
 
     def quiet(self) -> None:
         """Look now and then at what is usual, while calls are."""
-        if self._doubted:  # slow calls are over, and what comes from now on is usual again
+        if self._doubted:  # and what comes from now on is usual again
             self._calm()
             self._again = True
         if self.calls < self._ask_at:
@@ -190,8 +189,8 @@ class Witness:
             self._again = not self._again
 
     def stopped(self) -> None:
-        """Take note that no calls came for a while: what was counted meanwhile says nothing of the next ones."""
-        self._suspected = None
+        """Take note that no calls came for a while: what was counted meanwhile says nothing of calls."""
+        self._suspected, self._doubted = None, True
 
     def suspect(self) -> None:
         """Look, since calls may be slow from now on; not where a suspicion a moment ago came to nothing."""
@@ -272,7 +271,7 @@ class Witness:
         self._at_home, self._slowed_before = self._machine.on_cards(), _reasons(self._machine.slowed_cards())
 
     def _take(self, now: Counted | None, *, least_s: float) -> None:
-        """Keep what came since the last look, unless calls were slow; how much others took where that is over `least_s`."""
+        """Keep what came since the last look, unless it is not usual; how much others took where that is over `least_s`."""
         if now is None or self._since is None or self._doubted:
             return
         spent = now.since(self._since)

@@ -206,7 +206,12 @@ class DriftMonitor:
             return None
         self._witness.calls += block[1]
         self._witness.busy_ns += block[0]
-        self._witness.begin()
+        if self._passed()[1]:
+            self._witness.begin()  # before the first calls, or anew
+            self._held_calls = self._held_ns = 0
+        else:
+            self._held_calls += block[1]
+            self._held_ns += block[0]
         self._warm.append(block)
         self._warm_ns += block[0]
         self._warm_calls += block[1]
@@ -224,17 +229,19 @@ class DriftMonitor:
         self._warm, self._warming, self.baseline_s = [], False, call_ns / 1e9
         if self._expected is None:
             self._witness.usual()
+            self._held_calls = self._held_ns = 0
             return None
         # The plan's numbers are those of a call, and the level is one of means: what lies between the two is in the baseline.
         high_ns = (self._expected.high or self._expected.value) * 1e9
         limit = baseline + math.log(high_ns / call_ns)
         if self._callers == 1 and call_ns > high_ns * _TOLERANCE:
             self._level, self._sum = limit + _ALLOWANCE, self._limit  # it is back when it is where the plan says
-            self._calls = self._slow_calls = self._held_calls = calls
-            self._busy_ns = self._slow_ns = self._held_ns = self._warm_ns
-            self._came_s, self._came_ns, self._suspected = self._machine.now_s(), self._witness.busy_ns, True
+            self._calls = self._slow_calls = calls
+            self._busy_ns = self._slow_ns = self._warm_ns
+            self._suspected = True
             return self._left(self.baseline_s) if self._explained() else None
         self._witness.usual()
+        self._held_calls = self._held_ns = 0
         self._floor = limit + (_ALLOWANCE if self._callers > 1 else 0.0)
         self._level = max(self._level, self._floor)
         return None
@@ -335,7 +342,7 @@ class DriftMonitor:
         if self._slow_ns < self._looked_ns * _AGAIN and (self._lasted or not lasts):
             return False
         self._looked_ns, self._lasted = float(self._slow_ns), lasts
-        if self._held_calls >= _WARMUP_BLOCKS * BLOCK and self._held_ns >= _LEAST_S * 1e9 * self._callers:
+        if self._held_ns >= _LEAST_S * 1e9 * self._callers:
             self._cause = self._witness.cause(self._held_calls, self._held_ns, usual_ns=math.exp(self._level - _ALLOWANCE))
         if self._cause is None and lasts:
             self._cause = self._witness.unseen()

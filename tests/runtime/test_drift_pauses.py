@@ -80,6 +80,24 @@ def test_what_ran_while_no_calls_came_did_not_slow_them_down(counted: dict[str, 
     assert server.calls(2.0, factor=1.4) == 1 and server.told[0].cause == "other processes"
 
 
+def test_what_ran_in_a_pause_of_the_first_calls_did_not_slow_them_down() -> None:
+    server = Server()
+    server.blocks(6, 1.6)
+    server.sleeps(600.0, others=132.0, waited=60.0)
+    assert server.calls(5.0, factor=1.6) == 0
+    server.machine.busy = 1.0
+    assert server.calls(2.0, factor=1.6) == 1 and server.told[0].cause == "other processes"
+
+
+def test_what_runs_at_night_is_not_usual_by_day() -> None:
+    server = Server(machine=Elsewhere(0.02))
+    server.calls(30.0)
+    server.sleeps(8 * 3600, others=1.5 * 8 * 3600)
+    server.calls(10.0)
+    server.machine.busy = 1.5
+    assert server.calls(3.0, factor=1.4) == 1 and server.told[0].cause == "other processes"
+
+
 @pytest.mark.parametrize("blocks", [1, 4, 20])
 @pytest.mark.parametrize("cause", ["none seen", "other processes"])
 def test_bursts_of_calls_are_told_of_as_well(blocks: int, cause: str) -> None:
@@ -110,7 +128,7 @@ def test_what_is_usual_is_learnt_where_suspicions_are_frequent() -> None:
 
 @pytest.mark.parametrize("cores", [0.5, 2.0, 8.0])
 def test_others_whose_load_varies_are_seldom_the_cause_of_a_hosts_moods(cores: float) -> None:
-    """Of 480 moods in twelve servers, whose others vary by half, one in a hundred is met by more than was ever seen: one in 13 was an event."""
+    """Of 480 moods in twelve servers, whose others vary by half, one in a hundred is met by more than was ever seen; one in 13 was."""
     told = 0
     for seed in range(12):
         rng = np.random.default_rng(seed)
