@@ -140,7 +140,7 @@ class DriftMonitor:
         self._slow_calls = self._slow_ns = 0  # of them, those that were slow
         self._held_calls = self._held_ns = 0  # of them, those whose loss is held against what is counted
         self._lasted_s = 0.0  # on the clock, but for times without calls
-        self._came_s, self._came_ns = -math.inf, 0  # when the last calls came, and what all had taken by then
+        self._came_s = -math.inf  # when the last calls came
         self._idle_s = 0.0  # the longest time between two blocks, lately
         self._suspected = False
         self._cause: Cause | None = None  # of this excursion
@@ -206,7 +206,7 @@ class DriftMonitor:
             return None
         self._witness.calls += block[1]
         self._witness.busy_ns += block[0]
-        if self._passed()[1]:
+        if self._passed(block[0])[1]:
             self._witness.begin()  # before the first calls, or anew
             self._held_calls = self._held_ns = 0
         else:
@@ -281,7 +281,7 @@ class DriftMonitor:
 
     def _watch(self, total_ns: int, calls: int) -> Drift | None:
         self._paused_ns += total_ns
-        passed_s, stopped = self._passed()
+        passed_s, stopped = self._passed(total_ns)
         mean = math.log(max(total_ns, 1) / calls)
         step = mean - self._level
         if self._learned < _LEARNT and len(self._pending) < _LEARNT and not self._outside:
@@ -324,11 +324,11 @@ class DriftMonitor:
             self._suspected, self._cause, self._looked_ns, self._lasted, self._lasted_s = False, None, 0.0, False, 0.0
         self._witness.quiet()
 
-    def _passed(self) -> tuple[float, bool]:
-        """Return what passed on the clock with the last calls, and whether they had stopped before: then little of that counts."""
-        now_s, busy_ns = self._machine.now_s(), self._witness.busy_ns
-        passed_s, busy_s = now_s - self._came_s, (busy_ns - self._came_ns) / 1e9 / self._callers
-        self._came_s, self._came_ns = now_s, busy_ns
+    def _passed(self, busy_ns: int) -> tuple[float, bool]:
+        """Return what passed on the clock with calls that count for `busy_ns`, and whether they had stopped before, or one has stalled:
+        then little of that counts."""
+        now_s, busy_s = self._machine.now_s(), busy_ns / 1e9 / self._callers
+        passed_s, self._came_s = now_s - self._came_s, now_s
         idle_s, most_s = max(0.0, passed_s - busy_s), max(_IDLE_S, _IDLE_TIMES * self._idle_s)
         self._idle_s = max(min(idle_s, most_s), _IDLE_KEPT * self._idle_s)
         if idle_s <= most_s:

@@ -69,6 +69,16 @@ def test_a_night_without_calls_is_no_part_of_a_slowdown() -> None:
     assert server.told[0].cause == "none seen"
 
 
+def test_a_call_that_stalls_for_minutes_is_no_slowdown_that_lasts() -> None:
+    """As where somebody stops the process to look into it."""
+    server = Server()
+    server.calls(30.0)
+    server.calls(1.0, factor=1.4)
+    server.machine.passes(100.0)
+    server.monitor.add([int(100e9), *[int(5e6)] * (BLOCK - 1)])
+    assert server.calls(9.0, factor=1.4) == 0
+
+
 @pytest.mark.parametrize("counted", [{"others": 132.0}, {"others": 12.0, "own": 200.0}, {"others": 12.0, "waited": 30.0}])
 def test_what_ran_while_no_calls_came_did_not_slow_them_down(counted: dict[str, float]) -> None:
     server = Server(machine=Elsewhere(0.02))
