@@ -120,8 +120,8 @@ def outspin(step: Step, most_s: float = OUTSPIN_S) -> float:
 
     They are those of whatever ran here before. Where they share cores with what runs now, they need longer than they spin alone: each of
     three busy threads on two cores gets two thirds of one. Whether they rest is seen in naps between stretches of calls: during calls those
-    run, too, that `step` uses as well (the models of OpenVINO share their threads, which rest in less than 1 ms), and those that got no core
-    do not. Where the system does not tell threads apart, those of `step` that spin look like any others.
+    run, too, that `step` uses as well (OpenVINO's models share their threads, which rest in less than 1 ms), and those that got no core do
+    not. Where the system does not tell threads apart, those of `step` that spin look like any others.
     """
     began, running = time.perf_counter(), _running()
     if _ANY in running:

@@ -32,7 +32,7 @@ from aivmm.tuner.subject import Prepared
 from aivmm.tuner.throughput import Finder
 from aivmm.tuner.tried import Tried
 from aivmm.tuner.verdict import accuracy_text, describe, factor_text, sentence
-from aivmm.tuner.whole import at_its_batch, raced_whole
+from aivmm.tuner.whole import at_its_batch, engine_factor, raced_whole, runs_same
 from aivmm.tuner.work import Work
 from aivmm.tuner.worth import HOPELESS, keeps
 
@@ -50,8 +50,8 @@ class Decider:
         self.anatomist = anatomist
         self._predicted: dict[str, Estimate] = {}  # draft name -> seconds of one call, where the reference takes what it took in the search
         self._whole: dict[str, Estimate] = {}  # candidate key -> what one of several callers takes, seen on the engine
-        self._searched_as: dict[str, Estimate] = {}  # draft name -> what the search had measured of those, calling executables
-        self._on_engine: set[str] = set()  # names of drafts whose expected time has what the engine takes in it
+        self._factors: list[tuple[Candidate, float]] = []  # of those, and what that is over what the search saw
+        self._on_engine: set[str] = set()  # names of drafts at once whose expected time has what the engine takes in it
         self._cut_plans: dict[str, CutPlan] = {}  # by draft name
         self._cutter: Cutter | None = None
         self._cut_configs: dict[str, Config] = {}  # what stages on each target are compiled with
@@ -79,11 +79,7 @@ class Decider:
         finalists = [Draft.whole(f"candidate {number}", each.candidate, blocks) for number, each in enumerate(chosen, 1)]
         both = list(zip(chosen, finalists, strict=True))
         ends = {draft.name: each.ends for each, draft in both}
-        rivals, new = [*scored, *((each.candidate, each.score) for each in chosen)], not self.explorer.searched_before
-        self._whole = raced_whole(self.work, self.explorer.measurer, rivals, reference_s=self._reference_s(), measure_new=new)
-        names = {candidate.key: each.name for each, candidate in baselines} | {each.candidate.key: draft.name for each, draft in both}
-        self._searched_as = {names[each.key]: self._searched(each, score) for each, score in rivals if each.key in self._whole}
-        self._on_engine |= self._searched_as.keys()
+        self._race_whole([*scored, *((each.candidate, each.score) for each in chosen)])
         self._predicted |= {draft.name: self._expected(each.candidate, each.score) for each, draft in both}
         finalists += self._cuts()
         finalists += self._at_once()
@@ -95,6 +91,15 @@ class Decider:
                     drafts.append((Draft.whole(f"{baseline.name}, batch {batch}", replace(candidate, batch=batch), blocks), "baseline"))
         drafts += [(draft, "candidate") for draft in finalists]
         return [self._entrant(number, draft, role, ends.get(draft.name, ())) for number, (draft, role) in enumerate(drafts)]
+
+    def _race_whole(self, scored: Sequence[tuple[Candidate, Score]]) -> None:
+        """Race what has several callers on the engine, as far as it may be the plan: not beside a forced cut, nor for what is barred."""
+        kept = [each for each in scored if keeps(self.work.constraints, *each) and not self._may_leave_targets(each[0].target)]
+        ranks = [rank([str(each.target)], self.work.options.prefer) for each, _ in kept]
+        rivals = [each for each, place in zip(kept, ranks, strict=True) if place == min(ranks) and self.work.min_segments == 1]
+        reference_s, new = self._reference_s(), not self.explorer.searched_before
+        self._whole = whole = raced_whole(self.work, self.explorer.measurer, rivals, reference_s=reference_s, measure_new=new)
+        self._factors = [(one, whole[one.key].seconds / self._searched(one, seen).seconds) for one, seen in rivals if one.key in whole]
 
     def _near(self, scored: Sequence[tuple[Candidate, Score]]) -> set[str]:
         """Return the keys of the baselines that a larger batch may bring to the front: a CPU's seconds are no match for a card."""
@@ -179,7 +184,7 @@ class Decider:
         A limit on throughput is left out: what has to be beaten where none reaches it is the best there is.
         """
         found = (
-            self._expected(each, score).seconds / each.batch
+            self._engine_expected_s(each, score) / each.batch
             for each, score in self.explorer.search.best(_ALL)
             if not self.explorer.barred(each.target, each.config) and keeps(self.work.constraints, each, score, without=("throughput",))
         )
@@ -187,7 +192,7 @@ class Decider:
 
     def _known(self, scored: Iterable[tuple[Candidate, Score]]) -> list[Known]:
         return [
-            Known(candidate=each, seconds=self._expected(each, score).seconds, memory_bytes=score.metrics.get("device_memory", 0.0))
+            Known(candidate=each, seconds=self._engine_expected_s(each, score), memory_bytes=score.metrics.get("device_memory", 0.0))
             for each, score in scored
             if can_be_copied(each) and not self.explorer.barred(each.target, each.config)
             if keeps(self.work.constraints, each, score, without=("throughput",))
@@ -200,11 +205,17 @@ class Decider:
 
     def _engine_s(self, draft: Draft | None = None) -> float:
         """Return what calling the engine adds to a draft, or to the reference: the search runs executables, the proof runs engines."""
-        return 0.0 if self._cutter is None or (draft is not None and draft.name in self._on_engine) else self._cutter.engine_s
+        within = draft is not None and (draft.name in self._on_engine or any(each.key in self._whole for each, _ in self._scored_as(draft)))
+        return 0.0 if self._cutter is None or within else self._cutter.engine_s
 
     def _expected(self, candidate: Candidate, score: Score) -> Estimate:
         """Return what one call of a candidate takes where the reference takes what it took in the search: races are minutes apart."""
         return self._whole.get(candidate.key) or self._searched(candidate, score)
+
+    def _engine_expected_s(self, candidate: Candidate, score: Score) -> float:
+        """Return that for what runs beside others or has to be beaten; of several callers as the engine gives it, raced there or not."""
+        raced = candidate.key in self._whole
+        return self._expected(candidate, score).seconds * (1.0 if raced else engine_factor(candidate, self._factors))
 
     def _searched(self, candidate: Candidate, score: Score) -> Estimate:
         reference_s, reference = self._reference_s(), self.explorer.measurer.reference
@@ -238,20 +249,20 @@ class Decider:
 
     def _not_allowed(self, draft: Draft) -> str:
         """Say why a baseline may be shown but must not be the plan, by what the user allowed; "" when nothing is against it."""
-        target = draft.pieces[0].target
-        if target.name == "AUTO" and any(
-            each.runtime == target.runtime and each not in self.work.targets for each in self.work.all_targets
-        ):
+        if self._may_leave_targets(draft.pieces[0].target):
             return "AUTO may use devices outside --targets"
         everything = (each for piece in draft.pieces for each in piece.everywhere())
         return next(filter(None, (self.explorer.barred(each.target, each.config) for each in everything)), "")
+
+    def _may_leave_targets(self, target: Target) -> bool:
+        others = set(self.work.all_targets) - set(self.work.targets)
+        return target.name == "AUTO" and any(each.runtime == target.runtime for each in others)
 
     def _prediction(self, draft: Draft) -> Estimate | None:
         """Return what the search expected of a draft, or None when it never measured it."""
         if draft.name in self._cut_plans:
             return self._cut_plans[draft.name].expected
-        scored = ((each, self.explorer.outcome(each)) for each in self._measured_as(draft))
-        known = [self._expected(each, outcome) for each, outcome in scored if isinstance(outcome, Score)]
+        known = [self._expected(each, score) for each, score in self._scored_as(draft)]
         if draft.pieces[0].target.name == "AUTO":
             known = [*map(unmeasured_auto, known)]
         return self._predicted.get(draft.name, known[0] if known else None)
@@ -288,8 +299,9 @@ class Decider:
             if found is None or not reference_s:
                 continue
             cut = self._cut_plans.get(each.draft.name)
-            if each.draft.name in self._searched_as:
-                each.metrics["searched_ratio"] = (self._searched_as[each.draft.name].seconds + engine_s) / (reference_s + engine_s)
+            for candidate, score in self._scored_as(each.draft):
+                if candidate.key in self._whole:
+                    each.metrics["searched_ratio"] = (self._searched(candidate, score).seconds + engine_s) / (reference_s + engine_s)
             each.metrics |= {
                 "predicted_ratio": (found.seconds + self._engine_s(each.draft)) / (reference_s + engine_s),
                 "predicted_sigma": in_other_processes(found).sigma,
@@ -312,11 +324,12 @@ class Decider:
         looked = cut.look if cut else self._cutter.cuts.looked if self._cutter else None
         return certificate_of(self.work, draft, found, cut=cut, looked=looked, engine_s=self._engine_s(draft))
 
-    def _measured_as(self, draft: Draft) -> list[Candidate]:
-        """Return the measured candidates that run what a draft runs; a hint that resolves to the default was measured as the default."""
-        same = [candidate for candidate, _ in self.explorer.known.values() if _same(candidate, draft)]
-        aliases = [candidate for _, candidate in self.explorer.aliases if _same(candidate, draft)]
-        return same + [self.explorer.stands_for[each.key] for each in aliases if each.key in self.explorer.stands_for]
+    def _scored_as(self, draft: Draft) -> list[tuple[Candidate, Score]]:
+        """Return the candidate with a score that runs what a draft runs; a hint that resolves to the default was measured as that."""
+        same = [candidate for candidate, _ in self.explorer.known.values() if runs_same(candidate, draft)]
+        aliases = [candidate for _, candidate in self.explorer.aliases if runs_same(candidate, draft)]
+        same += [self.explorer.stands_for[each.key] for each in aliases if each.key in self.explorer.stands_for]
+        return [(each, score) for each in same if isinstance(score := self.explorer.outcome(each), Score)][:1]
 
     def verdict(self, proof: Proof) -> tuple[str, list[str]]:
         """Return the verdict in words, and what stands in the way of a plan (nothing, when there is one)."""
@@ -484,15 +497,3 @@ class Decider:
 def _as_checked(config: Config) -> Config:
     """Blocks were timed and checked in fp32: a cut plan does not run them in whatever a runtime's default computes in."""
     return config if config.precision is not None else replace(config, precision="fp32")
-
-
-def _same(candidate: Candidate, draft: Draft) -> bool:
-    piece = draft.pieces[0]
-    if len(draft.pieces) > 1 or piece.copies or piece.replicas != candidate.replicas:
-        return False
-    return (candidate.target, candidate.config, candidate.batch, candidate.callers) == (
-        piece.target,
-        piece.config,
-        draft.batch,
-        draft.callers,
-    )

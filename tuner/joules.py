@@ -47,6 +47,11 @@ def why_no_energy(targets: set[Target], *, root: Path = POWERCAP) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in missing.items()) or ("" if found else "this machine has no counter of energy")
 
 
+def has_counters(target: Target, *, root: Path = POWERCAP) -> bool:
+    """Say whether all of the energy that a target uses can be counted here."""
+    return not why_no_energy({target}, root=root)
+
+
 def energy_metrics(racer: _Racer, targets: set[Target], *, seconds: float = SHORTEST_S, root: Path = POWERCAP) -> dict[str, float]:
     """Run for `seconds` while the counters count; return metrics of one sample.
 

@@ -22,7 +22,7 @@ from aivmm.runtime.config import Setting
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.target import Target
 from aivmm.tuner import strays
-from aivmm.tuner.joules import energy_metrics
+from aivmm.tuner.joules import energy_metrics, has_counters
 from aivmm.tuner.subject import Subject
 
 Tell = Callable[[RaceState], None]
@@ -154,7 +154,9 @@ class Measurer:
             return False
         judged = self.subject.judged_of(candidate.config.lowered)
         accuracy = "cosine" not in self.needs or f"cosine@{judged}" in mine.metrics or f"unusable@{judged}" in mine.metrics
-        return accuracy and (not self.counts_energy or self._energy_name in mine.metrics)
+        # That it could not be counted is as much as another race would find, as long as there are the same counters.
+        uncounted = mine.metrics.get(self._uncounted_name) == float(has_counters(candidate.target))
+        return accuracy and (not self.counts_energy or self._energy_name in mine.metrics or uncounted)
 
     def _of_one_kind(self, candidate: Candidate, found: Measured) -> bool:
         """Say whether an earlier run timed a candidate as this one would: medians of calls and means of windows do not compare."""
@@ -380,14 +382,19 @@ class Measurer:
     def _energy_name(self) -> str:
         return "card_energy_j" if self.cards_only else "energy_j"
 
+    @property
+    def _uncounted_name(self) -> str:
+        return f"uncounted_{self._energy_name}"  # 1 where the counters could be read all the same
+
     def _energy(self, candidate: Candidate, contestant: Contestant) -> dict[str, float]:
         """Return what a sample costs in energy, where that is asked for and counted."""
         if not self.counts_energy:
             return {}
         try:
-            return energy_metrics(contestant, {candidate.target})
+            found = energy_metrics(contestant, {candidate.target})
         except WorkerDied:  # its times are known all the same
             return {}
+        return found if self._energy_name in found else {**found, self._uncounted_name: float(has_counters(candidate.target))}
 
     def _score(
         self, candidate: Candidate, mine: Measured, reference: Measured, *, reused: bool, seconds: float = 0.0, loaded: Loaded | None = None

@@ -185,7 +185,9 @@ class Prover:
         """Return what lets baselines rest that are far behind what may be the plan, where speed alone decides which that is."""
         if len(self._objectives) > 1 or self._prefer or self._may_win_slow:
             return None
-        field = [each.contestant for each in self._proof.entrants if each.contestant is not None and each.eligible]
+        # A lowered one may yet be found too inaccurate on all that was held out: for its sake nobody rests.
+        sure = (each for each in self._proof.entrants if each.eligible and each.draft.lowered is None)
+        field = [each.contestant for each in sure if each.contestant is not None]
         who = [each.contestant for each in self._proof.entrants if each.contestant is not None and each.role == "baseline"]
         return far_behind(who, field)
 

@@ -21,21 +21,14 @@ from aivmm.tuner.room import memory_of, most_replicas
 from aivmm.tuner.together import Together
 from aivmm.tuner.tried import Tried
 from aivmm.tuner.verdict import describe
-from aivmm.tuner.whole import Whole
+from aivmm.tuner.whole import Whole, allowed_s
 from aivmm.tuner.work import Work
 
 _PIPELINE_SIGMA, _COPIES_SIGMA = 0.2, 0.1  # relative: blocks in proportion to the whole, or the whole itself, and factors of pairs
-# What is measured here comes on top of the budget: as long as that at most, but for small ones, and of large ones a share.
-_LEAST_S, _ENOUGH_S, _SHARE = 15.0, 90.0, 0.5
 _BEHIND = 3.0  # a processor's target this many times slower than the best is not measured on parts of it
 _NO_STAGE = 10.0  # nor for a stage: a pipeline, or copies, with so slow a processor gain less than a tenth
 
 Learn = Callable[[Sequence[Candidate]], Sequence[Known]]  # measures what is not known yet
-
-
-def allowed_s(budget_s: float) -> float:
-    """Return how many seconds may be spent on top of a budget."""
-    return max(min(_ENOUGH_S, max(_LEAST_S, budget_s)), _SHARE * budget_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 
 from aivmm.errors import AivmmError
 from aivmm.planner.candidates import Candidate, Draft, Score
@@ -30,6 +32,14 @@ from aivmm.tuner.work import Work
 _RACE_S = 4.0
 _ROUNDS = 20
 _NEAR = 1.1  # of the least time: who is farther behind is told by what the search measured
+# What is measured here comes on top of the budget: as long as that at most, but for small ones, and of large ones a share.
+_LEAST_S, _ENOUGH_S, _SHARE = 15.0, 90.0, 0.5
+_LOADING = 0.5  # of that time; the race has what is left
+
+
+def allowed_s(budget_s: float) -> float:
+    """Return how many seconds may be spent on top of a budget."""
+    return max(min(_ENOUGH_S, max(_LEAST_S, budget_s)), _SHARE * budget_s)
 
 
 def at_its_batch(work: Work, draft: Draft) -> Draft:
@@ -38,6 +48,19 @@ def at_its_batch(work: Work, draft: Draft) -> Draft:
         return draft
     last = len(work.subject.structure_at(draft.batch).blocks) - 1
     return replace(draft, pieces=(replace(draft.pieces[0], first=0, last=last),))
+
+
+def runs_same(candidate: Candidate, draft: Draft) -> bool:
+    """Say whether a draft runs what a candidate does."""
+    piece = draft.pieces[0]
+    if len(draft.pieces) > 1 or piece.copies or piece.replicas != candidate.replicas:
+        return False
+    return (candidate.target, candidate.config, candidate.batch, candidate.callers) == (
+        piece.target,
+        piece.config,
+        draft.batch,
+        draft.callers,
+    )
 
 
 def load_engine(work: Work, draft: Draft, bundle: Path, workers: ExitStack, *, rate: bool) -> Contestant | None:
@@ -60,7 +83,8 @@ def load_engine(work: Work, draft: Draft, bundle: Path, workers: ExitStack, *, r
 class Whole:
     """Measures drafts of one piece, in one place or several.
 
-    What an earlier run measured is reused; with `measure_new` False nothing else is.
+    What an earlier run measured is reused; with `measure_new` False nothing else is. Within `most_s` seconds it loads as many of the
+    drafts, in order, as half of that is enough for, and races those. What `stop` ended early says nothing, and is not kept.
     """
 
     work: Work
@@ -68,6 +92,7 @@ class Whole:
     reference_s: float | None  # what a call of the reference took in the search
     measure_new: bool = True
     stop: Callable[[], bool] = lambda: False
+    most_s: float = math.inf
 
     def expected(self, draft: Draft) -> Estimate | None:
         """Return the seconds from one answered request of the draft to the next, where the reference takes what it took in the search.
@@ -107,6 +132,7 @@ class Whole:
 
     def _raced(self, drafts: Sequence[Draft], keys: Mapping[str, tuple[ProbeKey, ProbeKey]]) -> dict[str, tuple[Measured, Measured]]:
         """Race drafts beside the reference and store what came out, by draft name; what does not load, or fails, is left out."""
+        began = time.perf_counter()
         reference = self.measurer.load_reference()
         if reference is None:
             return {}
@@ -116,6 +142,10 @@ class Whole:
         entrants: dict[str, Contestant] = {}
         with ExitStack() as workers:
             for draft in drafts:
+                if self.stop():
+                    return {}
+                if entrants and time.perf_counter() - began > _LOADING * self.most_s:
+                    break
                 bundle = self.work.folder / f"whole-{keys[draft.name][0].subject[-16:]}-{draft.batch}.aivmm"
                 contestant = load_engine(self.work, draft, bundle, workers, rate=self.measurer.rate)
                 if contestant is not None:
@@ -124,9 +154,17 @@ class Whole:
             if not entrants:
                 return {}
             # As many rounds as the proof has: this is to say what that will say.
-            budget_s = _RACE_S * (1 + len(entrants)) / 2
-            seed = self.work.options.seed
-            race([rival, *entrants.values()], budget_s=budget_s, seed=seed, stop=self.stop, enough=lambda done: done >= _ROUNDS)
+            budget_s = min(_RACE_S * (1 + len(entrants)) / 2, max(0.0, self.most_s - (time.perf_counter() - began)))
+            stopped: list[bool] = []
+            race(
+                [rival, *entrants.values()],
+                budget_s=budget_s,
+                seed=self.work.options.seed,
+                stop=lambda: self.stop() and not stopped.append(True),  # type: ignore[func-returns-value]
+                enough=lambda done: done >= _ROUNDS,
+            )
+            if stopped:
+                return {}
         race_name, theirs = f"{self.work.run_id} {keys[drafts[0].name][0].subject}", rival.samples()
         found: dict[str, tuple[Measured, Measured]] = {}
         for name, contestant in entrants.items():
@@ -183,14 +221,36 @@ def raced_whole(
 ) -> dict[str, Estimate]:
     """Race on the engine, as the proof will, what has several callers and may yet be the plan; return what it takes, by candidate key.
 
-    `scored` are baselines and finalists, with what the search measured of them, calling executables.
+    `scored` are baselines and finalists that may be the plan, with what the search measured of them, calling executables. It takes as long
+    on top of the budget as what is tried at once: what there is no time for, those that are farther behind, is told by the search.
     """
     least = min((score.ratio for _, score in scored), default=0.0)
-    near = dict.fromkeys(each for each, score in scored if each.callers > 1 and score.ratio <= _NEAR * least)
+    close = sorted((each for each in scored if each[1].ratio <= _NEAR * least), key=lambda each: each[1].ratio)
+    near = dict.fromkeys(each for each, _ in close if each.callers > 1)
     if work.asked() or not near:
         return {}
     blocks = len(work.subject.structure.blocks)
     drafts = {each.key: Draft.whole(f"{each.target} of {each.callers} callers, {number}", each, blocks) for number, each in enumerate(near)}
-    whole = Whole(work=work, measurer=measurer, reference_s=reference_s, measure_new=measure_new, stop=work.asked)
+    whole = Whole(
+        work=work,
+        measurer=measurer,
+        reference_s=reference_s,
+        measure_new=measure_new,
+        stop=work.asked,
+        most_s=allowed_s(work.options.budget_s),
+    )
     seen = whole.all_expected(list(drafts.values()))
     return {key: seen[draft.name] for key, draft in drafts.items() if draft.name in seen}
+
+
+def engine_factor(candidate: Candidate, raced: Sequence[tuple[Candidate, float]]) -> float:
+    """Return how many times as long a candidate of several callers takes on the engine as calling executables: as those most like it.
+
+    One caller has what the engine adds to a call.
+    """
+    if candidate.callers == 1:
+        return 1.0
+    on_it = [each for each in raced if each[0].target == candidate.target]
+    driven = [each for each in on_it if each[0].callers == candidate.callers]
+    alike = [factor for _, factor in driven or on_it or raced]
+    return math.exp(fmean(map(math.log, alike))) if alike else 1.0

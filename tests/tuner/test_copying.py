@@ -15,6 +15,7 @@ from aivmm.models.graph import analyse
 from aivmm.models.prepare import prepare
 from aivmm.planner.candidates import Candidate, Copy, Draft, Piece, Score
 from aivmm.planner.constraints import parse
+from aivmm.planner.evidence import Estimate
 from aivmm.planner.search import Search
 from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.client import Worker
@@ -29,6 +30,7 @@ from aivmm.tuner.options import TuneOptions
 from aivmm.tuner.precision_record import _mark_plan
 from aivmm.tuner.proof import Entrant, Proof
 from aivmm.tuner.subject import Further
+from aivmm.tuner.whole import Whole
 from tests.conftest import targets_like
 from tests.making import chain_model, normal, reference, write_model
 from tests.planner.test_search import space, target
@@ -197,6 +199,82 @@ def test_what_several_have_to_beat_is_the_best_plan_whether_it_can_be_copied_or_
     limited = decider(TuneOptions(model="m", objective="throughput", constraints=("throughput>=1000/s",)), alone)
     assert limited.best_s() == pytest.approx(1 / 100.0)
     assert decider(TuneOptions(model="m", objective="throughput", constraints=("latency<=1ms",)), alone).best_s() is None
+
+
+def on_engine(seconds: float) -> Estimate:
+    return Estimate(seconds=seconds, sigma=0.0, source="measured", because="on the engine")
+
+
+def test_what_was_not_raced_on_the_engine_is_taken_for_what_those_like_it_came_to_there() -> None:
+    """The fourth of the search kept its time in a bare loop, less than what any plan reaches, and had to be beaten."""
+    few = [rated("GPU.0", FP32, per_s) for per_s in (100.0, 99.5, 99.0, 98.0)]
+    found_ = [(replace(candidate, callers=2, replicas=number), score) for number, (candidate, score) in enumerate(few, 1)]
+    other = (replace(rated("GPU.1", FP32, 90.0)[0], callers=2), rated("GPU.1", FP32, 90.0)[1])
+    alone = rated("GPU.0", FP32, 50.0)
+    found = decider(TuneOptions(model="m", objective="throughput"), alone, *found_, other)
+    for candidate, score in found_[:3]:
+        found._whole[candidate.key] = on_engine(1.19 * score.median_s)
+        found._factors.append((candidate, 1.19))
+    assert found.best_s() == pytest.approx(1.19 / 100)
+    known = {each.candidate.key: each.seconds for each in found.copyable()}
+    assert known[alone[0].key] == pytest.approx(1 / 50)  # one caller
+    assert found._engine_expected_s(*found_[3]) == pytest.approx(1.19 / 98)
+    found._factors.append((other[0], 0.95))
+    assert found._engine_expected_s(*other) == pytest.approx(0.95 / 90) and found.best_s() == pytest.approx(0.95 / 90)
+
+
+def test_what_the_engine_takes_is_in_what_was_raced_there_under_whatever_name_it_is_proven() -> None:
+    (one, score), other = rated("GPU.0", FP32, 100.0), rated("GPU.1", FP32, 90.0)
+    two = replace(one, callers=2)
+    found = decider(TuneOptions(model="m", objective="throughput"), other, (two, score))
+    found.explorer.known = {two.key: (two, score), other[0].key: other}
+    found.explorer.aliases = []
+    found._cutter = cast(Any, SimpleNamespace(engine_s=0.001))
+    found._whole[two.key] = on_engine(0.011)
+    for name in ("candidate 1", "GPU.0 default, batch 8"):
+        assert found._engine_s(Draft.whole(name, two, 1)) == 0.0
+    assert found._engine_s(Draft.whole("candidate 1", other[0], 1)) == found._engine_s() == 0.001
+    proof = Proof(entrants=[SimpleNamespace(draft=Draft.whole("GPU.0 default", two, 1), metrics={})])  # type: ignore[list-item]
+    found.note_predictions(proof)
+    metrics, reference_s = proof.entrants[0].metrics, 1 / 90 + 0.001
+    assert metrics["predicted_ratio"] == pytest.approx(0.011 / reference_s)
+    assert metrics["searched_ratio"] == pytest.approx(1.0)  # as the reference was
+
+
+@pytest.mark.parametrize(
+    ("changes", "raced"),
+    [
+        ({}, ["GPU.0"]),
+        ({"prefer": ("*:GPU.1",)}, ["GPU.1"]),
+        ({"constraints": ("latency<=10ms", "cosine>=0.999")}, ["GPU.1"]),
+        ({"min_segments": 2}, []),
+    ],
+)
+def test_only_what_may_be_the_plan_is_raced_on_the_engine(
+    changes: dict[str, Any], raced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What may not was the fastest all the same, and those that may were not near it."""
+    scored = [rated(name, FP32, per_s) for name, per_s in (("GPU.0", 120.0), ("AUTO", 200.0), ("GPU.1", 100.0))]
+    scored = [(replace(each, callers=2), replace(score, metrics={**score.metrics, "cosine": 0.5})) for each, score in scored]
+    scored[2][1].metrics["cosine"] = 0.9999  # type: ignore[index]
+    asked: list[str] = []
+
+    def all_expected(_: Whole, drafts: Sequence[Draft]) -> dict[str, Estimate]:
+        asked.extend(each.pieces[0].target.name for each in drafts)
+        return {}
+
+    monkeypatch.setattr(Whole, "all_expected", all_expected)
+    made = decider(TuneOptions(model="m", objective="throughput", **changes), *scored)
+    structure = SimpleNamespace(blocks=[None])
+    targets = [each.target for each, _ in scored]
+    left = {
+        "all_targets": targets,
+        "targets": [each for each in targets if each.name == "GPU.1"],
+        "min_segments": made.work.options.min_segments,
+    }
+    vars(made.work).update(left, asked=lambda: False, subject=SimpleNamespace(structure=structure))
+    made._race_whole(scored)
+    assert asked == raced
 
 
 def test_on_one_processor_copies_share_its_cores() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from aivmm.planner.candidates import Candidate, Rejection, Score
 from aivmm.planner.objectives import OBJECTIVES
+from aivmm.probes.client import WorkerDied
 from aivmm.probes.records import Measured, ProbeKey, Samples
 from aivmm.runtime.config import Config
 from aivmm.tuner.measure import WINDOWS, Measurer
@@ -67,6 +68,34 @@ def test_throughput_is_what_all_rounds_answered_and_not_what_most_did() -> None:
         known = remembered({WINDOWS: 1.0} if rate else {}, timed_s=(0.001, 0.001, 0.003), rate=rate)
         assert isinstance(known, Score)
         assert known.metrics["throughput"] == pytest.approx(per_s) and 1 / known.median_s == pytest.approx(per_s)
+
+
+@pytest.mark.parametrize("cards_only", [False, True])
+def test_what_could_not_be_counted_is_known_as_long_as_the_counters_are_the_same(cards_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repeated tuning measured each such baseline again, and found as little."""
+
+    def stored(*, counters: bool, died: bool = False) -> dict[str, float]:
+        def count(*_: object) -> dict[str, float]:
+            if died:
+                raise WorkerDied("out of memory")
+            return {}
+
+        monkeypatch.setattr("aivmm.tuner.measure.energy_metrics", count)
+        monkeypatch.setattr("aivmm.tuner.measure.has_counters", lambda _: counters)
+        measurer = Measurer(cast(Any, None), cast(Any, None), cast(Any, None), "", ONE, None, counts_energy=True, cards_only=cards_only)
+        return measurer._energy(ONE, cast(Any, None))
+
+    def known(metrics: Mapping[str, float], *, now_cards_only: bool = cards_only) -> Score | Rejection | None:
+        return remembered(metrics, counts_energy=True, cards_only=now_cards_only)
+
+    assert known({}) is None and stored(counters=True, died=True) == {}
+    for counters in (False, True):  # none, or they did not tick
+        metrics = stored(counters=counters)
+        found = known(metrics)
+        assert isinstance(found, Rejection) and "energy could not be counted" in found.reason
+        assert known(metrics, now_cards_only=not cards_only) is None
+        monkeypatch.setattr("aivmm.tuner.measure.has_counters", lambda _, now=not counters: now)
+        assert known(metrics) is None
 
 
 @pytest.mark.parametrize(("metrics", "said"), [({"energy_j": 0.0}, "energy could not be counted"), ({}, "compile is not known")])

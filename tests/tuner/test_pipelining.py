@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from aivmm.planner.evidence import Estimate
 from aivmm.planner.partition import ChainEvidence
 from aivmm.planner.records import TrialRecord
 from aivmm.planner.segments import Segments
+from aivmm.probes.race import Contestant
 from aivmm.runtime.config import Config
 from aivmm.runtime.engine import Engine
 from aivmm.tuner.decide import Decider
@@ -25,7 +27,7 @@ from aivmm.tuner.pipelining import DEPTH, Pipeliner
 from aivmm.tuner.progress import Silent
 from aivmm.tuner.session import Session
 from aivmm.tuner.together import Together
-from aivmm.tuner.whole import Whole, raced_whole
+from aivmm.tuner.whole import Whole, load_engine, raced_whole
 from aivmm.tuner.work import Work
 from tests.making import ONNXRUNTIME, OPENVINO, chain_model, normal, reference, write_model
 
@@ -142,9 +144,35 @@ def test_stages_are_measured_at_once_and_remembered_and_the_plan_runs_them_at_on
         assert found.keys() == {two.key, replicas.key}  # one caller was timed well enough, and three are far behind
         assert all(each.source == "measured" and each.seconds > 0 for each in found.values())
         assert seen(measure_new=False) == found and seen(measure_new=True, of=1) == {}
+        _interrupted_or_short_of_time(work, explorer, [(replace(one, callers=callers), score) for callers in (4, 5, 6)])
         decider = Decider(work, explorer, None, {})  # type: ignore[arg-type]
         decider._whole = found
         assert decider._expected(two, score) == found[two.key] and decider._expected(one, score).because == "the whole model"
+
+    def _interrupted_or_short_of_time(work: Work, explorer: Explorer, scored: list[tuple[Candidate, Score]]) -> None:
+        loads: list[str] = []
+
+        def load(*given: Any, **more: Any) -> Contestant | None:
+            loads.append("one")
+            return load_engine(*given, **more)
+
+        def seen(*, measure_new: bool = True, of: int = 3) -> dict[str, Estimate]:
+            return raced_whole(work, explorer.measurer, scored[:of], reference_s=1.0, measure_new=measure_new)
+
+        with monkeypatch.context() as other:
+            other.setattr("aivmm.tuner.whole.load_engine", load)
+            other.setattr(work, "asked", lambda: bool(loads))  # while the first one loads
+            assert seen() == {} and len(loads) == 1
+            other.setattr(work, "asked", lambda: False)
+            assert seen(measure_new=False) == {}
+            looks: list[bool] = []
+            other.setattr(work, "asked", lambda: len(looks) > 2 or looks.append(True))  # while it races
+            assert seen(of=1) == {} and len(loads) == 2
+            other.setattr(work, "asked", lambda: False)
+            assert seen(measure_new=False) == {}
+            other.setattr("aivmm.tuner.whole.allowed_s", lambda _: 0.0)
+            assert seen().keys() == {scored[0][0].key} and len(loads) == 3  # no time for more
+            assert seen(measure_new=False).keys() == {scored[0][0].key}
 
     for each in (look, look_again):
         with pytest.raises(_EnoughError):

@@ -227,6 +227,18 @@ def test_baselines_that_are_far_behind_rest_where_speed_alone_decides(
         assert slow is not None and plan is not None and slow.rests and not plan.rests
 
 
+def test_nobody_rests_for_the_sake_of_a_lowered_one_that_is_not_yet_judged_on_everything() -> None:
+    """Should it fail there, the baseline becomes the plan, and three rounds are few."""
+    entrants = [entrant("toy default", 10e-3), entrant("int8", 1e-3, role="candidate")]
+    lowered = Config(precision="int8:made")
+    entrants[1].draft = replace(entrants[1].draft, pieces=(replace(entrants[1].draft.pieces[0], config=lowered),))
+    tire = Prover(entrants, constraints=(), cosine_limit=None, seed=0, tell=lambda what, state: None)._tire()
+    assert tire is not None
+    tire(ROUNDS)
+    slow = entrants[0].contestant
+    assert slow is not None and not slow.rests
+
+
 @pytest.mark.parametrize(("cores", "loads"), [(1, 2), (8, 2), (16, 4), (64, 6)])
 def test_as_many_entrants_are_loaded_at_once_as_have_cores(cores: int, loads: int) -> None:
     assert loads_at_once(cores) == loads
