@@ -27,6 +27,7 @@ from aivmm.tuner.subject import Subject
 
 Tell = Callable[[RaceState], None]
 WINDOWS = "by_windows"  # a metric of what one caller was measured by windows, for throughput: its durations are means, of no one call
+UNCOUNTED = "uncounted_"  # before the name of an energy that nothing counted: 1 where the counters could be read all the same
 _PRECISE_S = 1.5  # what is predicted of a plan is a multiple of the reference
 
 
@@ -154,9 +155,10 @@ class Measurer:
             return False
         judged = self.subject.judged_of(candidate.config.lowered)
         accuracy = "cosine" not in self.needs or f"cosine@{judged}" in mine.metrics or f"unusable@{judged}" in mine.metrics
+        if not accuracy or not self.counts_energy or self._energy_name in mine.metrics:
+            return accuracy
         # That it could not be counted is as much as another race would find, as long as there are the same counters.
-        uncounted = mine.metrics.get(self._uncounted_name) == float(has_counters(candidate.target))
-        return accuracy and (not self.counts_energy or self._energy_name in mine.metrics or uncounted)
+        return mine.metrics.get(UNCOUNTED + self._energy_name) == float(has_counters(candidate.target))
 
     def _of_one_kind(self, candidate: Candidate, found: Measured) -> bool:
         """Say whether an earlier run timed a candidate as this one would: medians of calls and means of windows do not compare."""
@@ -382,10 +384,6 @@ class Measurer:
     def _energy_name(self) -> str:
         return "card_energy_j" if self.cards_only else "energy_j"
 
-    @property
-    def _uncounted_name(self) -> str:
-        return f"uncounted_{self._energy_name}"  # 1 where the counters could be read all the same
-
     def _energy(self, candidate: Candidate, contestant: Contestant) -> dict[str, float]:
         """Return what a sample costs in energy, where that is asked for and counted."""
         if not self.counts_energy:
@@ -394,7 +392,7 @@ class Measurer:
             found = energy_metrics(contestant, {candidate.target})
         except WorkerDied:  # its times are known all the same
             return {}
-        return found if self._energy_name in found else {**found, self._uncounted_name: float(has_counters(candidate.target))}
+        return found if self._energy_name in found else {**found, UNCOUNTED + self._energy_name: float(has_counters(candidate.target))}
 
     def _score(
         self, candidate: Candidate, mine: Measured, reference: Measured, *, reused: bool, seconds: float = 0.0, loaded: Loaded | None = None
