@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 import aivmm
+from aivmm import arguments
 from aivmm.errors import UsageError
 from aivmm.probes.lab import Lab
 from aivmm.runtime.family import Bucket, Dimension
 from aivmm.runtime.many import ShapedEngine
 from aivmm.runtime.target import Target
 from aivmm.tensors import TensorSpec
-from aivmm.tuner import entry
 from aivmm.tuner.buckets import BucketTuner, reference_first
 from aivmm.tuner.options import TuneOptions
 from aivmm.tuner.other_shapes import OtherShapes
@@ -289,13 +289,13 @@ def test_the_report_has_a_row_for_each_shape_and_links_that_lead_somewhere(tuned
 
 
 def test_python_lists_are_what_the_command_line_lists() -> None:
-    found = entry.listed({"x": [1, 3, 8, 8], "y": [(1, 2), (1, 4)]}, {"n": 5, "m": [8, 1]})
+    found = wanted(arguments.shapes({"x": [1, 3, 8, 8], "y": [(1, 2), (1, 4)]}), arguments.extents({"n": 5, "m": [8, 1]}))
     text = wanted(parse_shape_lists(["x=1x3x8x8", "y=1x2,1x4"]), parse_dim_lists(["n=5", "m=1,8"]))
     assert found == text
-    assert entry.listed({}, {}) == wanted({}, {})
+    assert wanted(arguments.shapes({}), arguments.extents(None)) == wanted({}, {})
     for shapes, dims in (({}, {"n": [4, 4]}), ({}, {"n": []}), ({"x": [(1,), (1,)]}, {})):
         with pytest.raises(UsageError, match="each once"):
-            entry.listed(shapes, dims)
+            wanted(arguments.shapes(shapes), arguments.extents(dims))
 
 
 # --- what runs other shapes
