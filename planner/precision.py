@@ -19,11 +19,12 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from aivmm.runtime.target import Target
 
 _ADDITIVE = 2.0  # so far the sum of the parts' noise may be off the whole's, either way, and still serve to choose by
-_INTEGER_PROVIDERS = ("CPU", "TensorRT", "QNN", "CoreML", "MIGraphX", "DirectML")  # of ONNX Runtime: those with integer kernels
+# Of ONNX Runtime: those that run QuantizeLinear and DequantizeLinear and, between them, what the model has, in fp32. Decision 0068.
+_WITHOUT_INTEGER_KERNELS = ("CUDA",)
 _HALF_PROVIDERS = ("CUDA", "TensorRT", "DirectML", "MIGraphX")  # those that compute in fp16 when the model does
 _BFLOAT_PROVIDERS = ("CUDA", "TensorRT")
 _COMPILED_AHEAD = ("NPU", "QNN")  # devices whose ranges have to be known when the model is compiled
-_SYMMETRIC_ONLY = ("TensorRT",)
+_SYMMETRIC_ONLY = ("TensorRT", "NvTensorRtRtx")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +45,6 @@ def unfit(way: Way, target: Target, *, op_types: Collection[str]) -> str:
     device = _device_of(target)
     if way.kind == "cast":
         return "" if converts(target, way.precision) else _no_cast(way.precision, target)
-    if target.runtime == "onnxruntime" and device not in _INTEGER_PROVIDERS and way.kind != "weights":
-        return f"{target} has no integer kernels: it would dequantize and compute in fp32"
     if way.kind == "dynamic" and target.device.kind != "cpu":
         return f"ranges taken at run time are for CPUs: {target} compiles them ahead or lacks the operators"
     if device in _COMPILED_AHEAD and way.kind != "static":
@@ -55,6 +54,14 @@ def unfit(way: Way, target: Target, *, op_types: Collection[str]) -> str:
     if way.fused and target.runtime == "openvino" and target.device.kind != "cpu":
         return f"{target} does not know ONNX Runtime's own operators"
     return ""
+
+
+def dequantizes(way: Way, target: Target) -> bool:
+    """Say whether a target computes in fp32 what a way puts in int8, for want of integer kernels.
+
+    It takes such a model, and what that costs or saves is measured; but lowering parts of it gains as little as lowering the whole.
+    """
+    return way.kind == "static" and target.runtime == "onnxruntime" and _device_of(target) in _WITHOUT_INTEGER_KERNELS
 
 
 def _nothing_to_lower(way: Way, op_types: Collection[str]) -> str:

@@ -81,8 +81,10 @@ class Space:
         return sum(min(callers, most) for callers in range(1, self.most_callers + 1)) if self.most_callers > 1 else most
 
     def knobs_of(self, target: Target) -> list[Knob]:
-        """Return the knobs of a target that serve the objective and have more than one value."""
-        found = (knob for knob in self.knobs[str(target)] if self.objective in knob.objectives)
+        """Return the knobs of a target that serve the objective and a precision that is searched, and have more than one value."""
+        families = {(precision or "").partition(":")[0] for precision in self.precisions[str(target)]}
+        mine = (knob for knob in self.knobs[str(target)] if not knob.families or not families.isdisjoint(knob.families))
+        found = (knob for knob in mine if self.objective in knob.objectives)
         return [knob for knob in found if (len(knob.choices) > 1 if knob.kind == "choice" else knob.high > knob.low)]
 
     def point(self, asked: _Asked) -> Candidate:

@@ -84,9 +84,10 @@ def contract_in(raw: Mapping[str, Any]) -> InputContract:
 
 def knob_out(knob: Knob) -> dict[str, Any]:
     """Return a knob as JSON takes it."""
-    return {**asdict(knob), "choices": list(knob.choices), "objectives": sorted(knob.objectives)}
+    return {**asdict(knob), "choices": list(knob.choices), "objectives": sorted(knob.objectives), "families": sorted(knob.families)}
 
 
 def knob_in(raw: Mapping[str, Any]) -> Knob:
     """Return the knob that `knob_out` wrote."""
-    return Knob(**{**raw, "choices": tuple(raw["choices"]), "objectives": frozenset(raw["objectives"])})
+    sets = {name: frozenset(raw[name]) for name in ("objectives", "families")}
+    return Knob(**{**raw, "choices": tuple(raw["choices"]), **sets})

@@ -73,7 +73,8 @@ class Knob:
 
     An ordered knob is `int` or `float` with `low` and `high` (a search must see its order); the rest are `choice`.
     `objectives` names the goals it can serve, so that a latency search does not spend trials on streams. `promising` is a value that often
-    helps where the others' promising ones are set too: the search looks there first.
+    helps where the others' promising ones are set too: the search looks there first. `families` names the precisions that it can matter
+    for ("int8"), where those are not all.
     """
 
     name: str
@@ -87,3 +88,4 @@ class Knob:
     default: Setting | None = None
     promising: Setting | None = None
     objectives: frozenset[str] = frozenset({"latency", "throughput", "energy"})
+    families: frozenset[str] = frozenset()

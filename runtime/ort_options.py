@@ -125,7 +125,8 @@ SESSION_SETTINGS = frozenset({
 })  # fmt: skip
 SWITCHES = frozenset({
     "session.intra_op.allow_spinning", "session.inter_op.allow_spinning", "session.force_spinning_stop", "session.set_denormal_as_zero",
-    "session.disable_prepacking", "session.use_env_allocators", "session.x64quantprecision", "session.qdqisint8allowed",
+    "session.disable_prepacking", "session.disable_quant_qdq", "session.use_env_allocators", "session.x64quantprecision",
+    "session.qdqisint8allowed",
     "session.enable_gemm_fastmath_arm64_bfloat16",
 })  # fmt: skip
 COUNTS = frozenset({"session.intra_op.spin_duration_us", "session.intra_op.spin_backoff_max", "session.dynamic_block_base"})
@@ -254,6 +255,15 @@ def cuda_knobs() -> tuple[Knob, ...]:
             "a fusion or layout change can cost more than it saves",
             choices=("all", "extended", "basic"),
             default="all",
+        ),
+        Knob(
+            "session.disable_quant_qdq",
+            "choice",
+            "without integer kernels: 1 makes weights and biases fp32 once, which is else done in each call, for biases on the CPU",
+            choices=("0", "1"),
+            default="0",
+            promising="1",
+            families=frozenset({"int8"}),
         ),
     )
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from aivmm.errors import AivmmError, Unsupported
 from aivmm.planner.candidates import Candidate, Rejection, Score
 from aivmm.planner.constraints import ACCURACY, check
-from aivmm.planner.precision import Choice, Way, adds_up, front, most_noise, searched_front, unfit
+from aivmm.planner.precision import Choice, Way, adds_up, dequantizes, front, most_noise, searched_front, unfit
 from aivmm.probes.accuracy import over_limit
 from aivmm.probes.client import WorkerDied
 from aivmm.probes.lab import Loaded, Sensitivity
@@ -42,6 +42,7 @@ _USELESS = 1.0  # noise as strong as the outputs themselves
 _RACING_S = 5.0  # it takes to race parts alone
 _LEAST_MIXING_S = 20.0  # to measure the parts' noise in
 _LEVELS = (0.9, 0.5, 0.2)  # shares of the noise that the limit allows: the points of the front that are proven
+_STATIC = Way(name="static", precision="int8", kind="static")  # any that puts weights and activations in int8
 _ENOUGH = 0.9  # lowered models that take less than this share of fp32's time need no mixing
 
 Known = dict[str, tuple[Candidate, Score | Rejection]]
@@ -57,6 +58,7 @@ class Scout:
     barred: Callable[[Target, Config], str]  # why the user lets no plan run a config on a target; "" where one may
     judged: dict[tuple[str, str], Mapping[str, float]] = field(default_factory=dict)  # (target, variant) -> accuracy
     problems: dict[tuple[str, str], str] = field(default_factory=dict)  # (target, variant) -> why it is out
+    strays: dict[tuple[str, str], int] = field(default_factory=dict)  # (target, variant) -> how many nodes are on another device
     parts: dict[str, Sensitivity] = field(default_factory=dict)  # by variant of the whole
     seconds: float = 0.0  # that scouting took
     _started: float = 0.0
@@ -79,6 +81,7 @@ class Scout:
                 break
             if not self._settled(recipe, targets):
                 self._try([recipe], targets)
+        self._try_where_dequantized([*first, *others], targets)
         self._mix_where_needed(targets)
         for target in targets:
             self._race_the_nearest(target)
@@ -90,12 +93,20 @@ class Scout:
         """Return the variants that are within the limit and nearly as fast on a target as its best one, the best first.
 
         Tuned for throughput, a card tells little in single calls, which mostly launch kernels: fp16 was 17 % slower than bf16 in them and
-        is 2.4 times as fast as fp32 with large batches (ResNet-50 on an H100). There the best go on whatever they lag.
+        is 2.4 times as fast as fp32 with large batches (ResNet-50 on an H100). There the best go on whatever they lag. What is computed
+        in fp32 all the same comes after them, and has to keep up with fp32 where that may be the plan.
         """
-        scored = sorted(self._scored(target), key=lambda each: each[1])
+        scored = sorted(self._scored(target), key=lambda each: (self._dequantized(target, each[0]), each[1]))
         blind = target.device.memory_bytes is not None and self.work.options.drive == "throughput"
-        worth = math.inf if blind else _WORTH
-        return [variant for variant, ratio in scored if ratio <= worth * scored[0][1]][:_SURVIVORS]
+        best = min((ratio for _, ratio in scored), default=math.inf)
+        plain = self._plain_ratio(target) if self.work.precisions(target) else None
+
+        def goes_on(variant: str, ratio: float) -> bool:
+            if self._dequantized(target, variant):
+                return ratio <= _WORTH * min(best, plain or math.inf)
+            return blind or ratio <= _WORTH * best
+
+        return [variant for variant, ratio in scored if goes_on(variant, ratio)][:_SURVIVORS]
 
     # --- which ways there are
 
@@ -112,6 +123,9 @@ class Scout:
                 self.work.note(f"{family} does not apply: {reasons[0]}")
         return fitting
 
+    def _dequantized(self, target: Target, variant: str) -> bool:
+        return dequantizes(way_of(self.work.subject.lowerer.recipe(variant)), target)
+
     def _unfit(self, recipe: Recipe, target: Target) -> str:
         return unfit(way_of(recipe), target, op_types={each.op_type for each in self.work.subject.structure.operators})
 
@@ -121,7 +135,7 @@ class Scout:
 
         lowerer = self.work.subject.lowerer
         alike = [variant for _, variant in self.judged if pace(lowerer.recipe(variant)) == pace(recipe)]
-        where = [target for target in targets if not self._unfit(recipe, target)]
+        where = [target for target in targets if not self._unfit(recipe, target) and not dequantizes(way_of(recipe), target)]
         return all(any(self._is_within(str(target), variant) for variant in alike) for target in where)
 
     def _is_within(self, target: str, variant: str) -> bool:
@@ -129,23 +143,47 @@ class Scout:
 
     # --- trying them
 
-    def _try(self, recipes: Sequence[Recipe], targets: Sequence[Target]) -> None:
-        """Lower by each recipe, judge the outcome on each target, and race what is within the limit as it was loaded to be judged."""
+    def _try_where_dequantized(self, recipes: Sequence[Recipe], targets: Sequence[Target]) -> None:
+        """Measure int8 on targets that compute it in fp32: last, and one way that is within the limit is enough. Decision 0068.
+
+        First what is within the limit elsewhere, which is made already.
+        """
+        where = [target for target in targets if dequantizes(_STATIC, target)]
+        static = [each for each in recipes if each.kind == "static"]
+        fine = {variant for place, variant in self.judged if self._is_within(place, variant)}
+        for number, recipe in enumerate(sorted(static, key=lambda each: each.variant not in fine)):
+            left = [target for target in where if not any(self._is_within(str(target), each.variant) for each in static)]
+            if not left or self.work.asked() or (number and self._left() <= _FOR_MIXING * self._allowed_s):
+                return
+            self._try([recipe], left, dequantized=True)
+
+    def _try(self, recipes: Sequence[Recipe], targets: Sequence[Target], *, dequantized: bool = False) -> None:
+        """Lower by each recipe, judge the outcome on each target, and race what is within the limit as it was loaded to be judged.
+
+        On targets that would compute it in fp32 only where that is what is asked for.
+        """
         racing: list[Candidate] = []
         for recipe in recipes:
             self.work.subject.lowerer.recipes[recipe.variant] = recipe
             for target in targets:
                 candidate = self._candidate(target, recipe.variant)
-                if self._unfit(recipe, target):
+                if self._unfit(recipe, target) or dequantizes(way_of(recipe), target) is not dequantized:
                     continue
                 if self._judge(target, recipe.variant) and candidate.key not in self.known:
-                    racing.append(candidate)
+                    racing += [candidate, *(self._folded(target, recipe.variant) if dequantized else ())]
                 else:
                     self.measurer.unload(candidate)
-                if len(racing) == _GROUP:
+                if len(racing) >= _GROUP:
                     self._race(racing)
                     racing = []
         self._race(racing)
+
+    def _folded(self, target: Target, variant: str) -> list[Candidate]:
+        """Return a variant with the settings that are for its precision alone, where the target has some."""
+        wanted = [each for each in self.work.lab.knobs(target) if "int8" in each.families and each.promising is not None]
+        settings = {each.name: each.promising for each in wanted if each.promising is not None}
+        config = Config.of(settings, precision=variant)
+        return [replace(self._candidate(target, variant), config=config)] if settings else []
 
     def _race(self, group: Sequence[Candidate]) -> None:
         if group:
@@ -159,6 +197,7 @@ class Scout:
             loaded = self.measurer.load(self._candidate(target, variant))
             if not isinstance(loaded, Loaded):
                 raise Unsupported(loaded.reason)
+            self.strays[place] = loaded.strays
             samples, references = subject.choosing()
             metrics, problem = self.work.lab.judge(loaded.contestant, samples, references)
             if self.work.options.metric is not None and not problem:
@@ -207,13 +246,15 @@ class Scout:
         return None
 
     def _scored(self, target: Target) -> list[tuple[str, float]]:
-        """Return the lowered variants that have a time on a target, over the reference's."""
-        return [
-            (candidate.config.lowered, outcome.ratio)
-            for candidate, outcome in self.known.values()
-            if candidate.target == target and candidate.config.lowered and not candidate.config.settings and isinstance(outcome, Score)
-            if (str(target), candidate.config.lowered) not in self.problems
-        ]
+        """Return the lowered variants that have a time on a target, over the reference's: the defaults', or the best known."""
+        found: dict[str, float] = {}
+        for candidate, outcome in self.known.values():
+            variant = candidate.config.lowered
+            if candidate.target != target or not variant or not isinstance(outcome, Score) or (str(target), variant) in self.problems:
+                continue
+            if not candidate.config.settings or self._dequantized(target, variant):
+                found[variant] = min(outcome.ratio, found.get(variant, math.inf))
+        return list(found.items())
 
     def _left(self) -> float:
         return self._started + self._allowed_s - time.perf_counter()
@@ -231,6 +272,8 @@ class Scout:
         return min(ratios, default=None)
 
     def _needs_mixing(self, target: Target) -> bool:
+        if dequantizes(_STATIC, target) and self.work.precisions(target):
+            return False
         plain = self._plain_ratio(target)
         best = min((ratio for _, ratio in self._scored(target)), default=None)
         return best is None or (plain is not None and best > _ENOUGH * plain)
@@ -268,7 +311,7 @@ class Scout:
                 recipes.append(recipe)
         for number, recipe in enumerate(recipes):
             if number == 0 or self._left() > 0:
-                self._try([recipe], targets)
+                self._try([recipe], targets, dequantized=dequantizes(_STATIC, target))
 
     def _race_the_nearest(self, target: Target) -> None:
         """Where nothing may be the plan on a target, time what comes nearest all the same: the front tells what a limit could be."""
@@ -393,6 +436,17 @@ class Scout:
             if tried:
                 within = f"within the limit: {', '.join(fine)}" if fine else "none is within the limit"
                 self.work.note(f"{where}: {len(tried)} ways of lowering the model were tried; {within}{''.join(out)}")
+            self._tell_dequantized(target, [variant for variant in fine if self._dequantized(target, variant)])
+
+    def _tell_dequantized(self, target: Target, variants: Sequence[str]) -> None:
+        """Say what int8 comes to where there are no kernels for it."""
+        ratios = dict(self._scored(target))
+        plain = self._plain_ratio(target)
+        for variant in variants:
+            beside = f", in {ratios[variant] / plain:.2f} times the time of the model as it is" if plain and variant in ratios else ""
+            on = "it goes on into the search" if variant in self.survivors(target) else "it is not searched further"
+            strays = f" ({self.strays[str(target), variant]} of its nodes on the CPU)" if self.strays.get((str(target), variant)) else ""
+            self.work.note(f"{target} has no kernels for {variant}: it dequantizes and computes in fp32{strays}{beside}; {on}")
 
 
 def way_of(recipe: Recipe) -> Way:

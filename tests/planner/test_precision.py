@@ -29,7 +29,8 @@ def target(name: str, *precisions: str) -> Target:
     [
         (STATIC, "onnxruntime:CPU", ["Conv"], ""),
         (STATIC, "openvino:NPU", ["Conv"], ""),
-        (STATIC, "onnxruntime:CUDA:0", ["Conv"], "has no integer kernels"),
+        (STATIC, "onnxruntime:CUDA:0", ["Conv"], ""),
+        (DYNAMIC, "onnxruntime:CUDA:0", ["MatMul"], "lacks the operators"),
         (STATIC, "onnxruntime:TensorRT:0", ["Conv"], "without a zero point"),
         (SYMMETRIC, "onnxruntime:TensorRT:0", ["Conv"], ""),
         (STATIC, "openvino:CPU", ["Relu"], "no operator with weights"),

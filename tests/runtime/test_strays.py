@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from aivmm.runtime.backend import ExplainsStrays
+from aivmm.models.lowering_ort import quantize_static
+from aivmm.runtime.backend import Executable, ExplainsStrays
 from aivmm.runtime.config import Config
 from aivmm.runtime.null import NullBackend
 from aivmm.runtime.null_device import NullDevice
@@ -96,3 +99,68 @@ def test_a_cuda_session_tells_its_nodes_on_the_cpu_and_what_they_cost(tmp_path: 
     assert [each.op_type for each in found.nodes] == ["Det"]
     assert sorted(each.op_type for each in found.copies) == ["MemcpyFromHost", "MemcpyToHost"]
     assert 0 < found.seconds < found.call_s
+
+
+@pytest.mark.gpu
+def test_a_cuda_session_takes_int8_computes_in_fp32_and_tells_what_it_leaves_to_the_cpu(tmp_path: Path) -> None:
+    """CUDA's provider has QuantizeLinear and DequantizeLinear, the latter not of the biases' int32: decision 0068."""
+    backend, model, lowered = OnnxRuntime(), tmp_path / "model.onnx", tmp_path / "int8.onnx"
+    model.write_bytes(conv_model())
+    samples = [{"x": np.random.default_rng(seed).standard_normal((1, 3, 16, 16)).astype(np.float32)} for seed in range(4)]
+    quantize_static(model, lowered, samples, {"calibration": "MinMax"})
+    cpu, card = backend.find("CPU"), backend.find("CUDA:0")
+    assert isinstance(cpu, Target) and isinstance(card, Target)
+    wanted = answer(backend.compile(model, cpu, Config()), samples[0])
+    for folded in ("0", "1"):
+        config = Config.of({"session.disable_quant_qdq": folded}, precision="fp32")
+        executable = backend.compile(lowered, card, config)
+        found = answer(executable, samples[0])
+        assert 1e-6 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.1, "lowered in truth, and not to nonsense"
+        assert executable.placement.nodes["CUDAExecutionProvider"] > 0
+        strays = backend.strays(lowered, card, config, samples[0])
+        assert len(executable.placement.stray) == len(strays.nodes)
+        assert {each.op_type for each in strays.nodes} <= {"DequantizeLinear"}
+        assert folded == "0" or not executable.placement.stray
+
+
+def conv_model() -> bytes:
+    """Two convolutions with biases, x of 1 x 3 x 16 x 16."""
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (8, 3, 3, 3), "b1": (8,), "w2": (8, 8, 3, 3), "b2": (8,)}
+    weights = {name: 0.2 * rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    nodes = [
+        helper.make_node("Conv", ["x", "w1", "b1"], ["a"], name="first", pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["b"], name="relu"),
+        helper.make_node("Conv", ["b", "w2", "b2"], ["y"], name="second", pads=[1] * 4),
+    ]
+    places = [("x", TensorProto.FLOAT, (1, 3, 16, 16))], [("y", TensorProto.FLOAT, (1, 8, 16, 16))]
+    return onnx_model(nodes, *places, weights).SerializeToString()
+
+
+def answer(executable: Executable, inputs: dict[str, Any]) -> Any:
+    """Return the first output for some inputs."""
+    request = executable.new_request()
+    for name, array in inputs.items():
+        request.bind(name, array)
+    (spec,) = executable.outputs
+    output = np.empty(spec.shape, np.float32)  # type: ignore[arg-type]
+    request.bind(spec.name, output)
+    request.run()
+    return output
+
+
+def test_the_weights_of_an_int8_model_are_folded_where_its_quantization_is_to_be_left_alone(tmp_path: Path) -> None:
+    """Which is what spares CUDA the biases: on a CPU's graph the same pass can be seen."""
+    backend, model, lowered = OnnxRuntime(), tmp_path / "model.onnx", tmp_path / "int8.onnx"
+    model.write_bytes(conv_model())
+    samples = [{"x": np.random.default_rng(seed).standard_normal((1, 3, 16, 16)).astype(np.float32)} for seed in range(4)]
+    quantize_static(model, lowered, samples, {"calibration": "MinMax"})
+    cpu = backend.find("CPU")
+    assert isinstance(cpu, Target)
+    left = {}
+    for folded in ("0", "1"):
+        config = Config.of({"session.disable_quant_qdq": folded, "graph_optimization_level": "basic"})
+        graph = onnx.load_from_string(backend.compile_to_export(lowered, cpu, config).export_blob()).graph
+        weights = {each.name for each in graph.initializer}
+        left[folded] = [each for each in graph.node if each.op_type == "DequantizeLinear" and each.input[0] in weights]
+    assert len(left["0"]) == 4 and not left["1"]

@@ -234,3 +234,17 @@ def test_a_lowered_model_that_was_compiled_to_be_judged_is_raced_as_it_is(
     assert done.code == 0, done.err
     first = next(each for each in at_races if each)  # what had been loaded when the lowered models raced first
     assert len(first) == len(set(first))
+
+
+def test_int8_is_measured_where_it_is_computed_in_fp32_and_the_notes_say_so(
+    in_process: Callable[..., Finished], shared: Place, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA: ONNX Runtime's CPU stands in for a provider without integer kernels."""
+    monkeypatch.setattr("aivmm.planner.precision._WITHOUT_INTEGER_KERNELS", ("CPU",))
+    asked = ("--precisions", "fp32,int8", "--dataset", "labelled.npz", "--constraint", "cosine>=0.5")
+    done = in_process(shared, "tune", tiny, *TINY, *asked, *FEW[:-1], *ONE_RUNTIME, "--fresh", "-o", "dequantized.aivmm")
+    assert done.code == 0, done.err
+    int8 = {each["precision"] for each in done.json["precision"]["tried"] if each["precision"].startswith("int8")}
+    assert len(int8) == 1, "one way that is within the limit is enough"
+    (variant,) = int8
+    assert f"onnxruntime:CPU has no kernels for {variant}: it dequantizes and computes in fp32, in " in " ".join(done.err.split())

@@ -7,14 +7,17 @@ from dataclasses import replace
 
 import pytest
 
+from aivmm.planner.candidates import Candidate
 from aivmm.planner.space import Space
 from aivmm.probes import wire
+from aivmm.runtime.config import Config
 from aivmm.runtime.ort_options import cpu_knobs, cuda_knobs
 from aivmm.runtime.target import Device, Target
 from aivmm.tuner.starts import can_be_replicated, promising, side_by_side
 
 CARD = Target(runtime="onnxruntime", name="CUDA:0", device=Device(kind="gpu", model="a card", memory_bytes=1 << 36), runtime_version="1")
 CPU = Target(runtime="onnxruntime", name="CPU", device=Device(kind="cpu", model="a CPU"), runtime_version="1")
+FORMS = ("fp16:ort-half", "int8:ort-minmax")
 KNOBS = {str(CARD): cuda_knobs(), str(CPU): cpu_knobs()}
 
 
@@ -63,3 +66,13 @@ def test_replicas_that_divide_the_cores_are_looked_at_early_and_only_on_processo
 
 def test_what_is_promising_crosses_to_the_worker_and_back() -> None:
     assert [wire.knob_in(wire.knob_out(each)) for each in cuda_knobs()] == list(cuda_knobs())
+
+
+def test_what_matters_for_int8_alone_is_searched_only_where_int8_is() -> None:
+    name = "session.disable_quant_qdq"
+    (fold,) = [each for each in cuda_knobs() if each.name == name]
+    assert wire.knob_in(wire.knob_out(fold)) == fold
+    spaces = {each: Space(targets=[CARD], knobs=KNOBS, objective="latency", precisions={str(CARD): ["fp32", each]}) for each in FORMS}
+    assert [form for form, space in spaces.items() if name in {knob.name for knob in space.knobs_of(CARD)}] == ["int8:ort-minmax"]
+    folded = Candidate(target=CARD, config=Config.of({name: "1"}, precision="int8:ort-minmax"))
+    assert spaces["int8:ort-minmax"].params(folded) is not None
