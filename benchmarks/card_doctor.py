@@ -2,9 +2,10 @@
 
     python -m benchmarks.card_doctor
 
-On 2026-11-27 no worker of 20 tunings found OpenVINO's GPU on a machine where plain processes did. `card_session` runs this outside of
-lanes, and then in all lanes at once: where the line of a way lacks a GPU and "plain" has it, what that way adds is the cause. How a worker
-starts is taken apart only where the whole of it finds no GPU.
+On 2026-11-27 no worker of 20 tunings found OpenVINO's GPU on a machine where plain processes did: PoCL, once it is loaded, sets
+OCL_ICD_FILENAMES=libpocl.so.2 in the environment, and who inherits that is shown no other driver. Workers do not any more. `card_session`
+runs this outside of lanes, and then in all lanes at once: where the line of a way lacks a GPU and "plain" has it, what that way adds is the
+cause. How a worker starts is taken apart only where the whole of it finds no GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from aivmm.runtime.remedies import opencl_shows
 _LIMIT_S = 40.0
 _HERE = (sys.executable, "-m", "benchmarks.card_doctor")
 _LAB = "from aivmm.probes.lab import Lab; lab = Lab(); t, a = lab.discover({}); print(*t, sep=chr(10)); print(*a, sep=chr(10)); lab.close()"
+_USED = "import openvino; openvino.Core().available_devices"
 _STEPS = ("pipes", "dies with its parent", "says where it ends", "is the first to go", "imports")
 
 
@@ -99,6 +101,7 @@ def ways() -> Iterator[tuple[str, tuple[str, ...], Mapping[str, str | None]]]:
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         yield "with all cards", (*_HERE, "look"), {"CUDA_VISIBLE_DEVICES": None}
     yield "child of one that used OpenCL", (*_HERE, "parent"), {}
+    yield "a worker of one that used OpenCL", (sys.executable, "-c", f"{_USED}; {_LAB.format(['openvino'])}"), {}
     yield "started as a worker", (*_HERE, "worker", str(len(_STEPS))), {}
     yield "a worker", (sys.executable, "-c", _LAB.format(["openvino"])), {}
     yield "a worker beside onnxruntime's", (sys.executable, "-c", _LAB.format(["openvino", "onnxruntime"])), {}

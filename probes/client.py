@@ -270,7 +270,10 @@ def _spawner() -> ThreadPoolExecutor:
 
 def _spawn(command: list[str]) -> subprocess.Popen[bytes]:
     # In a session, and so a process group, of its own: what a driver starts ends with its worker, and a terminal's Ctrl-C reaches neither.
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    # With the user's environment, and not with what native libraries set in ours: once OpenVINO has looked for devices here, a loader of
+    # OpenCL that would inherit OCL_ICD_FILENAMES=libpocl.so.2 from that shows no other driver, and the worker finds no GPU.
+    pipe, environment = subprocess.PIPE, dict(os.environ)
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=True)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

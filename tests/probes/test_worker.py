@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -36,6 +37,20 @@ Compile = Callable[..., dict[str, Any]]
 
 def works(worker: Worker) -> bool:
     return bool(worker.call("memory", limit_s=30)["peak_bytes"] > 0)
+
+
+@posix
+def test_what_native_code_sets_in_our_environment_is_not_the_workers(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = ctypes.CDLL(None)
+    monkeypatch.setenv("AIVMM_TEST_OF_THE_USER", "kept")
+    native.setenv(b"OCL_ICD_FILENAMES", b"libpocl.so.2", 1)  # as PoCL does where it is loaded: no other driver is shown to a child
+    try:
+        assert works(worker)
+        seen = psutil.Process(worker.pid).environ()
+        assert seen.get("AIVMM_TEST_OF_THE_USER") == "kept"
+        assert "OCL_ICD_FILENAMES" not in seen
+    finally:
+        native.unsetenv(b"OCL_ICD_FILENAMES")
 
 
 # --- what goes wrong in it ---
