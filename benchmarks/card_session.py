@@ -56,9 +56,12 @@ TESTS = {
         "tests/runtime/test_accelerators.py",
     ),
 }
+_ON_TWO_CARDS = ("tests-cards",)  # some of its tests
 # Timed by themselves, in this order: (cards, seconds).
 _SECTIONS = {
     "two_tuned": (2, 60),  # what was tuned before is raced
+    "energy_tuned": (1, 32),
+    "energy": (1, 56),
     "overhead": (1, 80),
     "two": (2, 150),
     "beside": (1, 120),
@@ -70,7 +73,7 @@ _SECTIONS = {
 # Tunings that are still missing, in this order; those of all other models and goals follow where time is left.
 _MISSING = tuple((model, "throughput fp32") for model in ("minilm", "ultraface", "silero", "magika"))
 _OPENCL = (("ultraface", "latency fp32"), ("resnet50", "latency lower"))  # again, with OpenVINO's GPU among the targets
-_TUNE_S, _TUNE_TWO_S = 110, 220
+_TUNE_S, _TUNE_TWO_S, _TUNE_ENERGY_S = 110, 220, 130
 _TWO_BUDGET = "30s"  # of the tunings that are to find copies on two cards
 _PATIENCE = 2.0
 _MARGIN = 1.15  # what is begun should end
@@ -84,7 +87,7 @@ _ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Step:
     """A command, about how many seconds it takes, and how many cards. `makes`: a file that shows that it need not run.
 
-    `leaves`: what it makes outside of the state for the step `serves`, which `needs` it. Records outlive a machine, that does not.
+    `leaves`: what it makes outside of the state for the steps it `serves`, which need it. Records outlive a machine, that does not.
     With `alone` nothing else runs, and it has the whole machine; otherwise it has some cards and their share of the cores.
     """
 
@@ -95,29 +98,44 @@ class Step:
     cards: int = 1
     alone: bool = False
     leaves: Path | None = None
-    serves: str = ""
+    serves: tuple[str, ...] = ()
     needs: tuple[Path, ...] = ()
 
 
 def steps(state: Path, folder: Path, shared: Path, budget: str, *, cards: int = 4, every: bool = False) -> list[Step]:
     """Return the steps for a machine with so many cards. `every`: the tunings that are known from before, too."""
     from benchmarks.gpu import GOALS, MODELS
+    from benchmarks.gpu_energy import energy_bundle
     from benchmarks.gpu_tuned import bundle_for_cards
 
     gpu = (sys.executable, "-m", "benchmarks.gpu", "--state", str(state), "--shared", str(shared))
     doctor = Step(name="doctor", command=(sys.executable, "-m", "benchmarks.card_doctor"), seconds=40, alone=True)
-    lanes = [replace(doctor, name=f"doctor-lane-{number}", alone=False) for number in range(cards)]  # in all lanes at once
+    lanes = [replace(doctor, name=f"doctor-lane-{number}", alone=False) for number in range(cards if cards > 1 else 0)]  # in all at once
     pytest = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider")
-    tests = [Step(name=name, command=(*pytest, *files), seconds=60, cards=min(2, cards)) for name, files in TESTS.items()]
+    tests = [
+        Step(name=name, command=(*pytest, *files), seconds=60, cards=min(2 if name in _ON_TWO_CARDS else 1, cards))
+        for name, files in TESTS.items()
+    ]
     bundles = {count: bundle_for_cards(folder, "resnet50", count) for count in (1, 2)}
     two = (*gpu, "--folder", str(folder), "--models", "resnet50", "--budget", _TWO_BUDGET, "--only")
-    one = Step(name="tune-one-card", command=(*two, "tune_one"), seconds=150, leaves=bundles[1], serves="two_tuned")
+    serves = ("two_tuned", "energy_tuned") if cards > 1 else ("energy_tuned",)  # those that this machine runs
+    one = Step(name="tune-one-card", command=(*two, "tune_one"), seconds=150, leaves=bundles[1], serves=serves)
+    least = replace(
+        one,
+        name="tune-energy",
+        command=(*two, "tune_energy"),
+        seconds=_TUNE_ENERGY_S,
+        leaves=energy_bundle(folder),
+        serves=("energy_tuned",),
+    )
+    needs = {"two_tuned": tuple(bundles.values()), "energy_tuned": (bundles[1], energy_bundle(folder))}
     pairs = [(model, goal) for goal in GOALS for model in MODELS if (model, goal) not in _MISSING] if every else []
     return [
         doctor,
         *lanes,
-        Step(name="tune-two-cards", command=(*two, "tune_two"), seconds=_TUNE_TWO_S, cards=2, leaves=bundles[2], serves="two_tuned"),
-        *([one] if cards > 1 else []),  # it is tuned to be raced against the two
+        Step(name="tune-two-cards", command=(*two, "tune_two"), seconds=_TUNE_TWO_S, cards=2, leaves=bundles[2], serves=("two_tuned",)),
+        one,
+        least,
         *(_tuning(model, goal, gpu, folder, budget) for model, goal in _MISSING),
         *(_tuning(model, goal, gpu, folder, budget, opencl=True) for model, goal in _OPENCL),
         *tests,
@@ -129,7 +147,7 @@ def steps(state: Path, folder: Path, shared: Path, budget: str, *, cards: int = 
                 makes="" if name == "two_tuned" else f"{name}.json",  # which holds what was known of another model
                 cards=needed,
                 alone=True,
-                needs=tuple(bundles.values()) if name == "two_tuned" else (),
+                needs=needs.get(name, ()),
             )
             for name, (needed, seconds) in _SECTIONS.items()
         ),
@@ -351,7 +369,7 @@ def _why_not(step: Step, state: Path, *, cards: int, left: float, again: set[str
 def _known(step: Step, state: Path, again: Iterable[str] = ()) -> bool:
     """Return whether a step has a result, which is still there where another step needs it."""
     if step.leaves and not step.leaves.exists():
-        return step.serves not in again and _record(state, step.serves).exists()
+        return all(each not in again and _record(state, each).exists() for each in step.serves)
     return _record(state, step.name).exists() or bool(step.makes and (state / step.makes).exists())
 
 

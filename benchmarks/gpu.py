@@ -15,15 +15,14 @@ What is compared takes turns in one process or in one race, in random order; med
 - overhead: `engine.run` against bare ONNX Runtime with I/O binding and the same options on the same input, one caller.
 - boundaries: copies between host and card, and between cards, by size.
 - two: one card against two (copies that share the requests, and a pipeline), precision and options the same, fed from the host.
-- opencl, tune_one, tune_two, two_tuned, beside, pixels, requests (when named): see `benchmarks.gpu_tuned`. `benchmarks.card_session`
-  runs everything in turn.
+- opencl, tune_one, tune_two, two_tuned, beside, pixels, requests (when named): see `benchmarks.gpu_tuned`.
+- energy, tune_energy, energy_tuned (when named): see `benchmarks.gpu_energy`. `benchmarks.card_session` runs everything in turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import random
 import shutil
@@ -46,6 +45,7 @@ _SHARED = {"ultraface": "ultraface_rfb_320.onnx", "silero": "silero_vad_16k_op15
 _ROUNDS, _BLOCK_S = 6, 0.5
 FAST = {"host_memory": "pinned", "provider.prefer_nhwc": "1", "provider.fuse_conv_bias": "1"}
 PLAIN = {"host_memory": "pinned"}
+_TUNED = ("tune", "opencl", "tune_one", "tune_two", "two_tuned", "tune_energy")  # they keep what they find themselves
 Step = Callable[[], object]
 
 
@@ -351,12 +351,12 @@ def environment() -> dict[str, Any]:
     import onnxruntime
     import openvino
 
-    from aivmm.runtime.cpu import cpu_device
+    from aivmm.runtime.cpu import cpu_device, usable_cores
 
     return {
         "cards": cards(),
         "cpu": cpu_device().model,
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "python": platform.python_version(),
         "system": platform.platform(),
         "onnxruntime": onnxruntime.__version__,
@@ -376,16 +376,22 @@ def _tuned_section(name: str, asked: argparse.Namespace, *, models: Sequence[str
         )
     if name == "two_tuned":
         return more.two_tuned(asked.folder, asked.shared, models=models, budget=asked.budget, state=asked.state)
+    if name == "tune_energy":
+        from benchmarks.gpu_energy import tune_energy
+
+        return tune_energy(asked.folder, asked.shared, budget=asked.budget)
     count = 2 if name == "tune_two" else 1
     found = more.tune_for_cards(asked.folder, asked.shared, models=models, budget=asked.budget, count=count)
     return all(isinstance(each, Path) for each in found.values())
 
 
 def _section(name: str) -> Callable[[Path, Path], dict[str, Any]]:
-    from benchmarks import gpu_tuned as more  # here: it is made of what is above
+    from benchmarks import gpu_energy  # here: they are made of what is above
+    from benchmarks import gpu_tuned as more
 
     own = {"throughput": throughput, "overhead": overhead, "boundaries": boundaries, "two": two}
-    return {**own, "beside": more.beside, "pixels": more.pixels, "requests": more.requests}[name]
+    energy = {"energy": gpu_energy.energy, "energy_tuned": gpu_energy.energy_tuned}
+    return {**own, **energy, "beside": more.beside, "pixels": more.pixels, "requests": more.requests}[name]
 
 
 def main() -> None:
@@ -414,7 +420,7 @@ def main() -> None:
     succeeded = True
     for name in asked.only.split(","):
         began = time.monotonic()
-        if name in ("tune", "opencl", "tune_one", "tune_two", "two_tuned"):
+        if name in _TUNED:
             succeeded &= _tuned_section(name, asked, models=asked.models.split(","))
             continue
         found = _section(name)(asked.folder, asked.shared)

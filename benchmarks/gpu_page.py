@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.gpu import GOALS, MODELS, code_of
+from benchmarks.gpu_energy import page_energy, page_energy_tuned
 from benchmarks.gpu_tuned import page_rates, page_requests, page_two_tuned
 
 _DATE = re.compile(r"20\d\d-\d\d-\d\d")
@@ -39,6 +40,8 @@ def page(state: Path) -> str:
         ("two_tuned", "One card and two, as tuned", page_two_tuned),
         ("beside", "The CPU beside a card, by hand", page_rates),
         ("pixels", "ResNet-50 in fp16, by the type of its input", page_rates),
+        ("energy", "Energy of an inference, on one card", page_energy),
+        ("energy_tuned", "The plan for energy beside the one for throughput", page_energy_tuned),
         ("boundaries", "Copies of one caller", _boundaries),
     )
     machine = found.get("environment", {})
@@ -91,7 +94,7 @@ def _environment(found: Mapping[str, Any]) -> list[str]:
     cards = "; ".join(found.get("cards", ())) or "no card"
     return [
         f"Cards (name, driver, memory, power limit): {cards}.",
-        f"Host: {found.get('cpu', '?')}, {found.get('cores', '?')} threads, {found.get('system', '?')}, Python {found.get('python', '?')}; "
+        f"Host: {found.get('cpu', '?')}, {found.get('cores', '?')} cores, {found.get('system', '?')}, Python {found.get('python', '?')}; "
         f"ONNX Runtime {found.get('onnxruntime', '?')}, OpenVINO {found.get('openvino', '?')}; {found.get('at', '')}.",
     ]
 

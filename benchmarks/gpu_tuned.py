@@ -112,11 +112,13 @@ def _targets(start: Sequence[str], environment: Mapping[str, str]) -> list[str]:
         return []
 
 
-def tuned_bundle(path: Path, output: Path, *, targets: str, options: tuple[str, ...], budget: str) -> Path | str:
-    """Tune a model for throughput on some targets; return the bundle, or why there is none. One that is there already is kept."""
+def tuned_bundle(
+    path: Path, output: Path, *, targets: str, options: tuple[str, ...], budget: str, objective: str = "throughput"
+) -> Path | str:
+    """Tune a model on some targets; return the bundle, or why there is none. One that is there already is kept."""
     if output.exists():
         return output
-    command = [sys.executable, "-m", "aivmm", "tune", str(path), "--objective", "throughput", "--targets", targets, "--budget", budget]
+    command = [sys.executable, "-m", "aivmm", "tune", str(path), "--objective", objective, "--targets", targets, "--budget", budget]
     command += [*options, "--json", "-q", "-o", str(output), "--db", str(output.with_suffix(".db"))]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=_TUNE_LIMIT_S)
@@ -144,7 +146,7 @@ def tune_for_cards(folder: Path, shared: Path, *, models: Sequence[str], budget:
     return found
 
 
-def _steps_of(bundle: Path, feed: Mapping[str, Any]) -> tuple[Any, int, list[Step]]:
+def engine_steps(bundle: Path, feed: Mapping[str, Any]) -> tuple[Any, int, list[Step]]:
     """Load a bundle; return its engine, its batch, and a step for each caller that its numbers hold for."""
     from aivmm.runtime.engine import Engine
 
@@ -152,6 +154,11 @@ def _steps_of(bundle: Path, feed: Mapping[str, Any]) -> tuple[Any, int, list[Ste
     rows = running.plan.batch
     feeds = [{name: np.resize(value, (rows, *value.shape[1:])) for name, value in feed.items()} for _ in range(running.plan.callers)]
     return running, rows, [partial(running.run, each) for each in feeds]
+
+
+def feed_for(name: str, folder: Path, shared: Path) -> dict[str, Any]:
+    """Return inputs of batch 1 for a model."""
+    return feed_of(fixed(model_file(name, folder, shared), 1))
 
 
 def two_tuned(folder: Path, shared: Path, *, models: Sequence[str], budget: str, state: Path) -> bool:
@@ -168,7 +175,7 @@ def two_tuned(folder: Path, shared: Path, *, models: Sequence[str], budget: str,
             if isinstance(bundle, str):
                 plans[label] = f"no plan: {bundle}"
                 continue
-            made, rows, calls = _steps_of(bundle, feed_of(fixed(model_file(name, folder, shared), 1)))
+            made, rows, calls = engine_steps(bundle, feed_for(name, folder, shared))
             running.append(made)
             steps[label] = (rows, calls)
             plans[label] = made.plan.verdict
