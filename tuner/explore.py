@@ -226,14 +226,19 @@ class Explorer:
                 self.stands_for[alias.key] = defaults[0]
 
     def _twins(self, usable: Sequence[tuple[Baseline, Candidate]]) -> list[tuple[Baseline, Candidate]]:
-        """Where a runtime's default is not fp32 (bf16 on AMX), its fp32 twin is the yardstick for accuracy's sake: measure it too."""
+        """Where a runtime's default is not fp32 (bf16 on AMX), its fp32 twin is the yardstick for accuracy's sake: measure it too.
+
+        The same for what serves several callers (a hint of throughput): one caller in fp32 says little of what the target can do for many,
+        and who may not leave fp32 would run that.
+        """
         twins = []
-        for _, candidate in usable:
+        for baseline, candidate in usable:
             seen = self.measurer.effective_config(candidate) is not None
             lower = self.default_precision(candidate.target) != "fp32" and (seen or len(candidate.target.precisions) > 1)
-            if lower and candidate.config.precision is None and not candidate.config.settings and candidate.target.name != "AUTO":
-                config = replace(candidate.config, precision="fp32")
-                twin = Baseline(name=f"{candidate.target} fp32", target=candidate.target, config=config, callers=candidate.callers)
+            wanted = candidate.callers > 1 or not candidate.config.settings
+            if lower and candidate.config.precision is None and wanted and candidate.target.name != "AUTO":
+                name = f"{baseline.name}, fp32" if candidate.config.settings else f"{candidate.target} fp32"
+                twin = replace(baseline, name=name, config=replace(candidate.config, precision="fp32"))
                 twins.append((twin, self._candidate(twin)))
         missing = [candidate for _, candidate in twins if candidate.key not in self.known]
         if missing:

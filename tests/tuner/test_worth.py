@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -10,8 +13,11 @@ from aivmm.planner.candidates import Candidate, Rejection, Score
 from aivmm.planner.constraints import parse
 from aivmm.planner.objectives import parse_objectives
 from aivmm.planner.room import Room
+from aivmm.runtime.backend import Baseline
 from aivmm.runtime.config import Config
 from aivmm.runtime.target import Device, Target
+from aivmm.tuner.explore import Explorer
+from aivmm.tuner.options import TuneOptions
 from aivmm.tuner.worth import Standing, keeps, speed_decides, try_cards
 from tests.making import chain_model, write_model
 from tests.tuner.harness import Place
@@ -35,6 +41,43 @@ def test_a_card_is_tried_as_far_as_settings_reach() -> None:
     assert standing(card=1.0).to_try([1]) == []  # nothing to decide
     assert standing("throughput", cpu=1.0, card=28.0).to_try([1]) == []
     assert standing("throughput", cpu=1.0, card=28.0).to_try([1, 32]) == [CARD]  # larger batches are ahead of it
+
+
+def test_what_serves_many_callers_is_measured_in_fp32_too_where_its_default_is_lower() -> None:
+    amx = replace(CPU, precisions=("bf16", "fp32"))
+    hint = Config.of({"PERFORMANCE_HINT": "THROUGHPUT"})
+    given = [
+        Baseline(name="null:CPU default", target=amx, config=Config()),
+        Baseline(name="null:CPU LATENCY hint", target=amx, config=Config.of({"PERFORMANCE_HINT": "LATENCY"})),
+        Baseline(name="null:CPU THROUGHPUT hint", target=amx, config=hint, callers=16),
+    ]
+    options = TuneOptions(model="m", objective="throughput", precisions=("fp32",))
+    work = SimpleNamespace(options=options, subject=SimpleNamespace(base_batch=1), targets=[amx], progress=None, tell_race=None)
+    explorer = Explorer(cast(Any, work), searched_before=False)
+    explorer._default_precisions[str(amx)] = "bf16"
+    # One caller in fp32 takes 3.2 times as long as a card's best, many of them a third less: not hopeless.
+    score = {1: 3.2, 16: 0.7}
+    explorer.measurer = cast(
+        Any,
+        SimpleNamespace(
+            effective_config=lambda each: {},
+            measure=lambda wanted, **_: {each.key: rated(score[each.callers]) for each in wanted},
+        ),
+    )
+    explorer.known = {}
+    usable = [(each, explorer._candidate(each)) for each in given]
+    twins = explorer._twins(usable)
+    assert [(each.name, each.callers, each.config.precision) for each, _ in twins] == [
+        ("null:CPU fp32", 1, "fp32"),
+        ("null:CPU THROUGHPUT hint, fp32", 16, "fp32"),
+    ]
+    assert twins[1][1].config == replace(hint, precision="fp32")
+    best, allowed = explorer._best_ratios([*usable, *twins])
+    assert best == {amx: 0.7} and allowed == {amx}
+
+
+def rated(ratio: float) -> Score:
+    return Score(ratio=ratio, low=ratio, high=ratio, median_s=ratio / 1e3, metrics={"throughput": 1 / ratio, "latency": ratio})
 
 
 def test_what_a_card_shows_is_what_the_others_are_measured_by() -> None:
