@@ -142,3 +142,15 @@ def test_a_card_that_mostly_copies_takes_several_copies(place: Place) -> None:
     assert stage["replicas"] > 1, done.err
     (baseline,) = done.json["baselines"]
     assert done.json["measured"]["throughput_per_s"] * baseline["median_s"] > 1.3
+
+
+@pytest.mark.slow
+def test_where_a_second_copy_has_no_room_halves_of_the_model_are_in_two_replicas_each(place: Place) -> None:
+    """A card computes for 20 ms and copies for 8, and has memory for one model: of halves, two have room, and one copies meanwhile."""
+    figures = {"memory": 1.2, "copy_s": 0.004}
+    done = tuned(place, card("GPU.0", 0.02, **figures), card("GPU.1", 0.02, **figures), budget="40s")
+    plan = done.json["plan"]
+    assert plan["mode"] == "pipelined", done.err
+    assert sorted((stage["target"], stage["replicas"]) for stage in plan["stages"]) == [("cards:GPU.0", 2), ("cards:GPU.1", 2)]
+    best = min(each["median_s"] for each in done.json["baselines"] if each["median_s"])
+    assert done.json["measured"]["throughput_per_s"] * best > 2.1, "more than two cards with a model each"
