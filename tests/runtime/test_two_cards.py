@@ -42,7 +42,7 @@ def halves(*, replicas: int, **second: Any) -> list[Part]:
 
 
 def request_s(load: Load, expected: list[Any], parts: Sequence[Part], callers: int) -> tuple[float, dict[str, Any]]:
-    """Run a stream of requests, whose answers have to be right and in order; return the seconds from one to the next, and the statistics."""
+    """Run a stream of requests, whose answers have to be right and in order; return the seconds for one, and the statistics."""
     execution = PIPELINED if len(parts) > 1 else Execution()
     engine = load(MODEL, parts, execution=execution, callers=callers)
     arrived, answers = [], []
