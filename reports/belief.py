@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, inf
+from math import inf
 
 from aivmm.planner.evidence import SOURCES
+from aivmm.planner.promise import Promise, kept
 from aivmm.planner.records import ProofRecord
 from aivmm.reports import format as fmt
 from aivmm.reports.data import ReportData, call_s, dig, number
@@ -34,6 +35,7 @@ class Expected:
     predicted: float
     measured: float
     sigma: float | None  # of the prediction's logarithm
+    proven_sigma: float  # of the measured one's, by its rounds
     share: float | None  # of the prediction that rests on measurements
 
     @property
@@ -43,11 +45,10 @@ class Expected:
 
     @property
     def within(self) -> str:
-        """Whether that is within the prediction's own 95 %."""
+        """Whether that is within the 95 % that prediction and proof make together."""
         if not self.sigma:
             return "–"
-        width = exp(1.96 * self.sigma)
-        return "yes" if 1 / width <= self.measured / self.predicted <= width else "no"
+        return "yes" if kept(self.predicted, self.measured, self.sigma, self.proven_sigma) else "no"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class Predictions:
     reference: str
     median_off: float | None
     certificate: str
+    promise: str  # what became of it
     sources: str  # "80 % measured, 20 % modelled"
 
 
@@ -97,8 +99,9 @@ def predictions(data: ReportData, colours: Mapping[str, int]) -> Predictions:
                     proof=proof,
                     slot=_slot(proof, colours),
                     predicted=predicted,
-                    measured=proof.samples.median_s / reference.samples.median_s,
+                    measured=number(proof.metrics.get("proven_ratio")) or proof.samples.median_s / reference.samples.median_s,
                     sigma=number(proof.metrics.get("predicted_sigma")),
+                    proven_sigma=number(proof.metrics.get("proven_sigma")) or 0.0,
                     share=number(proof.metrics.get("predicted_measured")),
                 )
             )
@@ -110,7 +113,36 @@ def predictions(data: ReportData, colours: Mapping[str, int]) -> Predictions:
         reference=name,
         median_off=offs[len(offs) // 2] if offs else None,
         certificate=said if isinstance(said, str) else "",
+        promise=promise.sentence if (promise := promise_of(data)) else "",
         sources=", ".join(f"{share:.0%} {source}" for source, share in shares if share),
+    )
+
+
+def promise_of(data: ReportData) -> Promise | None:
+    """Return what was expected of the plan beside what its proof found; None where nothing was.
+
+    Runs that were stored before the proof's own ratio was have that of the medians.
+    """
+    plan, told = data.planned, dig(data.run.summary, "predicted")
+    expected_s = number(dig(told, "median_s"))
+    if plan is None or plan.samples is None or not expected_s:
+        return None
+    name, ratio = str(dig(told, "reference") or ""), number(dig(told, "ratio_to_reference"))
+    beside = next((each for each in data.proofs if each.name == name and each.samples is not None), None)
+    reference_proven_s = number(dig(told, "reference_proven_s")) or (beside.samples.median_s if beside and beside.samples else None)
+    by_medians = (call_s(plan) or 0.0) / reference_proven_s if reference_proven_s else None
+    return Promise(
+        reference=name,
+        expected_s=expected_s,
+        proven_s=number(dig(data.run.summary, "measured", "median_s")) or call_s(plan) or 0.0,
+        ratio=ratio,
+        sigma=number(plan.metrics.get("predicted_sigma")) or 0.0,
+        proven_ratio=number(dig(told, "proven_ratio")) or by_medians,
+        proven_sigma=number(plan.metrics.get("proven_sigma")) or 0.0,
+        by_least=bool(plan.metrics.get("proven_by_least")),
+        reference_s=number(dig(told, "reference_s")) or (expected_s / ratio if ratio else None),
+        reference_proven_s=reference_proven_s,
+        is_reference=plan.name == name,
     )
 
 

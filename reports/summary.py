@@ -10,6 +10,7 @@ from aivmm.planner.evidence import SOURCES
 from aivmm.planner.records import ProofRecord
 from aivmm.reports import format as fmt
 from aivmm.reports.anatomy import Stage
+from aivmm.reports.belief import promise_of
 from aivmm.reports.data import ReportData, call_s, dig, number, rate_of, throughput_wanted
 from aivmm.reports.intervals import P99_NEEDS
 from aivmm.reports.race import best_baseline, figure_of, ratio_interval
@@ -92,7 +93,7 @@ def key_figures(data: ReportData) -> tuple[Answer, ...]:
         value = metrics.get(metric)
         if (value if metric == "device_memory_bytes" else value is not None) or metric not in _ON_DEVICES_ONLY:  # a CPU has none
             figures.append(Answer(label=label, value=show(value), support=() if value is not None else ("not measured",)))
-    return (*figures, *_cards(metrics), _accuracy(data, plan), *_predicted(data, plan), *_left(data))
+    return (*figures, *_cards(metrics), _accuracy(data, plan), *_predicted(data), *_left(data))
 
 
 def _cards(metrics: Mapping[str, float]) -> Iterator[Answer]:
@@ -216,9 +217,8 @@ def _left(data: ReportData) -> tuple[Answer, ...]:
     return (Answer(label="Left to gain", value=f"at most {gap:.1%}", support=(f"bound {fmt.seconds(bound)}", rests)),)
 
 
-def _predicted(data: ReportData, plan: ProofRecord) -> tuple[Answer, ...]:
-    predicted = number(dig(data.run.summary, "predicted", "median_s"))
-    if not predicted or plan.samples is None:
+def _predicted(data: ReportData) -> tuple[Answer, ...]:
+    promise = promise_of(data)
+    if promise is None:
         return ()
-    off = (call_s(plan) or 0.0) / predicted - 1
-    return (Answer(label="Predicted median", value=fmt.seconds(predicted), support=(f"the proof measured {off * 100:+.1f} %",)),)
+    return (Answer(label="Predicted median", value=fmt.seconds(promise.expected_s), support=promise.short),)

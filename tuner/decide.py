@@ -27,6 +27,7 @@ from aivmm.tuner.finalists import Selection
 from aivmm.tuner.judging import judged_on
 from aivmm.tuner.options import DEFAULT_COSINE
 from aivmm.tuner.precision_record import kept_plain
+from aivmm.tuner.promised import entrant_of, nothing_promised, promised, proven_ratio
 from aivmm.tuner.proof import Entrant, Proof, constraint_metrics
 from aivmm.tuner.subject import Prepared
 from aivmm.tuner.throughput import Finder
@@ -198,6 +199,10 @@ class Decider:
             if keeps(self.work.constraints, each, score, without=("throughput",))
         ]
 
+    def _reference_name(self) -> str | None:
+        """Return the name that the reference has among the baselines."""
+        return next((each.name for each, candidate in self.explorer.baselines if candidate == self.explorer.measurer.reference), None)
+
     def _reference_s(self) -> float | None:
         """Return what one call of the reference took in the search."""
         outcome = self.explorer.outcome(self.explorer.measurer.reference)
@@ -273,17 +278,10 @@ class Decider:
         `ratio_to_reference` is what it expected over what the reference took in the search.
         """
         found = None if proof.plan is None else self._prediction(proof.plan.draft)
-        reference = next((each.name for each, candidate in self.explorer.baselines if candidate == self.explorer.measurer.reference), None)
         if proof.plan is None or found is None:
-            return {"median_s": None, "interval_s": None, "source": None, "reference": reference, "ratio_to_reference": None}
-        callers, reference_s, engine_s = proof.plan.draft.callers, self._reference_s(), self._engine_s(proof.plan.draft)
-        return {
-            "median_s": found.seconds * callers + engine_s,
-            "interval_s": [each * callers + engine_s for each in in_other_processes(found).interval_s],
-            "source": found.source,
-            "reference": reference,
-            "ratio_to_reference": (found.seconds * callers + engine_s) / (reference_s + self._engine_s()) if reference_s else None,
-        }
+            return nothing_promised(self._reference_name())
+        engine_s = (self._engine_s(proof.plan.draft), self._engine_s())
+        return promised(proof, found, reference=self._reference_name(), reference_s=self._reference_s(), engine_s=engine_s)
 
     def note_predictions(self, proof: Proof) -> None:
         """Put beside what the proof found of each entrant what was expected of it, over what the reference took in the search.
@@ -291,9 +289,10 @@ class Decider:
         `predicted_measured` is the share of that which rests on measurements. A cut plan also has the sum of segments and boundaries it
         was planned at, `planned_ratio` (`planned_assembled` is 1 where none of the segments was timed in this chain yet), and the sum that
         was believed before this chain was first timed, `believed_ratio`. Several callers who were raced on the engine have
-        what they came to in the search, where they call executables: `searched_ratio`.
+        what they came to in the search, where they call executables: `searched_ratio`. What the proof found is `proven_ratio`.
         """
         reference_s, engine_s = self._reference_s(), self._engine_s()
+        reference = entrant_of(proof, self._reference_name())
         for each in proof.entrants:
             found = self._prediction(each.draft)
             if found is None or not reference_s:
@@ -306,6 +305,7 @@ class Decider:
                 "predicted_ratio": (found.seconds + self._engine_s(each.draft)) / (reference_s + engine_s),
                 "predicted_sigma": in_other_processes(found).sigma,
                 "predicted_measured": shares(cut.parts if cut else [found]).get("measured", 0.0),
+                **proven_ratio(each, reference),
             }
             if cut:
                 sums = {"planned_ratio": cut.look.plan.cost_s, "believed_ratio": cut.believed_s}

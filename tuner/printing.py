@@ -46,6 +46,8 @@ def print_outcome(summary: Any, notes: list[str], verbose: bool) -> None:
     console.print(Text(f"report  {summary['report']}"))
     if summary["certificate"]:
         console.print(Text(f"sure    {summary['certificate']['sentence']}"))
+    if told := summary["predicted"].get("sentence"):  # nothing was expected of what the search never met
+        console.print(Text(f"promise {told}"))
     console.print(Text(f"probes  {_counted(summary['probes'])}"))
     if summary["plan"]:
         console.print(Text(f"use it  import aivmm; engine = aivmm.load_plan({summary['plan']['path']!r})"))

@@ -23,3 +23,9 @@ def test_the_stored_run_reaches_every_section(tmp_path: Path) -> None:
     for chart in ("distribution", "tradeoffs", "roof-0", "scaling", "handovers", "search", "knobs"):
         assert f'id="{chart}-wide-title"' in page, chart
     assert data.planned is not None and 'id="predictions"' in page and len(page.encode()) < 2_000_000
+
+
+def test_the_golden_file_has_all_of_the_page_but_style_and_script(tmp_path: Path) -> None:
+    page = render(stored(tmp_path))
+    for tag in ("<title>", "<h1", "<h2", "<dt>", "<table", "<figure", "<svg"):
+        assert plain(page).count(tag) == page.count(tag) > 0, tag

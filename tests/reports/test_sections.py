@@ -270,6 +270,33 @@ def test_predictions_stand_beside_what_the_proof_measured(full: ReportData) -> N
     assert belief.predictions(only(full, full.proofs[0]), {}).rows == ()  # without the reference there is no ratio
 
 
+def promised(full: ReportData, *, reference_s: float, **more: Any) -> ReportData:
+    """Return a run whose promise was made where the reference took `reference_s`; in the proof it takes 5.2 ms, and the plan 2.71."""
+    told = {"median_s": 0.00264, "reference": "onnxruntime:CPU default", "ratio_to_reference": 0.00264 / reference_s, **more}
+    return replace(full, run=replace(full.run, summary={**full.run.summary, "predicted": told}))
+
+
+def card(data: ReportData) -> summary.Answer:
+    return {each.label: each for each in key_figures(data)}["Predicted median"]
+
+
+def test_a_promise_is_told_as_a_ratio_beside_its_seconds(full: ReportData) -> None:
+    steady = promised(full, reference_s=0.0052)
+    assert card(steady).value == "2.64 ms" and card(steady).support[1] == "proven 2.71 ms"
+    assert card(steady).support[0].startswith("kept: 0.508 of the reference's time, proven 0.5")
+    assert "0.508 of the time of onnxruntime:CPU default (0.479 to 0.538), proven 0.5" in render(steady)
+
+
+def test_a_machine_that_was_slower_in_the_proof_is_told_where_the_promise_is(full: ReportData) -> None:
+    slower = promised(full, reference_s=0.0046)
+    assert card(slower).support[0].startswith("missed by -9 %: 0.574 of the reference's time")
+    assert re.fullmatch(r"(2\.9\d|3) ms at its speed in the proof; proven 2\.71 ms", card(slower).support[1])
+    assert re.search(r"onnxruntime:CPU default took 1[234] % more time in the proof", render(slower))
+    # The ratio of the proof's own rounds goes before that of the medians, where the run has it.
+    own = promised(full, reference_s=0.0046, proven_ratio=0.58)
+    assert card(own).support[0] == "kept: 0.574 of the reference's time, proven 0.58"
+
+
 def test_accuracy_has_a_column_for_each_metric_that_someone_has(full: ReportData) -> None:
     exact = replace(full.proofs[0], metrics={"cosine": 1.0, "sqnr": 200.0, "relative_l2": 0.0, "top1_agreement": 0.98})
     found = belief.accuracy(only(full, exact, full.proofs[1]), {})

@@ -32,7 +32,9 @@ PARTS = (
 def summary(certificate: dict[str, Any] | None, config: Config | None = None) -> dict[str, Any]:
     counts = {"measured": 3, "reused": 0, "refused": 0, "failed": 0}
     plan = {"path": "p", "stages": stages_json(Draft(name="d", pieces=(Piece(target=CPU, config=config or Config(), first=0, last=1),)))}
-    return {"verdict": "v", "plan": plan, "report": "r", "probes": counts, "certificate": certificate, "baselines": []}
+    predicted = {} if certificate is None else {"sentence": "0.5 of the time of A, proven 0.5: kept. 4 ms expected, 4 ms proven."}
+    found = {"verdict": "v", "plan": plan, "report": "r", "probes": counts, "certificate": certificate, "predicted": predicted}
+    return found | {"baselines": []}
 
 
 def test_the_certificate_is_a_sentence_of_the_result(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,12 +42,13 @@ def test_the_certificate_is_a_sentence_of_the_result(capsys: pytest.CaptureFixtu
     print_outcome(summary(found.as_json()), [], verbose=False)
     said = " ".join(capsys.readouterr().out.split())
     assert f"sure {found.sentence}" in said
+    assert "promise 0.5 of the time of A, proven 0.5: kept. 4 ms expected, 4 ms proven." in said
     assert "expected to take 4 ms" in said and "75 % measured and 25 % modelled" in said and "the model has one block" in said
 
 
 def test_where_nothing_was_foretold_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     print_outcome(summary(None), [], verbose=False)
-    assert not any(line.startswith("sure") for line in capsys.readouterr().out.splitlines())
+    assert not any(line.startswith(("sure", "promise")) for line in capsys.readouterr().out.splitlines())
 
 
 def test_settings_that_the_verdict_only_counts_stand_below_it(capsys: pytest.CaptureFixture[str]) -> None:

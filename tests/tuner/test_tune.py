@@ -58,6 +58,7 @@ def test_the_json_of_a_tune_has_the_keys_and_types_that_the_design_promises(tune
     assert found["plan"]["stages"][0]["blocks"][0] == 0
     assert is_number(found["predicted"]["median_s"]) and is_number(found["predicted"]["ratio_to_reference"])
     assert found["predicted"]["reference"] in {each["name"] for each in found["baselines"]}
+    assert is_number(found["predicted"]["reference_proven_s"]) and found["predicted"]["sentence"].count(" proven") >= 1
     assert all(is_number(found["probes"][name]) for name in ("measured", "reused", "refused", "failed"))
     assert found["accuracy"] == {"metric": "cosine", "value": pytest.approx(1.0, abs=1e-4), "limit": 0.999, "data": "synthetic"}
     assert 0 < found["wall_s"] < LIMIT_S
@@ -65,6 +66,20 @@ def test_the_json_of_a_tune_has_the_keys_and_types_that_the_design_promises(tune
     # A runtime's default may compute in bf16 without a word; the verdict has that word.
     silent = any(each["precision"] == "default" and default_precision(each["target"]) != "fp32" for each in found["plan"]["stages"])
     assert ("by default here" in found["verdict"]) == silent
+
+
+def test_a_promise_is_judged_by_the_ratio_to_the_reference_of_the_same_proof(tuned: Tuned) -> None:
+    found = tuned.summary["predicted"]
+    reference = next(each for each in tuned.summary["baselines"] if each["name"] == found["reference"])
+    assert found["reference_proven_s"] == pytest.approx(reference["median_s"])
+    assert found["by_reference_s"] == pytest.approx(found["median_s"] * found["reference_proven_s"] / found["reference_s"])
+    if found["kept"] is None:  # the reference itself won
+        assert found["ratio_to_reference"] == pytest.approx(1.0) and found["proven_ratio"] is None
+        return
+    low, high = found["ratio_interval"]
+    assert low <= found["ratio_to_reference"] <= high
+    assert found["proven_ratio"] == pytest.approx(1 / reference["ratio_to_plan"], rel=1e-6)
+    assert found["kept"] or not low <= found["proven_ratio"] <= high
 
 
 def test_the_measured_numbers_agree_with_each_other(tuned: Tuned) -> None:

@@ -1,0 +1,154 @@
+"""What was expected of a plan beside what its proof found, and whether the one held.
+
+Search and proof are minutes apart, and a host that changes its speed in between makes any number of seconds wrong. What the search can
+promise is a ratio to one reference, which took turns with the candidate then and takes turns with the plan in the proof. So a promise is
+kept or missed by that ratio; seconds are told beside it, as they were and as the reference says that they have become.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from aivmm.planner.constraints import human
+
+_Z95 = 1.96
+_MOVED = 0.04  # two loads of the same thing differ by as much on a machine that has not changed (`probes.compare.APART`, twice, at 95 %)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promise:
+    """The promise and the proof of one plan. Seconds are of one call; ratios are of its time to the reference's.
+
+    A sigma is the standard deviation of a ratio's logarithm: the promise's has the differences between processes in it, the proof's is the
+    noise of its rounds alone. What is not known is None: the ratios where the reference was not in the proof, or is the plan itself.
+    """
+
+    reference: str
+    expected_s: float
+    proven_s: float
+    ratio: float | None = None
+    sigma: float = 0.0
+    proven_ratio: float | None = None
+    proven_sigma: float = 0.0
+    by_least: bool = False  # others kept the machine busy in the proof: its rounds stand by their least durations
+    reference_s: float | None = None  # of one call of the reference in the search
+    reference_proven_s: float | None = None  # ... and in the proof
+    is_reference: bool = False  # the plan is what all are compared with
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the promised ratio."""
+        return None if self.ratio is None else _interval(self.ratio, self.sigma)
+
+    @property
+    def proven_interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the proven ratio."""
+        return None if self.proven_ratio is None else _interval(self.proven_ratio, self.proven_sigma)
+
+    @property
+    def off(self) -> float | None:
+        """Proven over promised, less 1: above 0 it takes longer than promised. None where there is no ratio to judge."""
+        if self.is_reference or self.ratio is None or self.proven_ratio is None:
+            return None
+        return self.proven_ratio / self.ratio - 1
+
+    @property
+    def kept(self) -> bool | None:
+        """Say whether the two ratios are within the 95 % that their errors make together; None where there is no ratio to judge."""
+        if self.off is None or self.ratio is None or self.proven_ratio is None:
+            return None
+        return kept(self.ratio, self.proven_ratio, self.sigma, self.proven_sigma)
+
+    @property
+    def moved(self) -> float | None:
+        """How much longer (below 0 shorter) the reference took in the proof than in the search, as a share; None when that is not known."""
+        return self.reference_proven_s / self.reference_s - 1 if self.reference_s and self.reference_proven_s else None
+
+    @property
+    def by_reference_s(self) -> float | None:
+        """What was expected, at the speed that the reference shows the machine to have had in the proof."""
+        return None if self.moved is None else self.expected_s * (1 + self.moved)
+
+    @property
+    def sentence(self) -> str:
+        """All of it for a reader, in one or two sentences."""
+        return ". ".join(filter(None, (self._by_ratio, self._in_time))) + "."
+
+    @property
+    def short(self) -> tuple[str, str]:
+        """The outcome in two lines, where there is no room for the sentence."""
+        proven = f"proven {_told(self.proven_s)}"
+        if self.is_reference:
+            return f"{proven}: {_taken(self.proven_s / self.expected_s - 1)}", "the reference itself, so no ratio was promised"
+        if self.off is None:
+            return proven, "no ratio to judge by"
+        ratios = f"{self._outcome}: {self.ratio:.3g} of the reference's time, proven {self.proven_ratio:.3g}"
+        if self._changed and self.by_reference_s:
+            return ratios, f"{_told(self.by_reference_s)} at its speed in the proof; {proven}"
+        return ratios, proven
+
+    @property
+    def _outcome(self) -> str:
+        return "kept" if self.kept or self.off is None else f"missed by {self.off:+.0%}".replace("%", " %")
+
+    @property
+    def _changed(self) -> bool:
+        return self.moved is not None and abs(math.log1p(self.moved)) > _MOVED
+
+    @property
+    def _by_ratio(self) -> str:
+        """The promise as a ratio and what became of it; "" without one."""
+        if self.off is None or self.interval is None:
+            return ""
+        # Where both ends read the same, an interval would claim more than is known.
+        low, high = (f"{each:.3g}" for each in self.interval)
+        within = f" ({low} to {high})" if low != high else ""
+        proven = f"{self.proven_ratio:.3g}" + " by the least of each round, the machine being busy" * self.by_least
+        return f"{self.ratio:.3g} of the time of {self.reference}{within}, proven {proven}: {self._outcome}"
+
+    @property
+    def _in_time(self) -> str:
+        """The promise in seconds: as it was, as the reference corrects it where that changed, and what was proven."""
+        expected, proven = _told(self.expected_s), _told(self.proven_s)
+        if self.is_reference:
+            told = f"{expected} expected, {proven} proven: {_taken(self.proven_s / self.expected_s - 1)}"
+            return f"{told}. The plan is what the others are timed against, so no ratio was promised"
+        if self.moved is None or self.by_reference_s is None:
+            without = f"; {self.reference} was not proven beside it, so nothing tells an error from a change of the machine"
+            return f"{expected} expected, {proven} proven{without if self.reference else ''}"
+        if not self._changed:
+            return f"{expected} expected, {proven} proven"
+        changed = f"{self.reference} took {_taken(self.moved)} in the proof"
+        return f"{expected} expected; {changed}: {_told(self.by_reference_s)} by that, {proven} proven"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `tune --json` has beside what was expected."""
+        return {
+            "ratio_interval": None if self.interval is None else list(self.interval),
+            "proven_ratio": self.proven_ratio,
+            "proven_interval": None if self.proven_interval is None else list(self.proven_interval),
+            "kept": self.kept,
+            "reference_s": self.reference_s,
+            "reference_proven_s": self.reference_proven_s,
+            "by_reference_s": self.by_reference_s,
+            "sentence": self.sentence,
+        }
+
+
+def kept(promised: float, proven: float, sigma: float, proven_sigma: float) -> bool:
+    """Say whether two ratios are within the 95 % that their errors make together; a sigma is of a ratio's logarithm."""
+    return abs(math.log(proven / promised)) <= _Z95 * math.hypot(sigma, proven_sigma)
+
+
+def _interval(middle: float, sigma: float) -> tuple[float, float]:
+    return middle * math.exp(-_Z95 * sigma), middle * math.exp(_Z95 * sigma)
+
+
+def _taken(moved: float) -> str:
+    return f"{1 + moved:.2g} times as long" if moved >= 1 else f"{abs(moved) * 100:.0f} % {'less' if moved < 0 else 'more'} time"
+
+
+def _told(seconds: float) -> str:
+    return human(seconds, "latency")
