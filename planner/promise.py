@@ -15,6 +15,7 @@ from aivmm.planner.constraints import human
 
 _Z95 = 1.96
 _MOVED = 0.04  # two loads of the same thing differ by as much on a machine that has not changed (`probes.compare.APART`, twice, at 95 %)
+_TOLD = 0.005  # what rounds to 0 % is no news
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,6 @@ class Promise:
     sigma: float = 0.0
     proven_ratio: float | None = None
     proven_sigma: float = 0.0
-    by_least: bool = False  # others kept the machine busy in the proof: its rounds stand by their least durations
     reference_s: float | None = None  # of one call of the reference in the search
     reference_proven_s: float | None = None  # ... and in the proof
     is_reference: bool = False  # the plan is what all are compared with
@@ -81,7 +81,7 @@ class Promise:
         """The outcome in two lines, where there is no room for the sentence."""
         proven = f"proven {_told(self.proven_s)}"
         if self.is_reference:
-            return f"{proven}: {_taken(self.proven_s / self.expected_s - 1)}", "the reference itself, so no ratio was promised"
+            return f"{proven}{self._by_how_much}", "the reference itself, so no ratio was promised"
         if self.off is None:
             return proven, "no ratio to judge by"
         ratios = f"{self._outcome}: {self.ratio:.3g} of the reference's time, proven {self.proven_ratio:.3g}"
@@ -92,6 +92,11 @@ class Promise:
     @property
     def _outcome(self) -> str:
         return "kept" if self.kept or self.off is None else f"missed by {self.off:+.0%}".replace("%", " %")
+
+    @property
+    def _by_how_much(self) -> str:
+        off = self.proven_s / self.expected_s - 1
+        return f": {_taken(off)}" if abs(off) >= _TOLD else ""
 
     @property
     def _changed(self) -> bool:
@@ -105,15 +110,14 @@ class Promise:
         # Where both ends read the same, an interval would claim more than is known.
         low, high = (f"{each:.3g}" for each in self.interval)
         within = f" ({low} to {high})" if low != high else ""
-        proven = f"{self.proven_ratio:.3g}" + " by the least of each round, the machine being busy" * self.by_least
-        return f"{self.ratio:.3g} of the time of {self.reference}{within}, proven {proven}: {self._outcome}"
+        return f"{self.ratio:.3g} of the time of {self.reference}{within}, proven {self.proven_ratio:.3g}: {self._outcome}"
 
     @property
     def _in_time(self) -> str:
         """The promise in seconds: as it was, as the reference corrects it where that changed, and what was proven."""
         expected, proven = _told(self.expected_s), _told(self.proven_s)
         if self.is_reference:
-            told = f"{expected} expected, {proven} proven: {_taken(self.proven_s / self.expected_s - 1)}"
+            told = f"{expected} expected, {proven} proven{self._by_how_much}"
             return f"{told}. The plan is what the others are timed against, so no ratio was promised"
         if self.moved is None or self.by_reference_s is None:
             without = f"; {self.reference} was not proven beside it, so nothing tells an error from a change of the machine"

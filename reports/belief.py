@@ -139,7 +139,6 @@ def promise_of(data: ReportData) -> Promise | None:
         sigma=number(plan.metrics.get("predicted_sigma")) or 0.0,
         proven_ratio=number(dig(told, "proven_ratio")) or by_medians,
         proven_sigma=number(plan.metrics.get("proven_sigma")) or 0.0,
-        by_least=bool(plan.metrics.get("proven_by_least")),
         reference_s=number(dig(told, "reference_s")) or (expected_s / ratio if ratio else None),
         reference_proven_s=reference_proven_s,
         is_reference=plan.name == name,

@@ -7,8 +7,9 @@ from typing import Any
 
 from aivmm.planner.evidence import Estimate
 from aivmm.planner.promise import Promise
+from aivmm.probes.compare import compare
 from aivmm.tuner.expected import in_other_processes
-from aivmm.tuner.proof import Entrant, Proof, by_rounds, call_s, typical_s
+from aivmm.tuner.proof import Entrant, Proof, call_s, typical_s
 
 _Z95 = 1.96
 
@@ -21,14 +22,16 @@ def entrant_of(proof: Proof, name: str | None) -> Entrant | None:
 def proven_ratio(entrant: Entrant, reference: Entrant | None) -> dict[str, float]:
     """Return the time from one answer to the next over the reference's, of rounds of the same proof, and the deviation of its logarithm.
 
-    The deviation is that of rounds alone. Empty where either was not raced to the end, or both are the same.
+    A round stands by its median, or by its mean where windows were timed, as in the scores that promises are made of (`Measurer.by`),
+    also where the verdict goes by least durations since others kept the machine busy. The deviation is that of rounds alone. Empty where
+    either was not raced to the end, or both are the same.
     """
-    if reference is None or entrant is reference or entrant.confirmed is None or entrant.contestant is None:
+    if reference is None or entrant is reference or entrant.confirmed is None or reference.confirmed is None:
         return {}
-    found = by_rounds(entrant, reference)
-    scale = entrant.draft.batch / reference.draft.batch
-    sigma = math.log(found.high / found.low) / (2 * _Z95)
-    return {"proven_ratio": found.ratio * scale, "proven_sigma": sigma, "proven_by_least": float(found.by in ("least", "window"))}
+    windows = all(each.contestant is not None and each.contestant.windows for each in (entrant, reference))
+    scale = reference.draft.batch / entrant.draft.batch
+    found = compare(entrant.confirmed, reference.confirmed, scale=scale, by="mean" if windows else "median")
+    return {"proven_ratio": found.ratio / scale, "proven_sigma": math.log(found.high / found.low) / (2 * _Z95)}
 
 
 def nothing_promised(reference: str | None) -> dict[str, Any]:
@@ -59,7 +62,6 @@ def promised(
         sigma=expected.sigma,
         proven_ratio=seen["proven_ratio"] * callers if seen else None,
         proven_sigma=seen.get("proven_sigma", 0.0),
-        by_least=bool(seen.get("proven_by_least")),
         reference_s=searched_s,
         reference_proven_s=typical_s(beside, beside.confirmed) if beside is not None and beside.confirmed else None,
         is_reference=beside is plan,

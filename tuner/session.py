@@ -33,6 +33,7 @@ from aivmm.runtime.target import matches
 from aivmm.tuner.anatomy import Anatomist
 from aivmm.tuner.asked import allowed, assumed, request, require_counters
 from aivmm.tuner.decide import Decider
+from aivmm.tuner.disturbed import advice_on_proof, disturbed
 from aivmm.tuner.expected import as_planned, expected
 from aivmm.tuner.explore import Explorer
 from aivmm.tuner.handover import HandoverProber
@@ -237,6 +238,9 @@ class Session:
             refer_in_pieces(work, laid_out=self._searched_before)
         explorer = Explorer(work, searched_before=self._searched_before, earlier=self._earlier)
         explorer.run()
+        told = disturbed(work.database.run_outcomes(record.id), searched_before=self._searched_before)
+        if told:
+            work.note(told)
         if self._look is not None:
             self._look(work, explorer)
         if not self._searched_before and not work.subject.refusals:
@@ -270,7 +274,8 @@ class Session:
             work.database.add_proof(record.id, each)
         work.notes.extend(f"{what} was not measured: {why}" for what, why in proof.absent.items())
         for caution in proof.cautions:  # the verdict does not say so; the report has them beside each proof
-            self.progress.note(f"while the plan was proven, {caution.message}: {caution.advice}")
+            advice = advice_on_proof(caution, search_disturbed=bool(told))
+            self.progress.note(f"while the plan was proven, {caution.message}: {advice}")
         return self._finish(work, record, decider, proof, cut_short=cut_short)
 
     def _cut_around_refused(self, work: Work, explorer: Explorer) -> None:
