@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
@@ -16,11 +15,10 @@ from aivmm.errors import AivmmError, Unsupported, UsageError
 from aivmm.runtime.backend import Buffer, DeviceTensor, foreign_dtype, holds_foreign, is_foreign, raw_view
 from aivmm.runtime.cuda import is_pinned, wait_for_producers
 from aivmm.runtime.onnx_interface import ELEMENT_TYPES
+from aivmm.runtime.turns import Recordings, Turns
 from aivmm.tensors import TensorSpec
 
-# Each thread that comes to a session has its run recorded anew, and while it does, nobody else in the process may ask much of CUDA: those
-# who replay graphs take turns.
-_RECORDING = threading.RLock()
+_TURNS = Turns()  # of all graphs in the process, whichever their cards: decision 0041
 _NO_TURN: AbstractContextManager[Any] = nullcontext()
 _DLPACK_CUDA = 2  # kDLCUDA
 # Where in its source the library was, with the whole signature of a C++ template: what went wrong comes before and after.
@@ -224,7 +222,7 @@ class StagedRequest(BoundRequest):
         around: AbstractContextManager[Any] = _NO_TURN,
     ) -> None:
         super().__init__(session, inputs, outputs)
-        self._turn = _RECORDING if recorded else _NO_TURN
+        self._recordings = Recordings() if recorded else None
         self._pinned = pinned
         self._ordered = ordered
         self._around = around
@@ -271,7 +269,9 @@ class StagedRequest(BoundRequest):
 
     def run(self) -> None:
         """Copy in, run, copy out."""
-        with self._around, self._turn:
+        recordings = self._recordings
+        turn = _NO_TURN if recordings is None else _TURNS.record if recordings.pending else _TURNS.replay
+        with self._around, turn:
             try:
                 self._copy_in()
                 self._compute()
@@ -279,6 +279,8 @@ class StagedRequest(BoundRequest):
                     self._stream.copy(destination, source, size)
                 if self._out:
                     self._stream.wait()
+                if recordings is not None:
+                    recordings.add()
             except BaseException:
                 with suppress(Unsupported):  # copies that were begun read and write the caller's arrays until they are done
                     self._stream.wait()

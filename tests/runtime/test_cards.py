@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +223,24 @@ def test_an_input_on_a_device_is_refused_by_stages_that_read_the_host(tmp_path: 
         inputs = engine.new_inputs()
         inputs["x"][...] = normal(2, 32)
         np.testing.assert_array_equal(engine.run(inputs)["y"], engine.run({"x": normal(2, 32)})["y"])
+
+
+@pytest.mark.gpu(count=2)
+def test_graphs_on_two_cards_answer_right_while_threads_come_and_record_beside_those_that_replay(tmp_path: Path) -> None:
+    model = chain_model(rows=512, width=64)
+    feeds = [normal(512, 64, seed=seed) for seed in range(4)]
+    wanted = [reference(model, {"x": each})["y"] for each in feeds]
+    cards = [CUDA, "onnxruntime:CUDA:1"]
+    for each in cards:
+        (tmp_path / each[-1]).mkdir()
+    first, second = (partial(_engine, tmp_path / each[-1], model, Part(each, settings=GRAPH), callers=2) for each in cards)
+
+    def calls(running: Engine, count: int) -> None:
+        for number in range(count):
+            _close(running.run({"x": feeds[number % 4]})["y"], wanted[number % 4])
+
+    with first() as one, second() as two:
+        for _ in range(3):
+            with ThreadPoolExecutor(4) as pool:  # new threads, each of which records
+                for each in [pool.submit(calls, running, count) for running in (one, two) for count in (40, 15)]:
+                    each.result()

@@ -57,14 +57,14 @@ def there(array: Buffer) -> Any:
     return ort_value().ortvalue_from_numpy(array.copy())
 
 
-def staged(*, pinned: bool = False) -> tuple[StagedRequest, LateStream]:
+def staged(*, pinned: bool = False, recorded: bool = False) -> tuple[StagedRequest, LateStream]:
     """Return a request for y = a - b and z = a * b."""
     nodes = [helper.make_node("Sub", ["a", "b"], ["y"]), helper.make_node("Mul", ["a", "b"], ["z"])]
     kind = TensorProto.FLOAT
     model = onnx_model(nodes, [("a", kind, SHAPE), ("b", kind, SHAPE)], [("y", kind, SHAPE), ("z", kind, SHAPE)])
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     stream = LateStream()
-    return StagedRequest(session, (A, B), (Y, Z), stream=stream, place=place, pinned=pinned, recorded=False), stream
+    return StagedRequest(session, (A, B), (Y, Z), stream=stream, place=place, pinned=pinned, recorded=recorded), stream
 
 
 @pytest.mark.parametrize("pinned", [False, True])
