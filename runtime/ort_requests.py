@@ -270,7 +270,7 @@ class StagedRequest(BoundRequest):
     def run(self) -> None:
         """Copy in, run, copy out."""
         recordings = self._recordings
-        turn = _NO_TURN if recordings is None else _TURNS.record if recordings.pending else _TURNS.replay
+        turn = _NO_TURN if recordings is None else _TURNS.record if recordings.left else _TURNS.replay
         with self._around, turn:
             try:
                 self._copy_in()
@@ -279,8 +279,8 @@ class StagedRequest(BoundRequest):
                     self._stream.copy(destination, source, size)
                 if self._out:
                     self._stream.wait()
-                if recordings is not None:
-                    recordings.add()
+                if turn is _TURNS.record and recordings is not None:
+                    recordings.left -= 1
             except BaseException:
                 with suppress(Unsupported):  # copies that were begun read and write the caller's arrays until they are done
                     self._stream.wait()

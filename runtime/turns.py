@@ -10,87 +10,66 @@ import threading
 
 
 class Turns:
-    """A lock that many hold at once to replay, or one alone to record; who records goes before those who come after."""
+    """A lock that many hold at once to replay, or one alone to record; who waits to record goes before those who come after."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
-        self._replaying = 0
-        self._recording = False
-        self._waiting = 0  # to record
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
+        self.replaying = 0
+        self.recording = False
+        self.waiting = 0  # to record
         self.replay, self.record = _Replay(self), _Record(self)
-
-    def begin_replay(self) -> None:
-        """Wait until nobody records or waits to."""
-        with self._changed:
-            while self._recording or self._waiting:
-                self._changed.wait()
-            self._replaying += 1
-
-    def end_replay(self) -> None:
-        """Let who waits to record have a look."""
-        with self._changed:
-            self._replaying -= 1
-            if self._waiting and not self._replaying:
-                self._changed.notify_all()
-
-    def begin_record(self) -> None:
-        """Wait until nobody replays or records."""
-        with self._changed:
-            self._waiting += 1
-            try:
-                while self._recording or self._replaying:
-                    self._changed.wait()
-                self._recording = True
-            finally:
-                self._waiting -= 1
-                if not self._recording:  # Ctrl-C: those who waited for this one
-                    self._changed.notify_all()
-
-    def end_record(self) -> None:
-        """Let the others go on."""
-        with self._changed:
-            self._recording = False
-            self._changed.notify_all()
 
 
 class _Replay:
-    """`with turns.replay:`; no generator, which would take a microsecond of each call."""
+    """`with turns.replay:`, on the way of each call: no generator, and no calls of ours."""
 
     def __init__(self, turns: Turns) -> None:
-        self.__begin, self.__end = turns.begin_replay, turns.end_replay
+        self._turns, self._lock = turns, turns.lock
 
     def __enter__(self) -> None:
-        self.__begin()
+        turns = self._turns
+        with self._lock:
+            while turns.recording or turns.waiting:
+                turns.changed.wait()
+            turns.replaying += 1
 
     def __exit__(self, *_: object) -> None:
-        self.__end()
+        turns = self._turns
+        with self._lock:
+            turns.replaying -= 1
+            if turns.waiting and not turns.replaying:
+                turns.changed.notify_all()
 
 
 class _Record:
     """`with turns.record:`"""
 
     def __init__(self, turns: Turns) -> None:
-        self.__begin, self.__end = turns.begin_record, turns.end_record
+        self._turns = turns
 
     def __enter__(self) -> None:
-        self.__begin()
+        turns = self._turns
+        with turns.lock:
+            turns.waiting += 1
+            try:
+                while turns.recording or turns.replaying:
+                    turns.changed.wait()
+                turns.recording = True
+            finally:
+                turns.waiting -= 1
+                if not turns.recording:  # Ctrl-C: those who waited for this one
+                    turns.changed.notify_all()
 
     def __exit__(self, *_: object) -> None:
-        self.__end()
+        turns = self._turns
+        with turns.lock:
+            turns.recording = False
+            turns.changed.notify_all()
 
 
 class Recordings(threading.local):
     """Runs of one session by each thread: ONNX Runtime records a graph for each anew, in its third run there (CUDA's provider, 1.31)."""
 
     RUNS = 4  # one more than are needed: to take a replay for a recording costs a wait
-    runs = 0
-
-    @property
-    def pending(self) -> bool:
-        """Say whether the calling thread's next run may record."""
-        return self.runs < self.RUNS
-
-    def add(self) -> None:
-        """Count a run of the calling thread that did not fail."""
-        if self.runs < self.RUNS:
-            self.runs += 1
+    left = RUNS  # runs of the calling thread that may yet record; counted down by those that do not fail

@@ -39,15 +39,15 @@ def test_replays_are_inside_together_and_a_recording_is_not_until_they_have_left
     replays = [in_thread(replay) for _ in range(2)]
     together.wait(PATIENCE_S)  # both are inside
     recorder = in_thread(record)
-    while not turns._waiting:
+    while not turns.waiting:
         assert recorder.is_alive()
-    late = in_thread(lambda: turns.begin_replay())
-    assert not recording.is_set() and turns._replaying == 2
+    late = in_thread(turns.replay.__enter__)
+    assert not recording.is_set() and turns.replaying == 2
     leave.set()
     for each in (*replays, recorder, late):
         each.join(PATIENCE_S)
         assert not each.is_alive()
-    assert recording.is_set() and turns._replaying == 1  # the late one came in behind it
+    assert recording.is_set() and turns.replaying == 1  # the late one came in behind it
 
 
 def test_nobody_is_inside_with_a_recording_whoever_comes_when() -> None:
@@ -70,12 +70,10 @@ def test_nobody_is_inside_with_a_recording_whoever_comes_when() -> None:
 
 def test_what_a_thread_has_recorded_another_has_not() -> None:
     recordings = Recordings()
-    for _ in range(Recordings.RUNS):
-        assert recordings.pending
-        recordings.add()
-    assert not recordings.pending
+    recordings.left -= Recordings.RUNS
+    assert not recordings.left
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(lambda: recordings.pending).result(PATIENCE_S)
+        assert pool.submit(lambda: recordings.left).result(PATIENCE_S) == Recordings.RUNS
 
 
 def recorded() -> tuple[StagedRequest, Any]:
@@ -119,4 +117,4 @@ def test_a_run_that_failed_has_recorded_nothing(monkeypatch: pytest.MonkeyPatch)
         for _ in range(2 * Recordings.RUNS):
             with pytest.raises(RuntimeError, match="no"):
                 request.run()
-    assert request._recordings is not None and request._recordings.pending
+    assert request._recordings is not None and request._recordings.left == Recordings.RUNS
