@@ -70,9 +70,7 @@ def run_scenarios(plan: Path, request: Request, *, tell: Callable[[str], None]) 
                     results.append(offline(engine, inputs, request.duration_s))
                 elif request.rate_per_s is not None:
                     results.append(
-                        server(
-                            engine, inputs, request.duration_s, rate_per_s=request.rate_per_s, bound_s=request.bound_s, seed=request.seed
-                        )
+                        server(engine, inputs, request.duration_s, rate_per_s=request.rate_per_s, bound_s=bound_s, seed=request.seed)
                     )
                 else:
                     assert bound_s is not None

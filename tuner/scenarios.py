@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from aivmm.planner.constraints import human
 from aivmm.runtime.backend import Buffer
 from aivmm.runtime.engine import Engine
 
@@ -59,7 +60,23 @@ class Result:
     @property
     def valid(self) -> bool:
         """Whether the bound was kept, where there is one; not by the few that arrived before the line became hopeless."""
-        return self.bound_s is None or (self.metrics()["p99_s"] <= self.bound_s and not self.ended_early)
+        return not self.invalid_because
+
+    @property
+    def verdict(self) -> str | None:
+        """VALID or INVALID, as MLPerf calls a run by its bound; None where there is no bound to keep."""
+        return None if self.bound_s is None else "VALID" if self.valid else "INVALID"
+
+    @property
+    def invalid_because(self) -> str:
+        """Say which way the bound was not kept; "" where it was, or there is none."""
+        if self.bound_s is None:
+            return ""
+        bound = f"the bound of {human(self.bound_s, 'latency')}"
+        if self.ended_early:
+            return f"only {self.queries / self.wall_s:.4g} queries/s were answered, and the line grew past {_HOPELESS:g} times {bound}"
+        p99_s = self.metrics()["p99_s"]
+        return f"p99 {human(p99_s, 'latency')} is over {bound}" if p99_s > self.bound_s else ""
 
     def as_json(self) -> dict[str, Any]:
         """Return it as `aivmm bench --json` gives it."""
@@ -67,6 +84,8 @@ class Result:
             "scenario": self.scenario,
             "figure": _FIGURES[self.scenario],
             "valid": self.valid,
+            "verdict": self.verdict,
+            "invalid_because": self.invalid_because,
             "queries": self.queries,
             "samples": self.samples,
             "wall_s": self.wall_s,

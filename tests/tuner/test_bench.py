@@ -92,6 +92,22 @@ def test_neither_is_one_that_keeps_no_bound() -> None:
 def test_a_bound_is_not_kept_by_the_few_before_the_line_became_hopeless() -> None:
     few = Result(scenario="server", latencies_s=np.array([1e-3]), queries=1, samples=1, wall_s=1.0, rate_per_s=1.0, bound_s=1.0)
     assert few.valid and not replace(few, ended_early=True).valid
+    assert "INVALID, only 1 queries/s were answered, and the line grew past 20 times the bound of 1 s: " in _sentence(
+        replace(few, ended_early=True)
+    )
+
+
+def test_a_server_run_is_called_valid_or_invalid_by_its_bound_as_mlperf_does() -> None:
+    found = Result(
+        scenario="server", latencies_s=np.full(2000, 5e-3), queries=2000, samples=2000, wall_s=10.0, rate_per_s=200.0, bound_s=20e-3
+    )
+    assert _sentence(found).startswith("VALID, p99 keeps the bound of 20 ms: 200 queries/s arriving: p50 5 ms")
+    assert (found.as_json()["verdict"], found.as_json()["invalid_because"]) == ("VALID", "")
+    late = replace(found, bound_s=2e-3)
+    assert _sentence(late).startswith("INVALID, p99 5 ms is over the bound of 2 ms: 200 queries/s arriving: p50 5 ms")
+    assert late.as_json()["verdict"] == "INVALID" and not late.as_json()["valid"]
+    free = replace(found, bound_s=None)
+    assert free.as_json()["verdict"] is None and "VALID" not in _sentence(free)
 
 
 def test_the_highest_rate_keeps_the_bound_and_is_below_what_offline_reaches() -> None:
@@ -202,3 +218,10 @@ def test_a_server_without_a_bound_asks_for_one(place: Shell) -> None:
     assert refused.code == 2 and "--latency-bound 20ms" in refused.err
     found = place.aivmm("bench", "free.aivmm", "--scenario", "server", "--rate", "50/s", "--duration", "1s", "--json", "-q")
     assert found.json["scenarios"][0]["queries"] == 50
+
+
+def test_at_a_rate_that_is_given_the_plans_own_bound_counts_and_a_run_that_breaks_it_is_no_failure(place: Shell) -> None:
+    own = place.aivmm("bench", "m.aivmm", "--scenario", "server", "--rate", "50/s", "--duration", "500ms")
+    assert own.code == 0 and "server   VALID, p99 keeps the bound of 1 s: 50 queries/s arriving" in own.out
+    late = place.aivmm("bench", "m.aivmm", "--scenario", "server", "--rate", "50/s", "--duration", "500ms", "--latency-bound", "0.01us")
+    assert late.code == 0 and "server   INVALID, " in late.out
