@@ -1,10 +1,12 @@
 """The drift monitor on a real engine: no event while the machine is idle, one when another process takes a share of the cores.
 
-    python -m benchmarks.drift [--minutes 10] [--trials 10] [--json FILE]
+    python -m benchmarks.drift [--minutes 10] [--trials 10] [--only trials,idle] [--json FILE]
 
 Idle: a small model runs on one pinned core for so many minutes, and events are counted. Shared: in each trial a process at lower
 priority is let loose on that core after a baseline (by SIGCONT), and the calls until the event are counted. Its priority is the lowest of
 a few at which the mean of calls grows by 30 %. Cost: what feeding the monitor takes a call. Run it where nothing else runs.
+FILE has what is known so far from the first trial on, and then with each idle minute, so that a run which ends early is not lost; what is
+missing of it is a gate that failed.
 
 Gates (exit status 1 where one fails): no event while idle, none before a neighbour is let loose, and each slowdown of 30 % or more told
 within 200 calls, with other processes as its cause. Each event is printed, with what it says of its cause; and so is how slow the machine
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median
@@ -68,28 +70,30 @@ def looked(machine: Machine) -> Counted:
     return found
 
 
-def idle(bundle: Path, inputs: Any, minutes: float) -> dict[str, Any]:
-    """Run for so many minutes, and return the events."""
+def idle(bundle: Path, inputs: Any, minutes: float) -> Iterator[dict[str, Any]]:
+    """Run for so many minutes, and yield what was found so far, the events among it, after each of them."""
     told: list[Drift] = []
     means: list[float] = []  # of the calls of each second
     machine = Machine()
     with aivmm.load_plan(bundle, on_drift=told.append) as engine:
         started, calls, before = time.perf_counter(), 0, looked(machine)
-        while time.perf_counter() - started < 60 * minutes:
-            second, first = time.perf_counter(), calls
-            while time.perf_counter() - second < 1.0:
-                engine.run(inputs)
-                calls += 1
-            means.append((time.perf_counter() - second) / (calls - first))
-        spent, events = looked(machine).since(before), engine.stats()["drift"]["events"]
-    return {
-        "minutes": minutes,
-        "calls": calls,
-        "events": events,
-        "said": [str(each) for each in told],
-        "others_cores": spent.others / spent.seconds,
-        "slow_s": slow_runs(means),
-    }
+        while (passed := time.perf_counter() - started) < 60 * minutes:
+            until = min(60 * minutes, 60 * (passed // 60 + 1))
+            while time.perf_counter() - started < until:
+                second, first = time.perf_counter(), calls
+                while time.perf_counter() - second < 1.0:
+                    engine.run(inputs)
+                    calls += 1
+                means.append((time.perf_counter() - second) / (calls - first))
+            spent, events = looked(machine).since(before), engine.stats()["drift"]["events"]
+            yield {
+                "minutes": (time.perf_counter() - started) / 60,
+                "calls": calls,
+                "events": events,
+                "said": [str(each) for each in told],
+                "others_cores": spent.others / spent.seconds,
+                "slow_s": slow_runs(means),
+            }
 
 
 def slow_runs(means: Sequence[float]) -> list[int]:
@@ -155,22 +159,49 @@ def _ratio(trial: dict[str, Any]) -> float:
 
 def failures(found: dict[str, Any]) -> list[str]:
     """Return the gates that do not hold, in words."""
-    trials = found["shared"]
+    trials, rest, wanted = found["shared"], found["idle"], found["wanted"]
     slowed = [each for each in trials if each["mean_ratio"] >= SLOWDOWN]
     late = [each["calls_until_told"] for each in slowed if (each["calls_until_told"] or math.inf) > TOLD_WITHIN]
     unseen = [each["cause"] for each in slowed if each["cause"] not in (None, "other processes")]
     failed = []
     if unseen:
         failed.append(f"other processes were not named as the cause ({', '.join(unseen)})")
-    if not slowed:
+    if wanted["trials"] and not slowed:
         failed.append(f"no neighbour slowed calls by {SLOWDOWN - 1:.0%}: nothing is shown of detection")
+    if (count := len(trials)) < wanted["trials"]:
+        failed.append(f"{count} of {wanted['trials']} trials were run")
     if late:
         failed.append(f"{len(late)} of {len(slowed)} slowdowns were not told within {TOLD_WITHIN} calls ({', '.join(map(str, late))})")
     if early := sum(each["events_before"] for each in trials):
         failed.append(f"{early} events before the neighbour was let loose")
-    if idle_events := len(found["idle"]["events"]):
+    if idle_events := len(rest.get("events", ())):
         failed.append(f"{idle_events} events while idle")
+    if (minutes := rest.get("minutes", 0.0)) < wanted["minutes"]:
+        failed.append(f"{minutes:.1f} of {wanted['minutes']:g} idle minutes were run")
     return failed
+
+
+def watch(found: dict[str, Any], bundle: Path, inputs: Any, keep: Callable[[], None]) -> None:
+    """Run trials and idle minutes as wanted, put what they find into `found`, print it, and `keep` it each time that there is more."""
+    wanted = found["wanted"]
+    if wanted["trials"]:
+        nice = chosen([shared(bundle, inputs, each) for each in NICES])
+    for _ in range(wanted["trials"]):
+        each = shared(bundle, inputs, nice)
+        found["shared"].append(each)
+        print(f"neighbour at nice {nice}: mean x {each['mean_ratio']:.2f}, median x {each['median_ratio']:.2f}, "
+              f"told after {each['calls_until_told']} calls, {each['events_before']} before, {each['events_after']} after")  # fmt: skip
+        for said in each["said"]:
+            print(f"    {said}", flush=True)
+        keep()
+    for rest in idle(bundle, inputs, wanted["minutes"]):
+        found["idle"] = rest
+        slow = ", ".join(map(str, rest["slow_s"][:10])) or "no"
+        print(f"idle: {len(rest['events'])} events in {rest['minutes']:.1f} minutes, {rest['calls']} calls; other processes took "
+              f"{rest['others_cores']:.2f} cores; slow for {slow} s in a row", flush=True)  # fmt: skip
+        keep()
+    for said in found["idle"].get("said", ()):
+        print(f"    {said}", flush=True)
 
 
 def main() -> None:
@@ -178,31 +209,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--only", default="trials,idle", help="what to run of these, with commas between them")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    parts = set(options.only.split(","))
+    if unknown := parts - {"trials", "idle"}:
+        parser.error(f"--only knows trials and idle, not {', '.join(sorted(unknown))}")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    found: dict[str, Any] = {"system": platform.platform(), "cost_s_per_call": cost_s()}
-    print(f"cost: {found['cost_s_per_call'] * 1e6:.2f} µs a call")
+    wanted = {"minutes": options.minutes if "idle" in parts else 0.0, "trials": options.trials if "trials" in parts else 0}
+    found: dict[str, Any] = {"system": platform.platform(), "wanted": wanted, "cost_s_per_call": cost_s(), "shared": [], "idle": {}}
+
+    def keep() -> None:
+        found["failed"] = failures(found)
+        if options.json:
+            part = options.json.with_name(f"{options.json.name}.part")  # at no time is there half a file
+            part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            part.replace(options.json)
+
+    print(f"cost: {found['cost_s_per_call'] * 1e6:.2f} µs a call", flush=True)
+    keep()
     with tempfile.TemporaryDirectory() as folder:
         part = Part(ONNXRUNTIME, settings=(("intra_op_num_threads", 1),))
         bundle = make_bundle(Path(folder) / "m.aivmm", chain_model(width=WIDTH, rows=ROWS, layers=LAYERS), [part])
-        inputs = {"x": normal(ROWS, WIDTH)}
-        nice = chosen([shared(bundle, inputs, each) for each in NICES])
-        found["shared"] = [shared(bundle, inputs, nice) for _ in range(options.trials)]
-        for each in found["shared"]:
-            print(f"neighbour at nice {nice}: mean x {each['mean_ratio']:.2f}, median x {each['median_ratio']:.2f}, "
-                  f"told after {each['calls_until_told']} calls, {each['events_before']} before, {each['events_after']} after")  # fmt: skip
-            print(*(f"    {said}" for said in each["said"]), sep="\n")
-        found["idle"] = idle(bundle, inputs, options.minutes)
-        rest = found["idle"]
-        print(f"idle: {len(rest['events'])} events in {rest['minutes']:g} minutes, {rest['calls']} calls; other processes took "
-              f"{rest['others_cores']:.2f} cores; slow for {', '.join(map(str, rest['slow_s'][:10])) or 'no'} s in a row")  # fmt: skip
-        print(*(f"    {said}" for said in rest["said"]), sep="\n")
-    found["failed"] = failures(found)
+        watch(found, bundle, {"x": normal(ROWS, WIDTH)}, keep)
     print(f"Gates that failed: {'; '.join(found['failed']) or 'none'}.")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     raise SystemExit(1 if found["failed"] else 0)
 
 

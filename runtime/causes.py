@@ -30,13 +30,13 @@ from aivmm.runtime.target import Device
 CauseName = Literal["other processes", "this process", "cpu quota", "card", "none seen"]
 
 _ENOUGH = 0.5  # of what calls lost: what they waited, or where that is not counted, what others took
-_ALONE = 0.14  # of what calls usually take: waits that are as long are a drift by themselves, however slow the host is just then
 _ELSEWHERE = 1.5  # of what calls lost: what was taken by who does not share their cores
 _LEAST = 0.05  # of a core: what comes and goes on any machine
 _VARIES = 0.25  # of what is usual
 _RARE_CALLS, _RARE_S, _LONGEST_S = 4096, 5.0, 30.0  # between two looks at what is usual: so many calls, or so long
 _CLOCK_CALLS = 256  # between two readings of the clock for that
 _FRESH_CALLS, _FRESH_S = 1334, 10.0  # between two suspicions that are looked into: with the other looks, one in a thousand calls
+_OFTEN = 0.25  # of that: where calls take longer for their CPU time, which a host's moods do not make them
 _FORGOTTEN = 0.5  # of what is known of the usual, each time when as much again is known
 _LOOKS, _SHORT_S = 16, 0.5  # for how many looks what others took at most is usual, and how far these are apart at least
 _MOST_THREADS = 64  # whose waits are read, at 4 µs each; of more they are not counted
@@ -90,10 +90,14 @@ class Machine:
         """Return the time on the clock by which looks are apart."""
         return time.monotonic()
 
+    def own_s(self) -> float:
+        """Return the CPU time of this process so far: `counted` tells it, too, and costs a hundred times as much."""
+        return time.process_time()
+
     def counted(self) -> Counted | None:
         """Return what was counted so far, calls apart; None where that cannot be read just now, and could be before."""
         with self._lock:
-            own = time.process_time()
+            own = self.own_s()
             busy, stolen = _busy_and_stolen_s()
             if busy is None and self._sees_others:
                 return None
@@ -155,6 +159,7 @@ class Witness:
         self._usual: Counted | None = None
         self._shares: deque[float] = deque(maxlen=_LOOKS)  # cores that others took, between the last looks
         self._suspected: Counted | None = None  # the last look that was for a suspicion
+        self._marked: Counted | None = None  # the last one that was for a mark
         self._doubted = False  # what came since the last look is not usual: calls were slow, or there were none
         self._again = False  # the last look is to have another one soon, to see how much comes in a short time
         self._at_home: frozenset[int] = frozenset()  # processes that compute on the cards
@@ -192,15 +197,32 @@ class Witness:
         """Take note that no calls came for a while: what was counted meanwhile says nothing of calls."""
         self._suspected, self._doubted = None, True
 
-    def suspect(self) -> None:
-        """Look, since calls may be slow from now on; not where a suspicion a moment ago came to nothing."""
+    def suspect(self, *, surely: bool = False) -> bool:
+        """Look, since calls may be slow from now on; not where a suspicion a moment ago came to nothing. Return whether that was done."""
         then = self._suspected
-        if then is not None and self.calls - then.calls < _FRESH_CALLS and self._machine.now_s() - then.seconds < _FRESH_S:
-            return
+        if not surely and then is not None and self._is_fresh(then):
+            return False
         now = self._look()
         self._take(now, least_s=_RARE_S)
         self._since, self._again = now, False  # where it failed, nothing is known of what comes now
         self._suspected = now or then
+        return now is not None
+
+    def mark(self) -> Counted | None:
+        """Return what is counted by now, to ask later what came since (`contended`); None where a mark that came to nothing is fresh."""
+        then = self._marked
+        if then is not None and self._is_fresh(then, _OFTEN):
+            return None
+        self._marked = self._look() or then
+        return self._marked if self._marked is not then else None
+
+    def contended(self, calls: int, busy_ns: int, usual_ns: float, *, since: Counted) -> Cause | None:
+        """Return who kept calls from cores since a `mark`: other processes or a quota; see `cause` for what is asked of how many calls."""
+        now, self._doubted = self._look(), True
+        if now is None or self._is_absurd(spent := now.since(since)):
+            return None
+        found = self._kept_waiting(_Lost.of(calls, busy_ns, usual_ns, spent, self._callers), spent, self._more(spent, usual_ns))
+        return None if found is None or found.name == "this process" else found
 
     def cause(self, calls: int, busy_ns: int, usual_ns: float) -> Cause | None:
         """Return what took the time of so many slow calls since the suspicion, which take `usual_ns` where all is well, if that is seen."""
@@ -211,26 +233,28 @@ class Witness:
         spent = now.since(self._since)
         if self._is_absurd(spent):
             return None
-        usual_s = calls * usual_ns / 1e9 / self._callers
-        lost_s = max(0.0, busy_ns / 1e9 / self._callers - usual_s)
-        least = max(_LEAST * spent.seconds, 1e-9)
-        enough, more = max(min(_ENOUGH * lost_s, _ALONE * usual_s), least), self._more(spent, usual_ns)
-        # A quota stops each core that has something to do, and all that time is added up.
-        stopped = max(1.0, (spent.own + spent.withheld) / max(spent.seconds, 1e-9))
-        if more.withheld / stopped >= enough:
-            return Cause("cpu quota", f"the CPU quota stopped this process for {_share(spent.withheld / stopped, spent)} s of each second")
-        if more.waited >= enough:
-            waited = f"threads of this process waited for cores, {_share(spent.waited, spent)} s in each second"
-            if spent.others >= enough and more.others >= more.own:
-                return Cause("other processes", f"{waited}, and other processes took {self._others(spent)}")
-            return Cause("this process", f"{waited}, that others of its threads had")
-        if self._machine.sees_waits:
-            enough = max(_ELSEWHERE * lost_s, least)
+        lost, more = _Lost.of(calls, busy_ns, usual_ns, spent, self._callers), self._more(spent, usual_ns)
+        if found := self._kept_waiting(lost, spent, more):
+            return found
+        enough = max(_ELSEWHERE * lost.seconds, lost.least) if self._machine.sees_waits else lost.enough
         if more.others >= enough and more.others >= more.own:
             return Cause("other processes", f"other processes took {self._others(spent)}")
         if more.own >= enough:
             return Cause("this process", f"other work of this process took {_share(more.own, spent)} of {_all_cores()} meanwhile")
         return None if self._usual is None else self._of_cards()
+
+    def _kept_waiting(self, lost: _Lost, spent: Counted, more: Counted) -> Cause | None:
+        """Return who had the cores that calls waited for, or what quota kept them from those, where that is enough of what was lost."""
+        # A quota stops each core that has something to do, and all that time is added up.
+        stopped = max(1.0, (spent.own + spent.withheld) / max(spent.seconds, 1e-9))
+        if more.withheld / stopped >= lost.enough:
+            return Cause("cpu quota", f"the CPU quota stopped this process for {_share(spent.withheld / stopped, spent)} s of each second")
+        if more.waited < lost.enough:
+            return None
+        waited = f"threads of this process waited for cores, {_share(spent.waited, spent)} s in each second"
+        if spent.others >= lost.enough and more.others >= more.own:
+            return Cause("other processes", f"{waited}, and other processes took {self._others(spent)}")
+        return Cause("this process", f"{waited}, that others of its threads had")
 
     def _of_cards(self) -> Cause | None:
         if self._machine.on_cards() - self._at_home:
@@ -287,6 +311,9 @@ class Witness:
         if self._kept.calls:
             self._usual, self._kept = self._kept.plus(self._usual or Counted(0.0), _FORGOTTEN), Counted(0.0)
 
+    def _is_fresh(self, then: Counted, times: float = 1.0) -> bool:
+        return self.calls - then.calls < _FRESH_CALLS * times and self._machine.now_s() - then.seconds < _FRESH_S * times
+
     def _is_absurd(self, spent: Counted) -> bool:
         """Return whether others took more than there is, as where a look saw but a part."""
         return spent.others > self._machine.cores * spent.seconds + _TICK_S
@@ -319,6 +346,21 @@ class Witness:
         """Say how many cores others kept busy, and how many they did before."""
         before = "" if self._usual is None else f" ({_share(self._usual.others, self._usual)} before)"
         return f"{_share(spent.others, spent)} of {_all_cores()} meanwhile{before}"
+
+
+class _Lost(NamedTuple):
+    """What slow calls lost, and how much of it is enough to be their cause. In seconds on the clock."""
+
+    seconds: float
+    enough: float
+    least: float
+
+    @classmethod
+    def of(cls, calls: int, busy_ns: int, usual_ns: float, spent: Counted, callers: int) -> _Lost:
+        usual_s = calls * usual_ns / 1e9 / callers
+        lost_s = max(0.0, busy_ns / 1e9 / callers - usual_s)
+        least = max(_LEAST * spent.seconds, 1e-9)
+        return cls(lost_s, max(_ENOUGH * lost_s, least), least)
 
 
 def _share(seconds: float, spent: Counted) -> str:

@@ -23,7 +23,7 @@ from time import monotonic
 from typing import Any
 
 from aivmm.runtime.causes import Machine
-from aivmm.runtime.drift import BLOCK, Drift, DriftMonitor
+from aivmm.runtime.drift import Drift, DriftMonitor
 from aivmm.runtime.plan import Number
 
 log = logging.getLogger("aivmm.engine")
@@ -56,6 +56,7 @@ class PacedMonitor:
         self._now = self._by_pause = 0  # the pace now, and its pause when it began
         self._period_ns = 0.0  # of the last calls of it that had pauses
         self._before = 0, 0  # the paces of the two blocks before, even if they were dropped
+        self._last: _Pace | None = None  # that watched the last calls
         self._events: list[Drift] = []
 
     def add(self, durations_ns: Sequence[int], passed_ns: int) -> None:
@@ -65,11 +66,10 @@ class PacedMonitor:
             pace.add(durations_ns)
 
     def add_short(self, blocks: Sequence[Sequence[int]], passed_ns: int) -> None:
-        """Take the durations of short calls of one caller, by as many as `DriftMonitor.add_short` takes, and in what time all came."""
+        """Take the durations of short calls of one caller, as `DriftMonitor.add_short` does, and in what time all came."""
         pace = self._of(sum(map(sum, blocks)), sum(map(len, blocks)), passed_ns)  # of all: a pause among them is in none of the blocks
         if pace is not None:
-            for block in blocks:
-                pace.add_short(sum(block), len(block), block[-BLOCK:])
+            pace.add_short(blocks)
 
     def state(self) -> dict[str, Any]:
         """Return the state for statistics: that of the last calls' pace, `outside` where another one was lately, and the events."""
@@ -85,9 +85,13 @@ class PacedMonitor:
         with self._lock:
             self._quickest_ns = min(self._quickest_ns, call_ns)
             if not self._follow(call_ns, period_ns):
+                self._last = None
                 return None
             found = self._pace(self._now)
+            resumed, self._last = found is not self._last, found
         found.heard_s = monotonic()
+        if resumed:
+            found.resume()
         return found
 
     def _follow(self, call_ns: float, period_ns: float) -> bool:

@@ -35,6 +35,9 @@ class ByHand(Machine):
     def now_s(self) -> float:
         return self.at.seconds
 
+    def own_s(self) -> float:
+        return self.at.own
+
     def counted(self) -> Counted | None:
         self.looks += 1
         return None if self.fails else self.at
@@ -54,14 +57,15 @@ class Others(ByHand):
         self.busy = busy
 
     def passes(self, seconds: float, **counted: float) -> None:
-        super().passes(seconds, **({"own": seconds, "others": self.busy * seconds, "waited": self.busy * seconds} | counted))
+        waited = min(0.95, self.busy) * seconds
+        super().passes(seconds, **({"own": seconds - waited, "others": self.busy * seconds, "waited": waited} | counted))
 
 
 class Elsewhere(Others):
     """Others work on other cores, and nobody waits for them."""
 
     def passes(self, seconds: float, **counted: float) -> None:
-        super().passes(seconds, **({"waited": 0.0} | counted))
+        super().passes(seconds, **({"own": seconds, "waited": 0.0} | counted))
 
 
 class Suspicious(Others):

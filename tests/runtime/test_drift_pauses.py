@@ -8,7 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from aivmm.runtime.drift import _LEARNT, BLOCK, Drift, DriftMonitor
+from aivmm.runtime.cusum import _LEARNT
+from aivmm.runtime.drift import BLOCK, Drift, DriftMonitor
 from aivmm.runtime.plan import Number
 from tests.runtime.machines import Elsewhere, Others
 
@@ -156,7 +157,7 @@ def test_a_slowdown_that_never_ends_takes_no_memory() -> None:
     server = Server()
     assert server.calls(100.0, factor=1.3) == 1
     server.calls(100.0, factor=1.3)
-    assert len(server.monitor._pending) <= _LEARNT
+    assert len(server.monitor._cusum._pending) <= _LEARNT
 
 
 def test_what_was_refused_is_told_later_with_what_is_seen_then() -> None:

@@ -1,0 +1,125 @@
+"""Whether calls take longer for the CPU time that they get: the part of a slowdown that has nothing to do with how fast the machine is.
+
+Who takes turns on a core with a call makes it wait, and the CPU time that it needs stays what it was; a host that is slow, a clock or a
+cache make calls need more of it. So the ratio of the two moves with neighbours only: recorded on a virtual machine (Xeon, calls of 4 ms),
+its standard deviation was 0.1 to 2.5 % where that of what calls take was 9 to 19 %, and a process at nice 5 on their core made it 1.32. It
+is held against its own beginning, as what calls take is (`cusum`), but it needs no second in which the machine was as fast as it is now: a
+baseline that was taken while the host was slow hides nothing of a neighbour who comes when it is not.
+
+A ratio is no proof: calls wait for disks and devices, too. So nothing is told but what the machine's accounts say as well (`causes`): that
+threads waited for cores while other processes had them, or that a quota stopped them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from aivmm.runtime.causes import Cause, Counted, Machine, Witness
+from aivmm.runtime.cusum import Cusum
+
+_SUSPECTED = 2  # observations in a row that are above the level: from there on the accounts are compared
+_AGAIN = 1.08  # they are looked at again when there are so many times as many calls ...
+_ANEW_S = 10.0  # ... and from another beginning when what they told was nothing for so long
+
+
+@dataclass(slots=True)
+class _Held:
+    """What is held against whoever keeps calls from cores: those that came since the accounts were looked at."""
+
+    since: Counted | None = None
+    calls: int = 0
+    busy_ns: int = 0
+    own_ns: float = 0.0
+    asked_calls: int = 0  # how many they were when the accounts were asked last
+
+
+class Contention:
+    """Watches the wall time of calls by the CPU time that this process took meanwhile. Used by one thread at a time."""
+
+    def __init__(self, machine: Machine, witness: Witness, *, callers: int, least_ns: int, least_calls: int, least_s: float) -> None:
+        """Watch by observations of `least_ns`; what is told has lasted for `least_calls` and for `least_s` of calls."""
+        self._machine = machine
+        self._witness = witness
+        self._cusum = Cusum()
+        self._callers = callers
+        self._least_ns, self._least_calls, self._least_s = least_ns, least_calls, least_s
+        self._warm: list[float] | None = []  # observations of the warm-up; None afterwards
+        self._own_s: float | None = None  # CPU time of this process, when an observation began
+        self._part_ns = self._part_calls = 0  # of one that is not whole
+        self._observed = self._calls = self._busy_ns = 0  # since calls take longer for their CPU time
+        self._held = _Held()
+        self.told = False  # whether what goes on was told
+
+    @property
+    def is_suspected(self) -> bool:
+        """Whether calls may be kept from cores just now."""
+        return self._observed >= _SUSPECTED
+
+    def stopped(self) -> None:
+        """Take note that no calls came for a while, or that they are of another pace: what this process took meanwhile is not theirs."""
+        self._own_s = None
+        self._part_ns = self._part_calls = 0
+        self._held = _Held()
+
+    def watch(self) -> None:
+        """Take what was seen so far for usual."""
+        warm, self._warm = self._warm, None
+        if warm:
+            self._cusum.learn(warm)
+
+    def take(self, busy_ns: int, calls: int, *, learns: bool) -> None:
+        """Take what calls took that have come since the last time, all of them; see `Cusum.take` for what `learns`."""
+        if self._own_s is None:  # it began somewhen
+            self._own_s = self._machine.own_s()
+            return
+        self._part_ns += busy_ns
+        self._part_calls += calls
+        if self._part_ns < self._least_ns:
+            return
+        own_s = self._machine.own_s()
+        own_ns, self._own_s = (own_s - self._own_s) * 1e9, own_s
+        busy_ns, calls, self._part_ns, self._part_calls = self._part_ns, self._part_calls, 0, 0
+        observed = math.log(busy_ns / max(own_ns, 1.0))
+        if self._warm is not None:
+            self._warm.append(observed)
+        else:
+            self._observe(observed, busy_ns, calls, own_ns, learns=learns and not self.told)
+
+    def _observe(self, observed: float, busy_ns: int, calls: int, own_ns: float, *, learns: bool) -> None:
+        self._cusum.take(observed, seconds=busy_ns / 1e9 / self._callers, learns=learns)
+        if self._cusum.sum <= 0.0:
+            self._cusum.over(usual=learns and not self._held.asked_calls)
+            self._observed = self._calls = self._busy_ns = 0
+            self.told = False
+            self._held = _Held()
+            return
+        self._observed += 1
+        self._calls += calls
+        self._busy_ns += busy_ns
+        if self._held.since is not None:
+            self._held.calls += calls
+            self._held.busy_ns += busy_ns
+            self._held.own_ns += own_ns
+        elif self.is_suspected:
+            self._held.since = self._witness.mark()
+
+    def cause(self, *, above: float) -> Cause | None:
+        """Return who keeps calls from cores where they have been for long enough, and take longer than `above`: the logarithm of a mean."""
+        if self._cusum.sum < self._cusum.limit or self._calls < self._least_calls or self._busy_ns < self._least_s * 1e9 * self._callers:
+            return None
+        held = self._held
+        if held.since is None or held.busy_ns < self._least_s / 2 * 1e9 * self._callers or held.calls < held.asked_calls * _AGAIN:
+            return None
+        if math.log(held.busy_ns / held.calls) <= above:
+            return None
+        held.asked_calls = held.calls
+        usual_ns = max(held.own_ns, 1.0) / held.calls * math.exp(self._cusum.baseline)
+        found = self._witness.contended(held.calls, held.busy_ns, usual_ns, since=held.since)
+        if found is None and held.busy_ns >= _ANEW_S * 1e9 * self._callers:
+            self._held = _Held(asked_calls=1)  # what was asked for is not usual, whatever it is
+        return found
+
+    def live(self) -> tuple[int, float]:
+        """Return how many calls there were since they take longer for their CPU time, and what they took on average, in seconds."""
+        return self._calls, self._busy_ns / max(self._calls, 1) / 1e9
