@@ -13,7 +13,7 @@ threads waited for cores while other processes had them, or that a quota stopped
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aivmm.runtime.causes import Cause, Counted, Machine, Witness
 from aivmm.runtime.cusum import Cusum
@@ -118,7 +118,7 @@ class Contention:
         found = self._witness.contended(held.calls, held.busy_ns, usual_ns, since=held.since)
         if found is None and held.busy_ns >= _ANEW_S * 1e9 * self._callers:
             self._held = _Held(asked_calls=1)  # what was asked for is not usual, whatever it is
-        return found
+        return None if found is None else replace(found, words=f"{found.words}; without that a call would take {usual_ns / 1e6:.3g} ms")
 
     def live(self) -> tuple[int, float]:
         """Return how many calls there were since they take longer for their CPU time, and what they took on average, in seconds."""
