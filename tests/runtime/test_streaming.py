@@ -86,3 +86,41 @@ def test_the_window_is_full_while_requests_are_made_and_answers_looked_at(window
             assert answer == number
             assert len(submitted) == min(count, number + 1 + window)
     assert not waited
+
+
+class _Counted(Future[Any]):
+    """An answer that knows how often somebody waited for one of its kind until a time was over."""
+
+    in_vain = 0
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        try:
+            return super().exception(timeout)
+        except TimeoutError:
+            _Counted.in_vain += 1
+            raise
+
+
+def test_long_answers_are_not_waited_for_by_several_again_and_again() -> None:
+    """To wait in vain is to be woken twice for an answer, on cores that stages have work for."""
+    asked: list[Future[Any]] = []
+    count, window = 30, 6
+
+    def submit(inputs: Any) -> Future[Any]:
+        asked.append(_Counted())
+        return asked[-1]
+
+    def answers() -> None:
+        for number in range(count):
+            time.sleep(0.004)
+            while len(asked) <= number:  # who asks is late on a busy machine
+                time.sleep(0.001)
+            asked[number].set_result(number)
+
+    _Counted.in_vain = 0
+    stream = ordered(submit, window, ({} for _ in range(count)))
+    with ThreadPoolExecutor(1) as asks:
+        found = asks.submit(list, stream)
+        answers()
+        assert found.result(30) == list(range(count))
+    assert 0 < _Counted.in_vain <= 3
