@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,11 +11,10 @@ import pytest
 from aivmm.errors import Unsupported
 from aivmm.runtime.null_device import METER
 from benchmarks import gpu_energy
-from benchmarks.gpu import calls_of, engine
+from benchmarks.gpu import calls_of, engine, main
 from benchmarks.gpu_energy import ENERGY_PLAN, THROUGHPUT_PLAN, in_turns, page_energy, page_energy_tuned, power_w
 from tests.making import Part, chain_model
 
-ROOT = Path(__file__).parent.parent
 WATTS = 20.0
 
 
@@ -64,20 +61,18 @@ def test_an_inference_costs_what_the_made_up_card_counts_for_it(tmp_path: Path) 
             assert each["watts"] == pytest.approx(each["joules"] * each["rate"])
 
 
-def test_where_there_is_no_card_it_says_so_in_one_line_and_leaves_that_as_the_result(tmp_path: Path) -> None:
-    from aivmm.runtime.nvidia import cuda_devices
-
-    if cuda_devices()[0]:
-        pytest.skip("this machine has a card")
+def test_where_there_is_no_card_it_says_so_in_one_line_and_leaves_that_as_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.gpu.environment", dict)
+    monkeypatch.setattr("aivmm.runtime.nvidia.cuda_devices", lambda: ((), "no NVIDIA driver"))
     places = [f"--{each}={tmp_path}" for each in ("state", "folder", "shared")]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *places, "--only=energy,energy_tuned"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert len([line for line in done.stdout.splitlines() if line.startswith("the energy of a card is not counted here: ")]) == 2
+    monkeypatch.setattr("sys.argv", ["gpu", *places, "--only=energy,energy_tuned"])
+    main()
+    said = "the energy of a card is not counted here: no NVIDIA driver"
+    assert [line for line in capsys.readouterr().out.splitlines() if line == said] == [said] * 2
     for name, page in (("energy", page_energy), ("energy_tuned", page_energy_tuned)):
-        (said,) = page(json.loads((tmp_path / f"{name}.json").read_text()))
-        assert said.startswith("Not run: the energy of a card is not counted here: ")
+        assert page(json.loads((tmp_path / f"{name}.json").read_text())) == [f"Not run: {said}."]
 
 
 def test_the_page_tells_joules_beside_the_rate_and_what_is_above_idle() -> None:

@@ -237,12 +237,14 @@ def test_a_lowered_model_that_was_compiled_to_be_judged_is_raced_as_it_is(
 
 
 def test_int8_is_measured_where_it_is_computed_in_fp32_and_the_notes_say_so(
-    in_process: Callable[..., Finished], shared: Place, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    in_process: Callable[..., Finished], shared: Place, tiny: Path, lowered: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on CUDA: ONNX Runtime's CPU stands in for a provider without integer kernels."""
+    """As on CUDA: ONNX Runtime's CPU stands in for a provider without integer kernels. The model is lowered by now."""
+    assert lowered.code == 0
     monkeypatch.setattr("aivmm.planner.precision._WITHOUT_INTEGER_KERNELS", ("CPU",))
-    asked = ("--precisions", "fp32,int8", "--dataset", "labelled.npz", "--constraint", "cosine>=0.5")
-    done = in_process(shared, "tune", tiny, *TINY, *asked, *FEW[:-1], *ONE_RUNTIME, "--fresh", "-o", "dequantized.aivmm")
+    asked = ("--precisions", "fp32,int8", "--dataset", "labelled.npz", "--constraint", "cosine>=0.5", "--json", "--fresh")
+    short = ("--budget", "2s", "--trials", "1", "--top", "1")
+    done = in_process(shared, "tune", tiny, *TINY, *asked, *short, *ONE_RUNTIME, "-o", "dequantized.aivmm")
     assert done.code == 0, done.err
     int8 = {each["precision"] for each in done.json["precision"]["tried"] if each["precision"].startswith("int8")}
     assert len(int8) == 1, "one way that is within the limit is enough"
