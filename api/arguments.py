@@ -57,6 +57,27 @@ def place(name: str, value: object) -> Path | None:
     return None if value is None else Path(value)
 
 
+def model(name: str, value: object) -> str:
+    """Return the one model that an argument names, as text.
+
+    Raises:
+        UsageError: it is something else, or empty.
+    """
+    if not isinstance(value, str | Path) or not str(value).strip() or value == Path():
+        raise _wrong(name, value, "the path of one .onnx file", f'{name}="model.onnx"')
+    return str(value)
+
+
+def called(name: str, value: object) -> None:
+    """Refuse an argument that is to be called later and cannot be.
+
+    Raises:
+        UsageError: it is neither None nor something to call.
+    """
+    if value is not None and not callable(value):
+        raise _wrong(name, value, "a function", f"{name}=print")
+
+
 def places(name: str, value: object) -> list[str]:
     """Return the path or paths that an argument is, as texts.
 

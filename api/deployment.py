@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aivmm.errors import AivmmError, BundleError, Unsupported, UsageError
+from aivmm.once import alone
 from aivmm.planner.constraints import Constraint, check, parse, unjudged
-from aivmm.runtime.bundle import FAMILY_FILE, PLAN_FILE, file_sha256, is_family, read_root
+from aivmm.runtime.bundle import FAMILY_FILE, PLAN_FILE, check_destination, file_sha256, is_family, read_root
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.finding import find_named
 from aivmm.runtime.folders import data_folder
@@ -200,31 +201,57 @@ def run(deployment: Deployment, *, tune: Callable[..., Any] | None, on_drift: Ca
         AivmmError: as `tune`.
         Unsupported: nothing that is left of the targets runs the model.
     """
+    engine, why_not = _kept(deployment, on_drift)
+    if engine is not None:
+        return engine
+    if tune is None:
+        assert why_not is not None
+        raise why_not
+    _make_room(deployment)
+    with alone(deployment.place, deployment.model):
+        engine, _ = _kept(deployment, on_drift)  # which another one may have made meanwhile
+        return engine if engine is not None else _tuned(deployment, tune, on_drift)
+
+
+def _kept(deployment: Deployment, on_drift: Callable[[Drift], None] | None) -> tuple[Engine | ShapedEngine | None, AivmmError | None]:
+    """Return the first kept plan that fits, running; where none does, what to tell who may not tune."""
     first: AivmmError | None = None
     reasons: list[str] = []
     for path in deployment.kept():
         why_not = deployment.why_not(path)
         if not why_not:
             try:
-                return _started(path, on_drift)
+                return _started(path, on_drift), None
             except (Unsupported, BundleError) as error:
                 first, why_not = first or error, str(error)
         reasons.append(f"{path}: {why_not}")
         log.info("not reused: %s", reasons[-1])
-    if tune is None:
-        raise first or UsageError(f"no kept plan fits: {reasons[-1]}", advice="let deploy tune, or tune beforehand with aivmm-tune")
-    return _tuned(deployment, tune, on_drift)
+    return None, first or UsageError(f"no kept plan fits: {reasons[-1]}", advice="let deploy tune, or tune beforehand with aivmm-tune")
+
+
+def _make_room(deployment: Deployment) -> None:
+    """Make sure that a plan can be kept, before an hour is spent on one.
+
+    Raises:
+        UsageError: it cannot be.
+    """
+    place = deployment.place
+    if deployment.plan is not None:
+        try:
+            check_destination(place)
+        except UsageError as error:
+            raise UsageError(error.message, advice="name another bundle with plan=...") from None
+        return
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"plans cannot be kept in {place.parent}: {error.strerror or error}"
+        raise UsageError(problem, advice="name a folder with store=..., or the bundle with plan=...") from None
 
 
 def _tuned(deployment: Deployment, tune: Callable[..., Any], on_drift: Callable[[Drift], None] | None) -> Engine | ShapedEngine:
     """Tune and start; where what was found does not start, leave its targets out and tune again."""
     place, targets = deployment.place, deployment.targets
-    if deployment.plan is None:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"plans cannot be kept in {place.parent}: {error.strerror or error}"
-            raise UsageError(problem, advice="name a folder with store=..., or the bundle with plan=...") from error
     while True:
         made = tune(output=place, targets=targets)
         try:

@@ -42,7 +42,8 @@ def load_plan(
     plan can be traded for there.
 
     Raises:
-        UsageError: `path` is no path, the plan has no such alternative (the message lists what it has), or `timeout_s` is no time to wait.
+        UsageError: `path` is no path, `on_drift` no function, the plan has no such alternative (the message lists what it has), or
+            `timeout_s` is no time to wait.
         BundleError: the bundle is missing, damaged, changed, unsafe, newer than this version, or not signed as required.
         Unsupported: neither the plan nor a fallback of it that `on_mismatch` allows runs on this machine.
     """
@@ -51,6 +52,8 @@ def load_plan(
 
     if not isinstance(path, str | PathLike):
         raise UsageError(f"{path!r} is not a path", advice='load_plan("model.aivmm")')
+    if on_drift is not None and not callable(on_drift):
+        raise UsageError(f"on_drift takes a function, and not {on_drift!r}", advice="such as on_drift=print")
     if not is_family(path):  # what serves several plans takes a tenth of a second to import
         single = Engine.load(path, on_mismatch=on_mismatch, require_signature=require_signature, alternative=alternative)
         _set(single, [single], on_drift, timeout_s)
@@ -111,7 +114,8 @@ def deploy(
     Plans are kept below `store`, by default in the user's data folder; `plan` names one bundle to use, and to write, instead. Where a
     target fails to compile, the plan's fallbacks are tried, and then what a tuning finds on the targets that are left. Lists in `shapes`
     and `dims` (also the command line's "32,128" and "32..512") ask for a plan for each, as in `tune`. `prefer` counts when a plan is made,
-    and plans made with another order are kept apart.
+    and plans made with another order are kept apart. Threads and processes that ask for the same plan at once, as workers of a server do,
+    wait for the first of them to tune, and use what it made.
 
         with aivmm.deploy("model.onnx", constraints="latency<100ms") as engine:
             outputs = engine.run({"input": array})
@@ -123,12 +127,17 @@ def deploy(
     from aivmm import arguments
     from aivmm.deployment import Deployment, content_of, run
     from aivmm.planner.objectives import parse_objectives
+    from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions
 
+    name = arguments.model("model", model)
+    arguments.called("on_drift", on_drift)
+    arguments.place("db", db)
     objective, limits = _goal(service_level, objective, constraints)
     among, order = _patterns("targets", targets), _patterns("prefer", prefer)
     listed = (arguments.shapes(shapes), arguments.extents(dims))
     samples, data = arguments.place("inputs", inputs), arguments.place("dataset", dataset)
     lowered, rows = _precisions(precisions), arguments.several("batches", batches, _BATCHES)
+    judge = arguments.text("metric", metric, _METRIC)
     options = {
         "precisions": lowered,
         "batches": rows,
@@ -137,11 +146,26 @@ def deploy(
         "other_shapes": other_shapes,
         "inputs": None if samples is None else content_of(str(inputs)),
         "dataset": None if data is None else content_of(str(dataset)),
-        "metric": arguments.text("metric", metric, _METRIC),
+        "metric": judge,
         **({"prefer": order} if order else {}),
     }
+    spent_s = arguments.seconds("budget_s", budget_s)
+    TuneOptions(  # refuses what a tuning would, also where a kept plan makes one needless: the next machine has none
+        model=name,
+        objective=objective,
+        constraints=limits,
+        precisions=lowered,
+        batches=rows,
+        inputs=samples,
+        dataset=None if data is None else str(data),
+        metric=judge,
+        other_shapes=other_shapes,
+        budget_s=DEFAULT_BUDGET_S if spent_s is None else spent_s,
+        trials=None if trials is None else arguments.whole("trials", trials, "trials=100"),
+        seed=arguments.whole("seed", seed, "seed=0"),
+    )
     deployment = Deployment(
-        model=str(model),
+        model=name,
         objective=",".join(each.name for each in parse_objectives(objective)),  # as plans spell it
         constraints=limits,
         targets=among,
@@ -265,6 +289,7 @@ def tune(
     from aivmm.tuner.shapes import wanted
 
     models = arguments.places("model", model)
+    arguments.place("db", db)
     if not models:
         raise UsageError("no model is given", advice="give the path of one")
     each_shape = wanted(arguments.shapes(shapes), arguments.extents(dims))

@@ -63,6 +63,7 @@ def _default() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DatabaseError(
-            f"cannot make the folder {folder} for the database: {error.strerror or error}", advice="set AIVMM_DB or give --db PATH"
+            f"cannot make the folder {folder} for the database: {error.strerror or error}",
+            advice="set AIVMM_DB, or give --db PATH (db=PATH in Python)",
         ) from error
     return folder / "performance.db"

@@ -33,6 +33,13 @@ WRONG = [
     ({"dims": {"rows": "64..32"}}, "the range 64..32 does not go up"),
     ({"inputs": 5}, "inputs takes a path, and not 5"),
     ({"metric": len}, "metric takes text"),
+    ({"db": 5}, "db takes a path, and not 5"),
+    ({"budget_s": -1}, "a budget of -1.0 s cannot be spent"),
+    ({"budget_s": float("nan")}, "a budget of nan s cannot be spent"),
+    ({"trials": 0}, "--trials 0 is below 1"),
+    ({"seed": -1}, "--seed -1 is not between"),
+    ({"batches": [0]}, "--batch 0 is below 1"),
+    ({"other_shapes": "some"}, "unknown --other-shapes 'some'"),
 ]
 
 
@@ -50,8 +57,18 @@ def test_what_is_of_a_wrong_kind_is_one_line_that_names_the_argument(
 def test_a_model_or_a_plan_that_is_no_path_is_one_line() -> None:
     with pytest.raises(aivmm.UsageError, match="model takes a path, or a list of paths"):
         aivmm.tune(5)  # type: ignore[arg-type]
+    for odd in (5, None, "", b"m.onnx", ["m.onnx"]):
+        with pytest.raises(aivmm.UsageError, match=r"model takes the path of one \.onnx file, and not"):
+            aivmm.deploy(odd, may_tune=False)  # type: ignore[arg-type]
     with pytest.raises(aivmm.UsageError, match="5 is not a path"):
         aivmm.load_plan(5)  # type: ignore[arg-type]
+
+
+def test_what_is_called_later_is_refused_now_where_it_cannot_be() -> None:
+    with pytest.raises(aivmm.UsageError, match="on_drift takes a function, and not 5; such as on_drift=print"):
+        aivmm.deploy("missing.onnx", on_drift=5)  # type: ignore[arg-type]
+    with pytest.raises(aivmm.UsageError, match="on_drift takes a function, and not 5; such as on_drift=print"):
+        aivmm.load_plan("missing.aivmm", on_drift=5)  # type: ignore[arg-type]
 
 
 def test_what_can_be_gone_through_once_is_tuned_for_as_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,45 @@ def test_a_model_that_cannot_be_read_is_one_line(tmp_path: Path, name: str) -> N
 def test_a_store_that_cannot_be_written_is_named(model: Path) -> None:
     with pytest.raises(UsageError, match=r"plans cannot be kept in .*; name a folder with store="):
         aivmm.deploy(model, store="/proc/plans", quiet=True)
+
+
+def test_a_place_that_cannot_hold_the_bundle_is_told_in_words_of_python(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thing").touch()
+    with pytest.raises(UsageError, match=r"the folder holds other things; name another bundle with plan=\.\.\."):
+        aivmm.deploy(model, plan=tmp_path / "other", quiet=True)
+
+
+def test_of_two_that_ask_at_once_one_tunes_and_the_other_uses_its_plan(
+    asked: Callable[..., Deployment], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AIVMM_LOCK", str(tmp_path / "lock"))
+    tuner = Tuner(Part(ONNXRUNTIME))  # it has one plan to give
+
+    def tune(**given: Any) -> TuneResult:
+        until = time.monotonic() + 60
+        while "waiting for its plan" not in caplog.text and time.monotonic() < until:
+            time.sleep(0.01)
+        return tuner(**given)
+
+    with ThreadPoolExecutor(2) as threads:
+        engines = [each.result() for each in [threads.submit(run, asked(), tune=tune, on_drift=None) for _ in range(2)]]
+    for engine in engines:
+        with engine:
+            assert engine.run({"x": normal(2, 16)})["y"].shape == (2, 16)
+    assert len(tuner.asked) == 1 and caplog.text.count("waiting for its plan") == 1
+
+
+def test_after_one_that_failed_the_next_may_tune(asked: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AIVMM_LOCK", str(tmp_path / "lock"))
+
+    def failing(**_: Any) -> TuneResult:
+        raise UsageError("no")
+
+    with pytest.raises(UsageError, match=r"^no$"):
+        run(asked(), tune=failing, on_drift=None)
+    with run(asked(), tune=Tuner(Part(ONNXRUNTIME)), on_drift=None) as engine:
+        assert engine.run({"x": normal(2, 16)})["y"].shape == (2, 16)
 
 
 @pytest.mark.slow
