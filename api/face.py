@@ -42,14 +42,18 @@ def load_plan(
     plan can be traded for there.
 
     Raises:
-        UsageError: `path` is no path, `on_drift` no function, the plan has no such alternative (the message lists what it has), or
-            `timeout_s` is no time to wait.
+        UsageError: `path` is no path, `on_drift` no function, `require_signature` no key, `timeout_s` no time to wait; or the plan has no
+            such alternative (the message lists what it has).
         BundleError: the bundle is missing, damaged, changed, unsafe, newer than this version, or not signed as required.
         Unsupported: neither the plan nor a fallback of it that `on_mismatch` allows runs on this machine.
     """
     from aivmm.runtime.bundle import is_family
     from aivmm.runtime.engine import Engine
 
+    if require_signature is not None and not isinstance(require_signature, str | bytes | Path | Sequence):
+        raise UsageError(
+            f"require_signature takes keys, and not {require_signature!r}", advice='such as require_signature="release.pub.pem"'
+        )
     if not isinstance(path, str | PathLike):
         raise UsageError(f"{path!r} is not a path", advice='load_plan("model.aivmm")')
     if on_drift is not None and not callable(on_drift):
@@ -233,9 +237,11 @@ def devices() -> tuple[Target, ...]:
 
 def evidence(db: str | Path | None = None, **filters: Any) -> pd.DataFrame:
     """Return the probes of a performance database as a frame, a row each; see `aivmm.db.frames.evidence` for the filters."""
+    from aivmm import arguments
     from aivmm.db.database import Database
     from aivmm.db.frames import evidence as frame
 
+    arguments.place("db", db)
     with Database.open(db, make=False) as database:
         return frame(database, **filters)
 

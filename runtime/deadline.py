@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from time import monotonic
+from typing import SupportsFloat
 
 from aivmm.errors import UsageError
 from aivmm.runtime.batching import Outputs
@@ -26,7 +27,7 @@ class Deadlines:
         Raises:
             UsageError: that is no time to wait, or is over before a request may have found company for its batch.
         """
-        if not 0 < timeout_s < float("inf"):
+        if not isinstance(timeout_s, SupportsFloat) or not 0 < timeout_s < float("inf"):
             raise UsageError(f"timeout_s={timeout_s!r} is no time to wait", advice="give seconds above 0, or None")
         wait_s = max((each.batching.max_wait_s for each in executions if each.batching is not None), default=0.0)
         if timeout_s <= wait_s:

@@ -10,7 +10,7 @@ import pytest
 
 import aivmm
 from aivmm import arguments
-from tests.making import chain_model
+from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle
 
 WRONG = [
     ({"constraints": 5}, "constraints takes text, or a list of texts, and not 5; such as constraints="),
@@ -69,6 +69,19 @@ def test_what_is_called_later_is_refused_now_where_it_cannot_be() -> None:
         aivmm.deploy("missing.onnx", on_drift=5)  # type: ignore[arg-type]
     with pytest.raises(aivmm.UsageError, match="on_drift takes a function, and not 5; such as on_drift=print"):
         aivmm.load_plan("missing.aivmm", on_drift=5)  # type: ignore[arg-type]
+
+
+def test_what_loading_takes_is_checked_in_one_line(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "m.aivmm", chain_model(), [Part(ONNXRUNTIME)])
+    for given, words in (
+        ({"timeout_s": "5"}, "timeout_s='5' is no time to wait; give seconds above 0, or None"),
+        ({"require_signature": 5}, "require_signature takes keys, and not 5; such as require_signature="),
+        ({"on_mismatch": None}, "on_mismatch=None is unknown; choose from warn, error, fallback"),
+    ):
+        with pytest.raises(aivmm.UsageError, match=words):
+            aivmm.load_plan(bundle, **given)
+    with pytest.raises(aivmm.UsageError, match="db takes a path, and not 5"):
+        aivmm.evidence(5)  # type: ignore[arg-type]
 
 
 def test_what_can_be_gone_through_once_is_tuned_for_as_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
