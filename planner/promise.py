@@ -91,7 +91,9 @@ class Promise:
 
     @property
     def _outcome(self) -> str:
-        return "kept" if self.kept or self.off is None else f"missed by {self.off:+.0%}".replace("%", " %")
+        if self.kept or self.off is None:
+            return "kept"
+        return f"missed, {_taken(self.off).removesuffix(' time')}"
 
     @property
     def _by_how_much(self) -> str:

@@ -37,7 +37,7 @@ def test_seconds_that_fit_do_not_keep_a_promise_whose_ratio_is_broken() -> None:
     """The plan took what was said only since the machine had become faster: of the reference's time it takes more than was promised."""
     missed = but(proven_s=2.21e-3, proven_ratio=0.65, reference_proven_s=2.21e-3 / 0.65)
     assert missed.kept is False
-    assert "proven 0.65: missed by +19 %. 2.21 ms expected; openvino:CPU fp32 took 16 % less time in the proof" in missed.sentence
+    assert "proven 0.65: missed, 19 % more. 2.21 ms expected; openvino:CPU fp32 took 16 % less time in the proof" in missed.sentence
 
 
 def test_errors_of_both_races_count() -> None:
@@ -65,5 +65,5 @@ def test_what_cannot_be_judged_is_not_called_kept() -> None:
 
 def test_the_short_of_it_is_the_outcome_and_the_time_that_the_machine_left_of_the_promise() -> None:
     assert MOVED.short == ("kept: 0.545 of the reference's time, proven 0.549", "1.85 ms at its speed in the proof; proven 1.86 ms")
-    assert but(proven_ratio=0.65).short[0] == "missed by +19 %: 0.545 of the reference's time, proven 0.65"
+    assert but(proven_ratio=0.65).short[0] == "missed, 19 % more: 0.545 of the reference's time, proven 0.65"
     assert but(proven_ratio=None).short == ("proven 1.86 ms", "no ratio to judge by")
