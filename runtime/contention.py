@@ -41,7 +41,7 @@ class Contention:
         """Watch by observations of `least_ns`; what is told has lasted for `least_calls` and for `least_s` of calls."""
         self._machine = machine
         self._witness = witness
-        self._cusum = Cusum()
+        self._cusum = Cusum(forgets=callers == 1)
         self._callers = callers
         self._least_ns, self._least_calls, self._least_s = least_ns, least_calls, least_s
         self._warm: list[float] | None = []  # observations of the warm-up; None afterwards

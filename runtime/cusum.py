@@ -7,8 +7,9 @@
 beginning included, plus two standard errors of it. The limit h is `_LIMIT`, or what noise of the variance seen reaches once in
 exp(`_PATIENCE`) steps by Brownian motion (variance * _PATIENCE / 2k; Siegmund, "Sequential Analysis", 1985); both are taken again when
 twice as much was seen without an excursion that mattered. And they are taken anew from the last observations where these have lain below
-the baseline for `_FASTER_S`: what was learnt while a host was slow says nothing of what it does when it is not. Up the baseline goes with
-what came back by itself only: what stays slow is not learnt.
+the baseline for `_FASTER_S` and for as many as it was learnt from: what was learnt while a host was slow says nothing of what it does when
+it is not, and a few fast seconds say little of what it does for minutes. Up the baseline goes with what came back by itself only: what
+stays slow is not learnt.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ _FASTER_LEAST = 3 * _NEIGHBOURS  # observations
 class Cusum:
     """Watches the logarithms of a quantity for a lasting growth by 30 %. Used by one thread at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, forgets: bool = True) -> None:
+        """Watch; where it `forgets`, low observations take the place of all before: not where these depend on what is asked for."""
+        self._forgets = forgets
         self.sum = 0.0
         self.limit = _LIMIT
         self.level = math.inf
@@ -69,18 +72,24 @@ class Cusum:
         """
         if learns and self._learned < _LEARNT and len(self._pending) < _LEARNT:
             self._pending.append(observed)
-        self._drop = max(0.0, self._drop + self.baseline - observed - _FASTER) if learns else 0.0
+        if self._forgets:
+            self._fall(observed, seconds if learns else 0.0)
+        step = observed - self.level
+        self.sum = min(self.limit, max(0.0, self.sum + min(CLIP, step)))
+        return step
+
+    def _fall(self, observed: float, seconds: float) -> None:
+        """Learn anew where enough observations have lain below the baseline."""
+        self._drop = max(0.0, self._drop + self.baseline - observed - _FASTER) if seconds else 0.0
         self._faster.append(observed)
         self._faster_s += seconds
         if not self._drop:
             self._faster.clear()
             self._faster_s = 0.0
-        elif self._faster_s >= _FASTER_S and len(self._faster) >= _FASTER_LEAST and self._drop >= self.limit:
+        least = max(_FASTER_LEAST, min(_LEARNT, self._learned))
+        if self._faster_s >= _FASTER_S and len(self._faster) >= least and self._drop >= self.limit:
             self._pending.clear()
             self.learn(self._faster)
-        step = observed - self.level
-        self.sum = min(self.limit, max(0.0, self.sum + min(CLIP, step)))
-        return step
 
     def over(self, *, usual: bool) -> None:
         """Take note that no excursion goes on any more, and learn of the last one where that was as `usual` as any."""

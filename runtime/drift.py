@@ -119,7 +119,7 @@ class DriftMonitor:
         self._warming = True
         self._skip = _SKIPPED_BLOCKS
         self._recent: deque[int] = deque(maxlen=_LEAST_CALLS)
-        self._cusum = Cusum()  # of the logarithms of means, in nanoseconds
+        self._cusum = Cusum(forgets=callers == 1)  # of the logarithms of means, in nanoseconds; fewer callers at once are faster
         self._most_ns = 0  # what a call counts for at most
         self._part_ns = self._part_calls = 0  # of one that is not whole
         self._calls = 0  # in this excursion

@@ -57,15 +57,21 @@ class Others(ByHand):
         self.busy = busy
 
     def passes(self, seconds: float, **counted: float) -> None:
-        waited = min(0.95, self.busy) * seconds
-        super().passes(seconds, **({"own": seconds - waited, "others": self.busy * seconds, "waited": waited} | counted))
+        super().passes(seconds, **({"own": seconds, "others": self.busy * seconds, "waited": self.busy * seconds} | counted))
+
+
+class Sharing(Others):
+    """Others take less than a core, the one that all calls run on."""
+
+    def passes(self, seconds: float, **counted: float) -> None:
+        super().passes(seconds, **({"own": (1 - self.busy) * seconds} | counted))
 
 
 class Elsewhere(Others):
     """Others work on other cores, and nobody waits for them."""
 
     def passes(self, seconds: float, **counted: float) -> None:
-        super().passes(seconds, **({"own": seconds, "waited": 0.0} | counted))
+        super().passes(seconds, **({"waited": 0.0} | counted))
 
 
 class Suspicious(Others):

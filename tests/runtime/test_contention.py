@@ -161,13 +161,25 @@ def test_minutes_of_moods_clocks_and_bursts_are_no_drift(call_s: float, minutes:
     assert not core.told
 
 
-def test_what_a_slow_host_taught_is_forgotten_when_it_is_fast() -> None:
+@pytest.mark.parametrize(("slow_s", "fast_s"), [(3.0, 8.0), (60.0, 60.0)])
+def test_what_a_slow_host_taught_is_forgotten_when_it_is_fast_for_as_long(slow_s: float, fast_s: float) -> None:
     """Who slows calls from another core leaves them all of their CPU time: only a baseline of the fast host shows him."""
     core = Core(5e-3)
-    core.run(60.0, host=1.25)
-    assert core.run(8.0) == 0
+    core.run(slow_s, host=1.25)
+    assert core.run(fast_s) == 0
     assert core.soon(host=1.35, elsewhere=1.0)
     assert core.told[0][1].baseline_mean_s == pytest.approx(5e-3, rel=0.03)
+
+
+def test_a_few_fast_seconds_make_no_drift_of_what_was_usual_before() -> None:
+    """Nor is it one that who has fewer requests at once has faster ones for a while."""
+    core = Core(5e-3)
+    core.run(100.0, host=1.3)
+    core.run(8.0)
+    assert core.run(150.0, host=1.3) == 0
+    core.monitor = DriftMonitor(None, callers=4, tell=lambda event: core.told.append((core.calls, event)), machine=core.machine)
+    for factor, seconds in ((2.0, 200.0), (1.0, 60.0), (2.0, 90.0)):
+        assert core.run(seconds, host=factor) == 0
 
 
 def test_calls_that_wait_for_something_else_are_no_contention() -> None:

@@ -188,7 +188,7 @@ def test_an_event_says_what_is_slower_where_most_calls_are_not() -> None:
 @given(factor=st.floats(1.3, 5.0), call=st.floats(3e-3, 0.1), spread=st.floats(0.0, 0.1), seed=st.integers(0, 2**32 - 1))
 def test_more_is_reported_as_well(factor: float, call: float, spread: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    before = call * np.exp(rng.normal(0, spread, int(max(20 * BLOCK, 0.7 / call))))
+    before = call * np.exp(rng.normal(0, spread, int(max(60 * BLOCK, 0.7 / call))))
     after = factor * call * np.exp(rng.normal(0, spread, 400))
     ((calls, event),) = feed(monitor(plan_says(call)), np.concatenate([before, after]))
     assert calls <= len(before) + 200

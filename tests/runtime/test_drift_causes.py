@@ -24,7 +24,7 @@ from aivmm.runtime.drift import BLOCK, Drift, DriftMonitor
 from aivmm.runtime.paces import PacedMonitor
 from aivmm.runtime.plan import Number
 from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, normal
-from tests.runtime.machines import ByHand, Others, counted
+from tests.runtime.machines import ByHand, Others, Sharing, counted
 
 Floats = npt.NDArray[np.float64]
 CALL_S = 5e-3
@@ -112,7 +112,7 @@ def test_what_others_take_is_told_within_200_calls_on_hosts_with_modes_too(noise
 
 @pytest.mark.parametrize("seed", range(5))
 def test_what_others_take_is_told_within_200_calls_when_the_host_is_slow_as_well(seed: int) -> None:
-    watch = Watched()
+    watch = Watched(machine=Sharing(0.02))
     watch.feed(white(30.0, seed=seed))
     before = watch.calls
     assert watch.feed(white(3.0, factor=2.0, seed=seed + 1), others=0.25) == 1
