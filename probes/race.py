@@ -306,12 +306,12 @@ def race(
                 if count + 1 >= least_rounds and enough(count + 1):
                     break
             elif count + 1 >= look:
-                if not _undecided(contestants, 1 - _PEEK * (1 - confidence)):
+                if not undecided(contestants, 1 - _PEEK * (1 - confidence)):
                     break
                 look = max(look + 1, round(look * _LOOKS))
     finally:
         turns.end()
-    for each in _undecided(contestants, confidence):
+    for each in undecided(contestants, confidence):
         each.cautions = (_NEVER_SETTLED,)
     return number
 
@@ -451,8 +451,8 @@ def _drop_hopeless(contestants: Sequence[Contestant], rounds: int) -> None:
             each.dropped = f"hopeless: {_within(each, leader, 0.95).ratio:.2f} times the leader's time"
 
 
-def _undecided(contestants: Sequence[Contestant], confidence: float) -> list[Contestant]:
-    """Return whose verdict against the leader is open and whose interval is wider than ±1.5 %."""
+def undecided(contestants: Sequence[Contestant], confidence: float = 0.95) -> list[Contestant]:
+    """Return whose verdict against the leader is open and whose interval is wider than ±1.5 %, of those that still take turns."""
     leader = leader_of(contestants)
     if leader is None:
         return []

@@ -15,7 +15,7 @@ from aivmm.planner.objectives import OBJECTIVES, Objective, counts_rate
 from aivmm.probes import conditions
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.machine import BackgroundLoad, measuring, wait_until_quiet
-from aivmm.probes.race import Contestant, RaceState, block_s, far_behind, leader_of, race, runs_single
+from aivmm.probes.race import Contestant, RaceState, block_s, far_behind, leader_of, race, runs_single, undecided
 from aivmm.probes.records import Samples
 from aivmm.probes.timer import BATCH_BELOW_S
 from aivmm.runtime.cpu import usable_cores
@@ -31,6 +31,8 @@ _LEAST_S, _MOST_S = 4.0, 6.5
 _ROUNDS = 20
 _SPEED = ("latency", "throughput")  # objectives and limits of which a race tells all
 _LOADS, _MOST_LOADS, _CORES_TO_LOAD = 2, 6, 4  # entrants that are loaded at once: two, or as many as have so many cores each
+_ROUNDS_TO_PROVE = 10  # at least, where there is time for them
+_SETTLE_S = 12.0  # on top of it, for those alone that may be the plan and are not told apart
 _WORTH_CHANGING = 0.97  # two processes that run the very same differ by as much: a smaller gain may be gone in the next one
 _SWITCH_S = 0.03  # between two workers: until the one before has stopped spinning
 TAIL_SAMPLES = 500  # below this a 99th percentile is not given
@@ -154,16 +156,18 @@ class Prover:
         for each in contestants:
             each.durations.clear()
             each.rounds.clear()
-        race(
+        tell = cards.beside(lambda state: self._tell("proving the plan against the baselines", state))
+        next_round = race(
             contestants,
             budget_s=_racing_s([each for each in contestants if each.racing]),
-            least_rounds=10,
+            least_rounds=_ROUNDS_TO_PROVE,
             most_rounds=200,
             seed=self._seed + 1,
             first_round=next_round,
             tire=self._tire(),
-            tell=cards.beside(lambda state: self._tell("proving the plan against the baselines", state)),
+            tell=tell,
         )
+        self._settle(next_round, tell)
         load_cores, after = load.read(pids), conditions.read(self._targets())
         self._proof.cautions = (*conditions.cautions(before, after, load_cores=load_cores), *cards.cautions())
         for entrant in self._proof.entrants:
@@ -180,6 +184,32 @@ class Prover:
             entrant.confirmed = entrant.contestant.samples()
             entrant.metrics |= around
             self._measure(entrant, entrant.confirmed)
+
+    def _settle(self, next_round: int, tell: Callable[[RaceState], None]) -> None:
+        """Let those run on that may be the plan and are not told apart, where time ended the race before it had its rounds.
+
+        With many entrants that many callers keep busy a round takes seconds, and three of them tell little on a machine that is not quiet:
+        what takes a third of the best baseline's time would not be the plan for that alone.
+        """
+        may_be = [each for each in self._proof.entrants if each.eligible and each.contestant is not None and each.contestant.durations]
+        field = [each.contestant for each in may_be if each.contestant is not None and each.contestant.racing and not each.contestant.rests]
+        done = max((len(set(each.rounds)) for each in field), default=_ROUNDS_TO_PROVE)
+        leader, still_open = leader_of(field), undecided(field)
+        if leader is None or not still_open or done >= _ROUNDS_TO_PROVE:
+            return
+        for each in still_open:
+            each.cautions = ()  # which say that it is open
+        left = _ROUNDS_TO_PROVE - done
+        race(
+            [leader, *still_open],
+            budget_s=_SETTLE_S,
+            least_rounds=min(3, left),
+            most_rounds=left,
+            seed=self._seed + 2,
+            first_round=next_round,
+            warmup=False,
+            tell=tell,
+        )
 
     def _tire(self) -> Callable[[int], None] | None:
         """Return what lets baselines rest that are far behind what may be the plan, where speed alone decides which that is."""

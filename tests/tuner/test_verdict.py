@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -12,12 +13,13 @@ from aivmm.planner.constraints import Violation, parse
 from aivmm.planner.objectives import parse_objectives
 from aivmm.probes.client import Worker
 from aivmm.probes.compare import Comparison, Word
-from aivmm.probes.race import Contestant
+from aivmm.probes.race import Contestant, RaceState, race, undecided
 from aivmm.runtime.config import Config
 from aivmm.tuner.proof import Entrant, Proof, call_s, interval_s, sample_s
 from aivmm.tuner.prove import Prover, loads_at_once
 from aivmm.tuner.verdict import describe, factor_text, sentence
 from tests.planner.test_search import target
+from tests.probes.test_compare import Known
 
 ROUNDS = 40
 
@@ -242,3 +244,53 @@ def test_nobody_rests_for_the_sake_of_a_lowered_one_that_is_not_yet_judged_on_ev
 @pytest.mark.parametrize(("cores", "loads"), [(1, 2), (8, 2), (16, 4), (64, 6)])
 def test_as_many_entrants_are_loaded_at_once_as_have_cores(cores: int, loads: int) -> None:
     assert loads_at_once(cores) == loads
+
+
+def unsettled(noise: float, rounds: int, **took: float) -> tuple[Prover, dict[str, Contestant], Known]:
+    """Return a proof whose race ended after so few rounds on a machine that is not quiet."""
+    worker, entrants = Known(took, noise=noise), []
+    for name in took:
+        each = entrant(name, took[name], role="candidate" if name == "ours" else "baseline")
+        each.worker = cast(Any, worker)
+        each.contestant = Contestant(name, cast(Any, worker), keep=True)
+        entrants.append(each)
+    racing = {each.draft.name: each.contestant for each in entrants if each.contestant is not None}
+    race(list(racing.values()), budget_s=60, least_rounds=rounds, most_rounds=rounds)
+    return Prover(entrants, constraints=(), cosine_limit=None, seed=0, tell=lambda what, state: None), racing, worker
+
+
+def test_what_time_left_open_is_raced_on_with_the_best_alone() -> None:
+    prover, racing, worker = unsettled(9.0, 3, ours=1.0, theirs=3.0, far=500.0)
+    before = list(worker.asked)
+    assert [each.name for each in undecided(list(racing.values()))] == ["theirs"]
+    assert [each.code for each in racing["theirs"].cautions] == ["never-settled"]
+    states = list[RaceState]()
+    prover._settle(3, states.append)
+    after = worker.asked[len(before) :]
+    assert set(after) == {"ours", "theirs"} and len(after) <= 2 * 7  # ten rounds in all at most
+    assert not undecided(list(racing.values())) and racing["theirs"].cautions == ()
+    assert set(racing["theirs"].rounds) == set(range(3 + len(after) // 2)) and len(states) == len(after) // 2
+
+
+@pytest.mark.parametrize(
+    ("rounds", "took"),
+    [
+        (3, {"ours": 1.0, "theirs": 30.0}),  # clear
+        (12, {"ours": 1.0, "theirs": 1.0}),  # as long as it may be
+    ],
+)
+def test_what_is_clear_or_had_its_rounds_is_not_raced_on(rounds: int, took: dict[str, float]) -> None:
+    prover, _, worker = unsettled(0.3, rounds, **took)
+    before = len(worker.asked)
+    prover._settle(rounds, lambda state: None)
+    assert len(worker.asked) == before
+
+
+def test_what_may_not_be_the_plan_is_not_raced_on() -> None:
+    prover, racing, worker = unsettled(1.0, 3, ours=1.0, theirs=1.0)
+    assert undecided(list(racing.values()))
+    for each in prover._proof.entrants:
+        each.problem = "it is wrong" if each.draft.name == "theirs" else ""
+    before = len(worker.asked)
+    prover._settle(3, lambda state: None)
+    assert len(worker.asked) == before
