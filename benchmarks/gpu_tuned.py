@@ -119,12 +119,13 @@ def tuned_bundle(
     if output.exists():
         return output
     command = [sys.executable, "-m", "aivmm", "tune", str(path), "--objective", objective, "--targets", targets, "--budget", budget]
-    command += [*options, "--json", "-q", "-o", str(output), "--db", str(output.with_suffix(".db"))]
+    command += [*options, "--json", "-o", str(output), "--db", str(output.with_suffix(".db"))]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=_TUNE_LIMIT_S)
     except subprocess.TimeoutExpired:
         return f"no end within {_TUNE_LIMIT_S} s"
     output.with_suffix(".json").write_text(ran.stdout)
+    print(ran.stdout, ran.stderr, flush=True)  # what outlives the machine: why this is the plan, and when each phase began
     return output if ran.returncode == 0 else (ran.stderr.strip() or ran.stdout)[-400:]
 
 
