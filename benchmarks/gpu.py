@@ -203,8 +203,8 @@ def overhead(folder: Path, shared: Path) -> dict[str, Any]:
             try:
                 part = Part("onnxruntime:CUDA:0", settings=tuple(settings.items()))
                 running = engine(folder, name, model, [part])
-                # On the engine's own session: of two sessions the one that is called twice as often finds its own things in the caches, which
-                # made 1 to 6 % on H200s. Not with a graph, which holds the addresses that it was recorded with.
+                # On the engine's own session: of two the one that is called twice as often finds its own things in the caches, which made
+                # 1 to 6 % on H200s. Not with a graph, which holds the addresses that it was recorded with.
                 graph = label == "graph"
                 own = session(model, _provider(settings)) if graph else running._program._executables[0][0]._session
                 bare = _bare(own, feed, graph=graph)
