@@ -156,7 +156,7 @@ class Prover:
         for each in contestants:
             each.durations.clear()
             each.rounds.clear()
-        tell = cards.beside(lambda state: self._tell("proving the plan against the baselines", state))
+        tell: Callable[[RaceState], None] = cards.beside(lambda state: self._tell("proving the plan against the baselines", state))
         next_round = race(
             contestants,
             budget_s=_racing_s([each for each in contestants if each.racing]),
