@@ -132,15 +132,27 @@ def shared(bundle: Path, inputs: Any, nice: int) -> dict[str, Any]:
     }
 
 
+class Pretended(Machine):
+    """A machine on which calls that are fed, and never run, have had the CPU time that they are said to have taken."""
+
+    fed_s = 0.0
+
+    def own_s(self) -> float:
+        """Return the CPU time of this process, and of those calls."""
+        return super().own_s() + self.fed_s
+
+
 def cost_s() -> float:
     """Return what feeding the monitor takes a call, in seconds: the least of several means."""
-    monitor = DriftMonitor(None, tell=lambda event: None)
+    machine = Pretended()
+    monitor = DriftMonitor(None, tell=lambda event: None, machine=machine)
     rng = np.random.default_rng(0)
     blocks = [(5e6 * np.exp(rng.normal(0, 0.05, BLOCK))).astype(int).tolist() for _ in range(1000)]
     best = float("inf")
     for _ in range(20):
         started = time.perf_counter()
         for each in blocks:
+            machine.fed_s += 5e-3 * BLOCK
             monitor.add(each)
         best = min(best, (time.perf_counter() - started) / (len(blocks) * BLOCK))
     return best

@@ -90,9 +90,10 @@ class Contention:
         self._cusum.take(observed, seconds=busy_ns / 1e9 / self._callers, learns=learns)
         if self._cusum.sum <= 0.0:
             self._cusum.over(usual=learns and not self._held.asked_calls)
-            self._observed = self._calls = self._busy_ns = 0
-            self.told = False
-            self._held = _Held()
+            if self._observed:
+                self._observed = self._calls = self._busy_ns = 0
+                self.told = False
+                self._held = _Held()
             return
         self._observed += 1
         self._calls += calls

@@ -72,20 +72,25 @@ class Cusum:
         """
         if learns and self._learned < _LEARNT and len(self._pending) < _LEARNT:
             self._pending.append(observed)
-        if self._forgets:
+        if self._forgets and (self._drop or observed < self.baseline - _FASTER):
             self._fall(observed, seconds if learns else 0.0)
         step = observed - self.level
-        self.sum = min(self.limit, max(0.0, self.sum + min(CLIP, step)))
+        total = self.sum + (step if step < CLIP else CLIP)
+        if total <= 0.0:
+            self.sum = 0.0
+        else:
+            self.sum = total if total < self.limit else self.limit
         return step
 
     def _fall(self, observed: float, seconds: float) -> None:
         """Learn anew where enough observations have lain below the baseline."""
         self._drop = max(0.0, self._drop + self.baseline - observed - _FASTER) if seconds else 0.0
-        self._faster.append(observed)
-        self._faster_s += seconds
         if not self._drop:
             self._faster.clear()
             self._faster_s = 0.0
+            return
+        self._faster.append(observed)
+        self._faster_s += seconds
         least = max(_FASTER_LEAST, min(_LEARNT, self._learned))
         if self._faster_s >= _FASTER_S and len(self._faster) >= least and self._drop >= self.limit:
             self._pending.clear()

@@ -145,7 +145,8 @@ class DriftMonitor:
         with self._lock:
             found = [self._warm_up((sum(each), len(each), each)) if self._warming else self._gather(each) for each in blocks]
             found.append(self._compare(sum(durations_ns), len(durations_ns)))
-        self._tell_or_wait(found)
+        if any(found):
+            self._tell_or_wait(found)
 
     def add_short(self, blocks: Sequence[Sequence[int]]) -> None:
         """Take those of calls that are much shorter than a slice, all that came since the last time, by observations or nearly so."""
@@ -161,7 +162,8 @@ class DriftMonitor:
                 self._witness.busy_ns += total_ns
                 found.append(self._put_together(total_ns, calls))
             found.append(self._compare(sum(map(sum, blocks)), sum(map(len, blocks))))
-        self._tell_or_wait(found)
+        if any(found):
+            self._tell_or_wait(found)
 
     def resume(self) -> None:
         """Take note that other calls than those watched here came meanwhile."""
