@@ -228,7 +228,7 @@ def test_what_the_engine_takes_is_in_what_was_raced_there_under_whatever_name_it
     two = replace(one, callers=2)
     found = decider(TuneOptions(model="m", objective="throughput"), other, (two, score))
     found.explorer.known = {two.key: (two, score), other[0].key: other}
-    found.explorer.aliases = []
+    found.explorer.aliases = found.explorer.baselines = []
     found._cutter = cast(Any, SimpleNamespace(engine_s=0.001))
     found._whole[two.key] = on_engine(0.011)
     for name in ("candidate 1", "GPU.0 default, batch 8"):
