@@ -5,29 +5,62 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from aivmm.runtime import hot
 
 RING = 1024  # durations remembered per stage and lane
 QUANTILES = (50, 90, 99)
 _UNUSED = 1 << 20  # numbers that the interpreter does not share, of the size of durations
 
 
-class StageClock:
-    """Durations of one stage in one lane, in nanoseconds: the last ones, how many there were and their sum.
+class PythonClock:
+    """What each call counts: the fields of a clock that it touches. `_hot.Clock` is the same in C.
 
-    Only its lane writes. The last ones are whole from early on, so that a call takes the memory of one that is forgotten: new pages
-    would cost a fault for each hundred calls. They are added up before they are forgotten, and not at each call, which would touch a sum
-    besides. A look from another thread may miss the call that is being counted.
+    The last durations are whole from early on, so that a call takes the memory of one that is forgotten: new pages would cost a fault for
+    each hundred calls.
     """
 
-    __slots__ = ("added_up", "count", "durations", "late_bytes", "wait_count", "wait_ns", "waits")
+    __slots__ = ("_ring", "count", "due", "due_ns", "ended_ns", "note")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.due = self.due_ns = 0  # the count at which, and the time from which, what was timed is passed on: see `WatchedClock`
+        self.ended_ns = 0  # the last call
+        self._ring: deque[int] = deque(maxlen=RING)
+        self.note = self._ring.append  # a duration; whoever notes one counts it next
+
+    def fill(self) -> None:
+        """Take the memory of what is still to come of the last durations."""
+        missing = RING - len(self._ring)
+        if missing:
+            self._ring.extendleft(range(_UNUSED, _UNUSED + missing))
+
+    def newest(self, many: int) -> list[int]:
+        """Return the durations of so many of the last calls, the very last first; of at most as many as are remembered."""
+        return _newest(self._ring, max(0, min(many, self.count, RING)))
+
+
+if TYPE_CHECKING:
+    from aivmm.runtime._hot import Clock
+else:
+    Clock = PythonClock if hot.native is None else hot.native.Clock
+
+
+class StageClock(Clock):
+    """Durations of one stage in one lane, in nanoseconds: the last ones, how many there were and their sum.
+
+    Only its lane writes. The last ones are added up before they are forgotten, and not at each call, which would touch a sum besides. A
+    look from another thread may miss the call that is being counted.
+    """
+
+    __slots__ = ("added_up", "late_bytes", "wait_count", "wait_ns", "waits")
 
     def __init__(self, *, full: bool = True) -> None:
         """With `full` take the memory of the last ones now, else when `fill` is called."""
-        self.count = 0
-        self.durations: deque[int] = deque(maxlen=RING)
+        super().__init__()
         if full:
             self.fill()
         self.added_up = 0, 0  # so many runs, and what they took; one object, so that a look sees both or neither
@@ -36,15 +69,9 @@ class StageClock:
         self.wait_count = 0
         self.late_bytes = 0  # of outputs whose size is known only after the run
 
-    def fill(self) -> None:
-        """Take the memory of what is still to come of the last durations."""
-        missing = RING - len(self.durations)
-        if missing:
-            self.durations.extendleft(range(_UNUSED, _UNUSED + missing))
-
     def took(self, nanoseconds: int) -> None:
         """Count a run. `Lane.call` and `shortest` do so without this call, and `add_up` after `RING` of them at the latest."""
-        self.durations.append(nanoseconds)
+        self.note(nanoseconds)
         self.count = count = self.count + 1
         if count - self.added_up[0] >= RING:
             self.add_up()
@@ -58,13 +85,13 @@ class StageClock:
         """The sum of all durations."""
         while True:
             before = self.added_up
-            total_ns = before[1] + sum(_newest(self.durations, min(RING, self.count - before[0])))
+            total_ns = before[1] + sum(self.newest(self.count - before[0]))
             if self.added_up is before:  # its lane has not added up meanwhile
                 return total_ns
 
     def last(self, many: int) -> list[int]:
         """Return the durations of the last `many` runs, in their order; of at most as many as are remembered."""
-        found = _newest(self.durations, min(many, self.count, RING))
+        found = self.newest(many)
         found.reverse()
         return found
 

@@ -28,6 +28,7 @@ from aivmm.runtime.plan import Execution, Plan, Stage, agree
 from aivmm.runtime.pool import closed
 from aivmm.runtime.program import Program
 from aivmm.runtime.registry import load_backend
+from aivmm.runtime.shortest import hot_path
 from aivmm.runtime.signing import Key
 from aivmm.runtime.streaming import ordered
 from aivmm.runtime.target import Target
@@ -282,10 +283,9 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Return what has run so far: per stage the count, latency and queue-wait quantiles in seconds and bytes made, and the events."""
-        figures = self._program.stats()
         return {
-            "runs": figures["stages"][0]["count"],
-            **figures,
+            **self._program.stats(),
+            **hot_path(self._program, watched=self._deadlines is not None),
             "callers": self.plan.callers,
             "load_s": self.load_s,
             **self._bundle.hashing,

@@ -58,6 +58,11 @@ class Feed:
             assert own is not None
             self._bind(own)
 
+    @property
+    def copied_bytes(self) -> int:
+        """The size of an input that is copied in, as each new one is that is small; 0 where it is bound."""
+        return (self._spec.nbytes or 0) if self._copies else 0
+
     def own(self) -> Buffer | None:
         """Return the lane's own buffer for the input; None when its size is not known before the call."""
         if self._own is None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from sys import getrefcount
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -47,14 +49,17 @@ class Slot:
     `after` is the one to look at next: what was handed out longest ago is the first that nobody has any more. `alone` is what is counted of
     a face that no caller has. How many of our own references there are to count hangs on the way it is asked, and on the interpreter: so it
     is asked at first, in the same way. Where there is one output only, `face` is its face, and `face_alone` what is counted by that way.
+    `ready` and `shown` are for the hot path in C: how it runs the request, and the view of `face` that it handed out last. That one is kept
+    to be handed out again once its caller has let it go, so who counts references in Python lets it go first.
     """
 
-    __slots__ = ("after", "alone", "arrays", "face", "face_alone", "faces", "forget", "request", "runs", "stale")
+    __slots__ = ("after", "alone", "arrays", "face", "face_alone", "faces", "forget", "ready", "request", "runs", "shown", "stale")
 
     def __init__(self, executable: Executable, outputs: Sequence[TensorSpec], *, lent: bool) -> None:
         self.after: Slot | None = None
         self.request = executable.new_request()
-        self.runs: Callable[[], object] = self.request.run
+        self.run_by(self.request.run)
+        self.shown: Buffer | None = None
         self.stale = True  # inputs were bound since it ran last
         self.forget: Callable[[], None] | None = getattr(self.request, ForgetsInputs.forget_inputs.__name__, None)
         arrays = []
@@ -68,6 +73,19 @@ class Slot:
         self.alone = _count(self)
         self.face_alone = getrefcount(self.face)
 
+    def run_by(self, runs: Callable[[], object]) -> None:
+        """Have each run call `runs`."""
+        self.runs = runs
+        self.ready = _ready(runs)
+
+
+def _ready(runs: Callable[[], object]) -> object:
+    """Return a call of the runtime's as its function and all its arguments, so that none has to put them together; else `runs` itself."""
+    if type(runs) is not partial or runs.keywords:
+        return runs
+    function, arguments = runs.func, runs.args
+    return (function.__func__, (function.__self__, *arguments)) if type(function) is MethodType else (function, arguments)
+
 
 def _count(slot: Slot) -> int:
     # Never through a variable: a debugger that looks at those of this frame would be counted, too.
@@ -77,6 +95,7 @@ def _count(slot: Slot) -> int:
 
 
 def _is_free(slot: Slot) -> bool:
+    slot.shown = None
     for face in slot.faces:  # noqa: SIM110 - counted as `alone` was
         if getrefcount(face[1]) > slot.alone:
             return False
@@ -121,7 +140,7 @@ class Handing:
         self._made: Callable[[Slot], Callable[[], object]] = direct_call
         found = _directly(self.private.request)
         self._explained = None if found is None else found[1]
-        self.private.runs = direct_call(self.private)
+        self.private.run_by(direct_call(self.private))
 
     def bind(self, name: str, buffer: Buffer) -> None:
         """Have each run read `buffer`; the runtime is told when a request runs next, and refuses it then."""
@@ -136,7 +155,7 @@ class Handing:
         """Run each request, those to come too, by what `made` returns for it."""
         self._made = made
         for slot in (self.private, *self.slots):
-            slot.runs = made(slot)
+            slot.run_by(made(slot))
 
     def next(self) -> Slot:
         """Return a request whose arrays nobody has, with its inputs bound.
@@ -181,7 +200,7 @@ class Handing:
         made = None
         while made is not self._made:  # which a trace that begins or ends may change meanwhile
             made = self._made
-            slot.runs = made(slot)
+            slot.run_by(made(slot))
         return slot
 
     def close(self) -> None:

@@ -165,7 +165,7 @@ class Lane(WatchedClock):
                 handing.refuse(error)
                 raise
             ended_ns = clock()
-            lane.durations.append(ended_ns - started_ns)
+            lane.note(ended_ns - started_ns)
             lane.count = count = lane.count + 1
             if count >= lane.due or ended_ns >= lane.due_ns:
                 lane.pass_on(started_ns, ended_ns)

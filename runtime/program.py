@@ -78,6 +78,7 @@ class Program:
         by_threads = self.pipelined or batching is not None
         # What a request is given costs no copy and is its own, so there is nothing to lend.
         self.gives = not by_threads and all(each.short for each in self.lanes)
+        self.of_one = all(each.of_one for each in self.lanes)
         # What `run` does: by and by something shorter, and in the end it refuses.
         self.ask: Callable[[Mapping[str, Any]], Outputs] = self._run_by_threads if by_threads else self._first
         _running.add(self)  # last: what is not whole cannot be closed
@@ -285,7 +286,14 @@ class Program:
         with self._lock:
             waits = {"count": self._turn.wait_count, "total_s": self._turn.wait_ns / 1e9, **quantiles_s([self._turn.waits])}
         batches = self._batcher.stats() if self._batcher else None
-        return {"mode": self.execution.mode, "lanes": len(self.lanes), "stages": stages, "waits": waits, "batches": batches}
+        return {
+            "runs": stages[0]["count"],
+            "mode": self.execution.mode,
+            "lanes": len(self.lanes),
+            "stages": stages,
+            "waits": waits,
+            "batches": batches,
+        }
 
     def close(self) -> None:
         """Wait for the requests in flight, stop the threads, free what the runtimes hold. Calling it again does nothing."""

@@ -3,7 +3,7 @@
 A model leaves the caches cold, and then each line of memory that is touched, and each page, the interpreter's own too, costs a part of the
 ten microseconds that the whole engine may take. So there are few steps, and few objects of few types: what they refer to lies side by
 side in the lane and in the function's defaults (each of which is counted at each call, so that what is seldom wanted is one of them), and
-taking and giving back a lane are `Pool.get` and `put` without their calls.
+taking and giving back a lane are `Pool.get` and `put` without their calls. Fewer still in C: see `hot` and decision 0066.
 """
 
 from __future__ import annotations
@@ -13,8 +13,13 @@ from sys import getrefcount
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
+from numpy import ndarray
+
 from aivmm.errors import Unsupported, UsageError
+from aivmm.runtime import hot
 from aivmm.runtime.batching import Outputs
+from aivmm.runtime.feed import Feed
+from aivmm.runtime.handing import Handing, Slot
 from aivmm.runtime.inputs import refuse_unknown
 from aivmm.runtime.lane import Lane
 from aivmm.tensors import TensorSpec
@@ -22,15 +27,52 @@ from aivmm.tensors import TensorSpec
 if TYPE_CHECKING:
     from aivmm.runtime.program import Program
 
+Ask = Callable[[Mapping[str, Any]], Outputs]  # what answers a request
 Instead = Callable[["Program", Mapping[str, Any], BaseException], Outputs]  # what answers a request that failed
 
 
-def shortest(program: Program, instead: Instead) -> Callable[[Mapping[str, Any]], Outputs]:
+def shortest(program: Program, instead: Instead) -> Ask:
     """Return what answers a request of a program whose callers run it themselves, and by `instead` where that fails."""
-    return _of_one(program, instead) if all(each.of_one for each in program.lanes) else _of_any(program, instead)
+    if not all(each.of_one for each in program.lanes):
+        return _of_any(program, instead)
+    reference = _of_one(program, instead)
+    return reference if hot.native is None else _native(program, instead, reference)
 
 
-def _of_any(program: Program, instead: Instead) -> Callable[[Mapping[str, Any]], Outputs]:
+def hot_path(program: Program, *, watched: bool) -> dict[str, str | None]:
+    """Return which hot path requests take that `Engine.run` answers, and why it is not the one in C. `watched`: they have a deadline."""
+    why_not = hot.why_not
+    if watched or not program.gives:
+        why_not = "stages run on threads of their own, or share their outputs"
+    elif not program.of_one:
+        why_not = "it is for one input and one output"
+    return {"hot_path": "python" if why_not else "native", "hot_path_reason": why_not or None}
+
+
+def _native(program: Program, instead: Instead, reference: Ask) -> Ask:
+    """Return what does in C what `reference` does, and asks it, or the methods that it asks, where more is to be done than usual."""
+    assert hot.native is not None
+    feed, free = program.lanes[0].feed, program.free
+    ((output, _),) = program.lanes[0].hands.private.arrays
+
+    def failed(inputs: Mapping[str, Any], error: BaseException, refused: Handing | None) -> Outputs:
+        """Answer a request that came to `error`, when its lane is given back; `refused` is there where it was the runtime that failed."""
+        try:
+            try:
+                raise error
+            except Exception as raised:
+                if refused is not None:
+                    refused.refuse(raised)
+                raise
+        except (Unsupported, UsageError) as known:
+            return instead(program, inputs, known)
+
+    turns = free.lanes.popleft, free.lanes.append, free.wake
+    made: Ask = hot.native.Shortest(*turns, feed.name, output, reference, failed, Lane, Feed, Slot, ndarray, feed.copied_bytes)
+    return made
+
+
+def _of_any(program: Program, instead: Instead) -> Ask:
     lanes = program.free.lanes
 
     def run(
@@ -57,7 +99,7 @@ def _of_any(program: Program, instead: Instead) -> Callable[[Mapping[str, Any]],
     return run
 
 
-def _of_one(program: Program, instead: Instead) -> Callable[[Mapping[str, Any]], Outputs]:
+def _of_one(program: Program, instead: Instead) -> Ask:
     """Return the same with what `Lane.call` does in it, for a stage of one input and one output, which most models have."""
     lanes = program.free.lanes
     ((output, _),) = program.lanes[0].hands.private.arrays
@@ -97,7 +139,7 @@ def _of_one(program: Program, instead: Instead) -> Callable[[Mapping[str, Any]],
                     lane.hands.refuse(error)
                     raise
                 ended_ns = clock()
-                lane.durations.append(ended_ns - started_ns)
+                lane.note(ended_ns - started_ns)
                 lane.count = count = lane.count + 1
                 if count >= lane.due or ended_ns >= lane.due_ns:
                     lane.pass_on(started_ns, ended_ns)

@@ -27,8 +27,7 @@ _SHORT_NS = 500_000  # where all are shorter their sums are watched, otherwise e
 class WatchedClock(StageClock):
     """Durations of whole requests of one lane. Who counts a call asks `due` and `due_ns` behind it, and sets `ended_ns`."""
 
-    # Those first that each call touches: see `shortest`.
-    __slots__ = ("_passed_at_ns", "_passed_on_ns", "_quickest_ns", "_rest", "due", "due_ns", "ended_ns", "watch")
+    __slots__ = ("_passed_at_ns", "_passed_on_ns", "_quickest_ns", "_rest", "watch")
 
     def __init__(self, *, full: bool = True) -> None:
         super().__init__(full=full)

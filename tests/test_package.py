@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -68,13 +71,35 @@ def test_the_wheel_holds_every_module_and_every_data_file(wheel: zipfile.ZipFile
     missing = []
     for package, folder in folders.items():
         for file in folder.glob("*"):
-            if file.is_file() and not file.name.startswith(".") and file.suffix not in (".pyc", ".md"):
+            if file.is_file() and not file.name.startswith(".") and file.suffix not in (".pyc", ".md", ".c", ".so", ".pyd"):
                 name = f"{package.replace('.', '/')}/{file.name}"
                 missing += [name] * (name not in held)
     assert missing == []
     assert {"aivmm/py.typed", "aivmm/__init__.py", "aivmm/db/migrations/env.py"} <= held
     assert any(name.startswith("aivmm/db/migrations/versions/0001") for name in held)
     assert any(name.startswith("aivmm/reports/templates/") for name in held)
+
+
+def test_the_wheel_holds_the_hot_path_in_c_where_there_is_a_compiler(wheel: zipfile.ZipFile) -> None:
+    compiler = (sysconfig.get_config_var("CC") or "cl").split()[0]
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler} is here, so the wheel is without it")
+    assert f"aivmm/runtime/_hot{sysconfig.get_config_var('EXT_SUFFIX')}" in wheel.namelist()
+    assert not [name for name in wheel.namelist() if name.endswith(".c")]
+
+
+def test_the_source_that_is_built_is_in_a_source_distribution(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "runtime/_hot.c", "runtime/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for folder in project()["tool"]["setuptools"]["package-dir"].values():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    code = "import sys, setuptools.build_meta as meta; print(meta.build_sdist(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / done.stdout.splitlines()[-1]) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"setup.py", "runtime/_hot.c"} <= inside
 
 
 def test_every_folder_with_modules_is_a_package_of_the_wheel() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import aivmm
 from aivmm.errors import Unsupported
-from aivmm.runtime import onnxruntime
+from aivmm.runtime import hot, onnxruntime
 from aivmm.runtime.engine import Engine
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle
 from tests.runtime.engines import LOADING, Load, Lose
@@ -35,6 +35,17 @@ def load(tmp_path: Path) -> Iterator[Load]:
     yield make
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture(params=["native", "python"])
+def hot_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Have requests take the hot path in C, and then its reference in Python. (Only clocks are what they are: `test_hot` compares them.)"""
+    if request.param == "python":
+        monkeypatch.setattr(hot, "native", None)
+        monkeypatch.setattr(hot, "why_not", "a test asks for it")
+    elif hot.native is None:
+        pytest.skip(hot.why_not)
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")

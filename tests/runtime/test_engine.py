@@ -155,6 +155,7 @@ def test_what_is_no_string_is_refused(load: Load, x: Any) -> None:
         load(strings(), [Part(ONNXRUNTIME)]).run({"x": x})
 
 
+@pytest.mark.usefixtures("hot_path")
 @BOTH
 def test_integers_that_c_calls_long_long_are_taken(load: Load, target: str) -> None:
     model = onnx_model([helper.make_node("Neg", ["x"], ["y"])], [("x", I64, (9000,))], [("y", I64, (9000,))])
@@ -327,6 +328,7 @@ def test_statistics_tell_what_ran(load: Load) -> None:
         assert each["count"] == 20 and 0 < each["p50_s"] <= each["p90_s"] <= each["p99_s"] < 5
 
 
+@pytest.mark.usefixtures("hot_path")
 def test_a_closed_engine_says_so(load: Load) -> None:
     with load(chain_model(), [Part(ONNXRUNTIME)]) as engine:
         engine.run({"x": normal(2, 32)})
@@ -368,6 +370,7 @@ def test_closing_waits_for_who_is_inside_and_turns_away_who_waits(load: Load) ->
     assert [type(each) for each in outcomes] == [UsageError] * 8
 
 
+@pytest.mark.usefixtures("hot_path")
 def test_a_run_that_fails_in_the_runtime_costs_only_itself(load: Load) -> None:
     model = onnx_model(
         [helper.make_node("Gather", ["table", "i"], ["y"])], [("i", I64, (1,))], [("y", F, (1,))], {"table": np.arange(4, dtype=np.float32)}
@@ -391,6 +394,7 @@ def test_a_zip_is_loaded_and_its_copy_removed(tmp_path: Path) -> None:
     assert not copy.exists()
 
 
+@pytest.mark.usefixtures("hot_path")
 @pytest.mark.parametrize("given", [None, normal(2, 32), [normal(2, 32)], "x", 7], ids=lambda each: type(each).__name__)
 def test_inputs_without_names_are_refused_in_words(load: Load, given: Any) -> None:
     engine = load(chain_model(), [Part(ONNXRUNTIME)])

@@ -106,6 +106,7 @@ def test_so_does_what_other_libraries_made_of_it(engine: Engine, model: Any) -> 
     assert_right(model, next(kept[6]), 6, np.s_[0])
 
 
+@pytest.mark.usefixtures("hot_path")
 def test_what_nobody_keeps_is_written_again(load: Load, model: Any) -> None:
     engine = load(model, [Part(ONNXRUNTIME)], Execution(), 1)
     engine.run(inputs(0))  # copied: there may be no other
@@ -133,6 +134,7 @@ def test_an_answer_that_comes_back_as_an_input_is_read_before_it_is_overwritten(
             assert (state == step + 1).all()
 
 
+@pytest.mark.usefixtures("hot_path")
 def test_callers_on_many_threads_keep_their_own(load: Load, model: Any) -> None:
     engine = load(model, [Part(OPENVINO)], Execution(), 3)
     expected = [reference(model, inputs(seed))["y"] for seed in range(6)]
@@ -201,6 +203,7 @@ def test_no_run_ever_writes_where_an_array_is_kept(steps: list[int]) -> None:
         assert all((array == value).all() for value, array in kept.values())
 
 
+@pytest.mark.usefixtures("hot_path")
 @pytest.mark.parametrize("target", [OPENVINO, ONNXRUNTIME])
 def test_closing_frees_what_the_runtime_holds_at_once(load: Load, model: Any, target: str) -> None:
     engine = load(model, [Part(target)], Execution(), 1)
@@ -218,6 +221,7 @@ def test_closing_frees_what_the_runtime_holds_at_once(load: Load, model: Any, ta
         gc.enable()
 
 
+@pytest.mark.usefixtures("hot_path")
 def test_a_run_that_was_taken_before_closing_is_told_and_does_not_keep_it_from_closing(load: Load, model: Any) -> None:
     engine = load(model, [Part(ONNXRUNTIME)], Execution(), 1)
     engine.run(inputs(0))
@@ -238,6 +242,7 @@ def test_a_run_that_was_taken_before_closing_is_told_and_does_not_keep_it_from_c
     assert not closing.is_alive() and told.wait(60)
 
 
+@pytest.mark.usefixtures("hot_path")
 def test_a_run_that_was_taken_before_a_deadline_was_set_is_watched(load: Load, model: Any) -> None:
     engine = load(model, [Part(ONNXRUNTIME)], Execution(), 1)
     engine.run(inputs(0))
@@ -247,6 +252,7 @@ def test_a_run_that_was_taken_before_a_deadline_was_set_is_watched(load: Load, m
     assert any(each.name.startswith("aivmm-stage") for each in threading.enumerate())
 
 
+@pytest.mark.usefixtures("hot_path")
 def test_runs_of_subclasses_are_asked_every_time(tmp_path: Path, model: Any) -> None:
     asked = []
 
@@ -261,6 +267,7 @@ def test_runs_of_subclasses_are_asked_every_time(tmp_path: Path, model: Any) -> 
     assert len(asked) == 4
 
 
+@pytest.mark.usefixtures("hot_path")
 def test_where_no_further_request_can_be_made_answers_are_copies(load: Load, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load(model, [Part(ONNXRUNTIME)], Execution(), 1)
     (executable,) = engine._program._executables[0]

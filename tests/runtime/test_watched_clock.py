@@ -42,7 +42,7 @@ class Caller:
         started_ns = self.now_ns + pause_ns
         self.now_ns = ended_ns = started_ns + took_ns
         clock = self.clock
-        clock.durations.append(took_ns)
+        clock.note(took_ns)
         clock.count += 1
         if clock.count >= clock.due or ended_ns >= clock.due_ns:
             clock.pass_on(started_ns, ended_ns)

@@ -1,0 +1,38 @@
+"""The hot path in C: see `_hot.c`."""
+
+from collections.abc import Callable
+from typing import Any
+
+class Clock:
+    """What each call counts. Durations in nanoseconds; `clocks.PythonClock` is its reference."""
+
+    count: int
+    due: int
+    due_ns: int
+    ended_ns: int
+    def note(self, nanoseconds: int, /) -> None: ...
+    def newest(self, many: int, /) -> list[int]: ...
+    def fill(self) -> None: ...
+
+class Shortest:
+    """Answers requests as `reference` does."""
+
+    def __new__(
+        cls,
+        take: Callable[[], Any],
+        give: Callable[[Any], None],
+        wake: Callable[[], None],
+        input: str,
+        output: str,
+        reference: Callable[[Any], Any],
+        failed: Callable[[Any, BaseException, Any], Any],
+        lane: type,
+        feed: type,
+        slot: type,
+        array: type,
+        copied: int,
+        /,
+    ) -> Shortest: ...
+    def __call__(self, inputs: Any, /) -> Any: ...
+
+def array_fields(array: Any, /) -> tuple[int, int, int, int, int, Any, Any, int, bool]: ...
