@@ -89,6 +89,9 @@ def test_the_dockerfile_installs_the_production_half_and_nothing_else() -> None:
         ["pip", "install", "--no-cache-dir", "--no-deps", "/tmp/build/aivmm-*.whl"],
     ]
     assert "production" in groups
+    assert "pip wheel --no-cache-dir --no-deps" in DOCKERFILE and "COPY --from=build" in DOCKERFILE  # a slim image has no compiler
+    stages = re.findall(r"^FROM python:([\d.]+)(?:-slim| AS build)$", DOCKERFILE, re.MULTILINE)
+    assert len(stages) == 2 and len(set(stages)) == 1  # the wheel is for the interpreter that runs it
     assert re.search(r"^USER 65534:65534$", DOCKERFILE, re.MULTILINE)
 
 
