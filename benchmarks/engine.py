@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from aivmm.runtime import hot
 from aivmm.runtime.backend import Executable
 from aivmm.runtime.cpu import cpu_device
 from aivmm.runtime.engine import Engine
@@ -434,7 +435,7 @@ def main() -> None:
     report.say("# The engine beside the bare runtimes\n")
     runtimes = f"OpenVINO {version('openvino')}, ONNX Runtime {version('onnxruntime-gpu')}, Python {sys.version.split()[0]}"
     report.say(f"{device.model}, {device.cores} cores usable, {runtimes}; load when it began: {os.getloadavg()[0]:.2f}.")
-    report.say(f"`python -m benchmarks.engine {' '.join(sys.argv[1:])}`")
+    report.say(f"`python -m benchmarks.engine {' '.join(sys.argv[1:])}`; hot path: {'python' if hot.native is None else 'native'}.")
     measures: dict[str, Callable[[], None]] = {
         "overhead": lambda: overhead(report, seconds),
         "cut": lambda: cut(report, seconds),

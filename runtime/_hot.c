@@ -31,7 +31,7 @@ static long long perf_counter_ns(void)
 
 /* ---- Clock: the fields of `StageClock` and `WatchedClock` that each call touches ---- */
 
-#define RING 1024 /* `clocks.RING` */
+#define RING 4096 /* durations remembered: `clocks.RING` */
 
 typedef struct {
     PyObject_HEAD
@@ -436,7 +436,7 @@ PyMODINIT_FUNC PyInit__hot(void)
     int right = module != NULL && (s_zero = PyLong_FromLong(0)) != NULL;
     for (size_t at = 0; at < sizeof names / sizeof *names; at++)
         right = right && (*names[at].held = PyUnicode_InternFromString(names[at].name)) != NULL;
-    if (!right || PyModule_AddType(module, &ClockType) < 0 || PyModule_AddType(module, &ShortestType) < 0)
+    if (!right || PyModule_AddIntMacro(module, RING) < 0 || PyModule_AddType(module, &ClockType) < 0 || PyModule_AddType(module, &ShortestType) < 0)
         Py_CLEAR(module);
     return module;
 }

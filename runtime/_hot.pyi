@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+RING: int  # durations that a clock remembers
+
 class Clock:
     """What each call counts. Durations in nanoseconds; `clocks.PythonClock` is its reference."""
 

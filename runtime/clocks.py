@@ -11,7 +11,8 @@ import numpy as np
 
 from aivmm.runtime import hot
 
-RING = 1024  # durations remembered per stage and lane
+# Durations remembered per stage and lane: 32 KiB, of numbers of Python's or of C's.
+RING: int = 1024 if hot.native is None else hot.native.RING
 QUANTILES = (50, 90, 99)
 _UNUSED = 1 << 20  # numbers that the interpreter does not share, of the size of durations
 

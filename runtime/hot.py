@@ -1,7 +1,7 @@
 """Which hot path is used: `_hot`, written in C, where it was built and fits this interpreter and its NumPy; else its reference in Python.
 
 All who have a part in it ask here. `AIVMM_HOT_PATH=python` leaves `_hot` alone altogether, which tells whether it has a part in a problem;
-`AIVMM_HOT_PATH=native` refuses to start without it. `engine.stats()` says which one requests take.
+with `AIVMM_HOT_PATH=native` no engine is made without it. `engine.stats()` says which one requests take.
 """
 
 from __future__ import annotations
@@ -54,16 +54,22 @@ def _reads_arrays(module: ModuleType) -> bool:
     return True
 
 
-def _choose() -> tuple[ModuleType | None, str]:
+def check() -> None:
+    """Refuse to go on where another hot path was asked for than there is. Not at import, where nobody could turn it into a line.
+
+    Raises:
+        UsageError: `AIVMM_HOT_PATH` is unknown, or asks for what is not here, and why.
+    """
     asked = os.environ.get(VARIABLE, "")
     if asked not in ("", "python", "native"):
         raise UsageError(f"{VARIABLE} is {asked!r}", advice="set it to python or native, or not at all")
-    try:
-        return _load(), ""
-    except ImportError as error:
-        if asked == "native":
-            raise UsageError(f"there is no native hot path: {error}", advice=f"build it, or unset {VARIABLE}") from error
-        return None, str(error)
+    if asked == "native" and native is None:
+        raise UsageError(f"there is no native hot path: {why_not}", advice=f"build it, or unset {VARIABLE}")
 
 
-native, why_not = _choose()  # the module, or None and the reason
+native: ModuleType | None = None
+why_not = ""  # it is not used
+try:
+    native = _load()
+except ImportError as error:
+    why_not = str(error)

@@ -16,6 +16,7 @@ from time import perf_counter_ns
 from typing import Any
 
 from aivmm.errors import AivmmError, Unsupported, UsageError
+from aivmm.runtime import hot
 from aivmm.runtime.backend import Buffer, DeviceTensor, Executable
 from aivmm.runtime.batching import Batcher, Outputs, Rescue
 from aivmm.runtime.clocks import StageClock, quantiles_s, summed
@@ -51,7 +52,9 @@ class Program:
         Raises:
             BundleError: requests are to be batched, and the inputs or outputs cannot be.
             Unsupported: an input is of a type that NumPy lacks.
+            UsageError: another hot path was asked for than there is.
         """
+        hot.check()
         self.stages, self.inputs, self.outputs = tuple(stages), tuple(inputs), tuple(outputs)
         self.execution = execution or Execution()
         self.pipelined = self.execution.mode == "pipelined"

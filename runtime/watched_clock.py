@@ -13,10 +13,10 @@ from aivmm.runtime.paces import PacedMonitor
 log = logging.getLogger("aivmm.engine")
 
 # What was timed is passed on to who watches it: 50 to 100 µs where caches are cold. Were it one call in a hundred, that would be the 99th
-# percentile, and one in two hundred still moves it, so that short calls are passed on by hundreds, or after half a second, as long as they
-# take what they took before. Calls of `_LONG_NS`, and all that seem slower, are passed on by a twentieth of a second: there it is a
+# percentile, and one in a thousand still moves it, by half of a microsecond for calls of ten: so short calls are passed on by hundreds, the
+# shortest by thousands, or after half a second, as long as they take what they took before. Calls of `_LONG_NS`, and all that seem slower, are passed on by a twentieth of a second: there it is a
 # small part of a call, and drift is to be told within two hundred of them.
-_PASSED_CALLS, _PASSED_NS, _PASSED_MOST_NS = 512, 500_000_000, 250_000_000
+_PASSED_CALLS, _PASSED_NS, _PASSED_LEAST_NS, _PASSED_MOST_NS = 512, 500_000_000, 50_000_000, 250_000_000
 _LONG_NS, _LONG_PASSED_NS = 2_000_000, 50_000_000
 _SLOWER = 1.1  # than the quickest that were passed on ...
 _FORGOTTEN = 1e-11  # ... which counts for so much more a nanosecond: a percent a second
@@ -52,8 +52,8 @@ class WatchedClock(StageClock):
         calm = call_ns < _LONG_NS and call_ns <= self._quickest_ns * _SLOWER
         self._quickest_ns = min(call_ns, self._quickest_ns * (1 + _FORGOTTEN * (now_ns - self._passed_on_ns)))
         self._passed_on_ns = now_ns
-        least = min(_PASSED_CALLS, _PASSED_MOST_NS // call_ns) if calm else BLOCK
-        most = max(least, min(RING - 1, LEAST_BLOCK_NS // call_ns + 1))
+        least = min(max(_PASSED_CALLS, _PASSED_LEAST_NS // call_ns), _PASSED_MOST_NS // call_ns) if calm else BLOCK
+        most = min(max(least, LEAST_BLOCK_NS // call_ns + 1), RING - 1)
         # Not before they are a block: who calls once a second, too, is watched by blocks.
         self.due = self.count + most
         self.due_ns = now_ns + (_PASSED_NS if calm else max(_LONG_PASSED_NS, BLOCK * call_ns))

@@ -286,13 +286,14 @@ ANSWER = """
 import json, sys
 if sys.argv[2] == "hidden":
     sys.modules["aivmm.runtime._hot"] = None
-from aivmm.errors import AivmmError
-try:
-    from aivmm.runtime.engine import Engine
-except AivmmError as error:
-    raise SystemExit(str(error))
+from aivmm.errors import UsageError
+from aivmm.runtime.engine import Engine
 import numpy
-with Engine.load(sys.argv[1]) as engine:
+try:
+    engine = Engine.load(sys.argv[1])
+except UsageError as error:
+    raise SystemExit(str(error))
+with engine:
     for _ in range(1200):
         engine.run({"x": numpy.zeros((2, 32), numpy.float32)})
     stats, kinds = engine.stats(), [each.__name__ for each in type(engine.one_lane()).__mro__]
