@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from aivmm.errors import AivmmError, BundleError, Unsupported, UsageError
+from aivmm.runtime import hot
 from aivmm.runtime.backend import Buffer, DeviceTensor, Executable
 from aivmm.runtime.blobs import BlobCache
 from aivmm.runtime.bundle import Bundle
@@ -28,7 +29,6 @@ from aivmm.runtime.plan import Execution, Plan, Stage, agree
 from aivmm.runtime.pool import closed
 from aivmm.runtime.program import Program
 from aivmm.runtime.registry import load_backend
-from aivmm.runtime.shortest import hot_path
 from aivmm.runtime.signing import Key
 from aivmm.runtime.streaming import ordered
 from aivmm.runtime.target import Target
@@ -49,6 +49,7 @@ class Engine:
         """Compile the plan of `bundle`, which the engine closes in the end. The options are those of `load`."""
         started = perf_counter()
         self._on_mismatch = check_policy(on_mismatch)
+        hot.check()
         self._bundle = bundle
         self._lock = threading.Lock()
         self._closed = False
@@ -95,7 +96,7 @@ class Engine:
         from there, unless `cache` is False. `alternative` names an objective for which the plan keeps another way: that one runs instead.
 
         Raises:
-            UsageError: the plan has no such alternative.
+            UsageError: the plan has no such alternative, or `AIVMM_HOT_PATH` asks for what is not here.
             BundleError: the bundle is damaged or unsafe, or not signed as required.
             Unsupported: no stage list of it that `on_mismatch` allows runs here; the first reason is given.
         """
@@ -284,8 +285,7 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Return what has run so far: per stage the count, latency and queue-wait quantiles in seconds and bytes made, and the events."""
         return {
-            **self._program.stats(),
-            **hot_path(self._program, watched=self._deadlines is not None),
+            **self._program.stats(watched=self._deadlines is not None),
             "callers": self.plan.callers,
             "load_s": self.load_s,
             **self._bundle.hashing,

@@ -16,7 +16,6 @@ from time import perf_counter_ns
 from typing import Any
 
 from aivmm.errors import AivmmError, Unsupported, UsageError
-from aivmm.runtime import hot
 from aivmm.runtime.backend import Buffer, DeviceTensor, Executable
 from aivmm.runtime.batching import Batcher, Outputs, Rescue
 from aivmm.runtime.clocks import StageClock, quantiles_s, summed
@@ -24,7 +23,7 @@ from aivmm.runtime.lane import Lane
 from aivmm.runtime.plan import Execution, Stage
 from aivmm.runtime.pool import Pool, closed
 from aivmm.runtime.sharing import shared_out
-from aivmm.runtime.shortest import Instead, shortest
+from aivmm.runtime.shortest import Instead, hot_path, shortest
 from aivmm.runtime.stage_threads import StageThreads
 from aivmm.tensors import TensorSpec
 
@@ -52,9 +51,7 @@ class Program:
         Raises:
             BundleError: requests are to be batched, and the inputs or outputs cannot be.
             Unsupported: an input is of a type that NumPy lacks.
-            UsageError: another hot path was asked for than there is.
         """
-        hot.check()
         self.stages, self.inputs, self.outputs = tuple(stages), tuple(inputs), tuple(outputs)
         self.execution = execution or Execution()
         self.pipelined = self.execution.mode == "pipelined"
@@ -274,8 +271,11 @@ class Program:
         """Send a loaded lane through the stages; `done` gets it behind the last one, with its error, and puts it back into `free`."""
         self._threads.send(lane, done)
 
-    def stats(self) -> dict[str, Any]:
-        """Return what has run so far: a stage's counts, seconds and bytes over all lanes, and the waits for a free lane."""
+    def stats(self, *, watched: bool = False) -> dict[str, Any]:
+        """Return what has run so far: a stage's counts, seconds and bytes over all lanes, the waits for a free lane, and the hot path.
+
+        `watched`: requests have a deadline.
+        """
         stages = []
         for index, (stage, copies) in enumerate(zip(self.stages, self._counts(), strict=True)):
             clocks = [lane.clocks[index] for lane in self.lanes]
@@ -296,6 +296,7 @@ class Program:
             "stages": stages,
             "waits": waits,
             "batches": batches,
+            **hot_path(self, watched=watched),
         }
 
     def close(self) -> None:

@@ -14,8 +14,8 @@ log = logging.getLogger("aivmm.engine")
 
 # What was timed is passed on to who watches it: 50 to 100 µs where caches are cold. Were it one call in a hundred, that would be the 99th
 # percentile, and one in a thousand still moves it, by half of a microsecond for calls of ten: so short calls are passed on by hundreds, the
-# shortest by thousands, or after half a second, as long as they take what they took before. Calls of `_LONG_NS`, and all that seem slower, are passed on by a twentieth of a second: there it is a
-# small part of a call, and drift is to be told within two hundred of them.
+# shortest by thousands, or after half a second, as long as they take what they took before. Calls of `_LONG_NS`, and all that seem slower,
+# are passed on by a twentieth of a second: there it is a small part of a call, and drift is to be told within two hundred of them.
 _PASSED_CALLS, _PASSED_NS, _PASSED_LEAST_NS, _PASSED_MOST_NS = 512, 500_000_000, 50_000_000, 250_000_000
 _LONG_NS, _LONG_PASSED_NS = 2_000_000, 50_000_000
 _SLOWER = 1.1  # than the quickest that were passed on ...

@@ -40,6 +40,7 @@ def load(tmp_path: Path) -> Iterator[Load]:
 @pytest.fixture(params=["native", "python"])
 def hot_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Have requests take the hot path in C, and then its reference in Python. (Only clocks are what they are: `test_hot` compares them.)"""
+    monkeypatch.delenv(hot.VARIABLE, raising=False)
     if request.param == "python":
         monkeypatch.setattr(hot, "native", None)
         monkeypatch.setattr(hot, "why_not", "a test asks for it")
