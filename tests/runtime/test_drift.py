@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import aivmm
 from aivmm.errors import UsageError
 from aivmm.runtime import engine as engine_module
-from aivmm.runtime import lane, shortest
+from aivmm.runtime import hot, lane, shortest
 from aivmm.runtime.causes import Machine
 from aivmm.runtime.drift import BLOCK, Drift, DriftMonitor
 from aivmm.runtime.plan import Batching, Execution, Number
@@ -283,6 +283,7 @@ def slowed(folder: Path, monkeypatch: pytest.MonkeyPatch, call_s: float) -> Iter
     now = [0]
     Slow.machine = Suspicious()
     monkeypatch.setattr(engine_module, "Machine", lambda _: Slow.machine)
+    monkeypatch.setattr(hot, "native", None)  # whose clock is the machine's
     for module in (lane, shortest):
         monkeypatch.setattr(module, "perf_counter_ns", lambda: now[0])
     bundle = make_bundle(folder / "m.aivmm", chain_model(), [Part(ONNXRUNTIME)], expected={"median_s": plan_says(call_s)})
