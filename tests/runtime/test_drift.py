@@ -284,6 +284,7 @@ def slowed(folder: Path, monkeypatch: pytest.MonkeyPatch, call_s: float) -> Iter
     Slow.machine = Suspicious()
     monkeypatch.setattr(engine_module, "Machine", lambda _: Slow.machine)
     monkeypatch.setattr(hot, "native", None)  # whose clock is the machine's
+    monkeypatch.delenv(hot.VARIABLE, raising=False)
     for module in (lane, shortest):
         monkeypatch.setattr(module, "perf_counter_ns", lambda: now[0])
     bundle = make_bundle(folder / "m.aivmm", chain_model(), [Part(ONNXRUNTIME)], expected={"median_s": plan_says(call_s)})
