@@ -278,12 +278,18 @@ class Scout:
         best = min((ratio for _, ratio in self._scored(target)), default=None)
         return best is None or (plain is not None and best > _ENOUGH * plain)
 
+    def _gains_as_it_is(self, target: Target) -> bool:
+        """True when a lowered model that is within the limit is worth its place there; not one that is computed in fp32 all the same."""
+        plain = self._plain_ratio(target)
+        best = min((ratio for variant, ratio in self._scored(target) if not self._dequantized(target, variant)), default=None)
+        return best is not None and (plain is None or best <= _ENOUGH * plain)
+
     def _mix_where_needed(self, targets: Sequence[Target]) -> None:
         """Mix for the fastest target that needs it, and for others as long as there is time.
 
         The first is mixed for whatever is left of the time, unless a lowered model gains enough on another target as it is.
         """
-        served = any(self._scored(target) and not self._needs_mixing(target) for target in targets)
+        served = any(map(self._gains_as_it_is, targets))
         needing = sorted(filter(self._needs_mixing, targets), key=lambda target: self._plain_ratio(target) or float("inf"))
         for number, target in enumerate(needing):
             optional = number > 0 or served
