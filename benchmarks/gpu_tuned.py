@@ -56,7 +56,7 @@ def tune(folder: Path, shared: Path, *, models: Sequence[str], goals: Sequence[s
                 with said.open("w") as log:
                     ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, timeout=_TUNE_LIMIT_S, env=environment)
             except subprocess.TimeoutExpired:
-                succeeded = _failed(place, f"no end within {_TUNE_LIMIT_S} s")
+                succeeded = _failed(place, f"no end within {_TUNE_LIMIT_S} s\n{said.read_text()[-3000:]}")
                 continue
             print(f"{name} {goal}: {time.monotonic() - began:.0f} s, exit {ran.returncode}", flush=True)
             print(said.read_text()[-3000:], flush=True)  # with the seconds that each phase began at
@@ -122,11 +122,17 @@ def tuned_bundle(
     command += [*options, "--json", "-o", str(output), "--db", str(output.with_suffix(".db"))]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=_TUNE_LIMIT_S)
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as error:
+        print(*map(_text, (error.stdout, error.stderr)), flush=True)  # how far it came
         return f"no end within {_TUNE_LIMIT_S} s"
     output.with_suffix(".json").write_text(ran.stdout)
     print(ran.stdout, ran.stderr, flush=True)  # what outlives the machine: why this is the plan, and when each phase began
     return output if ran.returncode == 0 else (ran.stderr.strip() or ran.stdout)[-400:]
+
+
+def _text(said: str | bytes | None) -> str:
+    """Return what a process had said when its time ended: bytes on POSIX, whatever was asked for."""
+    return said.decode(errors="replace") if isinstance(said, bytes) else said or ""
 
 
 def bundle_for_cards(folder: Path, name: str, count: int) -> Path:

@@ -18,7 +18,7 @@ import pytest
 from benchmarks.card_doctor import ways
 from benchmarks.card_session import TESTS, Machine, Pretended, Process, Step, lane, run, steps, take_over
 from benchmarks.gpu import code_of, main
-from benchmarks.gpu_tuned import tune
+from benchmarks.gpu_tuned import tune, tuned_bundle
 
 ROOT = Path(__file__).parent.parent
 
@@ -297,3 +297,15 @@ def test_each_way_to_be_a_process_is_looked_at_inside_a_lane_and_outside(monkeyp
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert {name for name, _, _ in ways()} - outside == {"with all cards"}
     assert {"plain", "a worker", "started as a worker"} <= outside
+
+
+def test_what_a_tuning_had_said_when_its_time_ended_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ran(command: Sequence[str], *, timeout: float, **_: object) -> subprocess.CompletedProcess[str]:
+        raise subprocess.TimeoutExpired(command, timeout, output=b"phase 2", stderr=b"why")  # bytes on POSIX, also where text is asked for
+
+    monkeypatch.setattr("benchmarks.gpu_tuned.subprocess.run", ran)
+    found = tuned_bundle(tmp_path / "m.onnx", tmp_path / "m.aivmm", targets="", options=(), budget="1s")
+    assert isinstance(found, str) and found.startswith("no end within ")
+    assert capsys.readouterr().out == "phase 2 why\n"
