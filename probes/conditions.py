@@ -163,7 +163,7 @@ def _clock_cautions(before: Conditions, after: Conditions, *, busy: bool) -> Ite
         yield Caution(
             code="clock-fell",
             message=f"at the end a core did the same work {1 - after.speed / before.speed:.0%} slower than at the beginning{clocks}",
-            advice="let the machine cool down, choose its performance power profile, and tune again with --fresh",
+            advice="let the machine cool down, choose its performance power profile, and tune again",
         )
     if after.capped_mhz and after.most_mhz and after.capped_mhz < _CAPPED * after.most_mhz:
         yield Caution(
@@ -176,7 +176,7 @@ def _clock_cautions(before: Conditions, after: Conditions, *, busy: bool) -> Ite
         yield Caution(
             code="thermal",
             message=f"the CPU was too hot and slowed itself down {grew} time{'s' if grew > 1 else ''}",
-            advice="improve the cooling or let it cool down, and tune again with --fresh",
+            advice="improve the cooling or let it cool down, and tune again",
         )
 
 
@@ -185,10 +185,10 @@ def _supply_cautions(before: Conditions, after: Conditions, load_cores: float) -
         yield Caution(
             code="machine-busy",
             message=f"other processes kept {load_cores:.1f} of {after.cores} cores busy",
-            advice="close them and tune again with --fresh",
+            advice="close them and tune again",
         )
     if before.battery or after.battery:
-        yield Caution(code="on-battery", message="the machine ran on battery", advice="plug it in and tune again with --fresh")
+        yield Caution(code="on-battery", message="the machine ran on battery", advice="plug it in and tune again")
     if after.quota_cores is not None and after.quota_cores < after.cores:
         yield Caution(
             code="quota-limited",
@@ -214,13 +214,13 @@ def _card_cautions(before: CardState | None, after: CardState, seconds: float) -
             yield Caution(
                 code="thermal" if thermal else "throttled",
                 message=f"the GPU's clocks were held down by its {cause} limit for {min(1.0, share):.0%} of the time",
-                advice="let it cool down, and tune again with --fresh" if thermal else "raise its power limit, or take it as it is",
+                advice="let it cool down, and tune again" if thermal else "raise its power limit, or take it as it is",
             )
     if after.slowed_by and not any(lost > earlier.get(cause, lost) for cause, lost in after.lost_s):
         yield Caution(
             code="thermal" if any("thermal" in each for each in after.slowed_by) else "throttled",
             message=f"the GPU was slowed down ({', '.join(after.slowed_by)})",
-            advice="let it cool down and check its power supply, and tune again with --fresh",
+            advice="let it cool down and check its power supply, and tune again",
         )
 
 
@@ -230,7 +230,7 @@ def _shared(sharing: Sharing) -> Caution:
     return Caution(
         code="card-shared",
         message=f"{others} used the GPU too, and held {sharing.held_bytes / 1e9:.1f} GB of its memory",
-        advice="stop what else runs on the card (nvidia-smi lists it), and tune again with --fresh",
+        advice="stop what else runs on the card (nvidia-smi lists it), and tune again",
     )
 
 
@@ -296,7 +296,7 @@ def _moved(clocks: Sequence[int]) -> Iterable[Caution]:
         yield Caution(
             code="gpu-clock-moved",
             message=f"the GPU's clock was between {min(clocks)} and {max(clocks)} MHz while it was measured",
-            advice="lock it (nvidia-smi --lock-gpu-clocks), or let the card cool down, and tune again with --fresh",
+            advice="lock it (nvidia-smi --lock-gpu-clocks), or let the card cool down, and tune again",
         )
 
 
@@ -305,7 +305,7 @@ def _slowed(reasons: Sequence[str]) -> Iterable[Caution]:
         yield Caution(
             code="thermal" if any("thermal" in each for each in reasons) else "throttled",
             message=f"the GPU was slowed down while it was measured ({', '.join(reasons)})",
-            advice="let it cool down and check its power supply, and tune again with --fresh",
+            advice="let it cool down and check its power supply, and tune again",
         )
 
 

@@ -197,11 +197,11 @@ def machine_cautions(load_cores: float, cores: int) -> tuple[Caution, ...]:
             Caution(
                 code="machine-busy",
                 message=f"other processes kept {load_cores:.1f} of {cores} cores busy",
-                advice="close them and tune again with --fresh",
+                advice="close them and tune again",
             )
         )
     if on_battery():
-        found.append(Caution(code="on-battery", message="the machine ran on battery", advice="plug it in and tune again with --fresh"))
+        found.append(Caution(code="on-battery", message="the machine ran on battery", advice="plug it in and tune again"))
     return tuple(found)
 
 

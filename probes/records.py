@@ -67,7 +67,10 @@ class Samples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caution:
-    """A reason to doubt a number, and what to do about it."""
+    """A reason to doubt a number, and what to do about it.
+
+    Advice that another tuning helps ends with "tune again": what has to be measured anew for it, who gives it knows (`tuner.disturbed`).
+    """
 
     code: str  # "spread", "few-samples", "machine-busy", "never-settled", ...
     message: str

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from aivmm.probes.records import Caution, Measured, Outcome
+from aivmm.tuner.proof import Proof
 
 # What need not be so the next time: of a quota or a capped clock another search would find the same.
 _PASSES = frozenset({"machine-busy", "clock-fell", "thermal", "on-battery", "card-shared", "gpu-clock-moved"})
 _MOST = 0.5  # of the races: a burst of something else now and then is met by every search, and races are made to stand it
+_AGAIN = "tune again"  # how advice ends that is completed here
+_FIGURES = re.compile(r"\d+(?:\.\d+)?")
 
 
 def disturbed(outcomes: Iterable[tuple[Outcome, bool]], *, searched_before: bool) -> str:
@@ -24,17 +30,36 @@ def disturbed(outcomes: Iterable[tuple[Outcome, bool]], *, searched_before: bool
             found = next((each for each in outcome.cautions if each.code in _PASSES), None)
             races[outcome.race] = races.get(outcome.race) or found
     cautions = [each for each in races.values() if each is not None]
-    if not cautions or len(cautions) < _MOST * len(races):
+    if len(cautions) <= _MOST * len(races):
         return ""
-    middle = sorted(cautions, key=lambda each: each.message)[len(cautions) // 2]
     count = f"{len(cautions)} of {len(races)} races" if len(races) > 1 else "the only race"
-    what = f"{count} of the search {'were' if len(races) > 1 else 'was'} disturbed ({middle.message})"
+    what = f"{count} of the search {'were' if len(races) > 1 else 'was'} disturbed ({_typical(cautions).message})"
     if searched_before:
         return f"what an earlier run measured is used again, and {what}: --fresh measures all of it again"
     return f"{what}, so another plan may be better: once that has ended, tune again with --fresh"
 
 
-def advice_on_proof(caution: Caution, *, search_disturbed: bool) -> str:
-    """Return what helps a proof that was disturbed: each run proves anew, so --fresh is needed only where the search was as well."""
-    again = "tune again with --fresh"
-    return caution.advice if search_disturbed else caution.advice.replace(again, "tune again: what was searched is kept")
+def of_search(caution: Caution) -> Caution:
+    """Return a caution of a search with all of its advice: what was searched is used again unless --fresh is given."""
+    return _advised(caution, " with --fresh")
+
+
+def told_of_proof(proof: Proof, *, search_disturbed: bool) -> list[str]:
+    """Complete the advice of a proof's cautions, which its records hand to the report, and return the same for the terminal.
+
+    Each run proves anew, so --fresh is needed only where the search was disturbed as well.
+    """
+    more = " with --fresh" if search_disturbed else ": what was searched is kept"
+    proof.cautions = tuple(_advised(each, more) for each in proof.cautions)
+    return [f"while the plan was proven, {each.message}: {each.advice}" for each in proof.cautions]
+
+
+def _advised(caution: Caution, more: str) -> Caution:
+    return replace(caution, advice=f"{caution.advice}{more}") if caution.advice.endswith(_AGAIN) else caution
+
+
+def _typical(cautions: Sequence[Caution]) -> Caution:
+    """Return the middle one, by its figures, of those with the commonest code; those of one code differ in nothing else."""
+    (code, _), *_ = Counter(each.code for each in cautions).most_common(1)
+    alike = [each for each in cautions if each.code == code]
+    return sorted(alike, key=lambda each: [*map(float, _FIGURES.findall(each.message))])[(len(alike) - 1) // 2]

@@ -22,6 +22,7 @@ from aivmm.runtime.config import Setting
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.target import Target
 from aivmm.tuner import strays
+from aivmm.tuner.disturbed import of_search
 from aivmm.tuner.joules import energy_metrics, has_counters
 from aivmm.tuner.subject import Subject
 
@@ -219,7 +220,7 @@ class Measurer:
         spent = (time.perf_counter() - started) / max(1, len(candidates))
         load_cores, after = load.read(self.lab.pids()), conditions.read(on)
         self._around = {**before.metrics("before"), **cards.metrics(), **after.metrics("after")}
-        extra = (*conditions.cautions(before, after, load_cores=load_cores), *cards.cautions())
+        extra = tuple(map(of_search, (*conditions.cautions(before, after, load_cores=load_cores), *cards.cautions())))
         self._store(field_, by_name, extra, results, spent)
         self._unload_except({self.reference.key, *(each.key for each in keep), *(each.key for each in beside)})
         return _complete(results, candidates)

@@ -33,7 +33,7 @@ from aivmm.runtime.target import matches
 from aivmm.tuner.anatomy import Anatomist
 from aivmm.tuner.asked import allowed, assumed, request, require_counters
 from aivmm.tuner.decide import Decider
-from aivmm.tuner.disturbed import advice_on_proof, disturbed
+from aivmm.tuner.disturbed import disturbed, told_of_proof
 from aivmm.tuner.expected import as_planned, expected
 from aivmm.tuner.explore import Explorer
 from aivmm.tuner.handover import HandoverProber
@@ -270,12 +270,12 @@ class Session:
         decider.note_predictions(proof)
         for tried in decider.tried:
             work.note(f"tried at once: {tried.sentence(proof)}")
+        cautions = told_of_proof(proof, search_disturbed=bool(told))
         for each in proof.records():
             work.database.add_proof(record.id, each)
         work.notes.extend(f"{what} was not measured: {why}" for what, why in proof.absent.items())
-        for caution in proof.cautions:  # the verdict does not say so; the report has them beside each proof
-            advice = advice_on_proof(caution, search_disturbed=bool(told))
-            self.progress.note(f"while the plan was proven, {caution.message}: {advice}")
+        for said in cautions:  # the verdict does not say so; the report has them beside each proof
+            self.progress.note(said)
         return self._finish(work, record, decider, proof, cut_short=cut_short)
 
     def _cut_around_refused(self, work: Work, explorer: Explorer) -> None:
