@@ -42,7 +42,7 @@ _LIMITED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """What is to be deployed. `options` are those of `aivmm.tune` that decide what is searched."""
+    """What is to be deployed. `options` are those of `aivmm.tune` that decide what is searched, `effort` those that decide how long."""
 
     model: str
     objective: str
@@ -51,6 +51,7 @@ class Deployment:
     plan: Path | None = None
     store: Path | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    effort: tuple[Any, ...] = ()  # no part of what a plan is kept for
 
     @cached_property
     def limits(self) -> tuple[Constraint, ...]:
@@ -62,6 +63,11 @@ class Deployment:
         """Where plans for this model and these options are kept, one for each set of constraints."""
         asked = {"model": self._model_key, "objective": self.objective, "targets": sorted(self.targets), **self.options}
         return (self.store or data_folder() / "plans") / f"{self._stem}-{_digest(asked)}"
+
+    @property
+    def asked(self) -> str:
+        """What tells this request from any other."""
+        return _digest([self.folder.name, self.objective, sorted(map(str, self.limits)), self.effort])
 
     @property
     def place(self) -> Path:
@@ -198,7 +204,7 @@ def run(deployment: Deployment, *, tune: Callable[..., Any] | None, on_drift: Ca
 
     Raises:
         UsageError: no kept plan fits, and none may be made; says why not.
-        AivmmError: as `tune`.
+        AivmmError: as `tune`; also where another one's tuning for the same failed while this one waited for its plan.
         Unsupported: nothing that is left of the targets runs the model.
     """
     engine, why_not = _kept(deployment, on_drift)
@@ -208,9 +214,20 @@ def run(deployment: Deployment, *, tune: Callable[..., Any] | None, on_drift: Ca
         assert why_not is not None
         raise why_not
     _make_room(deployment)
-    with alone(deployment.place, deployment.model):
+    with alone(deployment.place, deployment.model, deployment.asked) as turn:
         engine, _ = _kept(deployment, on_drift)  # which another one may have made meanwhile
-        return engine if engine is not None else _tuned(deployment, tune, on_drift)
+        if engine is not None:
+            return engine
+        failure = turn.failure()
+        if failure is not None:
+            raise failure
+        try:
+            engine = _tuned(deployment, tune, on_drift)
+        except AivmmError as error:
+            turn.failed(error)
+            raise
+        turn.succeeded()
+        return engine
 
 
 def _kept(deployment: Deployment, on_drift: Callable[[Drift], None] | None) -> tuple[Engine | ShapedEngine | None, AivmmError | None]:

@@ -119,7 +119,7 @@ def deploy(
     target fails to compile, the plan's fallbacks are tried, and then what a tuning finds on the targets that are left. Lists in `shapes`
     and `dims` (also the command line's "32,128" and "32..512") ask for a plan for each, as in `tune`. `prefer` counts when a plan is made,
     and plans made with another order are kept apart. Threads and processes that ask for the same plan at once, as workers of a server do,
-    wait for the first of them to tune, and use what it made.
+    wait for the first of them to tune, and use what it made; where it failed, they fail as it did.
 
         with aivmm.deploy("model.onnx", constraints="latency<100ms") as engine:
             outputs = engine.run({"input": array})
@@ -176,6 +176,7 @@ def deploy(
         plan=arguments.place("plan", plan),
         store=arguments.place("store", store),
         options=options,
+        effort=(spent_s, trials, seed, None if db is None else str(db)),
     )
 
     def make(*, output: Path, targets: Sequence[str]) -> TuneResult:

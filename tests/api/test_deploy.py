@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,8 @@ import pytest
 
 import aivmm
 from aivmm.deployment import Deployment, run
-from aivmm.errors import BundleError, Unsupported, UsageError
+from aivmm.errors import BundleError, Infeasible, Unsupported, UsageError
+from aivmm.once import alone
 from aivmm.result import TuneResult
 from aivmm.runtime.bundle import Bundle, file_sha256
 from aivmm.runtime.family import Bucket, Dimension, Served
@@ -293,6 +295,69 @@ def test_after_one_that_failed_the_next_may_tune(asked: Callable[..., Deployment
         run(asked(), tune=failing, on_drift=None)
     with run(asked(), tune=Tuner(Part(ONNXRUNTIME)), on_drift=None) as engine:
         assert engine.run({"x": normal(2, 16)})["y"].shape == (2, 16)
+
+
+@pytest.mark.parametrize(("others", "tunings"), [({}, 1), ({"constraints": ("latency<1s",)}, 2), ({"effort": (600,)}, 2)])
+def test_who_waits_for_a_tuning_that_fails_fails_as_it_does_unless_something_else_is_asked(
+    asked: Callable[..., Deployment], caplog: pytest.LogCaptureFixture, tmp_path: Path, others: dict[str, Any], tunings: int
+) -> None:
+    tried: list[int] = []
+
+    def failing(**_: Any) -> TuneResult:
+        tried.append(len(tried))
+        until = time.monotonic() + 60
+        while "waiting for its plan" not in caplog.text and time.monotonic() < until:
+            time.sleep(0.01)
+        raise Infeasible(f"no plan in tuning {tried[-1]}", advice="ask for less")
+
+    place = tmp_path / "m.aivmm"
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(run, asked(plan=place), tune=failing, on_drift=None)
+        while not tried:
+            time.sleep(0.01)
+        second = threads.submit(run, asked(plan=place, **others), tune=failing, on_drift=None)
+        errors = [each.exception() for each in (first, second)]
+    assert [type(each) for each in errors] == [Infeasible, Infeasible] and len(tried) == tunings
+    assert [str(each) for each in errors] == ["no plan in tuning 0; ask for less", f"no plan in tuning {tunings - 1}; ask for less"]
+
+
+@pytest.mark.parametrize("as_user", ["TMPDIR", "a link", "dots"])
+def test_a_plan_has_one_lock_whatever_its_path_is_called_and_where_temporary_files_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, as_user: str
+) -> None:
+    (tmp_path / "real").mkdir()
+    place = tmp_path / "real" / "m.aivmm"
+    spelled = place
+    if as_user == "a link":
+        (tmp_path / "link").symlink_to(tmp_path / "real")
+        spelled = tmp_path / "link" / "m.aivmm"
+    elif as_user == "dots":
+        spelled = tmp_path / "real" / ".." / "real" / "m.aivmm"
+
+    def second() -> None:
+        with alone(spelled, "m", ""):
+            pass
+
+    with alone(place, "m", ""):
+        if as_user == "TMPDIR":
+            monkeypatch.setenv("AIVMM_LOCK", str(tmp_path / "other" / "lock"))
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        until = time.monotonic() + 60
+        while "waiting for its plan" not in caplog.text and waiting.is_alive() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert waiting.is_alive()
+    waiting.join()
+
+
+def test_where_nothing_can_lie_beside_a_plan_its_lock_is_among_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AIVMM_LOCK", str(tmp_path / "temporary" / "lock"))
+    (tmp_path / "file").touch()
+    with alone(tmp_path / "file" / "m.aivmm", "m", ""):
+        assert [each.suffix for each in (tmp_path / "temporary").iterdir()] == [".lock"]
+    assert "cannot lock" in caplog.text and "others" not in caplog.text
 
 
 @pytest.mark.slow
