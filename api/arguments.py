@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from operator import index
 from pathlib import Path
@@ -52,9 +53,20 @@ def place(name: str, value: object) -> Path | None:
     Raises:
         UsageError: it is something else.
     """
-    if value is not None and not isinstance(value, str | Path):
+    found = location(name, value)
+    return None if found is None else Path(found)
+
+
+def location(name: str, value: object) -> str | None:
+    """Return the path, or the address that is one letter for letter, that an argument is, or None.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    found = _path(value)
+    if value is not None and found is None:
         raise _wrong(name, value, "a path", f'{name}="some/where"')
-    return None if value is None else Path(value)
+    return found
 
 
 def model(name: str, value: object) -> str:
@@ -63,9 +75,10 @@ def model(name: str, value: object) -> str:
     Raises:
         UsageError: it is something else, or empty.
     """
-    if not isinstance(value, str | Path) or not str(value).strip() or value == Path():
+    found = _path(value)
+    if found is None or not found.strip() or found == os.curdir:
         raise _wrong(name, value, "the path of one .onnx file", f'{name}="model.onnx"')
-    return str(value)
+    return found
 
 
 def called(name: str, value: object) -> None:
@@ -85,10 +98,13 @@ def places(name: str, value: object) -> list[str]:
         UsageError: it is something else.
     """
     found = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) else (value,)
+    paths = []
     for each in found:
-        if not isinstance(each, str | Path):
+        path = _path(each)
+        if path is None:
             raise _wrong(name, each, "a path, or a list of paths", f'{name}="model.onnx"')
-    return [str(each) for each in found]
+        paths.append(path)
+    return paths
 
 
 def whole(name: str, value: Any, example: str) -> int:
@@ -161,6 +177,12 @@ def shapes(value: object) -> dict[str, tuple[Shape, ...]]:
         of_one = [listed] if not any(isinstance(one, Iterable) for one in listed) else listed
         found[name] = _each_once(name, tuple(_shape(name, one, example) for one in of_one))
     return found
+
+
+def _path(value: object) -> str | None:
+    """Return the text of a path of any kind; None where it is none, or one of bytes."""
+    found = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    return found if isinstance(found, str) else None
 
 
 def _shape(name: str, value: object, example: str) -> Shape:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aivmm.errors import Infeasible, UsageError
+from aivmm.keywords import as_keywords
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def load_plan(
-    path: str | Path,
+    path: str | PathLike[str],
     *,
     on_mismatch: str = "warn",
-    require_signature: str | bytes | Path | Sequence[str | bytes | Path] | None = None,
+    require_signature: str | bytes | PathLike[str] | Sequence[str | bytes | PathLike[str]] | None = None,
     on_drift: Callable[[Drift], None] | None = None,
     timeout_s: float | None = None,
     alternative: str | None = None,
@@ -50,25 +51,26 @@ def load_plan(
     from aivmm.runtime.bundle import is_family
     from aivmm.runtime.engine import Engine
 
-    if require_signature is not None and not isinstance(require_signature, str | bytes | Path | Sequence):
+    if require_signature is not None and not isinstance(require_signature, str | bytes | PathLike | Sequence):
         raise UsageError(
             f"require_signature takes keys, and not {require_signature!r}", advice='such as require_signature="release.pub.pem"'
         )
-    if not isinstance(path, str | PathLike):
+    named = fspath(path) if isinstance(path, str | PathLike) else None
+    if not isinstance(named, str):
         raise UsageError(f"{path!r} is not a path", advice='load_plan("model.aivmm")')
     if on_drift is not None and not callable(on_drift):
         raise UsageError(f"on_drift takes a function, and not {on_drift!r}", advice="such as on_drift=print")
-    if not is_family(path):  # what serves several plans takes a tenth of a second to import
-        single = Engine.load(path, on_mismatch=on_mismatch, require_signature=require_signature, alternative=alternative)
+    if not is_family(named):  # what serves several plans takes a tenth of a second to import
+        single = Engine.load(named, on_mismatch=on_mismatch, require_signature=require_signature, alternative=alternative)
         _set(single, [single], on_drift, timeout_s)
         return single
 
     if alternative is not None:
-        raise UsageError(f"{path} holds several plans, and alternatives belong to one", advice="load the one plan's own bundle")
+        raise UsageError(f"{named} holds several plans, and alternatives belong to one", advice="load the one plan's own bundle")
 
     from aivmm.runtime.many import load, plain
 
-    engine = load(path, on_mismatch=on_mismatch, require_signature=require_signature)
+    engine = load(named, on_mismatch=on_mismatch, require_signature=require_signature)
     _set(engine, plain(engine), on_drift, timeout_s)
     return engine
 
@@ -85,8 +87,9 @@ def _set(
         raise
 
 
+@as_keywords
 def deploy(
-    model: str | Path,
+    model: str | PathLike[str],
     *,
     constraints: str | Sequence[str] = (),
     objective: str | None = None,
@@ -97,16 +100,16 @@ def deploy(
     shapes: Mapping[str, str | Sequence[int] | Sequence[Sequence[int]]] | None = None,
     dims: Mapping[str, int | str | Sequence[int]] | None = None,
     other_shapes: str = "refuse",
-    inputs: str | Path | None = None,
-    dataset: str | Path | None = None,
+    inputs: str | PathLike[str] | None = None,
+    dataset: str | PathLike[str] | None = None,
     metric: str | None = None,
     prefer: str | Sequence[str] = (),
     budget_s: float | None = None,
     trials: int | None = None,
     seed: int = 0,
-    db: str | Path | None = None,
-    plan: str | Path | None = None,
-    store: str | Path | None = None,
+    db: str | PathLike[str] | None = None,
+    plan: str | PathLike[str] | None = None,
+    store: str | PathLike[str] | None = None,
     may_tune: bool = True,
     on_drift: Callable[[Drift], None] | None = None,
     quiet: bool = False,
@@ -135,11 +138,11 @@ def deploy(
 
     name = arguments.model("model", model)
     arguments.called("on_drift", on_drift)
-    arguments.place("db", db)
+    database = arguments.location("db", db)
     objective, limits = _goal(service_level, objective, constraints)
     among, order = _patterns("targets", targets), _patterns("prefer", prefer)
     listed = (arguments.shapes(shapes), arguments.extents(dims))
-    samples, data = arguments.place("inputs", inputs), arguments.place("dataset", dataset)
+    samples, data = arguments.location("inputs", inputs), arguments.location("dataset", dataset)
     lowered, rows = _precisions(precisions), arguments.several("batches", batches, _BATCHES)
     judge = arguments.text("metric", metric, _METRIC)
     options = {
@@ -148,8 +151,8 @@ def deploy(
         "shapes": {name: tuple(sorted(each)) for name, each in listed[0].items()},
         "dims": listed[1],
         "other_shapes": other_shapes,
-        "inputs": None if samples is None else content_of(str(inputs)),
-        "dataset": None if data is None else content_of(str(dataset)),
+        "inputs": None if samples is None else content_of(samples),
+        "dataset": None if data is None else content_of(data),
         "metric": judge,
         **({"prefer": order} if order else {}),
     }
@@ -160,8 +163,8 @@ def deploy(
         constraints=limits,
         precisions=lowered,
         batches=rows,
-        inputs=samples,
-        dataset=None if data is None else str(data),
+        inputs=None if samples is None else Path(samples),
+        dataset=data,
         metric=judge,
         other_shapes=other_shapes,
         budget_s=DEFAULT_BUDGET_S if spent_s is None else spent_s,
@@ -176,7 +179,7 @@ def deploy(
         plan=arguments.place("plan", plan),
         store=arguments.place("store", store),
         options=options,
-        effort=(spent_s, trials, seed, None if db is None else str(db)),
+        effort=(spent_s, trials, seed, database),
     )
 
     def make(*, output: Path, targets: Sequence[str]) -> TuneResult:
@@ -236,22 +239,22 @@ def devices() -> tuple[Target, ...]:
     return find_devices()[0]
 
 
-def evidence(db: str | Path | None = None, **filters: Any) -> pd.DataFrame:
+def evidence(db: str | PathLike[str] | None = None, **filters: Any) -> pd.DataFrame:
     """Return the probes of a performance database as a frame, a row each; see `aivmm.db.frames.evidence` for the filters."""
     from aivmm import arguments
     from aivmm.db.database import Database
     from aivmm.db.frames import evidence as frame
 
-    arguments.place("db", db)
-    with Database.open(db, make=False) as database:
+    with Database.open(arguments.location("db", db), make=False) as database:
         return frame(database, **filters)
 
 
+@as_keywords
 def tune(
-    model: str | Path | Sequence[str | Path],
+    model: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
-    output: str | Path | None = None,
-    db: str | Path | None = None,
+    output: str | PathLike[str] | None = None,
+    db: str | PathLike[str] | None = None,
     objective: str | None = None,
     constraints: str | Sequence[str] = (),
     targets: str | Sequence[str] = (),
@@ -259,9 +262,9 @@ def tune(
     batches: Sequence[int] = (),
     shapes: Mapping[str, str | Sequence[int] | Sequence[Sequence[int]]] | None = None,
     dims: Mapping[str, int | str | Sequence[int]] | None = None,
-    workload: str | Path | None = None,
-    inputs: str | Path | None = None,
-    dataset: str | Path | None = None,
+    workload: str | PathLike[str] | None = None,
+    inputs: str | PathLike[str] | None = None,
+    dataset: str | PathLike[str] | None = None,
     metric: str | None = None,
     service_level: str | None = None,
     prefer: str | Sequence[str] = (),
@@ -295,8 +298,7 @@ def tune(
     from aivmm.tuner.progress import make_progress
     from aivmm.tuner.shapes import wanted
 
-    models = arguments.places("model", model)
-    arguments.place("db", db)
+    models, database = arguments.places("model", model), arguments.location("db", db)
     if not models:
         raise UsageError("no model is given", advice="give the path of one")
     each_shape = wanted(arguments.shapes(shapes), arguments.extents(dims))
@@ -306,7 +308,7 @@ def tune(
     options = TuneOptions(
         model=models[0],
         output=arguments.place("output", output),
-        db=None if db is None else str(db),
+        db=database,
         objective=objective,
         assumed_objective=assumed_objective,
         prefer=_patterns("prefer", prefer),
@@ -317,7 +319,7 @@ def tune(
         shapes=each_shape[0].shapes,
         dims=each_shape[0].dims,
         inputs=arguments.place("inputs", inputs),
-        dataset=None if arguments.place("dataset", dataset) is None else str(dataset),
+        dataset=arguments.location("dataset", dataset),
         metric=arguments.text("metric", metric, _METRIC),
         service_level=service_level,
         budget_s=DEFAULT_BUDGET_S if budget_s is None else budget_s,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -26,7 +27,7 @@ MAX_SIGNATURE_BYTES = 64 << 10
 CONTEXT = b"aivmm plan signature 1\n"
 _MAX_KEY_BYTES = 64 << 10
 
-Key = str | bytes | Path  # a PEM file's path, or PEM text
+Key = str | bytes | PathLike[str]  # a PEM file's path, or PEM text
 
 
 class Signature(Strict, frozen=True, kw_only=True):
@@ -81,7 +82,7 @@ def require_signature(plan: bytes, signature: bytes | None, keys: Key | Sequence
         BundleError: none of them did: no signature at all, one of another key, or one of other bytes.
         UsageError: a key cannot be read or is of another kind, or `cryptography` is not installed.
     """
-    trusted = {key_id(each): each for each in map(_public_key, [keys] if isinstance(keys, str | bytes | Path) else keys)}
+    trusted = {key_id(each): each for each in map(_public_key, [keys] if isinstance(keys, str | bytes | PathLike) else keys)}
     if not trusted:
         raise UsageError("require_signature names no key", advice="give the PEM file of a public key")
     if signature is None:
@@ -180,6 +181,10 @@ def _pem(key: Key) -> tuple[bytes, str]:
         return key, "the key"
     if isinstance(key, str) and "-----BEGIN" in key:
         return key.encode(), "the key"
+    if not isinstance(key, str | PathLike):
+        raise UsageError(
+            f"a key is text or a path, and not of type {type(key).__name__}", advice="give the path of a PEM file, or what is in it"
+        )
     path = Path(key)
     try:
         with path.open("rb") as file:

@@ -63,13 +63,13 @@ class TuneOptions:
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed {self.seed} is not between 0 and 4294967295")
         if not 0 < self.budget_s < 1e6:
-            raise UsageError(f"a budget of {self.budget_s} s cannot be spent", advice="give one such as --budget 120s")
+            raise UsageError(f"a budget of {self.budget_s} s cannot be spent", advice="give seconds, such as 120")
         for name, value, least in (("--trials", self.trials, 1), ("--min-segments", self.min_segments, 1), ("--top", self.top, 1)):
             if value is not None and value < least:
                 raise UsageError(f"{name} {value} is below {least}")
         for batch in self.batches:
             if batch < 1:
-                raise UsageError(f"--batch {batch} is below 1")
+                raise UsageError(f"a batch of {batch} is below 1")
         for each in self.precisions:
             if each not in PRECISIONS:
                 raise UsageError(f"unknown precision {each!r}", advice=f"known: {', '.join(PRECISIONS)}")

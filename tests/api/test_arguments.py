@@ -30,16 +30,19 @@ WRONG = [
     ({"dims": {"rows": 2.5}}, r"dims\['rows'\] takes a whole number, and not 2.5"),
     ({"dims": {"rows": []}}, "'rows' lists \\[\\]; give at least one"),
     ({"dims": {"rows": [4, 4]}}, "give at least one, and each once"),
+    ({"dims": {"rows": "no"}}, "^dims 'rows=no'"),
     ({"dims": {"rows": "64..32"}}, "the range 64..32 does not go up"),
     ({"inputs": 5}, "inputs takes a path, and not 5"),
     ({"metric": len}, "metric takes text"),
     ({"db": 5}, "db takes a path, and not 5"),
+    ({"inputs": "x.npz", "dataset": "d"}, "^inputs and dataset both give samples"),
+    ({"constraints": "metric>=0.5"}, "name your function with metric MODULE:FUNCTION"),
     ({"budget_s": -1}, "a budget of -1.0 s cannot be spent"),
     ({"budget_s": float("nan")}, "a budget of nan s cannot be spent"),
-    ({"trials": 0}, "--trials 0 is below 1"),
-    ({"seed": -1}, "--seed -1 is not between"),
-    ({"batches": [0]}, "--batch 0 is below 1"),
-    ({"other_shapes": "some"}, "unknown --other-shapes 'some'"),
+    ({"trials": 0}, "^trials 0 is below 1"),
+    ({"seed": -1}, "^seed -1 is not between"),
+    ({"batches": [0]}, "^a batch of 0 is below 1"),
+    ({"other_shapes": "some"}, "^unknown other_shapes 'some'"),
 ]
 
 
@@ -51,7 +54,7 @@ def test_what_is_of_a_wrong_kind_is_one_line_that_names_the_argument(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(aivmm.UsageError, match=words) as refused:
         function("missing.onnx", quiet=True, **given)
-    assert "\n" not in str(refused.value) and not list(tmp_path.iterdir())
+    assert "\n" not in str(refused.value) and "--" not in str(refused.value) and not list(tmp_path.iterdir())
 
 
 def test_a_model_or_a_plan_that_is_no_path_is_one_line() -> None:
@@ -62,6 +65,31 @@ def test_a_model_or_a_plan_that_is_no_path_is_one_line() -> None:
             aivmm.deploy(odd, may_tune=False)  # type: ignore[arg-type]
     with pytest.raises(aivmm.UsageError, match="5 is not a path"):
         aivmm.load_plan(5)  # type: ignore[arg-type]
+
+
+def test_a_path_may_be_of_any_kind(tmp_path: Path) -> None:
+    class Kind:
+        def __fspath__(self) -> str:
+            return str(tmp_path / "missing")
+
+    assert arguments.place("plan", Kind()) == tmp_path / "missing"
+    assert arguments.model("model", Kind()) == arguments.location("db", Kind()) == str(tmp_path / "missing")
+    assert arguments.places("model", [Kind(), "b"]) == [str(tmp_path / "missing"), "b"]
+    with pytest.raises(aivmm.UsageError, match="no kept plan fits"):
+        (tmp_path / "missing").write_bytes(chain_model(width=4, rows=1, layers=1).SerializeToString())
+        aivmm.deploy(Kind(), store=tmp_path / "store", dataset=Kind(), db=Kind(), may_tune=False)
+    with pytest.raises(aivmm.BundleError, match="missing"):
+        aivmm.load_plan(Kind())
+
+
+def test_a_path_of_bytes_is_none() -> None:
+    class Kind:
+        def __fspath__(self) -> bytes:
+            return b"m"
+
+    for asked in (lambda: aivmm.load_plan(Kind()), lambda: aivmm.tune(Kind()), lambda: aivmm.deploy("m.onnx", plan=Kind())):  # type: ignore[arg-type]
+        with pytest.raises(aivmm.UsageError, match="path"):
+            asked()
 
 
 def test_what_is_called_later_is_refused_now_where_it_cannot_be() -> None:
@@ -76,6 +104,7 @@ def test_what_loading_takes_is_checked_in_one_line(tmp_path: Path) -> None:
     for given, words in (
         ({"timeout_s": "5"}, "timeout_s='5' is no time to wait; give seconds above 0, or None"),
         ({"require_signature": 5}, "require_signature takes keys, and not 5; such as require_signature="),
+        ({"require_signature": [5]}, "a key is text or a path, and not of type int; give the path of a PEM file"),
         ({"on_mismatch": None}, "on_mismatch=None is unknown; choose from warn, error, fallback"),
     ):
         with pytest.raises(aivmm.UsageError, match=words):
