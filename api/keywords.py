@@ -9,7 +9,8 @@ from typing import ParamSpec, TypeVar
 
 from aivmm.errors import AivmmError
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # What options are called as arguments, where that is not their name with underscores.
 _KEYWORDS = {"batch": "batches", "budget": "budget_s", "constraint": "constraints", "dim": "dims", "shape": "shapes"}
