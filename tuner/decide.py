@@ -199,7 +199,7 @@ class Decider:
             if keeps(self.work.constraints, each, score, without=("throughput",))
         ]
 
-    def _reference_name(self) -> str | None:
+    def reference_name(self) -> str | None:
         """Return the name that the reference has among the baselines."""
         return next((each.name for each, candidate in self.explorer.baselines if candidate == self.explorer.measurer.reference), None)
 
@@ -279,9 +279,9 @@ class Decider:
         """
         found = None if proof.plan is None else self._prediction(proof.plan.draft)
         if proof.plan is None or found is None:
-            return nothing_promised(self._reference_name())
+            return nothing_promised(self.reference_name())
         engine_s = (self._engine_s(proof.plan.draft), self._engine_s())
-        return promised(proof, found, reference=self._reference_name(), reference_s=self._reference_s(), engine_s=engine_s)
+        return promised(proof, found, reference=self.reference_name(), reference_s=self._reference_s(), engine_s=engine_s)
 
     def note_predictions(self, proof: Proof) -> None:
         """Put beside what the proof found of each entrant what was expected of it, over what the reference took in the search.
@@ -292,7 +292,7 @@ class Decider:
         what they came to in the search, where they call executables: `searched_ratio`. What the proof found is `proven_ratio`.
         """
         reference_s, engine_s = self._reference_s(), self._engine_s()
-        reference = entrant_of(proof, self._reference_name())
+        reference = entrant_of(proof, self.reference_name())
         for each in proof.entrants:
             found = self._prediction(each.draft)
             if found is None or not reference_s:

@@ -33,11 +33,12 @@ _SPEED = ("latency", "throughput")  # objectives and limits of which a race tell
 _LOADS, _MOST_LOADS, _CORES_TO_LOAD = 2, 6, 4  # entrants that are loaded at once: two, or as many as have so many cores each
 _ROUNDS_TO_PROVE = 10  # at least, where there is time for them
 _SETTLE_S = 12.0  # on top of it, for those alone that may be the plan and are not told apart
+_ROUNDS_TO_TELL, _MOST_TO_TELL_S = 5, 3.0  # of the reference, before it rests: whichever comes first
 _WORTH_CHANGING = 0.97  # two processes that run the very same differ by as much: a smaller gain may be gone in the next one
 _SWITCH_S = 0.03  # between two workers: until the one before has stopped spinning
 TAIL_SAMPLES = 500  # below this a 99th percentile is not given
 TAIL_S = 3.0
-_LOAD_AGAIN_S = 5.0  # the proof may take 30 s: what loads slower is not loaded again to see what a cache saves
+_LOAD_AGAIN_S = 5.0  # what loads slower is not loaded again, to see what a cache saves
 TAIL_ASKED_S = 40.0  # when a constraint asks for it
 
 
@@ -57,6 +58,7 @@ class Prover:
         further: Callable[[], Further] | None = None,
         objectives: Sequence[Objective] = (OBJECTIVES["latency"],),
         prefer: Sequence[str] = (),
+        reference: str | None = None,
     ) -> None:
         self._proof = Proof(entrants=list(entrants))
         if any(each.name == "energy" for each in objectives) and counts_cards_only(self._targets()):
@@ -67,7 +69,7 @@ class Prover:
         self._tell = tell
         self._forced = forced
         self._judge_outputs = Judge(cosine_limit=cosine_limit, metric=metric, further=further, constraints=constraints)
-        self._objectives, self._prefer = objectives, prefer
+        self._objectives, self._prefer, self._reference = objectives, prefer, reference
         self._rate = counts_rate(objectives, constraints)
         wanted = {constraint.metric for constraint in constraints} | {each.metric for each in objectives}
         self._asks_tail, self._asks_energy = "p99" in wanted, not wanted.isdisjoint(ENERGY)
@@ -189,16 +191,22 @@ class Prover:
         """Let those run on that may be the plan and are not told apart, where time ended the race before it had its rounds.
 
         With many entrants that many callers keep busy a round takes seconds, and three of them tell little on a machine that is not quiet:
-        what takes a third of the best baseline's time would not be the plan for that alone.
+        what takes a third of the best baseline's time would not be the plan for that alone. They are those that `_pick` will choose among
+        by speed. Where who that is hangs on what is measured afterwards (tails, energy), or a cut is the plan in any case, nobody does.
         """
-        may_be = [each for each in self._proof.entrants if each.eligible and each.contestant is not None and each.contestant.durations]
+        if self._forced or self._asks_tail or self._asks_energy:
+            return
+        timed = [each for each in self._proof.entrants if each.eligible and each.contestant is not None and each.contestant.durations]
+        for each in timed:
+            self._measure(each, each.contestant.samples() if each.contestant else None)
+        may_be = self._serving([each for each in timed if not self._unmet(each)])
         field = [each.contestant for each in may_be if each.contestant is not None and each.contestant.racing and not each.contestant.rests]
         done = max((len(set(each.rounds)) for each in field), default=_ROUNDS_TO_PROVE)
         leader, still_open = leader_of(field), undecided(field)
         if leader is None or not still_open or done >= _ROUNDS_TO_PROVE:
             return
-        for each in still_open:
-            each.cautions = ()  # which say that it is open
+        for rival in still_open:
+            rival.cautions = ()  # which say that it is open
         left = _ROUNDS_TO_PROVE - done
         race(
             [leader, *still_open],
@@ -212,14 +220,26 @@ class Prover:
         )
 
     def _tire(self) -> Callable[[int], None] | None:
-        """Return what lets baselines rest that are far behind what may be the plan, where speed alone decides which that is."""
+        """Return what lets baselines rest that are far behind what may be the plan, where speed alone decides which that is.
+
+        The reference of the search rests later: what was promised is a ratio to it, and two rounds cannot tell whether that was kept.
+        """
         if len(self._objectives) > 1 or self._prefer or self._may_win_slow:
             return None
         # A lowered one may yet be found too inaccurate on all that was held out: for its sake nobody rests.
         sure = (each for each in self._proof.entrants if each.eligible and each.draft.lowered is None)
         field = [each.contestant for each in sure if each.contestant is not None]
-        who = [each.contestant for each in self._proof.entrants if each.contestant is not None and each.role == "baseline"]
-        return far_behind(who, field)
+        who = [each for each in self._proof.entrants if each.contestant is not None and each.role == "baseline"]
+        everyone = far_behind([each.contestant for each in who if each.contestant], field)
+        reference = next((each.contestant for each in who if each.draft.name == self._reference), None)
+        if reference is None:
+            return everyone
+        others = far_behind([each.contestant for each in who if each.contestant and each.contestant is not reference], field)
+
+        def tire(rounds: int) -> None:
+            (everyone if rounds >= _ROUNDS_TO_TELL or reference.took_s > _MOST_TO_TELL_S else others)(rounds)
+
+        return tire
 
     def _targets(self) -> set[Target]:
         return {target for each in self._proof.entrants for target in targets_of(each)}
@@ -374,6 +394,11 @@ class Prover:
 
     def _judge(self, entrant: Entrant) -> None:
         """Note which constraints an entrant breaks, or cannot be shown to keep."""
+        if found := self._unmet(entrant):
+            self._proof.violations[entrant.draft.name] = found
+
+    def _unmet(self, entrant: Entrant) -> tuple[Violation, ...]:
+        """Return the constraints that an entrant breaks, or cannot be shown to keep."""
         metrics, targets = constraint_metrics(entrant), list(map(str, entrant.draft.all_targets))
         found = self._violations(entrant)
         for missing in unjudged(self._constraints, metrics, targets=targets):
@@ -383,8 +408,7 @@ class Prover:
             why = entrant.absent.get(missing.metric, why)
             sentence = f"{missing.metric} is not known ({why}), so {missing} is not shown to hold"
             found = (*found, Violation(constraint=missing, value=math.nan, percent=math.inf, sentence=sentence))
-        if found:
-            self._proof.violations[entrant.draft.name] = found
+        return found
 
     def _pick(self) -> Entrant | None:
         proof = self._proof
@@ -448,7 +472,7 @@ def loads_at_once(cores: int) -> int:
 
 
 def _racing_s(contestants: Sequence[Contestant]) -> float:
-    """Return how long to race: so many rounds as make an interval, within limits that keep the whole proof below 30 s."""
+    """Return how long to race: so many rounds as make an interval, within limits; what matters and stays open is settled on top of it."""
     return min(_MOST_S, max(_LEAST_S, _ROUNDS * sum(_turn_s(each) for each in contestants)))
 
 

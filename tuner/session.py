@@ -266,6 +266,7 @@ class Session:
             forced=work.min_segments > 1,
             objectives=self.options.objectives,
             prefer=self.options.prefer,
+            reference=decider.reference_name(),
         ).run()
         decider.note_predictions(proof)
         for tried in decider.tried:

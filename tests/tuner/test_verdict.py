@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -246,8 +247,10 @@ def test_as_many_entrants_are_loaded_at_once_as_have_cores(cores: int, loads: in
     assert loads_at_once(cores) == loads
 
 
-def unsettled(noise: float, rounds: int, **took: float) -> tuple[Prover, dict[str, Contestant], Known]:
-    """Return a proof whose race ended after so few rounds on a machine that is not quiet."""
+def unsettled(
+    noise: float, rounds: int, asked: Mapping[str, Any] | None = None, **took: float
+) -> tuple[Prover, dict[str, Contestant], Known]:
+    """Return a proof whose race ended after so few rounds on a machine that is not quiet, and where `asked` was asked for."""
     worker, entrants = Known(took, noise=noise), []
     for name in took:
         each = entrant(name, took[name], role="candidate" if name == "ours" else "baseline")
@@ -256,7 +259,8 @@ def unsettled(noise: float, rounds: int, **took: float) -> tuple[Prover, dict[st
         entrants.append(each)
     racing = {each.draft.name: each.contestant for each in entrants if each.contestant is not None}
     race(list(racing.values()), budget_s=60, least_rounds=rounds, most_rounds=rounds)
-    return Prover(entrants, constraints=(), cosine_limit=None, seed=0, tell=lambda what, state: None), racing, worker
+    wanted: dict[str, Any] = {"constraints": (), **(asked or {})}
+    return Prover(entrants, cosine_limit=None, seed=0, tell=lambda what, state: None, **wanted), racing, worker
 
 
 def test_what_time_left_open_is_raced_on_with_the_best_alone() -> None:
@@ -294,3 +298,43 @@ def test_what_may_not_be_the_plan_is_not_raced_on() -> None:
     before = len(worker.asked)
     prover._settle(3, lambda state: None)
     assert len(worker.asked) == before
+
+
+@pytest.mark.parametrize(
+    ("asked", "raced_on"),
+    [
+        ({}, {"big", "ours"}),
+        ({"constraints": parse("memory<=1MB")}, {"ours", "theirs"}),  # the fastest breaks it, and the next is open against the one after
+        ({"objectives": parse_objectives("memory")}, set()),  # the least memory decides, and one alone has it
+        ({"objectives": parse_objectives("latency,memory")}, {"big", "ours"}),
+        ({"prefer": ("*:GPU",)}, {"big", "ours"}),  # nothing is on one, so all serve alike
+        ({"constraints": parse("p99<=1s")}, set()),  # measured afterwards
+        ({"constraints": parse("energy<=1J")}, set()),
+        ({"forced": True}, set()),  # the cut is the plan in any case
+    ],
+)
+def test_those_are_raced_on_of_which_speed_decides_who_is_the_plan(asked: dict[str, Any], raced_on: set[str]) -> None:
+    prover, racing, worker = unsettled(9.0, 3, asked, big=1.0, ours=3.0, theirs=9.0)
+    for each, held in zip(racing.values(), (2e9, 2e5, 1e5), strict=True):
+        each.memory_bytes = int(held)
+    before = len(worker.asked)
+    prover._settle(3, lambda state: None)
+    assert set(worker.asked[before:]) == raced_on
+
+
+def test_the_reference_of_a_promise_rests_later_than_other_baselines_unless_it_takes_seconds() -> None:
+    entrants = [entrant("the reference", 100e-3), entrant("toy default", 100e-3), entrant("candidate 1", 1e-3, role="candidate")]
+    reference, other, _ = (each.contestant for each in entrants)
+    assert reference is not None and other is not None
+    wanted: dict[str, Any] = {"constraints": (), "cosine_limit": None, "seed": 0, "tell": lambda what, state: None}
+    tire = Prover(entrants, reference="the reference", **wanted)._tire()
+    assert tire is not None
+    tire(2)
+    assert other.rests and not reference.rests
+    tire(4)
+    assert not reference.rests
+    tire(5)
+    assert reference.rests
+    reference.rests, reference.took_s = False, 60.0
+    tire(2)
+    assert reference.rests
