@@ -15,7 +15,7 @@ from aivmm.errors import AivmmError, Unsupported, UsageError
 from aivmm.runtime.backend import Buffer, DeviceTensor, foreign_dtype, holds_foreign, is_foreign, raw_view
 from aivmm.runtime.cuda import is_pinned, wait_for_producers
 from aivmm.runtime.onnx_interface import ELEMENT_TYPES
-from aivmm.runtime.turns import Recordings, Turns
+from aivmm.runtime.turns import Recordings, Turn, Turns
 from aivmm.tensors import TensorSpec
 
 _TURNS = Turns()  # of all graphs in the process, whichever their cards: decision 0041
@@ -222,7 +222,8 @@ class StagedRequest(BoundRequest):
         around: AbstractContextManager[Any] = _NO_TURN,
     ) -> None:
         super().__init__(session, inputs, outputs)
-        self._recordings = Recordings() if recorded else None
+        self._recordings = Recordings()
+        self._turn: Turn | None = _TURNS.add() if recorded else None
         self._pinned = pinned
         self._ordered = ordered
         self._around = around
@@ -269,22 +270,28 @@ class StagedRequest(BoundRequest):
 
     def run(self) -> None:
         """Copy in, run, copy out."""
-        recordings = self._recordings
-        turn = _NO_TURN if recordings is None else _TURNS.record if recordings.left else _TURNS.replay
-        with self._around, turn:
-            try:
-                self._copy_in()
-                self._compute()
-                for destination, source, size in self._out.values():
-                    self._stream.copy(destination, source, size)
-                if self._out:
-                    self._stream.wait()
-                if turn is _TURNS.record and recordings is not None:
-                    recordings.left -= 1
-            except BaseException:
-                with suppress(Unsupported):  # copies that were begun read and write the caller's arrays until they are done
-                    self._stream.wait()
-                raise
+        turn, recordings = self._turn, self._recordings
+        with self._around:
+            if turn is None:
+                self._run()
+            elif recordings.left:
+                turn.record(self._run)
+                recordings.left -= 1
+            else:
+                turn.replay(self._run)
+
+    def _run(self) -> None:
+        try:
+            self._copy_in()
+            self._compute()
+            for destination, source, size in self._out.values():
+                self._stream.copy(destination, source, size)
+            if self._out:
+                self._stream.wait()
+        except BaseException:
+            with suppress(Unsupported):  # copies that were begun read and write the caller's arrays until they are done
+                self._stream.wait()
+            raise
 
     def _compute(self) -> None:
         try:

@@ -2,70 +2,65 @@
 
 ONNX Runtime records with `cudaStreamCaptureModeGlobal`, under which CUDA forbids every thread of the process, whichever card it uses, what
 could be unsafe (to allocate, to copy other memory than page-locked): it would fail, and spoil the recording. A replay records nothing.
+
+Signals interrupt Python between any two calls (Ctrl-C; a time limit that a handler raises), and whatever is not given back then keeps all
+graphs of the process waiting for ever. So all that is held here are locks of the interpreter's own, each held by a `with` of its own: those
+are entered and left in C, where no signal is handled, and nothing besides says who holds what.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
+from collections.abc import Callable
 
 
 class Turns:
-    """A lock that many hold at once to replay, or one alone to record; who waits to record goes before those who come after."""
+    """Has each request's recordings wait until all replays have left, and each replay while there is a recording or one waits."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.changed = threading.Condition(self.lock)
-        self.replaying = 0
-        self.recording = False
-        self.waiting = 0  # to record
-        self.replay, self.record = _Replay(self), _Record(self)
+        self.gate = threading.Lock()  # held by who records or waits to; each who found it so waits here
+        self.recording = threading.Lock()  # as `gate`, but never by who only waited there: tells whether there is one
+        self.replays: tuple[weakref.ref[threading.Lock], ...] = ()  # of each request
+        self._adding = threading.Lock()
+
+    def add(self) -> Turn:
+        """Return the turn of one more request; it counts as long as somebody has it."""
+        replay = threading.Lock()
+        with self._adding:
+            self.replays = (*(each for each in self.replays if each() is not None), weakref.ref(replay))
+        return Turn(self, replay)
 
 
-class _Replay:
-    """`with turns.replay:`, on the way of each call: no generator, and no calls of ours."""
+class Turn:
+    """Runs of one request, which has one at a time. Not to be asked inside another run of the same thread, in a signal's handler say."""
 
-    def __init__(self, turns: Turns) -> None:
-        self._turns, self._lock = turns, turns.lock
+    __slots__ = ("_gate", "_recording", "_replay", "_turns")
 
-    def __enter__(self) -> None:
-        turns = self._turns
-        with self._lock:
-            while turns.recording or turns.waiting:
-                turns.changed.wait()
-            turns.replaying += 1
+    def __init__(self, turns: Turns, replay: threading.Lock) -> None:
+        self._turns, self._gate, self._recording = turns, turns.gate, turns.recording
+        self._replay = replay  # held while it replays
 
-    def __exit__(self, *_: object) -> None:
-        turns = self._turns
-        with self._lock:
-            turns.replaying -= 1
-            if turns.waiting and not turns.replaying:
-                turns.changed.notify_all()
+    def replay(self, run: Callable[[], object]) -> None:
+        """Call `run` beside other replays. The request was recorded here before, so that each recording since knows of it."""
+        while True:
+            with self._replay:
+                # Looked at while `_replay` is held, for which a recording waits once it can be seen here: one of both sees the other.
+                if not self._recording.locked():
+                    run()
+                    return
+            with self._gate:
+                pass
 
-
-class _Record:
-    """`with turns.record:`"""
-
-    def __init__(self, turns: Turns) -> None:
-        self._turns = turns
-
-    def __enter__(self) -> None:
-        turns = self._turns
-        with turns.lock:
-            turns.waiting += 1
-            try:
-                while turns.recording or turns.replaying:
-                    turns.changed.wait()
-                turns.recording = True
-            finally:
-                turns.waiting -= 1
-                if not turns.recording:  # Ctrl-C: those who waited for this one
-                    turns.changed.notify_all()
-
-    def __exit__(self, *_: object) -> None:
-        turns = self._turns
-        with turns.lock:
-            turns.recording = False
-            turns.changed.notify_all()
+    def record(self, run: Callable[[], object]) -> None:
+        """Call `run` when nobody replays or records; who comes to replay meanwhile waits until it is done."""
+        with self._gate, self._recording:
+            for each in self._turns.replays:
+                replay = each()
+                if replay is not None:
+                    with replay:  # until it has left; it does not come back as long as `_recording` is held
+                        pass
+            run()
 
 
 class Recordings(threading.local):

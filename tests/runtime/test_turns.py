@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
 
+from aivmm.runtime import ort_requests
+from aivmm.runtime import turns as turns_module
 from aivmm.runtime.ort_requests import StagedRequest
-from aivmm.runtime.turns import Recordings, Turns
+from aivmm.runtime.turns import Recordings, Turn, Turns
 from tests.making import normal
 from tests.runtime.test_staged import SHAPE, staged
 
@@ -25,47 +33,78 @@ def in_thread(call: Callable[[], object]) -> threading.Thread:
 
 
 def test_replays_are_inside_together_and_a_recording_is_not_until_they_have_left() -> None:
-    turns, together, leave, recording = Turns(), threading.Barrier(3), threading.Event(), threading.Event()
+    turns, together, leave, recording, late = Turns(), threading.Barrier(3), threading.Event(), threading.Event(), threading.Event()
+    told: list[bool] = []
 
-    def replay() -> None:
-        with turns.replay:
-            together.wait(PATIENCE_S)
-            leave.wait(PATIENCE_S)
+    def replay(turn: Turn) -> None:
+        turn.replay(lambda: (together.wait(PATIENCE_S), leave.wait(PATIENCE_S)))
 
-    def record() -> None:
-        with turns.record:
-            recording.set()
+    def replay_late(turn: Turn) -> None:
+        turn.replay(lambda: told.append(recording.is_set()))
+        late.set()
 
-    replays = [in_thread(replay) for _ in range(2)]
+    recorder, latest, *earlier = (turns.add() for _ in range(4))
+    replays = [in_thread(partial(replay, each)) for each in earlier]
     together.wait(PATIENCE_S)  # both are inside
-    recorder = in_thread(record)
-    while not turns.waiting:
-        assert recorder.is_alive()
-    late = in_thread(turns.replay.__enter__)
-    assert not recording.is_set() and turns.replaying == 2
+    threads = [*replays, in_thread(lambda: recorder.record(recording.set))]
+    while not turns.recording.locked():
+        assert threads[-1].is_alive()
+    threads.append(in_thread(lambda: replay_late(latest)))
+    assert not late.wait(0.05) and not recording.is_set()
     leave.set()
-    for each in (*replays, recorder, late):
+    for each in threads:
         each.join(PATIENCE_S)
         assert not each.is_alive()
-    assert recording.is_set() and turns.replaying == 1  # the late one came in behind it
+    assert told == [True]  # it came in behind the recording
 
 
 def test_nobody_is_inside_with_a_recording_whoever_comes_when() -> None:
     turns, inside, wrong = Turns(), [0, 0], []
 
     def work(seed: int) -> None:
-        rng = np.random.default_rng(seed)
+        rng, turn = np.random.default_rng(seed), turns.add()
+
+        def run(records: bool) -> None:
+            inside[records] += 1
+            if inside[True] > 1 or (inside[True] and inside[False]):
+                wrong.append(tuple(inside))
+            inside[records] -= 1
+
         for _ in range(200):
-            records = bool(rng.random() < 0.2)
-            with turns.record if records else turns.replay:
-                inside[records] += 1
-                if inside[True] > 1 or (inside[True] and inside[False]):
-                    wrong.append(tuple(inside))
-                inside[records] -= 1
+            if rng.random() < 0.2:
+                turn.record(partial(run, True))
+            else:
+                turn.replay(partial(run, False))
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, range(6), timeout=PATIENCE_S))
     assert not wrong
+
+
+def test_who_replays_again_and_again_keeps_nobody_from_recording() -> None:
+    turns, enough = Turns(), threading.Event()
+
+    def replay(turn: Turn) -> None:
+        while not enough.is_set():
+            turn.replay(partial(sum, range(1000)))
+
+    threads = [in_thread(partial(replay, turns.add())) for _ in range(2)]
+    turn = turns.add()
+    recorder = in_thread(lambda: [turn.record(int) for _ in range(20)])
+    recorder.join(PATIENCE_S)
+    enough.set()
+    for each in threads:
+        each.join(PATIENCE_S)
+    assert not any(each.is_alive() for each in (recorder, *threads))
+
+
+def test_a_request_that_is_gone_is_waited_for_no_more() -> None:
+    turns = Turns()
+    kept = turns.add()
+    for _ in range(3):
+        turns.add()
+    assert len(turns.replays) <= 2  # those that are, and the one added last
+    kept.record(int)
 
 
 def test_what_a_thread_has_recorded_another_has_not() -> None:
@@ -118,3 +157,109 @@ def test_a_run_that_failed_has_recorded_nothing(monkeypatch: pytest.MonkeyPatch)
             with pytest.raises(RuntimeError, match="no"):
                 request.run()
     assert request._recordings is not None and request._recordings.left == Recordings.RUNS
+
+
+@contextmanager
+def interrupts(handler: Callable[..., object]) -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupted_at(step: int, call: Callable[[], object]) -> bool:
+    """Call, and have Ctrl-C come before the instruction `step` of those of graphs' turns and of a run; return whether there are so many.
+
+    The interrupt is only made pending then, in C: it is raised where the interpreter next looks for one, and nowhere else.
+    """
+    pend: Any = ctypes.PYFUNCTYPE(None, ctypes.py_object, ctypes.py_object, ctypes.py_object)(("PyErr_SetInterrupt", ctypes.pythonapi))
+    steps, raised = 0, 0
+
+    def once(*_: object) -> None:
+        nonlocal raised
+        raised += 1
+        if raised == 1:
+            raise KeyboardInterrupt
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal steps
+        code = frame.f_code
+        if code.co_filename != turns_module.__file__ and code is not StagedRequest.run.__code__:
+            return None
+        frame.f_trace_opcodes = True
+        steps += event == "opcode"
+        return pend if steps == step else trace
+
+    before = sys.gettrace()
+    with interrupts(once):
+        try:
+            sys.settrace(trace)
+            call()
+            sys.settrace(before)  # what was pending last is raised behind this call
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+    assert bool(raised) == (steps >= step)
+    return steps >= step
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_whenever_a_run_is_interrupted_others_record_and_replay_after_it(records: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort_requests, "_TURNS", Turns())  # the process's own would be lost to other tests, should this one fail
+    request, other = recorded()[0], recorded()[0]
+    for _ in range(Recordings.RUNS):
+        request.run()
+
+    def others() -> None:
+        for _ in range(Recordings.RUNS + 1):
+            other.run()
+
+    step = 1
+    while True:
+        request._recordings.left = Recordings.RUNS if records else 0
+        if not interrupted_at(step, request.run):
+            break
+        thread = in_thread(others)  # which has not recorded yet
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive(), f"graphs wait for ever after an interrupt at instruction {step}"
+        request._recordings.left = 0
+        request.run()
+        step += 1
+    assert step > 20  # instructions of Python's that a run has in any case
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signal reaches a thread that waits there")
+@pytest.mark.parametrize("records", [False, True])
+def test_who_is_interrupted_while_it_waits_for_its_turn_leaves_nothing_behind(records: bool) -> None:
+    turns, inside, leave, over = Turns(), threading.Event(), threading.Event(), threading.Event()
+    mine, others = turns.add(), turns.add()
+
+    def hold() -> None:
+        (others.replay if records else others.record)(lambda: (inside.set(), leave.wait(PATIENCE_S)))
+
+    def raises(*_: object) -> None:
+        if not over.is_set():
+            over.set()
+            raise KeyboardInterrupt
+
+    def interrupt() -> None:
+        while not over.wait(0.01):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    holder = in_thread(hold)
+    assert inside.wait(PATIENCE_S)
+    with interrupts(raises):
+        interrupter = in_thread(interrupt)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                (mine.record if records else mine.replay)(int)
+        finally:
+            over.set()
+            interrupter.join(PATIENCE_S)
+    leave.set()
+    after = [holder, in_thread(lambda: mine.replay(int)), in_thread(lambda: others.record(int))]
+    for each in after:
+        each.join(PATIENCE_S)
+        assert not each.is_alive()
