@@ -18,6 +18,16 @@ from aivmm.runtime.plan import Execution
 Answer = Callable[[], Outputs]  # what answers a request in the place of a stage that hangs, or raises
 
 
+def _seconds(given: object) -> float:
+    """Return what is a number, of whatever kind, as the clock counts; NaN for what is none, though Python can make one of it."""
+    if isinstance(given, bool | str | bytes | bytearray) or not isinstance(given, SupportsFloat):
+        return float("nan")
+    try:
+        return float(given)
+    except (TypeError, ValueError, OverflowError):  # an array of several numbers, say
+        return float("nan")
+
+
 class Deadlines:
     """Watches requests on a thread of its own, which ends when nobody refers to this any more. Thread-safe."""
 
@@ -27,14 +37,15 @@ class Deadlines:
         Raises:
             UsageError: that is no time to wait, or is over before a request may have found company for its batch.
         """
-        if not isinstance(timeout_s, SupportsFloat) or not 0 < timeout_s < float("inf"):
+        seconds = _seconds(timeout_s)
+        if not 0 < seconds < float("inf"):
             raise UsageError(f"timeout_s={timeout_s!r} is no time to wait", advice="give seconds above 0, or None")
         wait_s = max((each.batching.max_wait_s for each in executions if each.batching is not None), default=0.0)
-        if timeout_s <= wait_s:
+        if seconds <= wait_s:
             raise UsageError(
-                f"timeout_s={timeout_s:g} is over while requests may still wait {wait_s:g} s for company in their batch", advice="give more"
+                f"timeout_s={seconds:g} is over while requests may still wait {wait_s:g} s for company in their batch", advice="give more"
             )
-        self.timeout_s = timeout_s
+        self.timeout_s = seconds
         # All wait for as long, so who came first is due first.
         self._due: deque[tuple[float, Future[Outputs], Answer]] = deque()
         self._some = threading.Event()

@@ -6,13 +6,15 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 
 from aivmm.errors import Unsupported, UsageError
-from aivmm.runtime.deadline import _look
+from aivmm.runtime.deadline import Deadlines, _look
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.null import NullRequest
 from aivmm.runtime.null_memory import NullTensor
@@ -227,6 +229,18 @@ def test_what_cannot_be_kept_is_refused(load_watched: Load) -> None:
     with pytest.raises(UsageError, match="the input 'x' cannot be kept for a deadline"):
         engine.run({"x": (each for each in ())})
     assert_right(engine.run(X))
+
+
+@pytest.mark.parametrize("given", [-1.0, float("nan"), True, "5", b"5", np.array([1.0, 2.0]), object()])
+def test_what_is_no_time_to_wait_is_refused(given: Any) -> None:
+    with pytest.raises(UsageError, match="is no time to wait; give seconds above 0, or None"):
+        Deadlines(given)
+
+
+@pytest.mark.parametrize("given", [Decimal(5), Fraction(5), np.float32(5), np.array(5.0), 5])
+def test_numbers_of_any_kind_are_seconds(given: Any) -> None:
+    kept = Deadlines(given).timeout_s
+    assert type(kept) is float and kept == 5
 
 
 def test_a_deadline_within_the_wait_for_company_is_refused_and_leaves_nothing_open(load_watched: Load) -> None:
