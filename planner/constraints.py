@@ -217,6 +217,16 @@ def human(value: float, metric: str, *, digits: int = 3) -> str:
     return f"{text}/s" if unit == "/s" else f"{text} {unit}"
 
 
+def apart(value: float, limit: float, metric: str) -> tuple[str, str]:
+    """Return two values of a metric as `human` does, with as many digits as it takes to see the difference.
+
+    Raises:
+        KeyError: `metric` is not a metric with a number.
+    """
+    texts = ((human(value, metric, digits=digits), human(limit, metric, digits=digits)) for digits in range(3, 18))
+    return next((each for each in texts if each[0] != each[1]), (human(value, metric, digits=17), human(limit, metric, digits=17)))
+
+
 def _handover(unit: str) -> float:
     """Return from which number on the next larger unit reads better."""
     return 120.0 if unit == "s" else 1000.0
@@ -236,9 +246,7 @@ def _rounded(value: float, digits: int) -> str:
 def _violation(constraint: Constraint, value: float) -> Violation:
     limit = constraint.limit
     percent = abs(value - limit) / abs(limit) * 100 if limit else math.inf
-    # As many digits as it takes to see the difference.
-    digits = next((n for n in range(3, 17) if human(value, constraint.metric, digits=n) != human(limit, constraint.metric, digits=n)), 17)
-    shown, wanted = (human(each, constraint.metric, digits=digits) for each in (value, limit))
+    shown, wanted = apart(value, limit, constraint.metric)
     below = constraint.operator in ("<", "<=")
     if value == limit:
         sentence = f"{constraint.metric} is {shown}, not {'below' if below else 'above'} it as {constraint} asks"

@@ -26,7 +26,7 @@ class Request:
     scenarios: tuple[str, ...]
     duration_s: float
     rate_per_s: float | None = None  # None: the highest is searched
-    bound_s: float | None = None  # None: the plan's own
+    bound_s: float | None = None  # of p99; None: the plan's own
     inputs: Path | None = None
     model: str | None = None
     bucket: str | None = None
@@ -57,7 +57,9 @@ def run_scenarios(plan: Path, request: Request, *, tell: Callable[[str], None]) 
         engine = _bucket(loaded, request.bucket)
         bound_s = request.bound_s if request.bound_s is not None else _own_bound(engine)
         if "server" in request.scenarios and bound_s is None and request.rate_per_s is None:
-            raise UsageError("the server scenario needs a bound, and the plan has none", advice="give one with --latency-bound 20ms")
+            raise UsageError(
+                "the server scenario needs a bound, and the plan has no limit on p99", advice="give one with --latency-bound 20ms"
+            )
         inputs = inputs_for(engine.inputs, request.inputs)
         results = []
         with measuring(), nullcontext() if request.trace is None else engine.trace() as recording:
@@ -101,6 +103,6 @@ def _bucket(loaded: Engine | ShapedEngine, name: str | None) -> Engine:
 
 
 def _own_bound(engine: Engine) -> float | None:
-    """Return the tightest limit on a latency that the plan was made for."""
+    """Return the tightest limit on the 99th percentile that the plan was made for. One on latency is on the median, and says less."""
     limits = [each for text in engine.plan.constraints for each in parse(text)]
-    return min((each.limit for each in limits if each.metric in ("p99", "latency")), default=None)
+    return min((each.limit for each in limits if each.metric == "p99"), default=None)

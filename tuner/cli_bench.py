@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,11 +16,8 @@ from aivmm.errors import UsageError
 from aivmm.planner.constraints import Constraint, check, human, parse
 from aivmm.tuner.command import Inputs, Json, Plan, Quiet, Trace, print_json
 from aivmm.tuner.options import parse_budget
-from aivmm.tuner.scenarios import MOST_QUERIES, SCENARIOS, Result
+from aivmm.tuner.scenarios import LEAST_QUERIES, MOST_QUERIES, SCENARIOS, Result
 from aivmm.tuner.text import printable
-
-if TYPE_CHECKING:
-    pass
 
 FAILED = 4  # exit status: a condition of --fail-if is met
 _METRICS = {"latency": "p50_s", "p99": "p99_s", "throughput": "throughput_per_s"}  # of a constraint -> of a result
@@ -38,7 +35,9 @@ def bench(
     ] = None,
     latency_bound: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="`server`: what the 99th percentile may take, such as `20ms`; default: the plan's own limit."),
+        typer.Option(
+            metavar="TIME", help="`server`: what the 99th percentile may take, such as `20ms`; default: the plan's own limit on p99."
+        ),
     ] = None,
     inputs: Inputs = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="The model, where the bundle holds several.")] = None,
@@ -56,7 +55,8 @@ def bench(
 
     `single` sends a query when the last one is answered (MLPerf's SingleStream; its figure is p90), `offline` all at once (its figure is
     samples a second), `server` lets them arrive at random (Poisson) and finds the rate at which p99 keeps the bound, or with `--rate` says
-    whether it does at that one: VALID or INVALID. That is no failure of the command; `--fail-if "p99>20ms"` makes a gate of it.
+    whether it does at that one: VALID or INVALID, from 1,000 queries on. That is no failure of the command; `--fail-if "p99>20ms"` makes a
+    gate of it.
 
     Examples:
 
@@ -176,17 +176,25 @@ def _sentence(result: Result) -> str:
     if result.scenario == "single":
         return f"{quantiles}; {throughput}; {result.queries} queries"
     assert result.rate_per_s is not None
-    verdict = ""
-    if result.bound_s is not None:
-        kept = f"p99 keeps the bound of {human(result.bound_s, 'latency')}"
-        verdict = f"VALID, {kept}: " if result.valid else f"INVALID, {result.invalid_because}: "
+    verdict = _verdict(result)
     early = ""
     if result.ended_early:
         early = "; ended early" + (
             f": {result.queries / result.wall_s:.4g} queries/s were answered, and the line only grew" if result.bound_s is None else ""
         )
-    few = "; fewer than 1,000 queries say little of p99" if result.queries < 1000 else ""
+    few = "; fewer than 1,000 queries say little of p99" if result.queries < LEAST_QUERIES and result.bound_s is None else ""
     return f"{verdict}{result.rate_per_s:.4g} queries/s arriving: {quantiles}; {result.queries} queries{early}{few}"
+
+
+def _verdict(result: Result) -> str:
+    """Return how a run is called by its bound, as the head of its sentence; "" where it has none."""
+    if result.bound_s is None:
+        return ""
+    found = result.not_kept_because or f"p99 keeps the bound of {human(result.bound_s, 'latency')}"
+    if result.verdict is not None:
+        return f"{result.verdict}, {found}: "
+    longer = math.ceil(1.1 * LEAST_QUERIES / result.queries)
+    return f"no verdict, {result.undecided_because} ({longer} times the --duration has enough); {found}: "
 
 
 def _tell(text: str) -> None:

@@ -5,8 +5,9 @@
     server   Server: queries arrive in a Poisson process, whether the last ones are answered or not; its figure is the highest rate at
              which the 99th percentile of latency, counted from the arrival, keeps within a bound
 
-(Reddi et al., "MLPerf Inference Benchmark", ISCA 2020, section IV; the percentiles are theirs.) What a submission also has to have, such
-as ten minutes and 270,000 queries for a 99th percentile, is not enforced: how many there were is said instead.
+(Reddi et al., "MLPerf Inference Benchmark", ISCA 2020, section IV; the percentiles are theirs.) What a submission also has to have, ten
+minutes and 270,000 queries for a 99th percentile, is not enforced. How many there were is said instead, and there is no verdict on fewer
+than 1,000: the 99th percentile of a hundred is about the slowest of them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aivmm.planner.constraints import human
+from aivmm.planner.constraints import apart, human
 from aivmm.runtime.backend import Buffer
 from aivmm.runtime.engine import Engine
 
@@ -33,6 +34,7 @@ SCENARIOS = ("single", "offline", "server")
 _FIGURES = {"single": "p90_s", "offline": "throughput_per_s", "server": "throughput_per_s"}
 _SEARCH_STEPS = 7  # a rate is known to 1 % of the offline rate
 _HOPELESS = 20.0  # a backlog of so many bounds does not come back
+LEAST_QUERIES = 1000  # for a verdict on a 99th percentile: ten of them may be late
 MOST_QUERIES = 20_000_000  # of which the times of arrival and answer are kept: a third of a gigabyte
 
 
@@ -58,34 +60,52 @@ class Result:
         return found
 
     @property
-    def valid(self) -> bool:
-        """Whether the bound was kept, where there is one; not by the few that arrived before the line became hopeless."""
-        return not self.invalid_because
+    def kept(self) -> bool:
+        """Whether the bound was kept by those that arrived, where there is one; not by the few before the line became hopeless."""
+        return not self.not_kept_because
 
     @property
     def verdict(self) -> str | None:
-        """VALID or INVALID, as MLPerf calls a run by its bound; None where there is no bound to keep."""
-        return None if self.bound_s is None else "VALID" if self.valid else "INVALID"
+        """VALID or INVALID, as MLPerf calls a run by its bound; None where there is no bound to keep, or there were too few queries."""
+        if self.bound_s is None or self.undecided_because:
+            return None
+        return "VALID" if self.kept else "INVALID"
 
     @property
-    def invalid_because(self) -> str:
+    def not_kept_because(self) -> str:
         """Say which way the bound was not kept; "" where it was, or there is none."""
         if self.bound_s is None:
             return ""
-        bound = f"the bound of {human(self.bound_s, 'latency')}"
         if self.ended_early:
-            return f"only {self.queries / self.wall_s:.4g} queries/s were answered, and the line grew past {_HOPELESS:g} times {bound}"
+            bound = f"{_HOPELESS:g} times the bound of {human(self.bound_s, 'latency')}"
+            return f"only {self.queries / self.wall_s:.4g} queries/s were answered, and the line grew past {bound}"
         p99_s = self.metrics()["p99_s"]
-        return f"p99 {human(p99_s, 'latency')} is over {bound}" if p99_s > self.bound_s else ""
+        if p99_s <= self.bound_s:
+            return ""
+        found, bound = apart(p99_s, self.bound_s, "latency")
+        return f"p99 {found} is over the bound of {bound}"
+
+    @property
+    def undecided_because(self) -> str:
+        """Say why there is no verdict by the bound; "" where there is one, or no bound.
+
+        A verdict takes 1,000 queries. Fewer decide where so many were late that 1,000 would not keep it, were all others in time.
+        """
+        if self.bound_s is None or self.queries >= LEAST_QUERIES or self.ended_early:
+            return ""
+        if np.count_nonzero(self.latencies_s > self.bound_s) > LEAST_QUERIES // 100:
+            return ""
+        return f"{self.queries} queries are fewer than the {LEAST_QUERIES:,} that a 99th percentile takes"
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as `aivmm bench --json` gives it."""
+        """Return it as `aivmm bench --json` gives it. `valid` is null where there is no verdict by the bound."""
         return {
             "scenario": self.scenario,
             "figure": _FIGURES[self.scenario],
-            "valid": self.valid,
+            "valid": None if self.undecided_because else self.kept,
             "verdict": self.verdict,
-            "invalid_because": self.invalid_because,
+            "invalid_because": self.not_kept_because if self.verdict == "INVALID" else "",
+            "undecided_because": self.undecided_because,
             "queries": self.queries,
             "samples": self.samples,
             "wall_s": self.wall_s,
@@ -176,7 +196,7 @@ def highest_rate(
 ) -> Result:
     """Search the highest rate at which `server` keeps `bound_s`, below what `offline` reaches; each step takes a part of `duration_s`.
 
-    Returns the result at that rate, over a third of `duration_s`; where no rate keeps the bound, an invalid one at the lowest tried.
+    Returns the result at that rate, over a third of `duration_s`; where no rate keeps the bound, one that does not at the lowest tried.
     """
     part_s = duration_s / (_SEARCH_STEPS + 5)
     most = offline(engine, inputs, part_s)
@@ -185,9 +205,9 @@ def highest_rate(
         rate = (low + high) / 2
         found = server(engine, inputs, part_s, rate_per_s=rate, bound_s=bound_s, seed=seed + step)
         tell(f"{rate:.4g} queries/s: p99 {found.metrics()['p99_s'] * 1e3:.3g} ms")
-        low, high = (rate, high) if found.valid else (low, rate)
+        low, high = (rate, high) if found.kept else (low, rate)
     result = server(engine, inputs, 4 * part_s, rate_per_s=low or high, bound_s=bound_s, seed=seed + _SEARCH_STEPS)
-    while not result.valid and low and result.rate_per_s and result.rate_per_s > 0.5 * low:  # a longer run sees rarer queries
+    while not result.kept and low and result.rate_per_s and result.rate_per_s > 0.5 * low:  # a longer run sees rarer queries
         lower = 0.95 * result.rate_per_s
         tell(f"{result.rate_per_s:.4g} queries/s does not hold for longer, {lower:.4g} may")
         result = server(engine, inputs, 4 * part_s, rate_per_s=lower, bound_s=bound_s, seed=seed)
