@@ -16,51 +16,65 @@ from collections.abc import Callable
 
 
 class Turns:
-    """Has each request's recordings wait until all replays have left, and each replay while there is a recording or one waits."""
+    """Has each recording wait until all replays have left, and each replay while there is a recording; by turns, where both never end."""
 
     def __init__(self) -> None:
-        self.gate = threading.Lock()  # held by who records or waits to; each who found it so waits here
-        self.recording = threading.Lock()  # as `gate`, but never by who only waited there: tells whether there is one
-        self.replays: tuple[weakref.ref[threading.Lock], ...] = ()  # of each request
+        self.line = threading.Lock()  # held by who is the next to record
+        self.gate = threading.Lock()  # held by who records; those who came to replay meanwhile wait here
+        self.recording = threading.Lock()  # as `gate`, but never by who only waited there: tells whether there is a recording
+        self.requests: tuple[weakref.ref[Turn], ...] = ()
         self._adding = threading.Lock()
 
     def add(self) -> Turn:
         """Return the turn of one more request; it counts as long as somebody has it."""
-        replay = threading.Lock()
+        turn = Turn(self)
         with self._adding:
-            self.replays = (*(each for each in self.replays if each() is not None), weakref.ref(replay))
-        return Turn(self, replay)
+            self.requests = (*(each for each in self.requests if each() is not None), weakref.ref(turn))
+        return turn
+
+    def pass_by(self, lock: str) -> None:
+        """Wait until no request holds its lock of that name any more that holds it now."""
+        for each in self.requests:
+            turn = each()
+            if turn is not None:
+                with getattr(turn, lock):
+                    pass
 
 
 class Turn:
     """Runs of one request, which has one at a time. Not to be asked inside another run of the same thread, in a signal's handler say."""
 
-    __slots__ = ("_gate", "_recording", "_replay", "_turns")
+    __slots__ = ("__weakref__", "_gate", "_recording", "_turns", "replays", "waits")
 
-    def __init__(self, turns: Turns, replay: threading.Lock) -> None:
+    def __init__(self, turns: Turns) -> None:
         self._turns, self._gate, self._recording = turns, turns.gate, turns.recording
-        self._replay = replay  # held while it replays
+        self.replays = threading.Lock()  # held while it does
+        self.waits = threading.Lock()  # held by a replay that had to wait, until it is done
 
     def replay(self, run: Callable[[], object]) -> None:
         """Call `run` beside other replays. The request was recorded here before, so that each recording since knows of it."""
-        while True:
-            with self._replay:
-                # Looked at while `_replay` is held, for which a recording waits once it can be seen here: one of both sees the other.
-                if not self._recording.locked():
-                    run()
-                    return
-            with self._gate:
-                pass
+        with self.replays:
+            # Looked at while `replays` is held, for which a recording waits once it can be seen here: one of both sees the other.
+            if not self._recording.locked():
+                run()
+                return
+        with self.waits:  # for which the next recording waits: each caller's thread has four, and new threads might come for ever
+            while True:
+                with self._gate:
+                    pass
+                with self.replays:
+                    if not self._recording.locked():
+                        run()
+                        return
 
     def record(self, run: Callable[[], object]) -> None:
         """Call `run` when nobody replays or records; who comes to replay meanwhile waits until it is done."""
-        with self._gate, self._recording:
-            for each in self._turns.replays:
-                replay = each()
-                if replay is not None:
-                    with replay:  # until it has left; it does not come back as long as `_recording` is held
-                        pass
-            run()
+        turns = self._turns
+        with turns.line:
+            turns.pass_by("waits")
+            with self._gate, self._recording:
+                turns.pass_by("replays")  # none comes back as long as `_recording` is held
+                run()
 
 
 class Recordings(threading.local):

@@ -98,12 +98,33 @@ def test_who_replays_again_and_again_keeps_nobody_from_recording() -> None:
     assert not any(each.is_alive() for each in (recorder, *threads))
 
 
+def test_a_replay_that_waits_comes_before_the_recordings_that_wait_with_it() -> None:
+    turns, inside, leave, order = Turns(), threading.Event(), threading.Event(), []
+
+    def record(turn: Turn, of: str) -> None:
+        turn.record(partial(order.append, of))
+
+    first, replays, *more = (turns.add() for _ in range(8))  # each from a thread of its own, as where threads come anew for each request
+    threads = [in_thread(lambda: first.record(lambda: (inside.set(), leave.wait(PATIENCE_S))))]
+    assert inside.wait(PATIENCE_S)
+    threads += [in_thread(partial(record, each, "recording")) for each in more]
+    threads.append(in_thread(lambda: replays.replay(partial(order.append, "replay"))))
+    while not replays.waits.locked():
+        assert threads[-1].is_alive()
+    assert not order
+    leave.set()
+    for each in threads:
+        each.join(PATIENCE_S)
+        assert not each.is_alive()
+    assert order == ["replay", *["recording"] * len(more)]
+
+
 def test_a_request_that_is_gone_is_waited_for_no_more() -> None:
     turns = Turns()
     kept = turns.add()
     for _ in range(3):
         turns.add()
-    assert len(turns.replays) <= 2  # those that are, and the one added last
+    assert len(turns.requests) <= 2  # those that are, and the one added last
     kept.record(int)
 
 
