@@ -20,10 +20,12 @@ _TOLD = 0.005  # what rounds to 0 % is no news
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
-    """The promise and the proof of one plan. Seconds are of one call; ratios are of its time to the reference's.
+    """The promise and the proof of one plan. Seconds are of one call; ratios are of its time per sample to the reference's.
 
-    A sigma is the standard deviation of a ratio's logarithm: the promise's has the differences between processes in it, the proof's is the
-    noise of its rounds alone. What is not known is None: the ratios where the reference was not in the proof, or is the plan itself.
+    A sample's time is that from one answer to the next over the batch, so that what answers twice as much in a second is at 0.5, however
+    many callers or samples in a batch that took. A sigma is the standard deviation of a ratio's logarithm: the promise's has the
+    differences between processes in it, the proof's is the noise of its rounds alone. What is not known is None: the ratios where the
+    reference was not in the proof, or is the plan itself.
     """
 
     reference: str
@@ -35,7 +37,9 @@ class Promise:
     proven_sigma: float = 0.0
     reference_s: float | None = None  # of one call of the reference in the search
     reference_proven_s: float | None = None  # ... and in the proof
+    reference_proven_interval_s: tuple[float, float] | None = None  # ... 95 % of it
     is_reference: bool = False  # the plan is what all are compared with
+    per_sample: bool = False  # plan and reference differ in batch or callers, so that a ratio of calls would be another one
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -56,7 +60,7 @@ class Promise:
 
     @property
     def kept(self) -> bool | None:
-        """Say whether the two ratios are within the 95 % that their errors make together; None where there is no ratio to judge."""
+        """Say whether the two ratios are within what their errors allow (`kept`); None where nothing can tell, or there is no ratio."""
         if self.off is None or self.ratio is None or self.proven_ratio is None:
             return None
         return kept(self.ratio, self.proven_ratio, self.sigma, self.proven_sigma)
@@ -84,16 +88,20 @@ class Promise:
             return f"{proven}{self._by_how_much}", "the reference itself, so no ratio was promised"
         if self.off is None:
             return proven, "no ratio to judge by"
-        ratios = f"{self._outcome}: {self.ratio:.3g} of the reference's time, proven {self.proven_ratio:.3g}"
+        ratios = f"{self._outcome}: {self.ratio:.3g} of the reference's time{self._of_what}, proven {self.proven_ratio:.3g}"
         if self._changed and self.by_reference_s:
             return ratios, f"{_told(self.by_reference_s)} at its speed in the proof; {proven}"
         return ratios, proven
 
     @property
     def _outcome(self) -> str:
-        if self.kept or self.off is None:
-            return "kept"
-        return f"missed, {_taken(self.off).removesuffix(' time')}"
+        if self.kept is None or self.off is None:
+            return "too few or too unsteady rounds to tell"
+        return "kept" if self.kept else f"missed, {_taken(self.off).removesuffix(' time')}"
+
+    @property
+    def _of_what(self) -> str:
+        return " per sample" if self.per_sample else ""
 
     @property
     def _by_how_much(self) -> str:
@@ -102,22 +110,25 @@ class Promise:
 
     @property
     def _changed(self) -> bool:
-        return self.moved is not None and abs(math.log1p(self.moved)) > _MOVED
+        """Whether the reference took another time than two loads of it on the same machine, and than its rounds in the proof leave open."""
+        if self.moved is None:
+            return False
+        low, high = self.reference_proven_interval_s or (1.0, 1.0)
+        return abs(math.log1p(self.moved)) > math.hypot(_MOVED, math.log(high / low) / 2)
 
     @property
     def _by_ratio(self) -> str:
         """The promise as a ratio and what became of it; "" without one."""
-        if self.off is None or self.interval is None:
+        if self.off is None:
             return ""
-        # Where both ends read the same, an interval would claim more than is known.
-        low, high = (f"{each:.3g}" for each in self.interval)
-        within = f" ({low} to {high})" if low != high else ""
-        return f"{self.ratio:.3g} of the time of {self.reference}{within}, proven {self.proven_ratio:.3g}: {self._outcome}"
+        promised, proven = (_within(each) for each in (self.interval, self.proven_interval))
+        time = f"{self.ratio:.3g} of the time{self._of_what} of {self.reference}{promised}"
+        return f"{time}, proven {self.proven_ratio:.3g}{proven}: {self._outcome}"
 
     @property
     def _in_time(self) -> str:
         """The promise in seconds: as it was, as the reference corrects it where that changed, and what was proven."""
-        expected, proven = _told(self.expected_s), _told(self.proven_s)
+        expected, proven = f"{_told(self.expected_s)}{' a call' if self.per_sample else ''}", _told(self.proven_s)
         if self.is_reference:
             told = f"{expected} expected, {proven} proven{self._by_how_much}"
             return f"{told}. The plan is what the others are timed against, so no ratio was promised"
@@ -138,18 +149,37 @@ class Promise:
             "kept": self.kept,
             "reference_s": self.reference_s,
             "reference_proven_s": self.reference_proven_s,
+            "reference_proven_interval_s": None if self.reference_proven_interval_s is None else list(self.reference_proven_interval_s),
             "by_reference_s": self.by_reference_s,
             "sentence": self.sentence,
         }
 
 
-def kept(promised: float, proven: float, sigma: float, proven_sigma: float) -> bool:
-    """Say whether two ratios are within the 95 % that their errors make together; a sigma is of a ratio's logarithm."""
-    return abs(math.log(proven / promised)) <= _Z95 * math.hypot(sigma, proven_sigma)
+def unpromised() -> dict[str, Any]:
+    """Return the keys of `Promise.as_json` where nothing was promised: None each, and no sentence."""
+    keys = Promise(reference="", expected_s=1.0, proven_s=1.0).as_json()  # whatever the seconds are, they are not returned
+    return {**dict.fromkeys(keys), "sentence": ""}
+
+
+def kept(promised: float, proven: float, sigma: float, proven_sigma: float) -> bool | None:
+    """Say whether two ratios are within the 95 % that their errors make together; a sigma is of a ratio's logarithm.
+
+    None where they are and that means nothing, since the proof leaves more open than the promise did: a proof of two rounds would keep
+    nearly all. What is beyond even a wide interval is missed.
+    """
+    if abs(math.log(proven / promised)) > _Z95 * math.hypot(sigma, proven_sigma):
+        return False
+    return True if proven_sigma <= sigma else None
 
 
 def _interval(middle: float, sigma: float) -> tuple[float, float]:
     return middle * math.exp(-_Z95 * sigma), middle * math.exp(_Z95 * sigma)
+
+
+def _within(interval: tuple[float, float] | None) -> str:
+    """Return an interval in brackets; "" where both ends read the same, since it would claim more than is known."""
+    low, high = (f"{each:.3g}" for each in interval or (0.0, 0.0))
+    return f" ({low} to {high})" if low != high else ""
 
 
 def _taken(moved: float) -> str:

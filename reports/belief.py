@@ -28,7 +28,7 @@ TITLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What was expected of one proof, as a ratio to the reference's time, beside what the proof measured."""
+    """What was expected of one proof, as a ratio to the reference's time per sample, beside what the proof measured."""
 
     proof: ProofRecord
     slot: int
@@ -45,10 +45,10 @@ class Expected:
 
     @property
     def within(self) -> str:
-        """Whether that is within the 95 % that prediction and proof make together."""
+        """Whether that is within the 95 % that prediction and proof make together; "unclear" where the proof leaves too much open."""
         if not self.sigma:
             return "–"
-        return "yes" if kept(self.predicted, self.measured, self.sigma, self.proven_sigma) else "no"
+        return {True: "yes", False: "no", None: "unclear"}[kept(self.predicted, self.measured, self.sigma, self.proven_sigma)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +130,8 @@ def promise_of(data: ReportData) -> Promise | None:
     name, ratio = str(dig(told, "reference") or ""), number(dig(told, "ratio_to_reference"))
     beside = next((each for each in data.proofs if each.name == name and each.samples is not None), None)
     reference_proven_s = number(dig(told, "reference_proven_s")) or (beside.samples.median_s if beside and beside.samples else None)
+    ends = dig(told, "reference_proven_interval_s")
+    low, high = map(number, ends if isinstance(ends, Sequence) and len(ends) == 2 else (None, None))
     by_medians = (call_s(plan) or 0.0) / reference_proven_s if reference_proven_s else None
     return Promise(
         reference=name,
@@ -141,7 +143,9 @@ def promise_of(data: ReportData) -> Promise | None:
         proven_sigma=number(plan.metrics.get("proven_sigma")) or 0.0,
         reference_s=number(dig(told, "reference_s")) or (expected_s / ratio if ratio else None),
         reference_proven_s=reference_proven_s,
+        reference_proven_interval_s=(low, high) if low and high else None,
         is_reference=plan.name == name,
+        per_sample=beside is not None and (beside.batch, beside.callers) != (plan.batch, plan.callers),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from aivmm.planner.candidates import Candidate, Draft, Rejection, Score
@@ -27,7 +28,7 @@ from aivmm.tuner.finalists import Selection
 from aivmm.tuner.judging import judged_on
 from aivmm.tuner.options import DEFAULT_COSINE
 from aivmm.tuner.precision_record import kept_plain
-from aivmm.tuner.promised import entrant_of, nothing_promised, promised, proven_ratio
+from aivmm.tuner.promised import entrant_of, nothing_promised, per_sample_s, promised, proven_ratio
 from aivmm.tuner.proof import Entrant, Proof, constraint_metrics
 from aivmm.tuner.subject import Prepared
 from aivmm.tuner.throughput import Finder
@@ -284,32 +285,31 @@ class Decider:
         return promised(proof, found, reference=self.reference_name(), reference_s=self._reference_s(), engine_s=engine_s)
 
     def note_predictions(self, proof: Proof) -> None:
-        """Put beside what the proof found of each entrant what was expected of it, over what the reference took in the search.
+        """Put beside what the proof found of each entrant what was expected of it per sample, over what the reference took in the search.
 
-        `predicted_measured` is the share of that which rests on measurements. A cut plan also has the sum of segments and boundaries it
-        was planned at, `planned_ratio` (`planned_assembled` is 1 where none of the segments was timed in this chain yet), and the sum that
-        was believed before this chain was first timed, `believed_ratio`. Several callers who were raced on the engine have
-        what they came to in the search, where they call executables: `searched_ratio`. What the proof found is `proven_ratio`.
+        `predicted_measured` is the share of that which rests on measurements. A cut plan also has the sum of segments and boundaries it was
+        planned at, `planned_ratio` (`planned_assembled`: 1 where no segment was timed in this chain yet), and what was believed before it
+        was first timed, `believed_ratio`. Callers raced on the engine have executables' own, `searched_ratio`. Proven is `proven_ratio`.
         """
-        reference_s, engine_s = self._reference_s(), self._engine_s()
-        reference = entrant_of(proof, self.reference_name())
+        searched_s, engine_s, reference = self._reference_s(), self._engine_s(), entrant_of(proof, self.reference_name())
+        reference_s = per_sample_s(searched_s, engine_s, self.explorer.measurer.reference) if searched_s else None
         for each in proof.entrants:
             found = self._prediction(each.draft)
             if found is None or not reference_s:
                 continue
-            cut = self._cut_plans.get(each.draft.name)
+            cut, time_s = self._cut_plans.get(each.draft.name), partial(per_sample_s, what=each.draft)
             for candidate, score in self._scored_as(each.draft):
                 if candidate.key in self._whole:
-                    each.metrics["searched_ratio"] = (self._searched(candidate, score).seconds + engine_s) / (reference_s + engine_s)
+                    each.metrics["searched_ratio"] = time_s(self._searched(candidate, score).seconds, engine_s) / reference_s
             each.metrics |= {
-                "predicted_ratio": (found.seconds + self._engine_s(each.draft)) / (reference_s + engine_s),
+                "predicted_ratio": time_s(found.seconds, self._engine_s(each.draft)) / reference_s,
                 "predicted_sigma": in_other_processes(found).sigma,
                 "predicted_measured": shares(cut.parts if cut else [found]).get("measured", 0.0),
                 **proven_ratio(each, reference),
             }
             if cut:
                 sums = {"planned_ratio": cut.look.plan.cost_s, "believed_ratio": cut.believed_s}
-                each.metrics |= {name: (sum_s + engine_s) / (reference_s + engine_s) for name, sum_s in sums.items() if sum_s is not None}
+                each.metrics |= {name: time_s(sum_s, engine_s) / reference_s for name, sum_s in sums.items() if sum_s is not None}
                 each.metrics["planned_assembled"] = float(cut.assembled)
 
     def certificate(self, proof: Proof) -> Certificate | None:

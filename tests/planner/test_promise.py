@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aivmm.planner.promise import Promise
+from aivmm.planner.promise import Promise, unpromised
 
 # The README's demo, as it was seen once: the host was slower while the plan was searched than while it was proven.
 MOVED = Promise(
@@ -28,7 +28,7 @@ def test_a_promise_is_kept_by_its_ratio_and_not_by_its_seconds_where_the_machine
     assert MOVED.kept and MOVED.off == pytest.approx(0.0073, abs=1e-4)
     assert MOVED.moved == pytest.approx(-0.1645, abs=1e-3) and MOVED.by_reference_s == pytest.approx(1.846e-3, abs=1e-6)
     assert MOVED.sentence == (
-        "0.545 of the time of openvino:CPU fp32 (0.514 to 0.578), proven 0.549: kept. "
+        "0.545 of the time of openvino:CPU fp32 (0.514 to 0.578), proven 0.549 (0.538 to 0.56): kept. "
         "2.21 ms expected; openvino:CPU fp32 took 16 % less time in the proof: 1.85 ms by that, 1.86 ms proven."
     )
 
@@ -37,12 +37,48 @@ def test_seconds_that_fit_do_not_keep_a_promise_whose_ratio_is_broken() -> None:
     """The plan took what was said only since the machine had become faster: of the reference's time it takes more than was promised."""
     missed = but(proven_s=2.21e-3, proven_ratio=0.65, reference_proven_s=2.21e-3 / 0.65)
     assert missed.kept is False
-    assert "proven 0.65: missed, 19 % more. 2.21 ms expected; openvino:CPU fp32 took 16 % less time in the proof" in missed.sentence
+    assert (
+        "proven 0.65 (0.637 to 0.663): missed, 19 % more. 2.21 ms expected; openvino:CPU fp32 took 16 % less time in the proof"
+        in missed.sentence
+    )
 
 
 def test_errors_of_both_races_count() -> None:
     assert but(proven_ratio=0.62, proven_sigma=0.01).kept is False
-    assert but(proven_ratio=0.62, proven_sigma=0.08).kept is True
+    assert but(proven_ratio=0.6, proven_sigma=0.01).kept is False
+    assert but(proven_ratio=0.6, proven_sigma=0.03, sigma=0.04).kept is True
+
+
+def test_a_proof_that_leaves_more_open_than_was_promised_keeps_nothing_and_may_still_miss() -> None:
+    """Of two rounds Student's interval is so wide that what takes half as much again is within it."""
+    wide = but(proven_ratio=0.82, proven_sigma=0.24)
+    assert (
+        wide.kept is None and wide.as_json()["kept"] is None and wide.short[0].startswith("too few or too unsteady rounds to tell: 0.545")
+    )
+    assert "proven 0.82 (0.512 to 1.31): too few or too unsteady rounds to tell. 2.21 ms expected" in wide.sentence
+    assert but(proven_sigma=0.031).kept is None and but(proven_sigma=0.029).kept is True
+    assert but(proven_ratio=5.0, proven_sigma=0.24).kept is False
+
+
+def test_where_calls_answer_different_numbers_of_samples_or_overlap_the_ratio_says_that_it_is_of_samples() -> None:
+    mixed = but(per_sample=True)
+    assert mixed.sentence.startswith("0.545 of the time per sample of openvino:CPU fp32 (") and "2.21 ms a call expected" in mixed.sentence
+    assert mixed.short[0] == "kept: 0.545 of the reference's time per sample, proven 0.549"
+
+
+def test_a_reference_of_few_rounds_does_not_show_that_the_machine_has_changed() -> None:
+    seen = MOVED.reference_proven_s
+    assert seen is not None
+    sure, unsure = (but(reference_proven_interval_s=(seen * (1 - off), seen * (1 + off))) for off in (0.02, 0.3))
+    assert "took 16 % less time in the proof" in sure.sentence and "in the proof" not in unsure.sentence
+    assert unsure.short[1] == "proven 1.86 ms" and unsure.as_json()["reference_proven_interval_s"] == pytest.approx(
+        [seen * 0.7, seen * 1.3]
+    )
+
+
+def test_what_was_not_promised_has_the_same_keys() -> None:
+    nothing = unpromised()
+    assert nothing.keys() == MOVED.as_json().keys() and nothing.pop("sentence") == "" and set(nothing.values()) == {None}
 
 
 def test_a_machine_that_has_not_changed_is_not_spoken_of() -> None:

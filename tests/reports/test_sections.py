@@ -267,12 +267,14 @@ def test_predictions_stand_beside_what_the_proof_measured(full: ReportData) -> N
     assert found.rows[0].off == pytest.approx(-0.038, abs=0.02) and found.rows[0].within == "yes"
     surprised = replace(full.proofs[0], metrics={**full.proofs[0].metrics, "predicted_ratio": 0.1})
     assert belief.predictions(replace(full, proofs=(surprised, *full.proofs[1:])), {}).rows[0].within == "no"
+    open_ = replace(full.proofs[0], metrics={**full.proofs[0].metrics, "proven_sigma": 0.5})
+    assert belief.predictions(replace(full, proofs=(open_, *full.proofs[1:])), {}).rows[0].within == "unclear"
     assert belief.predictions(only(full, full.proofs[0]), {}).rows == ()  # without the reference there is no ratio
 
 
 def promised(full: ReportData, *, reference_s: float, **more: Any) -> ReportData:
     """Return a run whose promise was made where the reference took `reference_s`; in the proof it takes 5.2 ms, and the plan 2.71."""
-    told = {"median_s": 0.00264, "reference": "onnxruntime:CPU default", "ratio_to_reference": 0.00264 / reference_s, **more}
+    told = {"median_s": 0.00264, "reference": "onnxruntime:CPU default", "ratio_to_reference": 0.00264 / reference_s} | more
     return replace(full, run=replace(full.run, summary={**full.run.summary, "predicted": told}))
 
 
@@ -295,6 +297,16 @@ def test_a_machine_that_was_slower_in_the_proof_is_told_where_the_promise_is(ful
     # The ratio of the proof's own rounds goes before that of the medians, where the run has it.
     own = promised(full, reference_s=0.0046, proven_ratio=0.58)
     assert card(own).support[0] == "kept: 0.574 of the reference's time, proven 0.58"
+    # What the reference's own rounds leave open is no change of the machine.
+    unsure = promised(full, reference_s=0.0046, proven_ratio=0.58, reference_proven_interval_s=[0.004, 0.0068])
+    assert card(unsure).support[1] == "proven 2.71 ms"
+
+
+def test_a_promise_of_several_callers_is_told_per_sample(full: ReportData) -> None:
+    plan = replace(full.proofs[0], callers=4)
+    busy = replace(full, proofs=(plan, *full.proofs[1:]))
+    told = promised(busy, reference_s=0.0052, median_s=0.01056, ratio_to_reference=0.508, proven_ratio=0.52, reference_proven_s=0.0052)
+    assert card(told).support[0] == "kept: 0.508 of the reference's time per sample, proven 0.52"
 
 
 def test_accuracy_has_a_column_for_each_metric_that_someone_has(full: ReportData) -> None:
