@@ -169,12 +169,13 @@ typedef struct {
     PyObject *failed;             /* (inputs, error, hands or None) -> an answer all the same, or raises */
     PyTypeObject *lane_type, *feed_type, *slot_type, *array_type;
     Py_ssize_t copied; /* bytes of an input that is copied, 0 where it is bound */
-    Py_ssize_t awaited, feed, hands, turn, bound, dtype, own, seen, times, after, face, ready, shown, stale; /* where fields lie: FIELDS */
+    Py_ssize_t awaited, ended, feed, hands, turn, bound, dtype, own, seen, times, after, face, ready, shown, stale; /* where fields lie: FIELDS */
 } Shortest;
 
 #define HELD(DO) DO(take) DO(give) DO(wake) DO(input) DO(output) DO(reference) DO(failed) DO(lane_type) DO(feed_type) DO(slot_type) DO(array_type)
 #define FIELDS(DO) \
-    DO(lane_type, awaited, "awaited") DO(lane_type, feed, "feed") DO(lane_type, hands, "hands") DO(lane_type, turn, "turn") \
+    DO(lane_type, awaited, "awaited") DO(lane_type, ended, "ended") DO(lane_type, feed, "feed") DO(lane_type, hands, "hands") \
+    DO(lane_type, turn, "turn") \
     DO(feed_type, bound, "bound") DO(feed_type, dtype, "_dtype") DO(feed_type, own, "_own") DO(feed_type, seen, "_seen") \
     DO(feed_type, times, "_times") DO(slot_type, after, "after") DO(slot_type, face, "face") DO(slot_type, ready, "ready") \
     DO(slot_type, shown, "shown") DO(slot_type, stale, "stale")
@@ -213,7 +214,8 @@ static int take_input(Shortest *self, PyObject *feed, PyObject *array)
 }
 
 /* `Handing.next`: a request whose arrays nobody has. Its face alone is counted twice, by `Slot.face` and `Slot.faces`, and once more by the
-   view that was shown last, which is forgotten here unless it can be shown again. */
+   view that was shown last, which is forgotten here unless it can be shown again. Not where somebody is to be told of its end, who may do
+   anything then: `another` puts it among those that end when the lane was given back. */
 static PyObject *free_slot(Shortest *self, PyObject *lane, PyObject *hands)
 {
     PyObject *slot = AT(lane, self->turn), *face = NULL;
@@ -225,7 +227,7 @@ static PyObject *free_slot(Shortest *self, PyObject *lane, PyObject *hands)
         if (shown != NULL && shown != Py_None && Py_REFCNT(shown) == 1) {
             if (Py_TYPE(shown) == self->array_type && untouched(shown, face))
                 alone = 3;
-            else
+            else if (Py_TYPE(shown) == self->array_type && ((Array *)shown)->weakrefs == NULL)
                 put(slot, self->shown, Py_NewRef(Py_None));
         }
         if (Py_REFCNT(face) <= alone)
@@ -271,6 +273,18 @@ static int counted(PyObject *lane, long long started_ns, long long ended_ns)
     }
     clock->ended_ns = ended_ns;
     return 1;
+}
+
+/* What ends when the lane was given back, taken off it: a list, or NULL where there is nothing. */
+static PyObject *ended_of(Shortest *self, PyObject *lane)
+{
+    PyObject *ended = AT(lane, self->ended), *taken = NULL;
+    if (ended != NULL && PyList_CheckExact(ended) && PyList_GET_SIZE(ended) > 0) {
+        taken = PyList_GetSlice(ended, 0, PyList_GET_SIZE(ended));
+        if (taken == NULL || PyList_SetSlice(ended, 0, PyList_GET_SIZE(ended), NULL) < 0)
+            PyErr_Clear(); /* no memory: they stay until there is */
+    }
+    return taken;
 }
 
 /* Answer by a lane that was taken. `ran_into` becomes 1 where it was the runtime that failed. */
@@ -341,10 +355,12 @@ static PyObject *shortest_vectorcall(PyObject *callable, PyObject *const *args, 
     Py_XDECREF(feed);
     if (answer == NULL)
         error = raised();
+    PyObject *ended = fits ? ended_of(self, lane) : NULL;
     int given = succeeded(PyObject_CallOneArg(self->give, lane));
     if (given && fits && AT(lane, self->awaited) == Py_True)
         given = succeeded(PyObject_CallNoArgs(self->wake));
     Py_DECREF(lane);
+    Py_XDECREF(ended);
     if (!given)
         Py_CLEAR(answer);
     else if (answer == NULL)

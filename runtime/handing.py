@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from sys import getrefcount
@@ -94,8 +95,11 @@ def _count(slot: Slot) -> int:
     return 0
 
 
-def _is_free(slot: Slot) -> bool:
-    slot.shown = None
+def _is_free(slot: Slot, ended: list[Buffer]) -> bool:
+    if slot.shown is not None:
+        if weakref.getweakrefcount(slot.shown):
+            ended.append(slot.shown)  # and counts, until its end is told
+        slot.shown = None
     for face in slot.faces:  # noqa: SIM110 - counted as `alone` was
         if getrefcount(face[1]) > slot.alone:
             return False
@@ -119,9 +123,13 @@ def _face(array: Buffer) -> Any:
 
 
 class Handing:
-    """A stage's requests as one. Used by one thread at a time, as any request is."""
+    """A stage's requests as one. Used by one thread at a time, as any request is.
 
-    __slots__ = ("_executable", "_explained", "_inputs", "_made", "_most", "_ran", "_specs", "now", "private", "slots", "turn")
+    `ended` has answers that nobody has any more and whose ends somebody waits for: his functions may do anything, ask the same engine too,
+    so they are called when the lane was given back, by who empties the list.
+    """
+
+    __slots__ = ("_executable", "_explained", "_inputs", "_made", "_most", "_ran", "_specs", "ended", "now", "private", "slots", "turn")
 
     def __init__(self, executable: Executable, outputs: Sequence[TensorSpec]) -> None:
         """Make the request whose outputs are copied; the others follow when runs show that there is use for them.
@@ -131,6 +139,7 @@ class Handing:
         """
         self._executable, self._specs = executable, tuple(outputs)
         self._inputs: dict[str, Buffer] = {}
+        self.ended: list[Buffer] = []
         self.slots: list[Slot] = []  # whose arrays are handed out
         self.private = Slot(executable, outputs, lent=False)
         self.now = self.private  # the one that ran last, by `run`
@@ -164,7 +173,7 @@ class Handing:
             Unsupported: the runtime does not take an input's array.
         """
         slot = self.turn
-        if slot is None or not _is_free(slot):
+        if slot is None or not _is_free(slot, self.ended):
             slot = self.another()
         self.turn = slot.after
         self.now = slot
@@ -178,7 +187,7 @@ class Handing:
         At first, when there may be no second run, and where there are enough it is the one whose outputs are copied.
         """
         for slot in self.slots:
-            if _is_free(slot):
+            if _is_free(slot, self.ended):
                 return slot
         new = self._new_slot() if self._ran and len(self.slots) < self._most else None
         self._ran = True

@@ -35,7 +35,7 @@ class Lane(WatchedClock):
     """Runs the stages one after another, and is the clock of its whole way. Used by one thread at a time; who holds it sees to that."""
 
     # What the shortest way touches lies side by side, in the object itself (`shortest`); `feed` and `hands` where `of_one` is True.
-    __slots__ = ("__dict__", "__weakref__", "awaited", "feed", "hands", "turn")
+    __slots__ = ("__dict__", "__weakref__", "awaited", "ended", "feed", "hands", "turn")
     feed: Feed
     hands: Handing
 
@@ -100,6 +100,7 @@ class Lane(WatchedClock):
         if self.of_one:
             assert self._handing is not None
             self.feed, self.hands = self._feeds[0], self._handing
+        self.ended: list[Buffer] = [] if self._handing is None else self._handing.ended  # emptied by who has given the lane back
 
     @property
     def clocks(self) -> Sequence[StageClock]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from queue import SimpleQueue
 
 from aivmm.errors import AivmmError, UsageError
@@ -38,6 +39,10 @@ class Pool:
         self.lanes.append(lane)
         if lane.awaited:
             self._tokens.put(None)
+        if lane.ended:
+            with suppress(IndexError):  # who has the lane by now does the same
+                while True:
+                    lane.ended.pop()
 
     def wake(self) -> None:
         """Let one who waits look again."""

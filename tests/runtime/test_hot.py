@@ -144,8 +144,38 @@ def test_the_end_of_an_answers_array_is_told_by_the_next_turn_of_its_request(war
     engine, x, told = warm(), np.ones(SHAPE, np.float32), []
     for number in range(8):
         weakref.finalize(engine.run({"x": x})["y"], told.append, number)
-    engine.run({"x": x})
-    assert told == list(range(8))
+    for _ in range(4):  # as many requests as a lane has
+        engine.run({"x": x})
+    assert sorted(told) == list(range(8))
+
+
+@pytest.mark.parametrize("ask", ["run", "submit", "lend", "close"])
+def test_who_is_told_that_an_answers_array_ended_may_ask_the_engine(warm: Callable[..., Engine], ask: str) -> None:
+    engine, x, told = warm(), np.ones(SHAPE, np.float32), []
+    assert engine.stats()["lanes"] == 1  # which the one who asks would wait for
+
+    def ended() -> None:
+        if ask == "close":
+            engine.close()
+        told.append(engine._closed or engine.run({"x": x})["y"])
+
+    def caller() -> None:
+        for _ in range(6):
+            if not engine._closed:
+                weakref.finalize(engine.run({"x": x})["y"], ended)
+        for _ in range(6):
+            if ask == "submit":
+                engine.submit({"x": x}).result()
+            elif ask == "lend":
+                with engine.lend({"x": x}):
+                    pass
+            elif not engine._closed:
+                engine.run({"x": x})
+
+    thread = threading.Thread(target=caller, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive() and len(told) == 6 if ask != "close" else engine._closed
 
 
 # --- errors ---
