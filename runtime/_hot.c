@@ -13,6 +13,8 @@
 #include <Python.h>
 #include <structmember.h>
 
+#define VERSION 2 /* `hot.VERSION` */
+
 #ifdef Py_GIL_DISABLED
 #error "counts references and shares counters under the global lock"
 #endif
@@ -384,23 +386,25 @@ static Py_ssize_t offset_of(PyTypeObject *type, const char *name)
 
 static PyObject *shortest_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    Shortest *self = (Shortest *)type->tp_alloc(type, 0);
-    if (self == NULL)
-        return NULL;
-    self->vectorcall = shortest_vectorcall;
-    int right = PyArg_ParseTuple(args, "OOOUUOOO!O!O!O!n:Shortest", &self->take, &self->give, &self->wake, &self->input, &self->output,
-                                 &self->reference, &self->failed, &PyType_Type, &self->lane_type, &PyType_Type, &self->feed_type,
-                                 &PyType_Type, &self->slot_type, &PyType_Type, &self->array_type, &self->copied);
-#define OWN(name) Py_XINCREF(self->name); /* whatever was parsed was borrowed so far */
-    HELD(OWN)
-    if (right && !PyType_IsSubtype(self->lane_type, &ClockType)) {
+    Shortest given = {0}; /* its objects are borrowed: the collector does not see it */
+    int right = PyArg_ParseTuple(args, "OOOUUOOO!O!O!O!n:Shortest", &given.take, &given.give, &given.wake, &given.input, &given.output,
+                                 &given.reference, &given.failed, &PyType_Type, &given.lane_type, &PyType_Type, &given.feed_type,
+                                 &PyType_Type, &given.slot_type, &PyType_Type, &given.array_type, &given.copied);
+    if (right && !PyType_IsSubtype(given.lane_type, &ClockType)) {
         PyErr_SetString(PyExc_TypeError, "a lane is a clock");
         right = 0;
     }
-#define FIND(owner, name, spelled) right = right && (self->name = offset_of(self->owner, spelled)) >= 0;
+#define FIND(owner, name, spelled) right = right && (given.name = offset_of(given.owner, spelled)) >= 0;
     FIELDS(FIND)
-    if (!right)
-        Py_CLEAR(self);
+    Shortest *self = right ? (Shortest *)type->tp_alloc(type, 0) : NULL;
+    if (self == NULL)
+        return NULL;
+#define OWN(name) Py_INCREF(given.name); self->name = given.name;
+    HELD(OWN)
+#define KEEP(owner, name, spelled) self->name = given.name;
+    FIELDS(KEEP)
+    self->copied = given.copied;
+    self->vectorcall = shortest_vectorcall;
     return (PyObject *)self;
 }
 
@@ -452,7 +456,7 @@ PyMODINIT_FUNC PyInit__hot(void)
     int right = module != NULL && (s_zero = PyLong_FromLong(0)) != NULL;
     for (size_t at = 0; at < sizeof names / sizeof *names; at++)
         right = right && (*names[at].held = PyUnicode_InternFromString(names[at].name)) != NULL;
-    if (!right || PyModule_AddIntMacro(module, RING) < 0 || PyModule_AddType(module, &ClockType) < 0 || PyModule_AddType(module, &ShortestType) < 0)
+    if (!right || PyModule_AddIntMacro(module, RING) < 0 || PyModule_AddIntMacro(module, VERSION) < 0 || PyModule_AddType(module, &ClockType) < 0 || PyModule_AddType(module, &ShortestType) < 0)
         Py_CLEAR(module);
     return module;
 }

@@ -42,10 +42,14 @@ def shortest(program: Program, instead: Instead) -> Ask:
 def hot_path(program: Program, *, watched: bool) -> dict[str, str | None]:
     """Return which hot path requests take that `Engine.run` answers, and why it is not the one in C. `watched`: they have a deadline."""
     why_not = hot.why_not
-    if watched or not program.gives:
-        why_not = "stages run on threads of their own, or share their outputs"
-    elif not program.of_one:
+    if watched or program.pipelined or program.execution.batching is not None:
+        why_not = "stages run on threads of their own"
+    elif len(program.stages) > 1:
+        why_not = "it is for one stage"
+    elif len(program.inputs) != 1 or len(program.outputs) != 1:
         why_not = "it is for one input and one output"
+    elif not program.of_one:
+        why_not = "outputs are not given as they are: a shape is open, a type is not NumPy's own, or a device writes them"
     return {"hot_path": "python" if why_not else "native", "hot_path_reason": why_not or None}
 
 

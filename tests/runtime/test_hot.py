@@ -26,6 +26,7 @@ from onnx import TensorProto, helper
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime import clocks, hot
 from aivmm.runtime.engine import Engine
+from aivmm.runtime.plan import Batching, Execution
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, onnx_model, reference
 from tests.runtime.engines import Load, close_to
 
@@ -34,7 +35,7 @@ COPIED, BOUND = 64, 768  # rows of 128 floats that are copied in, and so many th
 PLUS_ONE = [helper.make_node("Add", ["x", "one"], ["y"])]
 
 
-def plus_one(*shape: int) -> Any:
+def plus_one(*shape: int | str) -> Any:
     one = {"one": np.array([1], np.float32)}
     return onnx_model(PLUS_ONE, [("x", TensorProto.FLOAT, shape)], [("y", TensorProto.FLOAT, shape)], one)
 
@@ -318,6 +319,7 @@ if sys.argv[2] == "hidden":
     sys.modules["aivmm.runtime._hot"] = None
 from aivmm.errors import UsageError
 from aivmm.runtime.engine import Engine
+from aivmm.runtime.plan import Batching, Execution
 import numpy
 try:
     engine = Engine.load(sys.argv[1])
@@ -362,6 +364,29 @@ def test_what_cannot_be_had_is_refused(answered: Answered) -> None:
     assert refused.returncode == 1 and "AIVMM_HOT_PATH is 'fast'; set it to python or native" in refused.stderr
 
 
+@pytest.mark.skipif(hot.native is None, reason=hot.why_not)
+def test_who_asks_for_python_when_c_is_loaded_is_told(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(hot.VARIABLE, "python")
+    with pytest.raises(UsageError, match=r"AIVMM_HOT_PATH=python came too late: .*; set it before aivmm is imported"):
+        load(chain_model(), [Part(ONNXRUNTIME)])
+
+
+@pytest.mark.skipif(hot.native is None, reason=hot.why_not)
+def test_a_module_that_does_not_fit_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(array: Any) -> tuple[Any, ...]:
+        raise TypeError("this is no array")
+
+    monkeypatch.delenv(hot.VARIABLE, raising=False)
+    assert hot._load() is hot.native
+    with monkeypatch.context() as other:
+        other.setattr(hot.native, "array_fields", refuses)
+        with pytest.raises(ImportError, match="lays out arrays in another way"):
+            hot._load()
+    monkeypatch.delattr(hot.native, "VERSION")  # as of before there was one
+    with pytest.raises(ImportError, match="another version of its source: install again"):
+        hot._load()
+
+
 def test_requests_that_go_another_way_say_so(load: Load) -> None:
     two = onnx_model(
         [helper.make_node("Add", ["a", "b"], ["y"])],
@@ -369,6 +394,11 @@ def test_requests_that_go_another_way_say_so(load: Load) -> None:
         [("y", TensorProto.FLOAT, SHAPE)],
     )
     assert load(two, [Part(ONNXRUNTIME)]).stats()["hot_path_reason"] == "it is for one input and one output"
+    one, parts = chain_model(), [Part(ONNXRUNTIME, 0, 3), Part(ONNXRUNTIME, 4)]
+    assert load(one, parts).stats()["hot_path_reason"] == "it is for one stage"
+    for how in (Execution(mode="pipelined"), Execution(batching=Batching(max_batch=2))):
+        assert load(plus_one(1, 16), [Part(ONNXRUNTIME)], execution=how).stats()["hot_path_reason"] == "stages run on threads of their own"
+    assert "a shape is open" in load(plus_one("n", 16), [Part(ONNXRUNTIME)]).stats()["hot_path_reason"]
     engine = load(chain_model(), [Part(ONNXRUNTIME)])
     engine.timeout_s = 60
     assert engine.stats()["hot_path"] == "python" and "threads of their own" in engine.stats()["hot_path_reason"]
