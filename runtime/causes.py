@@ -37,6 +37,7 @@ _RARE_CALLS, _RARE_S, _LONGEST_S = 4096, 5.0, 30.0  # between two looks at what 
 _CLOCK_CALLS = 256  # between two readings of the clock for that
 _FRESH_CALLS, _FRESH_S = 1334, 10.0  # between two suspicions that are looked into: with the other looks, one in a thousand calls
 _OFTEN = 0.25  # of that: where calls take longer for their CPU time, which a host's moods do not make them
+_AT_ONCE = 64  # looks for that which there may be in a row: after these, one for each `_FRESH_CALLS` or `_FRESH_S`
 _FORGOTTEN = 0.5  # of what is known of the usual, each time when as much again is known
 _LOOKS, _SHORT_S = 16, 0.5  # for how many looks what others took at most is usual, and how far these are apart at least
 _MOST_THREADS = 64  # whose waits are read, at 4 µs each; of more they are not counted
@@ -71,6 +72,13 @@ class Cause:
 
     name: CauseName
     words: str
+
+
+class Contended(NamedTuple):
+    """Who kept calls from cores, if that is seen to be enough, and for how many seconds threads of ours waited while others had them."""
+
+    cause: Cause | None
+    kept_s: float
 
 
 class Machine:
@@ -160,6 +168,8 @@ class Witness:
         self._shares: deque[float] = deque(maxlen=_LOOKS)  # cores that others took, between the last looks
         self._suspected: Counted | None = None  # the last look that was for a suspicion
         self._marked: Counted | None = None  # the last one that was for a mark
+        self._allowed = float(_AT_ONCE)  # looks at who keeps calls from cores
+        self._allowed_at = 0, self._machine.now_s()  # calls, and the clock, when they were counted
         self._doubted = False  # what came since the last look is not usual: calls were slow, or there were none
         self._again = False  # the last look is to have another one soon, to see how much comes in a short time
         self._at_home: frozenset[int] = frozenset()  # processes that compute on the cards
@@ -209,20 +219,37 @@ class Witness:
         return now is not None
 
     def mark(self) -> Counted | None:
-        """Return what is counted by now, to ask later what came since (`contended`); None where a mark that came to nothing is fresh."""
+        """Return what is counted by now, to ask later what came since (`contended`); None where a mark that came to nothing is fresh, or
+        there were too many looks of late."""
         then = self._marked
-        if then is not None and self._is_fresh(then, _OFTEN):
+        if (then is not None and self._is_fresh(then, _OFTEN)) or not self._may_look():
             return None
         self._marked = self._look() or then
         return self._marked if self._marked is not then else None
 
-    def contended(self, calls: int, busy_ns: int, usual_ns: float, *, since: Counted) -> Cause | None:
-        """Return who kept calls from cores since a `mark`: other processes or a quota; see `cause` for what is asked of how many calls."""
+    def contended(self, calls: int, busy_ns: int, usual_ns: float, *, since: Counted) -> Contended | None:
+        """Return who kept calls from cores since a `mark`: other processes or a quota; see `cause` for what is asked of how many calls.
+
+        None where that is not known: nothing can be read, or there were too many looks of late.
+        """
+        if not self._may_look():
+            return None
         now, self._doubted = self._look(), True
         if now is None or self._is_absurd(spent := now.since(since)):
             return None
         found = self._kept_waiting(_Lost.of(calls, busy_ns, usual_ns, spent, self._callers), spent, self._more(spent, usual_ns))
-        return None if found is None or found.name == "this process" else found
+        more = self._more(spent, busy_ns / calls)  # whatever calls take where all is well
+        return Contended(None if found is None or found.name == "this process" else found, max(0.0, min(more.waited, more.others)))
+
+    def _may_look(self) -> bool:
+        """Take one of the looks that are allowed, if there is one left."""
+        (calls, seconds), now_s = self._allowed_at, self._machine.now_s()
+        self._allowed_at = self.calls, now_s
+        self._allowed = min(_AT_ONCE, self._allowed + max((self.calls - calls) / _FRESH_CALLS, (now_s - seconds) / _FRESH_S))
+        if self._allowed < 1:
+            return False
+        self._allowed -= 1
+        return True
 
     def cause(self, calls: int, busy_ns: int, usual_ns: float) -> Cause | None:
         """Return what took the time of so many slow calls since the suspicion, which take `usual_ns` where all is well, if that is seen."""

@@ -13,14 +13,19 @@ threads waited for cores while other processes had them, or that a quota stopped
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, replace
 
-from aivmm.runtime.causes import Cause, Counted, Machine, Witness
+from aivmm.runtime.causes import Cause, Contended, Counted, Machine, Witness
 from aivmm.runtime.cusum import Cusum
 
 _SUSPECTED = 2  # observations in a row that are above the level: from there on the accounts are compared
 _AGAIN = 1.08  # they are looked at again when there are so many times as many calls ...
-_ANEW_S = 10.0  # ... and from another beginning when what they told was nothing for so long
+_ANEW_S, _ANEW_LEAST = 10.0, 12  # seconds of calls, and observations, in which they named nobody: what is seen then is usual
+_NAMED_TIMES = 3  # where they named somebody they are asked for that so much later
+_UNKNOWN_TIMES = 3  # and where they cannot be asked, as calls stop again and again, that is not waited for longer than this
+_KEPT_MOST = 0.5  # of calls: what of them is taken for waits, as others of our threads wait, too
+_SEEN_MOST = 512  # observations
 
 
 @dataclass(slots=True)
@@ -48,6 +53,8 @@ class Contention:
         self._own_s: float | None = None  # CPU time of this process, when an observation began
         self._part_ns = self._part_calls = 0  # of one that is not whole
         self._observed = self._calls = self._busy_ns = 0  # since calls take longer for their CPU time
+        self._unnamed_ns = 0  # of calls, since the accounts named somebody: calls that are not suspected make up for those that are
+        self._seen: deque[float] = deque(maxlen=_SEEN_MOST)  # meanwhile, as far as they are suspected
         self._held = _Held()
         self.told = False  # whether what goes on was told
 
@@ -55,6 +62,11 @@ class Contention:
     def is_suspected(self) -> bool:
         """Whether calls may be kept from cores just now."""
         return self._observed >= _SUSPECTED
+
+    @property
+    def is_doubted(self) -> bool:
+        """Whether what is seen just now may be somebody's doing, and so is nothing to learn of: not where accounts could not say whose."""
+        return self.told or (self.is_suspected and self._machine.sees_waits)
 
     def stopped(self) -> None:
         """Take note that no calls came for a while, or that they are of another pace: what this process took meanwhile is not theirs."""
@@ -90,10 +102,12 @@ class Contention:
         self._cusum.take(observed, seconds=busy_ns / 1e9 / self._callers, learns=learns)
         if self._cusum.sum <= 0.0:
             self._cusum.over(usual=learns and not self._held.asked_calls)
+            if self._unnamed_ns:
+                self._unnamed_ns = max(0, self._unnamed_ns - busy_ns)
+                if not self._unnamed_ns:
+                    self._seen.clear()
             if self._observed:
-                self._observed = self._calls = self._busy_ns = 0
-                self.told = False
-                self._held = _Held()
+                self._over()
             return
         self._observed += 1
         self._calls += calls
@@ -104,22 +118,67 @@ class Contention:
             self._held.own_ns += own_ns
         elif self.is_suspected:
             self._held.since = self._witness.mark()
+        if self.is_suspected:
+            self._seen.append(observed)
+            self._unnamed_ns += busy_ns
+            if self._unnamed_ns >= self._of_calls(_ANEW_S) and len(self._seen) >= _ANEW_LEAST:
+                self._ask_anew()
+
+    def _over(self) -> None:
+        self._observed = self._calls = self._busy_ns = 0
+        self.told = False
+        self._held = _Held()
+
+    def _of_calls(self, seconds: float) -> float:
+        """Return what calls take in so many seconds of the clock, in nanoseconds."""
+        return seconds * 1e9 * self._callers
+
+    def _ask_anew(self) -> None:
+        """Ask whether somebody keeps calls from cores still; where nobody is named, take what was seen for usual, but for their waits."""
+        kept, is_early = 0.0, self._unnamed_ns < self._of_calls(_ANEW_S * _UNKNOWN_TIMES)
+        if self._may_ask():
+            found = self._ask()
+            if found is None and is_early:  # that will be known later
+                return
+            if found is not None and found.cause is not None:
+                self._unnamed_ns = int(self._of_calls(_ANEW_S) * (1 - _NAMED_TIMES))
+                self._seen.clear()
+                self._held = _Held(asked_calls=1)
+                return
+            if found is not None:
+                kept = min(found.kept_s * 1e9 / self._held.busy_ns, _KEPT_MOST)  # who came meanwhile is not usual
+        elif is_early:
+            return
+        self._cusum.anew([each + math.log(1 - kept) for each in self._seen])
+        self._unnamed_ns = 0
+        self._seen.clear()
+        self._over()
+
+    def _may_ask(self) -> bool:
+        """Whether there are calls enough for the accounts to say something of them."""
+        return self._held.since is not None and self._held.busy_ns >= self._of_calls(self._least_s / 2)
+
+    def _ask(self) -> Contended | None:
+        held = self._held
+        assert held.since is not None
+        held.asked_calls = held.calls
+        return self._witness.contended(held.calls, held.busy_ns, self._usual_ns(), since=held.since)
+
+    def _usual_ns(self) -> float:
+        """Return what a call would take if nobody kept it from cores."""
+        return max(self._held.own_ns, 1.0) / self._held.calls * math.exp(self._cusum.baseline)
 
     def cause(self, *, above: float) -> Cause | None:
         """Return who keeps calls from cores where they have been for long enough, and take longer than `above`: the logarithm of a mean."""
-        if self._cusum.sum < self._cusum.limit or self._calls < self._least_calls or self._busy_ns < self._least_s * 1e9 * self._callers:
+        if self._cusum.sum < self._cusum.limit or self._calls < self._least_calls or self._busy_ns < self._of_calls(self._least_s):
             return None
         held = self._held
-        if held.since is None or held.busy_ns < self._least_s / 2 * 1e9 * self._callers or held.calls < held.asked_calls * _AGAIN:
+        if not self._may_ask() or held.calls < held.asked_calls * _AGAIN or math.log(held.busy_ns / held.calls) <= above:
             return None
-        if math.log(held.busy_ns / held.calls) <= above:
+        found = self._ask()
+        if found is None or found.cause is None:
             return None
-        held.asked_calls = held.calls
-        usual_ns = max(held.own_ns, 1.0) / held.calls * math.exp(self._cusum.baseline)
-        found = self._witness.contended(held.calls, held.busy_ns, usual_ns, since=held.since)
-        if found is None and held.busy_ns >= _ANEW_S * 1e9 * self._callers:
-            self._held = _Held(asked_calls=1)  # what was asked for is not usual, whatever it is
-        return None if found is None else replace(found, words=f"{found.words}; without that a call would take {usual_ns / 1e6:.3g} ms")
+        return replace(found.cause, words=f"{found.cause.words}; without that a call would take {self._usual_ns() / 1e6:.3g} ms")
 
     def live(self) -> tuple[int, float]:
         """Return how many calls there were since they take longer for their CPU time, and what they took on average, in seconds."""

@@ -9,7 +9,7 @@ exp(`_PATIENCE`) steps by Brownian motion (variance * _PATIENCE / 2k; Siegmund, 
 twice as much was seen without an excursion that mattered. And they are taken anew from the last observations where these have lain below
 the baseline for `_FASTER_S` and for as many as it was learnt from: what was learnt while a host was slow says nothing of what it does when
 it is not, and a few fast seconds say little of what it does for minutes. Up the baseline goes with what came back by itself only: what
-stays slow is not learnt.
+stays slow is not learnt, unless who asks knows that it is usual (`anew`).
 """
 
 from __future__ import annotations
@@ -95,6 +95,12 @@ class Cusum:
         if self._faster_s >= _FASTER_S and len(self._faster) >= least and self._drop >= self.limit:
             self._pending.clear()
             self.learn(self._faster)
+
+    def anew(self, usual: Sequence[float]) -> None:
+        """Begin anew with this for usual, whatever was before."""
+        self._pending.clear()
+        self.learn(usual)
+        self.sum = 0.0
 
     def over(self, *, usual: bool) -> None:
         """Take note that no excursion goes on any more, and learn of the last one where that was as `usual` as any."""

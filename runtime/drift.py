@@ -267,7 +267,7 @@ class DriftMonitor:
         self._paused_ns += total_ns
         passed_s, stopped = self._passed(total_ns)
         cusum = self._cusum
-        learns = not (self.is_outside or self._contention.is_suspected)
+        learns = not (self.is_outside or self._contention.is_doubted)
         step = cusum.take(math.log(max(total_ns, 1) / calls), seconds=total_ns / 1e9 / self._callers, learns=learns)
         if cusum.sum <= 0.0:
             self._over()
@@ -317,7 +317,7 @@ class DriftMonitor:
 
     def _over(self) -> None:
         """Do what is to be done where calls are not slow: forget an excursion, and learn of it where it was noise."""
-        self._cusum.over(usual=not (self.is_outside or self._looked_ns or self._contention.is_suspected))
+        self._cusum.over(usual=not (self.is_outside or self._looked_ns or self._contention.is_doubted))
         if self._outside:
             self._outside = False
             if not self.is_outside:
@@ -325,7 +325,7 @@ class DriftMonitor:
         if self._calls:
             self._calls = self._busy_ns = self._slow_calls = self._slow_ns = self._held_calls = self._held_ns = 0
             self._suspected, self._cause, self._looked_ns, self._lasted, self._lasted_s = False, None, 0.0, False, 0.0
-        if not self._contention.is_suspected:
+        if not self._contention.is_doubted:
             self._witness.quiet()
 
     def _passed(self, busy_ns: int) -> tuple[float, bool]:

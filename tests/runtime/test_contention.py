@@ -38,11 +38,11 @@ class Core:
         self.monitor = DriftMonitor(self.expected, tell=lambda event: self.told.append((self.calls, event)), machine=self.machine)
         self._short = int(OBSERVED_S / self.call_s) + 1 if self.call_s < 5e-4 else 0
 
-    def run(self, seconds: float, *, host: float = 1.0, neighbour: float = 0.0, elsewhere: float = 0.0) -> int:
+    def run(self, seconds: float, *, host: float = 1.0, neighbour: float = 0.0, elsewhere: float = 0.0, beside: float = 0.0) -> int:
         """Let calls come for so long, and return how many events there are.
 
         The `host` makes calls need more CPU time, the `neighbour` takes so much for each second of theirs, in slices, and who is
-        `elsewhere` keeps so many other cores busy.
+        `elsewhere` keeps so many other cores busy. Other threads of this process work `beside` them, for so many cores.
         """
         end = self.machine.at.seconds + seconds
         while self.machine.at.seconds < end:
@@ -53,7 +53,7 @@ class Core:
             busy, kept = float(calls.sum()), float(waited.sum())
             noise = 1 + 0.003 * self._rng.normal()  # of what is counted; and others do a little always
             others = kept + (elsewhere + 0.02 * self._rng.random()) * busy
-            self.machine.passes(busy, own=float(own.sum()) * noise, waited=kept + 0.001 * busy, others=others)
+            self.machine.passes(busy, own=float(own.sum()) * noise + beside * busy, waited=kept + 0.001 * busy, others=others)
             nanoseconds = (calls * 1e9).astype(np.int64).tolist()
             self.calls += count
             self.monitor.add_short([nanoseconds]) if self._short else self.monitor.add(nanoseconds)
@@ -197,3 +197,106 @@ def test_within_the_plans_interval_nobody_keeps_calls_from_anything() -> None:
     core.run(10.0)
     assert core.run(20.0, neighbour=0.33) == 0
     assert core.soon(neighbour=0.6)
+
+
+@pytest.mark.parametrize("beside", [0.2, 1.0, 4.0])
+@pytest.mark.parametrize("seconds", [0.6, 10.0, 40.0])  # in the warm-up, beyond it, and for long enough for the baseline to be learnt anew
+def test_this_processs_own_work_that_ends_is_nothing_to_suspect(beside: float, seconds: float) -> None:
+    core = Core(5e-3)
+    core.run(3.0 if seconds > 30 else 0.0)
+    core.run(seconds, beside=beside)
+    core.run(60.0)
+    looks, calls = core.machine.looks, core.calls
+    core.run(150.0)
+    assert core.machine.looks - looks <= (core.calls - calls) / 1000  # as where nothing was
+    assert core.soon(neighbour=0.33)
+
+
+def test_work_that_comes_and_goes_has_accounts_looked_at_in_one_of_a_few_hundred_calls() -> None:
+    core = Core(5e-3)
+    core.run(2.0, beside=0.5)
+    core.run(120.0)
+    looks, calls = core.machine.looks, core.calls
+    for seconds in np.random.default_rng(0).uniform(1.0, 10.0, 50):
+        core.run(float(seconds), beside=0.5)
+        core.run(float(seconds))
+    assert core.machine.looks - looks <= (core.calls - calls) / 400
+    assert not core.told
+
+
+def test_what_is_usual_while_this_process_works_is_not_forgotten_for_its_short_rests() -> None:
+    core = Core(5e-3)
+    core.run(10.0, host=1.25, beside=0.4)
+    for _ in range(28):  # ten seconds of rest in all, and more
+        core.run(0.5, host=1.25)
+        core.run(5.0, host=1.25, beside=0.4)
+    assert not core.told
+    calls, _ = core.lets_loose(neighbour=0.4, beside=0.4)
+    assert calls <= 2 * WITHIN_CALLS
+
+
+def test_who_works_elsewhere_long_before_a_slow_host_is_not_its_cause_whatever_this_process_did_at_first() -> None:
+    core = Core(5e-3)
+    core.run(10.0, beside=1.0)
+    core.run(600.0, elsewhere=1.0)
+    assert core.run(2.0, elsewhere=1.0, host=1.5) == 0
+    assert core.run(20.0, elsewhere=1.0) == 0
+
+
+@pytest.mark.parametrize("pause_s", [60.0, 12.0, 8.0, 4.0])  # also while what the end of that work means is still to be found out
+def test_a_neighbour_is_told_whatever_this_process_did_at_first(pause_s: float) -> None:
+    core = Core(5e-3)
+    core.run(10.0, host=1.25, beside=1.0)
+    assert core.run(pause_s) == 0
+    if pause_s > 20.0:
+        assert core.soon(neighbour=0.33)
+    else:
+        _, seconds = core.lets_loose(neighbour=0.33)
+        assert seconds <= 10.0
+
+
+def test_a_neighbour_who_was_told_and_left_is_gone_though_this_process_does_less_than_at_first() -> None:
+    core = Core(5e-3)
+    core.run(10.0, beside=0.2)
+    core.lets_loose(beside=0.2, neighbour=0.4)
+    core.run(20.0, neighbour=0.4)
+    assert core.monitor.is_outside
+    core.run(90.0)
+    assert not core.monitor.is_outside
+    assert core.soon(neighbour=0.33)
+
+
+@pytest.mark.parametrize("sees_waits", [True, False])
+def test_calls_that_stop_again_and_again_are_not_suspected_for_ever(sees_waits: bool) -> None:
+    """As where their pace changes: between two stops there is no time for the accounts to say anything."""
+    core = Core(5e-3)
+    core.run(10.0, host=1.25, beside=0.5)
+    core.machine.sees_waits = sees_waits
+    for _ in range(300):
+        core.run(0.2)
+        core.monitor.resume()
+    core.machine.sees_waits = True
+    assert not core.told
+    assert core.soon(neighbour=0.33)
+
+
+def test_several_callers_whose_calls_wait_for_each_other_are_suspected_for_seconds_only() -> None:
+    """Two times the wall time for the same CPU time, as they take turns at something that is no core."""
+    machine, told, calls = ByHand(), list[Drift](), 0
+    monitor = DriftMonitor(None, callers=4, tell=told.append, machine=machine)
+
+    def feed(seconds: float, call_s: float, *, cpu_s: float, others: float = 0.01) -> None:
+        nonlocal calls
+        end = machine.at.seconds + seconds
+        while machine.at.seconds < end:
+            machine.passes(BLOCK * call_s / 4, own=BLOCK * cpu_s, others=others * BLOCK * call_s / 4)
+            monitor.add([int(call_s * 1e9)] * BLOCK)
+            calls += BLOCK
+
+    feed(10.0, 10e-3, cpu_s=10e-3)
+    feed(60.0, 10e-3, cpu_s=5e-3)
+    looks, before = machine.looks, calls
+    feed(240.0, 10e-3, cpu_s=5e-3, others=1.0)  # elsewhere, and that is usual by the end
+    assert machine.looks - looks <= (calls - before) / 1000
+    feed(3.0, 15e-3, cpu_s=7.5e-3, others=1.0)
+    assert not told
