@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from queue import SimpleQueue
+from itertools import repeat
+from queue import Empty, SimpleQueue
 
 from aivmm.errors import AivmmError, UsageError
 from aivmm.runtime.lane import Lane
+
+_LOOKS_S = 1.0  # who waits looks again unasked: a signal may have come between giving back and telling
 
 
 def closed() -> UsageError:
@@ -24,10 +27,15 @@ class Pool:
     a queue's costs as much as the rest of a call. Who finds none marks all lanes as awaited *before* he looks again; so whoever gives one
     back either has his lane seen by that look, or sees that it is awaited and sends a token. A token too many makes somebody look once in
     vain.
+
+    Whoever is interrupted by a signal (Ctrl-C) must not keep a lane: so `for lane in pool.takes: break` takes one, with `try` next. Signals
+    are handled behind calls, and there a lane that `popleft` returned would be lost. For the same reason `lanes.append` comes first in a
+    `finally`, and not `put`, at the begin of which they are handled as well.
     """
 
     def __init__(self, lanes: Iterable[Lane]) -> None:
         self.lanes: deque[Lane] = deque(lanes)
+        self.takes: Iterator[Lane] = map(deque.popleft, repeat(self.lanes))  # raises IndexError where none is free, and goes on
         self._all = tuple(self.lanes)
         self._waiting = 0
         self._closed: AivmmError | None = None  # what is told to who comes too late
@@ -37,6 +45,10 @@ class Pool:
     def put(self, lane: Lane) -> None:
         """Give a lane back."""
         self.lanes.append(lane)
+        self.given(lane)
+
+    def given(self, lane: Lane) -> None:
+        """Do what is to be done once a lane was given back, by `lanes.append`."""
         if lane.awaited:
             self._tokens.put(None)
         if lane.ended:
@@ -55,17 +67,26 @@ class Pool:
             UsageError: the program is closed.
             AivmmError: it was given up, for this reason.
         """
-        self._wait(1)
+        lane = None
         try:
-            while True:
-                if self._closed is not None:
-                    raise type(self._closed)(self._closed.message, advice=self._closed.advice)
-                try:
-                    return self.lanes.popleft()
-                except IndexError:
-                    self._tokens.get()
-        finally:
-            self._wait(-1)
+            self._wait(1)
+            try:
+                while lane is None:
+                    if self._closed is not None:
+                        raise type(self._closed)(self._closed.message, advice=self._closed.advice)
+                    with suppress(IndexError):
+                        for lane in self.takes:  # noqa: B007 - it is returned
+                            break
+                    if lane is None:
+                        with suppress(Empty):
+                            self._tokens.get(timeout=_LOOKS_S)
+            finally:
+                self._wait(-1)
+        except BaseException:  # not handled: Ctrl-C behind the loop
+            if lane is not None:
+                self.put(lane)
+            raise
+        return lane
 
     def close(self, why: AivmmError | None = None) -> None:
         """Tell whoever waits, or comes, that there will be no more."""

@@ -101,7 +101,8 @@ class Program:
         try:
             return lane.call(inputs)
         finally:
-            self.free.put(lane)
+            self.free.lanes.append(lane)
+            self.free.given(lane)
 
     def _first(self, inputs: Mapping[str, Any]) -> Outputs:
         """Run, and remember what was answered first. From then on requests go by the shorter way."""
@@ -111,7 +112,8 @@ class Program:
             self.answered(lane)
             return outputs
         finally:
-            self.free.put(lane)
+            self.free.lanes.append(lane)
+            self.free.given(lane)
 
     def _run_by_threads(self, inputs: Mapping[str, Any]) -> Outputs:
         """Run on the stages' threads, and copy the outputs on the caller's: megabytes would keep the last stage from its next one."""
@@ -254,17 +256,21 @@ class Program:
         if self._closed:
             raise self._gone()
         try:
-            return self.free.lanes.popleft()
+            for lane in self.free.takes:
+                return lane
         except IndexError:
             started = perf_counter_ns()
         if self._threads.carry(threading.current_thread()):
             raise UsageError("a callback of a request waits for the requests behind it", advice="ask the engine from another thread")
         lane = self.free.get()
-        if self._closed:  # while waiting
+        try:
+            if self._closed:  # while waiting
+                raise self._gone()
+            with self._lock:
+                self._turn.waited(perf_counter_ns() - started)
+        except BaseException:  # not handled: the lane goes back first
             self.free.put(lane)
-            raise self._gone()
-        with self._lock:
-            self._turn.waited(perf_counter_ns() - started)
+            raise
         return lane
 
     def launch(self, lane: Lane, done: Callable[[Lane], None]) -> None:

@@ -8,7 +8,7 @@ taking and giving back a lane are `Pool.get` and `put` without their calls. Fewe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from sys import getrefcount
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
@@ -81,14 +81,15 @@ def _of_any(program: Program, instead: Instead) -> Ask:
 
     def run(
         inputs: Mapping[str, Any],
-        take: Callable[[], Lane] = lanes.popleft,
+        takes: Iterator[Lane] = program.free.takes,
         give: Callable[[Lane], None] = lanes.append,
         program: Program = program,
         instead: Instead = instead,
     ) -> Outputs:
         try:
             try:
-                lane = take()
+                for lane in takes:  # noqa: B007 - see `Pool`
+                    break
             except IndexError:
                 lane = program.acquire()
             try:
@@ -110,7 +111,7 @@ def _of_one(program: Program, instead: Instead) -> Ask:
 
     def run(
         inputs: Mapping[str, Any],
-        take: Callable[[], Lane] = lanes.popleft,
+        takes: Iterator[Lane] = program.free.takes,
         give: Callable[[Lane], None] = lanes.append,
         name: str = program.lanes[0].feed.name,
         size: Callable[[Any], int] = len,
@@ -121,7 +122,8 @@ def _of_one(program: Program, instead: Instead) -> Ask:
     ) -> Outputs:
         try:
             try:
-                lane = take()
+                for lane in takes:  # noqa: B007 - see `Pool`
+                    break
             except IndexError:
                 lane = seldom[0].acquire()
             try:

@@ -14,7 +14,9 @@ import traceback
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -24,11 +26,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from aivmm.errors import Unsupported, UsageError
-from aivmm.runtime import clocks, hot
+from aivmm.runtime import clocks, hot, pool, program, shortest
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.plan import Batching, Execution
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, onnx_model, reference
 from tests.runtime.engines import Load, close_to
+from tests.runtime.interrupts import interrupted_at
 
 SHAPE = (4, 16)
 COPIED, BOUND = 64, 768  # rows of 128 floats that are copied in, and so many that they are bound where they are
@@ -177,6 +180,29 @@ def test_who_is_told_that_an_answers_array_ended_may_ask_the_engine(warm: Callab
     thread.start()
     thread.join(20)
     assert not thread.is_alive() and len(told) == 6 if ask != "close" else engine._closed
+
+
+def of_lanes(code: CodeType) -> bool:
+    return code.co_filename in (shortest.__file__, pool.__file__, program.__file__)
+
+
+@pytest.mark.parametrize("inputs", [("x",), ("x", "z")])
+def test_whenever_a_call_is_interrupted_its_lane_comes_back(load: Load, hot_path: str, inputs: tuple[str, ...]) -> None:
+    nodes = [helper.make_node("Add", [inputs[0], inputs[-1]], ["y"])]
+    model = onnx_model(nodes, [(each, TensorProto.FLOAT, SHAPE) for each in inputs], [("y", TensorProto.FLOAT, SHAPE)])
+    engine, given = load(model, [Part(ONNXRUNTIME)]), dict.fromkeys(inputs, np.ones(SHAPE, np.float32))
+    for _ in range(3):
+        engine.run(given)
+    ask, free = engine._ask, engine._program.free.lanes
+    for call in (partial(ask, given), partial(engine._program._at_once, given), partial(engine._program._first, given)):
+        step = 1
+        while interrupted_at(step, call, of_lanes):
+            lost = not free
+            if lost:
+                free.append(engine.one_lane())  # without it nothing can be closed
+            assert not lost, f"no lane is left after an interrupt at instruction {step} of {call}"
+            step += 1
+        assert step > 20 or (call.func is ask and hot_path == "native")  # which has no instructions of Python's
 
 
 # --- errors ---

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
-from types import FrameType
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from aivmm.runtime import turns as turns_module
 from aivmm.runtime.ort_requests import StagedRequest
 from aivmm.runtime.turns import Recordings, Turn, Turns
 from tests.making import normal
+from tests.runtime.interrupts import interrupted_at, interrupts
 from tests.runtime.test_staged import SHAPE, staged
 
 PATIENCE_S = 20.0
@@ -180,50 +179,8 @@ def test_a_run_that_failed_has_recorded_nothing(monkeypatch: pytest.MonkeyPatch)
     assert request._recordings is not None and request._recordings.left == Recordings.RUNS
 
 
-@contextmanager
-def interrupts(handler: Callable[..., object]) -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def interrupted_at(step: int, call: Callable[[], object]) -> bool:
-    """Call, and have Ctrl-C come before the instruction `step` of those of graphs' turns and of a run; return whether there are so many.
-
-    The interrupt is only made pending then, in C: it is raised where the interpreter next looks for one, and nowhere else.
-    """
-    pend: Any = ctypes.PYFUNCTYPE(None, ctypes.py_object, ctypes.py_object, ctypes.py_object)(("PyErr_SetInterrupt", ctypes.pythonapi))
-    steps, raised = 0, 0
-
-    def once(*_: object) -> None:
-        nonlocal raised
-        raised += 1
-        if raised == 1:
-            raise KeyboardInterrupt
-
-    def trace(frame: FrameType, event: str, _: object) -> Any:
-        nonlocal steps
-        code = frame.f_code
-        if code.co_filename != turns_module.__file__ and code is not StagedRequest.run.__code__:
-            return None
-        frame.f_trace_opcodes = True
-        steps += event == "opcode"
-        return pend if steps == step else trace
-
-    before = sys.gettrace()
-    with interrupts(once):
-        try:
-            sys.settrace(trace)
-            call()
-            sys.settrace(before)  # what was pending last is raised behind this call
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(before)
-    assert bool(raised) == (steps >= step)
-    return steps >= step
+def of_turns(code: CodeType) -> bool:
+    return code.co_filename == turns_module.__file__ or code is StagedRequest.run.__code__
 
 
 @pytest.mark.parametrize("records", [False, True])
@@ -240,7 +197,7 @@ def test_whenever_a_run_is_interrupted_others_record_and_replay_after_it(records
     step = 1
     while True:
         request._recordings.left = Recordings.RUNS if records else 0
-        if not interrupted_at(step, request.run):
+        if not interrupted_at(step, request.run, of_turns):
             break
         thread = in_thread(others)  # which has not recorded yet
         thread.join(PATIENCE_S)
