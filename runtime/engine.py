@@ -128,6 +128,7 @@ class Engine:
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
         """Run once, with arrays by input name, and return arrays by output name; the arrays are the caller's own.
 
+        Not so the arrays that they are views of: what is done to the shape or the flags of an answer's `base` is seen in later answers.
         Inputs are not kept, but for those of the last request of each caller that the plan provides for (`stats()["lanes"]`).
 
         Raises:

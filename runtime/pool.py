@@ -50,15 +50,19 @@ class Pool:
     def given(self, lane: Lane) -> None:
         """Do what is to be done once a lane was given back, by `lanes.append`."""
         if lane.awaited:
-            self._tokens.put(None)
+            self.wake()
         if lane.ended:
             with suppress(IndexError):  # who has the lane by now does the same
                 while True:
                     lane.ended.pop()
 
     def wake(self) -> None:
-        """Let one who waits look again."""
-        self._tokens.put(None)
+        """Let one who waits look again, unless as many are about to as there are lanes.
+
+        Else who was interrupted, and is counted as waiting still, would have tokens pile up.
+        """
+        if self._tokens.qsize() < len(self._all):
+            self._tokens.put(None)
 
     def get(self) -> Lane:
         """Take a lane; wait while there is none.

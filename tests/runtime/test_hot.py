@@ -205,6 +205,27 @@ def test_whenever_a_call_is_interrupted_its_lane_comes_back(load: Load, hot_path
         assert step > 20 or (call.func is ask and hot_path == "native")  # which has no instructions of Python's
 
 
+def test_who_is_interrupted_while_it_waits_for_a_lane_leaves_all_of_them(load: Load, hot_path: str) -> None:
+    engine, given = load(plus_one(*SHAPE), [Part(ONNXRUNTIME)]), {"x": np.ones(SHAPE, np.float32)}
+    free, step = engine._program.free, 1
+
+    def wait() -> None:
+        free.lanes.append(free.get())
+
+    def of_waiting(code: CodeType) -> bool:
+        return code.co_filename == pool.__file__
+
+    while interrupted_at(step, wait, of_waiting):
+        lost = not free.lanes
+        if lost:
+            free.lanes.append(engine.one_lane())
+        assert not lost, f"no lane is left after an interrupt at instruction {step}"
+        step += 1
+    for _ in range(100):
+        engine.run(given)
+    assert step > 20 and list(free.lanes) == [engine.one_lane()] and free._tokens.qsize() <= 1
+
+
 # --- errors ---
 
 
