@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
@@ -57,6 +58,18 @@ def test_each_model_is_served_at_its_rate_or_as_fast_as_it_goes(worker: Worker, 
     assert found["b"]["together"]["served"] == found["b"]["together"]["offered"] > 0
     assert found["b"]["alone"]["served"] > 0
     assert all(each["problem"] == "" and each["accuracy"]["cosine"] > 0.999 for each in found.values())
+
+
+def test_who_had_no_turn_before_the_end_has_answered_one_request_all_the_same() -> None:
+    class Quick:
+        def run(self, inputs: Any) -> None:
+            pass
+
+    now = time.perf_counter()
+    one, due = Client(Quick(), {}, None, 1), Client(Quick(), {}, [0.3], 1)  # type: ignore[arg-type]
+    for each in (one, due):
+        each.drive(now - 0.5, now - 0.25)
+    assert len(one.durations_s) == 1 and due.durations_s == []  # which had not arrived by then
 
 
 def test_more_than_a_model_can_answer_is_counted_and_ends_in_time(worker: Worker, bundle: Path) -> None:
