@@ -278,6 +278,9 @@ def cut(report: Report, seconds: float) -> None:
         report.say(f"| {first}, {second} | {' | '.join(micro(each) for each in found.values())} | {micro(share)} | 20 | {held} |")
 
 
+_PIPELINE_BLOCK_S = 0.5
+
+
 def pipeline(report: Report, seconds: float) -> None:
     """Two stages, on threads of their own."""
     report.say("\n## Pipelined: rate against the slower stage's, timed bare while the other one runs (per second)\n")
@@ -295,9 +298,11 @@ def pipeline(report: Report, seconds: float) -> None:
                 inputs = {each.name: new_buffer_like(np.zeros(each.shape, dtype=np.float32) + 0.1) for each in executable.inputs}
                 calls.append(bare(executable, inputs))
             rates: list[tuple[float, float, float]] = []
-            block = max(0.5, seconds / 8)
-            for _ in range(9):
-                rates.append((*side_by_side(calls, block), streamed(engine, x, block)))
+            # Short blocks, many of them, and each second pair the other way around: the host changes its speed within seconds.
+            for number in range(1 + max(2, round(2 * seconds / _PIPELINE_BLOCK_S))):
+                answers = streamed(engine, x, _PIPELINE_BLOCK_S) if number % 2 else 0.0
+                apart = side_by_side(calls, _PIPELINE_BLOCK_S)
+                rates.append((*apart, answers or streamed(engine, x, _PIPELINE_BLOCK_S)))
         table = np.array(rates[1:])  # the first block warms up
         ratios = table[:, 2] / table[:, :2].min(axis=1)
         held = report.gate(f"pipeline, {first} and {second}", float(np.median(ratios)) >= 0.95)
