@@ -41,6 +41,7 @@ from aivmm.probes.timer import several
 SECTIONS = ("boundaries", "overhead", "throughput", "two", "tune")
 MODELS = ("resnet50", "minilm", "vit", "ultraface", "silero", "magika")
 GOALS = ("latency fp32", "latency lower", "throughput fp32", "throughput lower")
+_INT32 = 6  # of onnx.TensorProto
 _SHARED = {"ultraface": "ultraface_rfb_320.onnx", "silero": "silero_vad_16k_op15.onnx", "magika": "magika_v3_3.onnx"}
 _ROUNDS, _BLOCK_S = 6, 0.5
 FAST = {"host_memory": "pinned", "provider.prefer_nhwc": "1", "provider.fuse_conv_bias": "1"}
@@ -100,6 +101,8 @@ def feed_of(model: Any, seed: int = 0) -> dict[str, Any]:
             feed[value.name] = np.ones(shape, np.int64)
         elif value.name == "input_ids":
             feed[value.name] = rng.integers(0, 30000, shape)
+        elif value.type.tensor_type.elem_type == _INT32:  # bytes, as magika's
+            feed[value.name] = rng.integers(0, 256, shape, np.int32)
         else:
             feed[value.name] = rng.standard_normal(shape, dtype=np.float32)
     return feed
