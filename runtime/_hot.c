@@ -13,112 +13,13 @@
 #include <Python.h>
 #include <structmember.h>
 
-#define VERSION 2 /* `hot.VERSION` */
+#define VERSION 3 /* `hot.VERSION` */
 
 #ifdef Py_GIL_DISABLED
 #error "counts references and shares counters under the global lock"
 #endif
 
-/* What `time.perf_counter_ns` reads. */
-static long long perf_counter_ns(void)
-{
-#if PY_VERSION_HEX >= 0x030D0000
-    PyTime_t now = 0;
-    (void)PyTime_PerfCounterRaw(&now); /* fails only where the interpreter would not have started */
-    return (long long)now;
-#else
-    return (long long)_PyTime_GetPerfCounter();
-#endif
-}
-
-/* ---- Clock: the fields of `StageClock` and `WatchedClock` that each call touches ---- */
-
-#define RING 4096 /* durations remembered: `clocks.RING` */
-
-typedef struct {
-    PyObject_HEAD
-    long long count, due, due_ns, ended_ns;
-    long long *ring; /* the last durations, that of call i at i % RING */
-} Clock;
-
-static PyObject *clock_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
-{
-    Clock *self = (Clock *)type->tp_alloc(type, 0); /* arguments are for `__init__` */
-    if (self == NULL)
-        return NULL;
-    self->ring = PyMem_Malloc(RING * sizeof *self->ring);
-    if (self->ring == NULL) {
-        Py_DECREF(self);
-        return PyErr_NoMemory();
-    }
-    memset(self->ring, 0, RING * sizeof *self->ring); /* now, and not page by page in the calls */
-    return (PyObject *)self;
-}
-
-static void clock_dealloc(PyObject *self)
-{
-    PyMem_Free(((Clock *)self)->ring);
-    Py_TYPE(self)->tp_free(self);
-}
-
-static PyObject *clock_note(PyObject *self, PyObject *nanoseconds)
-{
-    Clock *clock = (Clock *)self;
-    long long took = PyLong_AsLongLong(nanoseconds);
-    if (took == -1 && PyErr_Occurred())
-        return NULL;
-    clock->ring[(unsigned long long)clock->count % RING] = took;
-    Py_RETURN_NONE;
-}
-
-static PyObject *clock_newest(PyObject *self, PyObject *wanted)
-{
-    Clock *clock = (Clock *)self;
-    long long count = clock->count, many = PyLong_AsLongLong(wanted);
-    if (many == -1 && PyErr_Occurred())
-        return NULL;
-    many = many < RING ? many : RING;
-    many = many < count ? many : count;
-    PyObject *found = PyList_New((Py_ssize_t)(many < 0 ? 0 : many));
-    for (long long at = 0; found != NULL && at < many; at++) {
-        PyObject *each = PyLong_FromLongLong(clock->ring[(unsigned long long)(count - 1 - at) % RING]);
-        if (each == NULL)
-            Py_CLEAR(found);
-        else
-            PyList_SET_ITEM(found, (Py_ssize_t)at, each);
-    }
-    return found;
-}
-
-static PyObject *clock_fill(PyObject *self, PyObject *none)
-{
-    Py_RETURN_NONE; /* it was filled when it was made; the one in Python is not */
-}
-
-static PyMethodDef clock_methods[] = {
-    {"note", clock_note, METH_O, PyDoc_STR("Remember the duration of a call in nanoseconds, before `count` counts it.")},
-    {"newest", clock_newest, METH_O, PyDoc_STR("Return the durations of so many of the last calls, the very last first.")},
-    {"fill", clock_fill, METH_NOARGS, PyDoc_STR("Take the memory of what is still to come.")},
-    {NULL, NULL, 0, NULL}};
-
-static PyMemberDef clock_members[] = {
-    {"count", T_LONGLONG, offsetof(Clock, count), 0, PyDoc_STR("Calls.")},
-    {"due", T_LONGLONG, offsetof(Clock, due), 0, PyDoc_STR("The count at which durations are passed on.")},
-    {"due_ns", T_LONGLONG, offsetof(Clock, due_ns), 0, PyDoc_STR("The time from which they are.")},
-    {"ended_ns", T_LONGLONG, offsetof(Clock, ended_ns), 0, PyDoc_STR("When the last call ended.")},
-    {NULL, 0, 0, 0, NULL}};
-
-static PyTypeObject ClockType = {
-    PyVarObject_HEAD_INIT(NULL, 0)
-    .tp_name = "aivmm.runtime._hot.Clock",
-    .tp_doc = PyDoc_STR("What each call counts, as C numbers; `clocks.PythonClock` is its reference."),
-    .tp_basicsize = sizeof(Clock),
-    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
-    .tp_new = clock_new,
-    .tp_dealloc = clock_dealloc,
-    .tp_methods = clock_methods,
-    .tp_members = clock_members,
-};
+#include "_hot_clock.h"
 
 /* ---- NumPy's arrays: the head of `PyArrayObject_fields`, which NumPy's own macros compile into every extension, so that it is a part of its
    binary interface. Here without its headers, which a build would have to fetch; `hot` compares `array_fields` with what NumPy says. ---- */
@@ -265,7 +166,7 @@ static int counted(PyObject *lane, long long started_ns, long long ended_ns)
     Clock *clock = (Clock *)lane;
     clock->ring[(unsigned long long)clock->count % RING] = ended_ns - started_ns;
     clock->count++;
-    if (clock->count >= clock->due || ended_ns >= clock->due_ns) {
+    if ((clock->count >= clock->due || ended_ns >= clock->due_ns) && !may_wait(clock, ended_ns)) {
         PyObject *times = Py_BuildValue("(LL)", started_ns, ended_ns), *method = PyObject_GetAttr(lane, s_pass_on);
         int passed = times != NULL && method != NULL && succeeded(PyObject_Call(method, times, NULL));
         Py_XDECREF(times);

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from time import process_time_ns
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,11 +25,14 @@ class PythonClock:
     each hundred calls.
     """
 
-    __slots__ = ("_ring", "count", "due", "due_ns", "ended_ns", "note")
+    __slots__ = ("_bounds", "_looked", "_own_ns", "_ring", "_until", "_until_ns", "count", "due", "due_ns", "ended_ns", "note")
 
     def __init__(self) -> None:
         self.count = 0
-        self.due = self.due_ns = 0  # the count at which, and the time from which, what was timed is passed on: see `WatchedClock`
+        self.due = self.due_ns = 0  # the count at which, and the time from which, what was timed may be passed on: see `WatchedClock`
+        self._until = self._until_ns = 0  # by when it is passed on in any case
+        self._looked = self._own_ns = 0  # the count, and the CPU time of this process, at the last look of `may_wait`
+        self._bounds = 0, 0, 0.0, 0.0
         self.ended_ns = 0  # the last call
         self._ring: deque[int] = deque(maxlen=RING)
         self.note = self._ring.append  # a duration; whoever notes one counts it next
@@ -42,6 +46,41 @@ class PythonClock:
     def newest(self, many: int) -> list[int]:
         """Return the durations of so many of the last calls, the very last first; of at most as many as are remembered."""
         return _newest(self._ring, max(0, min(many, self.count, RING)))
+
+    def wait(self, now_ns: int, step: int, most: int, pause_ns: int, most_ns: int, call_ns: float, ratio: float) -> None:
+        """Begin to wait with what is timed from now on, for `most` calls or `most_ns`, as long as none of them was slow.
+
+        That is looked at by each `step` of them. They are slow where a call takes more than `call_ns` on average, or all take more than
+        `ratio` times the CPU time that this process took meanwhile. Where none comes for `pause_ns` the next one is not waited with.
+        """
+        self._until, self._until_ns = self.count + min(most, RING - 1), now_ns + most_ns
+        self._bounds = step, pause_ns, call_ns, ratio
+        self._look_again(now_ns, process_time_ns())
+
+    def may_wait(self, now_ns: int) -> bool:
+        """Look at the calls since the last look; return whether what was timed need not be passed on yet.
+
+        Where it has to be, that is said again until `wait` is called.
+        """
+        if self.count >= self._until or now_ns >= self.due_ns:
+            return False
+        _, _, call_ns, ratio = self._bounds
+        calls, own_ns = self.count - self._looked, process_time_ns()
+        total_ns = self.newest_ns(calls)
+        if total_ns > calls * call_ns or total_ns > (own_ns - self._own_ns) * ratio:
+            self._until = self.count
+            return False
+        self._look_again(now_ns, own_ns)
+        return True
+
+    def _look_again(self, now_ns: int, own_ns: int) -> None:
+        step, pause_ns, _, _ = self._bounds
+        self._looked, self._own_ns = self.count, own_ns
+        self.due, self.due_ns = min(self.count + step, self._until), min(now_ns + pause_ns, self._until_ns)
+
+    def newest_ns(self, many: int) -> int:
+        """Return their sum."""
+        return sum(self.newest(many))
 
 
 if TYPE_CHECKING:
@@ -86,7 +125,7 @@ class StageClock(Clock):
         """The sum of all durations."""
         while True:
             before = self.added_up
-            total_ns = before[1] + sum(self.newest(self.count - before[0]))
+            total_ns = before[1] + self.newest_ns(self.count - before[0])
             if self.added_up is before:  # its lane has not added up meanwhile
                 return total_ns
 

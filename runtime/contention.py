@@ -26,6 +26,7 @@ _NAMED_TIMES = 3  # where they named somebody they are asked for that so much la
 _UNKNOWN_TIMES = 3  # and where they cannot be asked, as calls stop again and again, that is not waited for longer than this
 _KEPT_MOST = 0.5  # of calls: what of them is taken for waits, as others of our threads wait, too
 _SEEN_MOST = 512  # observations
+_LONGEST_S = 0.25  # of calls, that are one observation
 
 
 @dataclass(slots=True)
@@ -64,6 +65,16 @@ class Contention:
         return self._observed >= _SUSPECTED
 
     @property
+    def is_above(self) -> bool:
+        """Whether an excursion goes on, be it noise."""
+        return self._cusum.sum > 0.0
+
+    @property
+    def level(self) -> float:
+        """The logarithm of the ratio above which one begins."""
+        return self._cusum.level
+
+    @property
     def is_doubted(self) -> bool:
         """Whether what is seen just now may be somebody's doing, and so is nothing to learn of: not where accounts could not say whose."""
         return self.told or (self.is_suspected and self._machine.sees_waits)
@@ -99,7 +110,11 @@ class Contention:
             self._observe(observed, busy_ns, calls, own_ns, learns=learns and not self.told)
 
     def _observe(self, observed: float, busy_ns: int, calls: int, own_ns: float, *, learns: bool) -> None:
-        self._cusum.take(observed, seconds=busy_ns / 1e9 / self._callers, learns=learns)
+        seconds = busy_ns / 1e9 / self._callers
+        # Calls that were not slow come by seconds, and count for what they would if they came by observations: for what is learnt of them.
+        times = max(1, int(seconds / _LONGEST_S)) if observed <= self._cusum.level else 1
+        for _ in range(times):
+            self._cusum.take(observed, seconds=seconds / times, learns=learns)
         if self._cusum.sum <= 0.0:
             self._cusum.over(usual=learns and not self._held.asked_calls)
             if self._unnamed_ns:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from aivmm.runtime.causes import Cause, CauseName, Machine, Witness
 from aivmm.runtime.contention import Contention
@@ -92,6 +92,18 @@ class Drift:
         return f"drift: a call takes {live} over the last {self.calls} calls; {said}{against}; {self.seen}"
 
 
+class Calm(NamedTuple):
+    """What calls are at most, on average over an observation, while none is slow: those may wait to be watched."""
+
+    call_ns: float = math.inf
+    ratio: float = math.inf  # of what they take to this process's CPU time meanwhile, which says nothing of one among several callers
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether there are calls that are slow."""
+        return math.isfinite(self.call_ns)
+
+
 class DriftMonitor:
     """Watches the latencies of one engine. Thread-safe; fed by blocks, a call costs a part of a microsecond."""
 
@@ -139,9 +151,9 @@ class DriftMonitor:
         self.baseline_s: float | None = None
         self.events: deque[Drift] = deque(maxlen=_REMEMBERED)
 
-    def add(self, durations_ns: Sequence[int]) -> None:
-        """Take the durations of calls, in nanoseconds, all that came since the last time: `BLOCK` of them, or some times as many."""
-        blocks = [durations_ns[at : at + BLOCK] for at in range(0, len(durations_ns), BLOCK)]
+    def add(self, durations_ns: Sequence[int], block: int = BLOCK) -> None:
+        """Take the durations of calls, in nanoseconds, all that came since the last time: some blocks of so many, `BLOCK` at least."""
+        blocks = [durations_ns[at : at + block] for at in range(0, len(durations_ns), block)]
         with self._lock:
             found = [self._warm_up((sum(each), len(each), each)) if self._warming else self._gather(each) for each in blocks]
             found.append(self._compare(sum(durations_ns), len(durations_ns)))
@@ -164,6 +176,15 @@ class DriftMonitor:
             found.append(self._compare(sum(map(sum, blocks)), sum(map(len, blocks))))
         if any(found):
             self._tell_or_wait(found)
+
+    def calm(self) -> Calm | None:
+        """Return what calls may be for nothing to begin that is told; None while something may have begun."""
+        with self._lock:
+            if self._warming or self.is_outside:
+                return Calm()
+            if self._cusum.sum > 0.0 or self._contention.is_above:
+                return None
+            return Calm(call_ns=math.exp(self._cusum.level), ratio=math.exp(self._contention.level) if self._callers == 1 else math.inf)
 
     def resume(self) -> None:
         """Take note that other calls than those watched here came meanwhile."""

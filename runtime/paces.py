@@ -23,7 +23,7 @@ from time import monotonic
 from typing import Any
 
 from aivmm.runtime.causes import Machine
-from aivmm.runtime.drift import Drift, DriftMonitor
+from aivmm.runtime.drift import BLOCK, Calm, Drift, DriftMonitor
 from aivmm.runtime.plan import Number
 
 log = logging.getLogger("aivmm.engine")
@@ -59,17 +59,23 @@ class PacedMonitor:
         self._last: _Pace | None = None  # that watched the last calls
         self._events: list[Drift] = []
 
-    def add(self, durations_ns: Sequence[int], passed_ns: int) -> None:
+    def add(self, durations_ns: Sequence[int], passed_ns: int, block: int = BLOCK) -> None:
         """Take the durations of calls by whole blocks, as `DriftMonitor.add` does, of one caller, and in what time they came."""
         pace = self._of(sum(durations_ns), len(durations_ns), passed_ns)
         if pace is not None:
-            pace.add(durations_ns)
+            pace.add(durations_ns, block)
 
     def add_short(self, blocks: Sequence[Sequence[int]], passed_ns: int) -> None:
         """Take the durations of short calls of one caller, as `DriftMonitor.add_short` does, and in what time all came."""
         pace = self._of(sum(map(sum, blocks)), sum(map(len, blocks)), passed_ns)  # of all: a pause among them is in none of the blocks
         if pace is not None:
             pace.add_short(blocks)
+
+    def calm(self) -> Calm | None:
+        """Return what calls like the last ones may be for nothing to begin that is told; None while something may have begun."""
+        with self._lock:
+            pace = self._pace(self._now)
+        return pace.calm()
 
     def state(self) -> dict[str, Any]:
         """Return the state for statistics: that of the last calls' pace, `outside` where another one was lately, and the events."""

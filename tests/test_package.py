@@ -76,7 +76,7 @@ def test_the_wheel_holds_every_module_and_every_data_file(wheel: zipfile.ZipFile
     missing = []
     for package, folder in folders.items():
         for file in folder.glob("*"):
-            if file.is_file() and not file.name.startswith(".") and file.suffix not in (".pyc", ".md", ".c", ".so", ".pyd"):
+            if file.is_file() and not file.name.startswith(".") and file.suffix not in (".pyc", ".md", ".c", ".h", ".so", ".pyd"):
                 name = f"{package.replace('.', '/')}/{file.name}"
                 missing += [name] * (name not in held)
     assert missing == []
@@ -90,18 +90,18 @@ def test_the_wheel_holds_the_hot_path_in_c_where_there_is_a_compiler(wheel: zipf
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler} is here, so the wheel is without it")
     assert f"aivmm/runtime/_hot{sysconfig.get_config_var('EXT_SUFFIX')}" in wheel.namelist()
-    assert not [name for name in wheel.namelist() if name.endswith(".c")]
+    assert not [name for name in wheel.namelist() if name.endswith((".c", ".h"))]
 
 
 def test_the_source_that_is_built_is_in_a_source_distribution(tmp_path: Path) -> None:
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "runtime/_hot.c", "runtime/__init__.py"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "runtime/_hot.c", "runtime/_hot_clock.h", "runtime/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     for folder in project()["tool"]["setuptools"]["package-dir"].values():
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     with tarfile.open(built("--sdist", tmp_path, tmp_path / "out")) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"setup.py", "runtime/_hot.c"} <= inside
+    assert {"setup.py", "runtime/_hot.c", "runtime/_hot_clock.h"} <= inside
 
 
 def test_every_folder_with_modules_is_a_package_of_the_wheel() -> None:

@@ -357,7 +357,37 @@ def test_both_clocks_remember_the_same(notes: list[Any], many: int) -> None:
                 each.count += 1
     ours, native = both
     assert ours.newest(many) == native.newest(many) and ours.count == native.count
+    assert ours.newest_ns(many) == native.newest_ns(many) == sum(ours.newest(many))
     assert len(native.newest(clocks.RING + 1)) == min(ours.count, clocks.RING)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 400), st.integers(0, 3000)), min_size=1, max_size=12),
+    st.integers(1, 300),
+    st.integers(1, 6000),
+    st.sampled_from([0.0, 1000.0, 1500.0, 1e12]),
+    st.sampled_from([0.0, 1e12]),
+)
+def test_both_clocks_wait_for_as_long(phases: list[tuple[int, int]], step: int, most: int, call_ns: float, ratio: float) -> None:
+    if hot.native is None:
+        pytest.skip(hot.why_not)
+    both = (clocks.PythonClock(), hot.native.Clock())
+    waited: list[list[Any]] = [[], []]
+    for each, found in zip(both, waited, strict=True):
+        each.fill()
+        each.wait(0, step, min(most, 1000), 100_000, 500_000, call_ns, ratio)
+        now_ns = 0
+        for calls, took_ns in phases:
+            for _ in range(calls):
+                now_ns += took_ns
+                each.note(took_ns)
+                each.count += 1
+                if each.count >= each.due or now_ns >= each.due_ns:
+                    found.append((each.count, each.may_wait(now_ns), each.may_wait(now_ns) and each.due, each.due_ns))
+                    if not each.may_wait(now_ns):
+                        each.wait(now_ns, step, min(most, 1000), 100_000, 500_000, call_ns, ratio)
+    assert waited[0] == waited[1]
 
 
 ANSWER = """

@@ -1,0 +1,186 @@
+/* The clock of `_hot.c`: the fields of `StageClock` and `WatchedClock` that each call touches, and whether what was timed can wait to be passed
+   on. `clocks.PythonClock` is its reference. Included there alone, behind Python.h. */
+#include <time.h>
+
+/* What `time.perf_counter_ns` reads. */
+static long long perf_counter_ns(void)
+{
+#if PY_VERSION_HEX >= 0x030D0000
+    PyTime_t now = 0;
+    (void)PyTime_PerfCounterRaw(&now); /* fails only where the interpreter would not have started */
+    return (long long)now;
+#else
+    return (long long)_PyTime_GetPerfCounter();
+#endif
+}
+
+/* What `time.process_time_ns` reads, but for Windows, where `clock` tells how long this process has been there. */
+static long long process_time_ns(void)
+{
+#ifdef CLOCK_PROCESS_CPUTIME_ID
+    struct timespec now = {0};
+    (void)clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+#else
+    return (long long)(clock() * (1e9 / CLOCKS_PER_SEC));
+#endif
+}
+
+#define RING 4096 /* durations remembered: `clocks.RING` */
+
+typedef struct {
+    PyObject_HEAD
+    long long count, due, due_ns, ended_ns;
+    long long step, until, pause_ns, until_ns, looked, own_ns; /* of `may_wait`; `own_ns`: the CPU time of this process at the last look */
+    double call_ns, ratio;
+    long long *ring; /* the last durations, that of call i at i % RING */
+} Clock;
+
+static PyObject *clock_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    Clock *self = (Clock *)type->tp_alloc(type, 0); /* arguments are for `__init__` */
+    if (self == NULL)
+        return NULL;
+    self->ring = PyMem_Malloc(RING * sizeof *self->ring);
+    if (self->ring == NULL) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
+    memset(self->ring, 0, RING * sizeof *self->ring); /* now, and not page by page in the calls */
+    return (PyObject *)self;
+}
+
+static void clock_dealloc(PyObject *self)
+{
+    PyMem_Free(((Clock *)self)->ring);
+    Py_TYPE(self)->tp_free(self);
+}
+
+static PyObject *clock_note(PyObject *self, PyObject *nanoseconds)
+{
+    Clock *clock = (Clock *)self;
+    long long took = PyLong_AsLongLong(nanoseconds);
+    if (took == -1 && PyErr_Occurred())
+        return NULL;
+    clock->ring[(unsigned long long)clock->count % RING] = took;
+    Py_RETURN_NONE;
+}
+
+/* Of so many durations that are wanted, how many there are; -1 with an exception set where that is no number. */
+static long long remembered(Clock *clock, PyObject *wanted)
+{
+    long long many = PyLong_AsLongLong(wanted);
+    if (many == -1 && PyErr_Occurred())
+        return -1;
+    many = many < RING ? many : RING;
+    many = many < clock->count ? many : clock->count;
+    return many < 0 ? 0 : many;
+}
+
+static long long sum_of(Clock *clock, long long many)
+{
+    long long total = 0;
+    for (long long at = 0; at < many; at++)
+        total += clock->ring[(unsigned long long)(clock->count - 1 - at) % RING];
+    return total;
+}
+
+static PyObject *clock_newest_ns(PyObject *self, PyObject *wanted)
+{
+    long long many = remembered((Clock *)self, wanted);
+    return many < 0 ? NULL : PyLong_FromLongLong(sum_of((Clock *)self, many));
+}
+
+static void look_again(Clock *clock, long long now_ns, long long own_ns)
+{
+    clock->looked = clock->count;
+    clock->own_ns = own_ns;
+    clock->due = clock->count + clock->step < clock->until ? clock->count + clock->step : clock->until;
+    clock->due_ns = now_ns + clock->pause_ns < clock->until_ns ? now_ns + clock->pause_ns : clock->until_ns;
+}
+
+/* Whether what was timed need not be passed on yet; if not, it says so again until `wait` is called. */
+static int may_wait(Clock *clock, long long now_ns)
+{
+    if (clock->count >= clock->until || now_ns >= clock->due_ns)
+        return 0;
+    long long calls = clock->count - clock->looked, own_ns = process_time_ns();
+    double total_ns = (double)sum_of(clock, calls);
+    if (total_ns > (double)calls * clock->call_ns || total_ns > (double)(own_ns - clock->own_ns) * clock->ratio) {
+        clock->until = clock->count;
+        return 0;
+    }
+    look_again(clock, now_ns, own_ns);
+    return 1;
+}
+
+static PyObject *clock_may_wait(PyObject *self, PyObject *nanoseconds)
+{
+    long long now_ns = PyLong_AsLongLong(nanoseconds);
+    return now_ns == -1 && PyErr_Occurred() ? NULL : PyBool_FromLong(may_wait((Clock *)self, now_ns));
+}
+
+static PyObject *clock_wait(PyObject *self, PyObject *args)
+{
+    Clock *clock = (Clock *)self;
+    long long now_ns, step, most, pause_ns, most_ns;
+    double call_ns, ratio;
+    if (!PyArg_ParseTuple(args, "LLLLLdd:wait", &now_ns, &step, &most, &pause_ns, &most_ns, &call_ns, &ratio))
+        return NULL;
+    clock->step = step;
+    clock->until = clock->count + (most < RING - 1 ? most : RING - 1);
+    clock->pause_ns = pause_ns;
+    clock->until_ns = now_ns + most_ns;
+    clock->call_ns = call_ns;
+    clock->ratio = ratio;
+    look_again(clock, now_ns, process_time_ns());
+    Py_RETURN_NONE;
+}
+
+static PyObject *clock_newest(PyObject *self, PyObject *wanted)
+{
+    Clock *clock = (Clock *)self;
+    long long count = clock->count, many = remembered(clock, wanted);
+    PyObject *found = many < 0 ? NULL : PyList_New((Py_ssize_t)many);
+    for (long long at = 0; found != NULL && at < many; at++) {
+        PyObject *each = PyLong_FromLongLong(clock->ring[(unsigned long long)(count - 1 - at) % RING]);
+        if (each == NULL)
+            Py_CLEAR(found);
+        else
+            PyList_SET_ITEM(found, (Py_ssize_t)at, each);
+    }
+    return found;
+}
+
+static PyObject *clock_fill(PyObject *self, PyObject *none)
+{
+    Py_RETURN_NONE; /* it was filled when it was made; the one in Python is not */
+}
+
+static PyMethodDef clock_methods[] = {
+    {"note", clock_note, METH_O, PyDoc_STR("Remember the duration of a call in nanoseconds, before `count` counts it.")},
+    {"newest", clock_newest, METH_O, PyDoc_STR("Return the durations of so many of the last calls, the very last first.")},
+    {"newest_ns", clock_newest_ns, METH_O, PyDoc_STR("Return their sum.")},
+    {"may_wait", clock_may_wait, METH_O, PyDoc_STR("Look whether calls were slow; return whether what was timed need not be passed on by now.")},
+    {"wait", clock_wait, METH_VARARGS, PyDoc_STR("Begin to wait with what is timed from now on.")},
+    {"fill", clock_fill, METH_NOARGS, PyDoc_STR("Take the memory of what is still to come.")},
+    {NULL, NULL, 0, NULL}};
+
+static PyMemberDef clock_members[] = {
+    {"count", T_LONGLONG, offsetof(Clock, count), 0, PyDoc_STR("Calls.")},
+    {"due", T_LONGLONG, offsetof(Clock, due), 0, PyDoc_STR("The count at which durations are passed on.")},
+    {"due_ns", T_LONGLONG, offsetof(Clock, due_ns), 0, PyDoc_STR("The time from which they are.")},
+    {"ended_ns", T_LONGLONG, offsetof(Clock, ended_ns), 0, PyDoc_STR("When the last call ended.")},
+    {NULL, 0, 0, 0, NULL}};
+
+static PyTypeObject ClockType = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "aivmm.runtime._hot.Clock",
+    .tp_doc = PyDoc_STR("What each call counts, as C numbers; `clocks.PythonClock` is its reference."),
+    .tp_basicsize = sizeof(Clock),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+    .tp_new = clock_new,
+    .tp_dealloc = clock_dealloc,
+    .tp_methods = clock_methods,
+    .tp_members = clock_members,
+};
