@@ -97,7 +97,10 @@ class Promise:
     def _outcome(self) -> str:
         if self.kept is None or self.off is None:
             return "too few or too unsteady rounds to tell"
-        return "kept" if self.kept else f"missed, {_taken(self.off).removesuffix(' time')}"
+        if self.kept:
+            return "kept"
+        # Who got less time than he was promised has lost nothing; that the promise was wrong is said all the same (`kept` is False).
+        return f"missed, {_taken(self.off).removesuffix(' time')}" if self.off > 0 else f"better than promised, {_taken(self.off)}"
 
     @property
     def _of_what(self) -> str:

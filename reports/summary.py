@@ -221,4 +221,6 @@ def _predicted(data: ReportData) -> tuple[Answer, ...]:
     promise = promise_of(data)
     if promise is None:
         return ()
-    return (Answer(label="Predicted median", value=fmt.seconds(promise.expected_s), support=promise.short),)
+    several = (number(dig(data.run.summary, "plan", "callers")) or 1) > 1
+    label = "Predicted, callers busy" if several else "Predicted median"  # with several it is what a rate makes of a call, no latency
+    return (Answer(label=label, value=fmt.seconds(promise.expected_s), support=promise.short),)

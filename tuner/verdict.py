@@ -34,9 +34,7 @@ def describe(draft: Draft, *, most: int | None = None) -> str:
 
     Names all settings, or at most `most` of a target and how many more there are.
     """
-    parts = []
-    for piece in draft.pieces:
-        parts.append(" beside ".join(_copy_text(each, most) for each in piece.everywhere()))
+    parts = [_copies_text(piece.everywhere(), most) for piece in draft.pieces]
     text = parts[0] if len(parts) == 1 else " -> ".join(parts) + f" ({len(parts)} segments)"
     if draft.mode == "pipelined":
         text += ", all stages at once" + (f" with {draft.depth} requests each" if draft.depth > 1 else "")
@@ -44,9 +42,15 @@ def describe(draft: Draft, *, most: int | None = None) -> str:
     return ", ".join([text, *extra])
 
 
-def _copy_text(copy: Copy, most: int | None) -> str:
-    share = [] if copy.share is None or copy.share > 0.999 else [f"{copy.share:.0%} of the requests"]
-    return ", ".join([str(copy.target), *_settings(copy, most), *[f"{copy.replicas} replicas"] * (copy.replicas > 1), *share])
+def _copies_text(copies: Sequence[Copy], most: int | None) -> str:
+    """Say what copies of the same blocks run, as cards of one kind do, once where it is the same for all."""
+    runs = [[*_settings(each, most), *[f"{each.replicas} replicas"] * (each.replicas > 1)] for each in copies]
+    shares = ["" if each.share is None or each.share > 0.999 else f"{each.share:.0%} of the requests" for each in copies]
+    if len(copies) > 1 and all(each == runs[0] for each in runs):
+        everywhere = " beside ".join(f"{each.target}{share and f' ({share})'}" for each, share in zip(copies, shares, strict=True))
+        return f"{everywhere}, each with {', '.join(runs[0])}"
+    texts = [", ".join([str(each.target), *run, *[share] * bool(share)]) for each, run, share in zip(copies, runs, shares, strict=True)]
+    return " beside ".join(texts)
 
 
 def _settings(copy: Copy, most: int | None) -> list[str]:

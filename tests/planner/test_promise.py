@@ -101,5 +101,7 @@ def test_what_cannot_be_judged_is_not_called_kept() -> None:
 
 def test_the_short_of_it_is_the_outcome_and_the_time_that_the_machine_left_of_the_promise() -> None:
     assert MOVED.short == ("kept: 0.545 of the reference's time, proven 0.549", "1.85 ms at its speed in the proof; proven 1.86 ms")
+    assert but(proven_ratio=0.45).short[0].startswith("better than promised, 17 % less time: 0.545 of the reference's time, proven 0.45")
+    assert but(proven_ratio=0.45).kept is False  # the promise was wrong all the same
     assert but(proven_ratio=0.65).short[0] == "missed, 19 % more: 0.545 of the reference's time, proven 0.65"
     assert but(proven_ratio=None).short == ("proven 1.86 ms", "no ratio to judge by")

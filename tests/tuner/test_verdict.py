@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from aivmm.planner.candidates import Draft, Piece
+from aivmm.planner.candidates import Copy, Draft, Piece
 from aivmm.planner.constraints import Violation, parse
 from aivmm.planner.objectives import parse_objectives
 from aivmm.probes.client import Worker
@@ -196,6 +196,22 @@ def test_a_headline_names_two_settings_and_counts_the_others(count: int, said: s
     plan.draft = replace(plan.draft, pieces=(replace(plan.draft.pieces[0], config=config),))
     assert told(Proof(entrants=[entrant("toy default", 15e-3), plan], plan=plan)).startswith(f"toy:CPU, {said}, bf16: 100 samples/s, 1.5x ")
     assert "+" not in describe(plan.draft)
+
+
+def test_copies_with_the_same_settings_name_them_once() -> None:
+    config, other = Config.of({"a": 0}, precision="bf16"), Config.of({"a": 1}, precision="bf16")
+    piece = Piece(target=target("CPU"), config=config, first=0, last=3, replicas=2, share=0.6)
+
+    def beside(config: Config, replicas: int = 2) -> str:
+        copy = Copy(target=target("GPU"), config=config, replicas=replicas, share=0.4)
+        return describe(Draft(name="replicated plan", pieces=(replace(piece, copies=(copy,)),), batch=8, callers=4))
+
+    assert beside(config) == (
+        "toy:CPU (60% of the requests) beside toy:GPU (40% of the requests), each with a=0, bf16, 2 replicas, batch 8, 4 callers"
+    )
+    apart = "toy:CPU, a=0, bf16, 2 replicas, 60% of the requests beside toy:GPU, a=1, bf16, 2 replicas, 40% of the requests"
+    assert beside(other) == f"{apart}, batch 8, 4 callers"
+    assert "each with" not in beside(config, replicas=1)
 
 
 @pytest.mark.parametrize(
