@@ -13,7 +13,7 @@
 #include <Python.h>
 #include <structmember.h>
 
-#define VERSION 3 /* `hot.VERSION` */
+#define VERSION 4 /* `hot.VERSION` */
 
 #ifdef Py_GIL_DISABLED
 #error "counts references and shares counters under the global lock"

@@ -91,6 +91,31 @@ static PyObject *clock_newest_ns(PyObject *self, PyObject *wanted)
     return many < 0 ? NULL : PyLong_FromLongLong(sum_of((Clock *)self, many));
 }
 
+/* The sums of the durations by `step` calls, the oldest first, of `many` of the last ones without the newest `without`. None counts for more
+   than `most_ns`. */
+static PyObject *clock_sums(PyObject *self, PyObject *args)
+{
+    Clock *clock = (Clock *)self;
+    long long many, without, step, most_ns;
+    if (!PyArg_ParseTuple(args, "LLLL:sums", &many, &without, &step, &most_ns))
+        return NULL;
+    many = many < RING ? many : RING;
+    many = many < clock->count ? many : clock->count;
+    PyObject *found = PyList_New(0);
+    for (long long at = many; found != NULL && at > without;) {
+        long long total = 0, end = at - step > without ? at - step : without;
+        for (; at > end; at--) {
+            long long each = clock->ring[(unsigned long long)(clock->count - at) % RING];
+            total += each < most_ns ? each : most_ns;
+        }
+        PyObject *sum = PyLong_FromLongLong(total);
+        if (sum == NULL || PyList_Append(found, sum) < 0)
+            Py_CLEAR(found);
+        Py_XDECREF(sum);
+    }
+    return found;
+}
+
 static void look_again(Clock *clock, long long now_ns, long long own_ns)
 {
     clock->looked = clock->count;
@@ -160,7 +185,8 @@ static PyObject *clock_fill(PyObject *self, PyObject *none)
 static PyMethodDef clock_methods[] = {
     {"note", clock_note, METH_O, PyDoc_STR("Remember the duration of a call in nanoseconds, before `count` counts it.")},
     {"newest", clock_newest, METH_O, PyDoc_STR("Return the durations of so many of the last calls, the very last first.")},
-    {"newest_ns", clock_newest_ns, METH_O, PyDoc_STR("Return their sum.")},
+    {"newest_ns", clock_newest_ns, METH_O, PyDoc_STR("Return the sum of these.")},
+    {"sums", clock_sums, METH_VARARGS, PyDoc_STR("Return their sums by so many calls, the oldest first; see `PythonClock`.")},
     {"may_wait", clock_may_wait, METH_O, PyDoc_STR("Look whether calls were slow; return whether what was timed need not be passed on by now.")},
     {"wait", clock_wait, METH_VARARGS, PyDoc_STR("Begin to wait with what is timed from now on.")},
     {"fill", clock_fill, METH_NOARGS, PyDoc_STR("Take the memory of what is still to come.")},

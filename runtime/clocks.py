@@ -82,6 +82,15 @@ class PythonClock:
         """Return their sum."""
         return sum(self.newest(many))
 
+    def sums(self, many: int, without: int, step: int, most_ns: int) -> list[int]:
+        """Return the sums of the durations by each `step` calls, of `many` of the last ones without the newest `without`, the oldest first.
+
+        The last sum is of those that are left; no duration counts for more than `most_ns`.
+        """
+        durations = self.newest(many)[without:]
+        durations.reverse()
+        return [sum(min(each, most_ns) for each in durations[at : at + step]) for at in range(0, len(durations), step)]
+
 
 if TYPE_CHECKING:
     from aivmm.runtime._hot import Clock

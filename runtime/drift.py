@@ -97,11 +97,22 @@ class Calm(NamedTuple):
 
     call_ns: float = math.inf
     ratio: float = math.inf  # of what they take to this process's CPU time meanwhile, which says nothing of one among several callers
+    most_ns: int = 0  # what one of them counts for
 
     @property
     def is_bounded(self) -> bool:
         """Whether there are calls that are slow."""
         return math.isfinite(self.call_ns)
+
+
+class Sums(NamedTuple):
+    """What calls took that could wait, in nanoseconds."""
+
+    each_ns: Sequence[int]  # by each `step` of them, where a call counts for at most what `Calm` says
+    step: int
+    calls: int
+    busy_ns: int  # all of it
+    last_ns: Sequence[int]  # what each of the last ones took
 
 
 class DriftMonitor:
@@ -177,6 +188,18 @@ class DriftMonitor:
         if any(found):
             self._tell_or_wait(found)
 
+    def add_sums(self, sums: Sums) -> None:
+        """Take what calls took that could wait (`calm`)."""
+        with self._lock:
+            self._recent.extend(sums.last_ns)
+            self._witness.calls += sums.calls
+            self._witness.busy_ns += sums.busy_ns
+            found = [self._put_together(each, sums.step) for each in sums.each_ns[:-1]]
+            found.append(self._put_together(sums.each_ns[-1], sums.calls - sums.step * len(found)))
+            found.append(self._compare(sums.busy_ns, sums.calls))
+        if any(found):
+            self._tell_or_wait(found)
+
     def calm(self) -> Calm | None:
         """Return what calls may be for nothing to begin that is told; None while something may have begun."""
         with self._lock:
@@ -184,7 +207,8 @@ class DriftMonitor:
                 return Calm()
             if self._cusum.sum > 0.0 or self._contention.is_above:
                 return None
-            return Calm(call_ns=math.exp(self._cusum.level), ratio=math.exp(self._contention.level) if self._callers == 1 else math.inf)
+            ratio = math.exp(self._contention.level) if self._callers == 1 else math.inf
+            return Calm(call_ns=math.exp(self._cusum.level), ratio=ratio, most_ns=self._most_ns)
 
     def resume(self) -> None:
         """Take note that other calls than those watched here came meanwhile."""

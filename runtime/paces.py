@@ -23,7 +23,7 @@ from time import monotonic
 from typing import Any
 
 from aivmm.runtime.causes import Machine
-from aivmm.runtime.drift import BLOCK, Calm, Drift, DriftMonitor
+from aivmm.runtime.drift import BLOCK, Calm, Drift, DriftMonitor, Sums
 from aivmm.runtime.plan import Number
 
 log = logging.getLogger("aivmm.engine")
@@ -70,6 +70,12 @@ class PacedMonitor:
         pace = self._of(sum(map(sum, blocks)), sum(map(len, blocks)), passed_ns)  # of all: a pause among them is in none of the blocks
         if pace is not None:
             pace.add_short(blocks)
+
+    def add_sums(self, sums: Sums, passed_ns: int) -> None:
+        """Take what calls of one caller took, as `DriftMonitor.add_sums` does, and in what time all came."""
+        pace = self._of(sums.busy_ns, sums.calls, passed_ns)
+        if pace is not None and not pace.is_warming:  # else some were of another pace, and no baseline begins with these
+            pace.add_sums(sums)
 
     def calm(self) -> Calm | None:
         """Return what calls like the last ones may be for nothing to begin that is told; None while something may have begun."""

@@ -7,14 +7,14 @@ import math
 from time import perf_counter_ns
 
 from aivmm.runtime.clocks import RING, StageClock
-from aivmm.runtime.drift import BLOCK, LEAST_BLOCK_NS, Calm
+from aivmm.runtime.drift import BLOCK, LEAST_BLOCK_NS, Calm, Sums
 from aivmm.runtime.paces import PacedMonitor
 
 log = logging.getLogger("aivmm.engine")
 
 # What was timed is passed on to who watches it: 200 to 500 µs where caches are cold, as much as a short call takes. Were it one call in a
 # hundred, that would be the 99th percentile, and one in five hundred still moves it by several microseconds. So short calls wait for two
-# seconds, or for as many as are remembered, while a look at each observation of them (`may_wait`: a microsecond or two in C) says that
+# seconds, or for as many as are remembered, while a look at each observation of them (`may_wait`: microseconds in C) says that
 # nothing began that would be told. What begins something is passed on at once, with all before it. Where nothing is told anyway, in a
 # warm-up or once it was, and where there are several callers, they are passed on as often as a baseline needs.
 _WAIT_NS, _PAUSED_NS = 2_000_000_000, 500_000_000
@@ -28,7 +28,7 @@ _SHORT_NS = 500_000  # where all are shorter their sums are watched, otherwise e
 class WatchedClock(StageClock):
     """Durations of whole requests of one lane. Who counts a call asks `due` and `due_ns` behind it, and sets `ended_ns`."""
 
-    __slots__ = ("_passed_at_ns", "_rest", "watch")
+    __slots__ = ("_most_ns", "_passed_at_ns", "_rest", "watch")
 
     def __init__(self, *, full: bool = True) -> None:
         super().__init__(full=full)
@@ -36,7 +36,8 @@ class WatchedClock(StageClock):
         self.due, self.due_ns = 1, 0  # the count at which, and the time from which, what was timed is passed on
         self.ended_ns = perf_counter_ns()  # the last call
         self._passed_at_ns = self.ended_ns  # up to when they were passed on
-        self._rest: list[int] = []  # of the block that is not whole yet
+        self._rest = 0  # calls before that: of the block that is not whole yet
+        self._most_ns = 0  # what a call counts for, where calls wait for long; else each is told what it took
 
     def pass_on(self, started_ns: int, now_ns: int) -> None:
         """Tell who watches what calls took, unless that can wait: of short ones the sum, by as many as are one observation, of others each.
@@ -53,7 +54,7 @@ class WatchedClock(StageClock):
         calls = self.count - before
         try:
             if self.watch is not None:
-                self._watched(self.watch, self._rest + self.last(calls), started_ns, now_ns)
+                self._watched(self.watch, self._rest + calls, started_ns, now_ns)
                 calm = self.watch.calm()
         except Exception:  # its fault, whatever it is, costs nobody an answer that was computed
             log.exception("latency is not watched any more")
@@ -62,33 +63,40 @@ class WatchedClock(StageClock):
 
     def _begin(self, call_ns: int, now_ns: int, calm: Calm | None) -> None:
         """Begin to wait, while calls take `call_ns`, and are `calm`; None where they have nothing to wait for."""
-        step = max(BLOCK, LEAST_BLOCK_NS // call_ns + 1)
+        step, self._most_ns = max(BLOCK, LEAST_BLOCK_NS // call_ns + 1), 0
         if calm is None or call_ns >= _LONG_NS:
             # Not before they are a block: who calls once a second, too, is watched by blocks.
             most_ns = max(_LONG_PASSED_NS, BLOCK * call_ns)
-            self.wait(now_ns, step, step, most_ns, most_ns, 0.0, 0.0)
+            self.wait(now_ns, step, min(step, RING - BLOCK), most_ns, most_ns, 0.0, 0.0)
             return
         most = max(step, min(max(_PASSED_CALLS, _PASSED_LEAST_NS // call_ns), _PASSED_MOST_NS // call_ns))
         most_ns = _PAUSED_NS
         if not calm.is_bounded:
             step = most
         elif math.isfinite(calm.ratio):
-            most, most_ns = RING, _WAIT_NS
-        self.wait(now_ns, step, most, _PAUSED_NS, most_ns, calm.call_ns, calm.ratio)
+            most, most_ns, self._most_ns = RING, _WAIT_NS, calm.most_ns
+        self.wait(now_ns, step, min(most, RING - BLOCK), _PAUSED_NS, most_ns, calm.call_ns, calm.ratio)
 
-    def _watched(self, watch: PacedMonitor, whole: list[int], started_ns: int, now_ns: int) -> None:
-        if len(whole) < BLOCK:
-            self._rest = whole
+    def _watched(self, watch: PacedMonitor, many: int, started_ns: int, now_ns: int) -> None:
+        """Tell who watches what the last calls took, so many, but for those of a block that is not whole."""
+        if many < BLOCK:
+            self._rest = many
             return
-        pause_ns, came_ns, end = started_ns - self.ended_ns, self.ended_ns - self._passed_at_ns, len(whole)
+        pause_ns, came_ns, end = started_ns - self.ended_ns, self.ended_ns - self._passed_at_ns, many
         if end > BLOCK and pause_ns > max(_PAUSE_NS, _PAUSE_PERIODS * came_ns // (end - 1)):
             # The pause is nobody's: who calls in bursts has calls in a row and, seldom, one behind a pause.
             passed_ns, end, self._passed_at_ns = came_ns, end - 1, started_ns
         else:
             passed_ns, self._passed_at_ns = now_ns - self._passed_at_ns, now_ns
-        self._rest = whole[end:]
-        step = max(BLOCK, LEAST_BLOCK_NS * end // max(1, sum(whole[:end])) + 1)
-        if max(whole) >= _SHORT_NS:
-            watch.add(whole[:end], passed_ns, step)
+        self._rest = rest = many - end
+        total_ns = self.newest_ns(many) - self.newest_ns(rest)
+        step = max(BLOCK, LEAST_BLOCK_NS * end // max(1, total_ns) + 1)
+        if self._most_ns:
+            sums = Sums(self.sums(many, rest, step, self._most_ns), step, end, total_ns, self.last(BLOCK + rest)[:BLOCK])
+            watch.add_sums(sums, passed_ns)
             return
-        watch.add_short([whole[at : min(at + step, end)] for at in range(0, end, step)], passed_ns)
+        whole = self.last(many)[:end]
+        if max(whole) >= _SHORT_NS:
+            watch.add(whole, passed_ns, step)
+            return
+        watch.add_short([whole[at : at + step] for at in range(0, end, step)], passed_ns)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aivmm.runtime.clocks import RING
-from aivmm.runtime.drift import BLOCK, Calm
+from aivmm.runtime.drift import BLOCK, Calm, Sums
 from aivmm.runtime.watched_clock import WatchedClock
 
 
@@ -22,6 +22,7 @@ class Watch:
         self.durations: list[int] = []
         self.passed: list[tuple[int, int, int]] = []  # calls, what they took, in what time they came
         self.limits: Calm | None = Calm()
+        self.sums: list[Sums] = []
 
     def calm(self) -> Calm | None:
         return self.limits
@@ -29,6 +30,11 @@ class Watch:
     def add(self, durations_ns: list[int], passed_ns: int, block: int = BLOCK) -> None:
         self.durations += durations_ns
         self.passed.append((len(durations_ns), sum(durations_ns), passed_ns))
+
+    def add_sums(self, sums: Sums, passed_ns: int) -> None:
+        assert sums.calls - sums.step <= (len(sums.each_ns) - 1) * sums.step < sums.calls and sums.step >= BLOCK
+        self.sums.append(sums)
+        self.passed.append((sums.calls, sums.busy_ns, passed_ns))
 
     def add_short(self, blocks: list[list[int]], passed_ns: int) -> None:
         self.add([each for block in blocks for each in block], passed_ns)
@@ -85,10 +91,11 @@ ANY_RATIO = 1e12  # of what calls are said to take to the CPU time of these test
 def watched(took_ns: int, ratio: float = ANY_RATIO) -> Caller:
     """Return a caller whose calls are slow from 1.14 times on of what they took, as was passed on lately."""
     caller = Caller()
-    caller.watch.limits = Calm(call_ns=1.14 * took_ns, ratio=ratio)
+    caller.watch.limits = Calm(call_ns=1.14 * took_ns, ratio=ratio, most_ns=2 * took_ns)
     for _ in range(max(1200, 300_000_000 // took_ns)):
         caller.call(took_ns)
     caller.watch.passed.clear()
+    caller.watch.sums.clear()
     caller.looks = 0
     return caller
 
@@ -98,7 +105,7 @@ def test_short_calls_that_are_not_slow_wait_for_seconds_or_as_many_as_are_rememb
     caller, observation = watched(took_ns), max(BLOCK, 20_000_000 // took_ns)
     for _ in range(5 * RING):
         caller.call(took_ns * 11 // 10)
-    most = min(2e9 / (1.1 * took_ns), RING - 1)
+    most = min(2e9 / (1.1 * took_ns), RING - BLOCK)
     waited = [calls for calls, _, _ in caller.watch.passed]
     assert min(waited) >= most / 1.1 and max(waited) <= most * 1.1
     assert caller.looks >= 5 * RING // (observation + 1)  # whether they are
@@ -121,6 +128,20 @@ def test_slow_calls_are_passed_on_with_the_first_observation_of_them(took_ns: in
     for _ in range(10 * observation):
         caller.call(took_ns * 12 // 10)
     assert len(caller.watch.passed) >= 8
+
+
+def test_calls_that_waited_are_told_by_sums_in_which_none_counts_for_much() -> None:
+    caller = watched(60_000)
+    waiting = caller.clock.count - caller.clock.added_up[0]
+    made = [60_000] * waiting
+    for number in range(2 * RING):
+        made.append(60_000 + number % 11 + 80_000 * (number % 1000 == 5))
+        caller.call(made[-1])
+    first = next(each for each in caller.watch.sums if each.calls >= waiting)
+    counted = [min(each, 120_000) for each in made[: first.calls]]
+    assert list(first.each_ns) == [sum(counted[at : at + first.step]) for at in range(0, first.calls, first.step)]
+    assert first.busy_ns == sum(made[: first.calls]) > sum(first.each_ns)
+    assert list(first.last_ns) == made[first.calls - BLOCK : first.calls]
 
 
 def test_calls_before_a_pause_do_not_wait_for_those_behind_it() -> None:
