@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from threading import BoundedSemaphore
 
 from aivmm.errors import AivmmError
 from aivmm.planner.choice import Option, alternatives, as_good, distance, misfit, preferred
 from aivmm.planner.constraints import ACCURACY, TARGETS, Constraint, Violation, check, unjudged
 from aivmm.planner.objectives import OBJECTIVES, Objective, counts_rate
+from aivmm.planner.placement import device_of
 from aivmm.probes import conditions
 from aivmm.probes.client import Worker, WorkerDied, compile_limit_s, run_limit_s
 from aivmm.probes.machine import BackgroundLoad, measuring, wait_until_quiet
@@ -77,13 +78,14 @@ class Prover:
         limited = {constraint.metric for constraint in constraints} - {*_SPEED, *ACCURACY, TARGETS}
         self._may_win_slow = forced or objectives[0].name not in _SPEED or bool(limited)
         self._asks_compile = not wanted.isdisjoint({"compile", "first_inference"})
-        self._cards = BoundedSemaphore(_LOADS)
+        self._cards: dict[str, BoundedSemaphore] = {}
 
     def run(self) -> Proof:
         """Prove. The workers are ended in any case."""
         entrants = self._proof.entrants
         try:
             self._tell("loading the finalists and the baselines", None)
+            self._cards = {card: BoundedSemaphore(_LOADS) for each in entrants for card in _cards_of(each)}
             # Several at a time to save time, but one at a time where it counts what loading takes.
             with ThreadPoolExecutor(max_workers=1 if self._asks_compile else loads_at_once(usable_cores())) as pool:
                 list(pool.map(self._load, entrants))
@@ -98,9 +100,10 @@ class Prover:
         return self._proof
 
     def _load(self, entrant: Entrant) -> None:
-        # What looks for its algorithms by timing them on a card finds others where many do: of those two at a time.
-        on_a_card = any(each.device.kind != "cpu" for each in targets_of(entrant))
-        with self._cards if on_a_card else nullcontext():
+        # What looks for its algorithms by timing them on a card finds others where many do: of those two at a time on each.
+        with ExitStack() as held:
+            for card in _cards_of(entrant):
+                held.enter_context(self._cards[card])
             self._load_now(entrant)
 
     def _load_now(self, entrant: Entrant) -> None:
@@ -464,6 +467,11 @@ class Prover:
         if len(durations) >= TAIL_SAMPLES:
             entrant.metrics["p99_s"] = Samples(timed_s=tuple(durations)).quantile_s(0.99)
         return True
+
+
+def _cards_of(entrant: Entrant) -> list[str]:
+    """Return the cards that an entrant runs on, in one order for all, so that no two hold what the other waits for."""
+    return sorted({device_of(each) for each in targets_of(entrant) if each.device.kind != "cpu"})
 
 
 def loads_at_once(cores: int) -> int:

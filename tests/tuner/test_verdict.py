@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +18,8 @@ from aivmm.probes.client import Worker
 from aivmm.probes.compare import Comparison, Word
 from aivmm.probes.race import Contestant, RaceState, race, undecided
 from aivmm.runtime.config import Config
-from aivmm.tuner.proof import Entrant, Proof, call_s, interval_s, sample_s
+from aivmm.runtime.target import Device
+from aivmm.tuner.proof import Entrant, Proof, call_s, interval_s, sample_s, targets_of
 from aivmm.tuner.prove import Prover, loads_at_once
 from aivmm.tuner.verdict import describe, factor_text, sentence
 from tests.planner.test_search import target
@@ -261,6 +264,42 @@ def test_nobody_rests_for_the_sake_of_a_lowered_one_that_is_not_yet_judged_on_ev
 @pytest.mark.parametrize(("cores", "loads"), [(1, 2), (8, 2), (16, 4), (64, 6)])
 def test_as_many_entrants_are_loaded_at_once_as_have_cores(cores: int, loads: int) -> None:
     assert loads_at_once(cores) == loads
+
+
+class Loading(Prover):
+    """Notes how many entrants are loaded at once on each card; none of them races."""
+
+    def __init__(self, entrants: Sequence[Entrant], cards: Sequence[str]) -> None:
+        super().__init__(entrants, constraints=(), cosine_limit=None, seed=0, tell=lambda what, state: None)
+        self.now, self.most = dict.fromkeys(cards, 0), dict.fromkeys(cards, 0)
+        self.loading = self.together = 0
+        self.lock = threading.Lock()
+
+    def _load_now(self, entrant: Entrant) -> None:
+        on = [each.name for each in targets_of(entrant)]
+        with self.lock:
+            self.now |= {card: self.now[card] + 1 for card in on}
+            self.most = {card: max(self.most[card], self.now[card]) for card in self.now}
+            self.loading += 1
+            self.together = max(self.together, self.loading)
+        time.sleep(0.05)
+        with self.lock:
+            self.loading -= 1
+            self.now |= {card: self.now[card] - 1 for card in on}
+
+
+def test_two_entrants_are_loaded_at_once_on_each_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aivmm.tuner.prove.usable_cores", lambda: 64)
+    cards = [replace(target(name), device=Device(kind="gpu", model="card", uid=name)) for name in ("GPU.0", "GPU.1")]
+    entrants = [entrant(f"{number}", 1e-3) for number in range(12)]
+    for number, each in enumerate(entrants):
+        on, other = cards[number % 2], cards[1 - number % 2]
+        piece = replace(each.draft.pieces[0], target=on)
+        both = (Copy(target=other, config=piece.config),) if number > 9 else ()
+        each.draft = replace(each.draft, pieces=(replace(piece, copies=both),))
+    loading = Loading(entrants, [each.name for each in cards])
+    loading.run()
+    assert loading.most == {"GPU.0": 2, "GPU.1": 2} and loading.together > 2
 
 
 def unsettled(
