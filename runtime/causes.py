@@ -36,10 +36,12 @@ _VARIES = 0.25  # of what is usual
 _RARE_CALLS, _RARE_S, _LONGEST_S = 4096, 5.0, 30.0  # between two looks at what is usual: so many calls, or so long
 _CLOCK_CALLS = 256  # between two readings of the clock for that
 _FRESH_CALLS, _FRESH_S = 1334, 10.0  # between two suspicions that are looked into: with the other looks, one in a thousand calls
-_OFTEN = 0.25  # of that: where calls take longer for their CPU time, which a host's moods do not make them
+_OFTEN = 0.05  # of that: where calls take longer for their CPU time, which a host's moods do not make them
 _AT_ONCE = 64  # looks for that which there may be in a row: after these, one for each `_FRESH_CALLS` or `_FRESH_S`
 _FORGOTTEN = 0.5  # of what is known of the usual, each time when as much again is known
-_LOOKS, _SHORT_S = 16, 0.5  # for how many looks what others took at most is usual, and how far these are apart at least
+_SHORT_S = 0.5  # how long after a look the next one comes, to see how much waits and quotas vary in a short time
+_GLIMPSE_S, _GLIMPSES = 1.0, 512  # for what others took in a time that short, and for how many what they took at most is usual
+_BURST_S = 10.0  # and no longer than this
 _MOST_THREADS = 64  # whose waits are read, at 4 µs each; of more they are not counted
 _TICK_S = 0.1  # by which accounts of cores and the clock may differ
 _SAME = 0.9  # of the slowdown: so much of it in CPU time is all of it
@@ -74,6 +76,13 @@ class Cause:
     words: str
 
 
+class Unseen(NamedTuple):
+    """What is said where no cause is seen, and whether it may be the host's, which passes as it came: calls need more CPU time."""
+
+    cause: Cause
+    may_pass: bool
+
+
 class Contended(NamedTuple):
     """Who kept calls from cores, if that is seen to be enough, and for how many seconds threads of ours waited while others had them."""
 
@@ -101,6 +110,11 @@ class Machine:
     def own_s(self) -> float:
         """Return the CPU time of this process so far: `counted` tells it, too, and costs a hundred times as much."""
         return time.process_time()
+
+    def others_s(self) -> float | None:
+        """Return the CPU time of all other processes so far, None where it cannot be seen: a part of `counted`, in 6 µs."""
+        busy_s = _busy_and_stolen_s()[0]
+        return None if busy_s is None else busy_s - self.own_s()
 
     def counted(self) -> Counted | None:
         """Return what was counted so far, calls apart; None where that cannot be read just now, and could be before."""
@@ -165,7 +179,8 @@ class Witness:
         self._since: Counted | None = None  # the last look, those at causes apart
         self._kept = Counted(0.0)  # what came since the usual was taken, as far as calls were not slow
         self._usual: Counted | None = None
-        self._shares: deque[float] = deque(maxlen=_LOOKS)  # cores that others took, between the last looks
+        self._shares: deque[float] = deque(maxlen=_GLIMPSES)  # cores that others took for a second or so, while calls were not slow
+        self._glimpsed: tuple[float, float] | None = None  # the clock, and what others had taken, at the last glimpse
         self._suspected: Counted | None = None  # the last look that was for a suspicion
         self._marked: Counted | None = None  # the last one that was for a mark
         self._allowed = float(_AT_ONCE)  # looks at who keeps calls from cores
@@ -189,6 +204,8 @@ class Witness:
 
     def quiet(self) -> None:
         """Look now and then at what is usual, while calls are."""
+        if self.calls >= self._ask_at:
+            self._glimpse()
         if self._doubted:  # and what comes from now on is usual again
             self._calm()
             self._again = True
@@ -205,15 +222,26 @@ class Witness:
 
     def stopped(self) -> None:
         """Take note that no calls came for a while: what was counted meanwhile says nothing of calls."""
-        self._suspected, self._doubted = None, True
+        self._suspected, self._doubted, self._glimpsed = None, True, None
+
+    def _glimpse(self) -> None:
+        """Keep what others took since the last glimpse: bursts that leave calls as fast as they are show that they do."""
+        now_s, then = self._machine.now_s(), self._glimpsed
+        if then is not None and now_s - then[0] < _GLIMPSE_S:
+            return
+        others_s = self._machine.others_s()
+        self._glimpsed = None if others_s is None else (now_s, others_s)
+        if then is not None and others_s is not None and 0.0 <= others_s - then[1] <= self._machine.cores * (now_s - then[0]) + _TICK_S:
+            self._shares.append((others_s - then[1]) / (now_s - then[0]))
 
     def suspect(self, *, surely: bool = False) -> bool:
         """Look, since calls may be slow from now on; not where a suspicion a moment ago came to nothing. Return whether that was done."""
+        self._glimpsed = None
         then = self._suspected
         if not surely and then is not None and self._is_fresh(then):
             return False
         now = self._look()
-        self._take(now, least_s=_RARE_S)
+        self._take(now)
         self._since, self._again = now, False  # where it failed, nothing is known of what comes now
         self._suspected = now or then
         return now is not None
@@ -264,7 +292,10 @@ class Witness:
         if found := self._kept_waiting(lost, spent, more):
             return found
         enough = max(_ELSEWHERE * lost.seconds, lost.least) if self._machine.sees_waits else lost.enough
-        if more.others >= enough and more.others >= more.own:
+        # Of long times the mean says little of short ones: what others took at most a while ago, and calls were not slow, is usual, too.
+        slower = max(1.0, busy_ns / max(calls * usual_ns, 1e-9))
+        others = min(more.others, _beyond(spent.others, self._burst(spent.seconds) * slower))
+        if others >= enough and others >= more.own:
             return Cause("other processes", f"other processes took {self._others(spent)}")
         if more.own >= enough:
             return Cause("this process", f"other work of this process took {_share(more.own, spent)} of {_all_cores()} meanwhile")
@@ -289,24 +320,28 @@ class Witness:
         slowed = self._machine.slowed_cards()
         return Cause("card", f"the card slows down ({slowed})") if _reasons(slowed) - self._slowed_before else None
 
-    def unseen(self) -> Cause:
+    def unseen(self) -> Unseen:
         """Say of calls that have been slow for long that nothing here is seen to be why, and what is seen beside."""
         now = self._look() or self._since or Counted(0.0)
         spent, usual = now.since(self._since or now), self._usual
         if slowed := self._machine.slowed_cards():
-            return Cause("card", f"the card slows down ({slowed})")
+            return Unseen(Cause("card", f"the card slows down ({slowed})"), may_pass=False)
         said = "nothing on this machine is seen to take the time"
         if spent.stolen >= max(_LEAST * spent.seconds, 1e-9):
-            return Cause("none seen", f"{said}, and the host took {_share(spent.stolen, spent)} of {_all_cores()} away")
+            words = f"{said}, and the host took {_share(spent.stolen, spent)} of {_all_cores()} away"
+            return Unseen(Cause("none seen", words), may_pass=True)
         if usual is None or not (usual.calls and usual.own and spent.calls):
-            return Cause("none seen", f"{said} (the host, the clock, the temperature, or a plan from elsewhere)")
+            words = f"{said} (the host, the clock, the temperature, or a plan from elsewhere)"
+            return Unseen(Cause("none seen", words), may_pass=True)
         if spent.waited >= _VARIES * spent.seconds:
             waited = f"{_share(spent.waited, spent)} s in each second ({_share(usual.waited, usual)} before)"
-            return Cause("none seen", f"{said} that did not before; threads of this process wait for cores, {waited}")
+            words = f"{said} that did not before; threads of this process wait for cores, {waited}"
+            return Unseen(Cause("none seen", words), may_pass=False)
         ratio = (spent.own / spent.calls) / (usual.own / usual.calls)
-        if ratio >= (spent.busy / spent.calls) / (usual.busy / usual.calls) * _SAME:
-            return Cause("none seen", f"{said}; calls need {ratio:.2g} times the CPU time (the host, the clock or the temperature)")
-        return Cause("none seen", f"{said}; calls need {ratio:.2g} times the CPU time, and wait otherwise (a device, a file, a lock)")
+        may_pass = ratio >= (spent.busy / spent.calls) / (usual.busy / usual.calls) * _SAME
+        else_ = "(the host, the clock or the temperature)" if may_pass else "and wait otherwise (a device, a file, a lock)"
+        words = f"{said}; calls need {ratio:.2g} times the CPU time{'' if may_pass else ','} {else_}"
+        return Unseen(Cause("none seen", words), may_pass)
 
     def _look(self) -> Counted | None:
         counted = self._machine.counted()
@@ -317,19 +352,17 @@ class Witness:
         now = self._look()
         if now is None:
             return
-        self._take(now, least_s=_SHORT_S)
+        self._take(now)
         self._since, self._doubted = now, False
         self._at_home, self._slowed_before = self._machine.on_cards(), _reasons(self._machine.slowed_cards())
 
-    def _take(self, now: Counted | None, *, least_s: float) -> None:
-        """Keep what came since the last look, unless it is not usual; how much others took where that is over `least_s`."""
+    def _take(self, now: Counted | None) -> None:
+        """Keep what came since the last look, unless it is not usual."""
         if now is None or self._since is None or self._doubted:
             return
         spent = now.since(self._since)
         if self._is_absurd(spent):
             return
-        if spent.seconds >= least_s:
-            self._shares.append(spent.others / spent.seconds)
         self._kept = self._kept.plus(spent)
         if self._kept.seconds >= _LONGEST_S or (self._kept.calls >= _RARE_CALLS and self._kept.seconds >= _RARE_S):
             self._settle()
@@ -354,20 +387,20 @@ class Witness:
         slower = max(1.0, spent.busy / max(spent.calls * usual_ns / 1e9, 1e-9))
         share = spent.seconds / usual.seconds * slower
 
-        def beyond(now: float, expected: float) -> float:
-            return now - expected if now >= (1 + _VARIES) * expected else 0.0
-
         # A wait is a part of its call, so it is held against those of as many calls; where all is slow, so is what threads do beside.
-        waits = beyond(spent.waited, usual.waited / max(usual.own, 1e-9) * spent.own) > 0
+        waits = _beyond(spent.waited, usual.waited / max(usual.own, 1e-9) * spent.own) > 0
         return Counted(
             seconds=spent.seconds,
             # Threads that spin for as long as a call lasts take as much of each second of calls, however long those are.
-            own=beyond(spent.own, usual.own / usual.busy * spent.busy),
-            # Of long times the mean says little of short ones: what others took at most a while ago is usual, too.
-            others=beyond(spent.others, max(usual.others * share, max(self._shares, default=0.0) * spent.seconds * slower)),
+            own=_beyond(spent.own, usual.own / usual.busy * spent.busy),
+            others=_beyond(spent.others, usual.others * share),
             waited=spent.waited - usual.waited / usual.calls * spent.calls if waits else 0.0,
-            withheld=beyond(spent.withheld, usual.withheld * share),
+            withheld=_beyond(spent.withheld, usual.withheld * share),
         )
+
+    def _burst(self, seconds: float) -> float:
+        """Return what others took at most, lately, in so long a time in which calls were not slow."""
+        return max(self._shares, default=0.0) * min(max(seconds, _GLIMPSE_S), _BURST_S)
 
     def _others(self, spent: Counted) -> str:
         """Say how many cores others kept busy, and how many they did before."""
@@ -388,6 +421,10 @@ class _Lost(NamedTuple):
         lost_s = max(0.0, busy_ns / 1e9 / callers - usual_s)
         least = max(_LEAST * spent.seconds, 1e-9)
         return cls(lost_s, max(_ENOUGH * lost_s, least), least)
+
+
+def _beyond(now: float, expected: float) -> float:
+    return now - expected if now >= (1 + _VARIES) * expected else 0.0
 
 
 def _share(seconds: float, spent: Counted) -> str:

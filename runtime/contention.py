@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from aivmm.runtime.causes import Cause, Contended, Counted, Machine, Witness
 from aivmm.runtime.cusum import Cusum
 
+_ALLOWANCE = math.log(1.2) / 2  # half of the part of a 30 % slowdown that may be waits: the neighbour's traces in the caches are the rest
+_LEAST_LIMIT = 0.3  # of the statistic, whose noise is that much smaller than that of what calls take
 _SUSPECTED = 2  # observations in a row that are above the level: from there on the accounts are compared
 _AGAIN = 1.08  # they are looked at again when there are so many times as many calls ...
 _ANEW_S, _ANEW_LEAST = 10.0, 12  # seconds of calls, and observations, in which they named nobody: what is seen then is usual
@@ -47,7 +49,7 @@ class Contention:
         """Watch by observations of `least_ns`; what is told has lasted for `least_calls` and for `least_s` of calls."""
         self._machine = machine
         self._witness = witness
-        self._cusum = Cusum(forgets=callers == 1)
+        self._cusum = Cusum(forgets=callers == 1, allowance=_ALLOWANCE, least_limit=_LEAST_LIMIT)
         self._callers = callers
         self._least_ns, self._least_calls, self._least_s = least_ns, least_calls, least_s
         self._warm: list[float] | None = []  # observations of the warm-up; None afterwards

@@ -4,7 +4,7 @@
 
 (Page, "Continuous inspection schemes", Biometrika 41, 1954.) log(1.3) / 2 is the allowance k with which a shift of 30 % is found soonest
 (Page's k; Moustakides, Annals of Statistics 14, 1986). The baseline is where steps are none on average, stalls that were there from the
-beginning included, plus two standard errors of it. The limit h is `_LIMIT`, or what noise of the variance seen reaches once in
+beginning included, plus two standard errors of it. The limit h is a given one, or what noise of the variance seen reaches once in
 exp(`_PATIENCE`) steps by Brownian motion (variance * _PATIENCE / 2k; Siegmund, "Sequential Analysis", 1985); both are taken again when
 twice as much was seen without an excursion that mattered. And they are taken anew from the last observations where these have lain below
 the baseline for `_FASTER_S` and for as many as it was learnt from: what was learnt while a host was slow says nothing of what it does when
@@ -22,7 +22,6 @@ from statistics import fmean, median
 
 ALLOWANCE = math.log(1.3) / 2
 CLIP = 0.5  # what an observation counts for at most
-_LIMIT = 1.0  # some eight observations of a 30 % shift
 _PATIENCE = 15.0  # the logarithm of how many observations noise alone is to take for an event: 3 million, or a day
 _LEARNT = 512  # observations, from which level and limit are taken: at first those of the warm-up, again when there are twice as many
 _NEIGHBOURS = 4  # observations
@@ -34,11 +33,15 @@ _FASTER_LEAST = 3 * _NEIGHBOURS  # observations
 class Cusum:
     """Watches the logarithms of a quantity for a lasting growth by 30 %. Used by one thread at a time."""
 
-    def __init__(self, *, forgets: bool = True) -> None:
-        """Watch; where it `forgets`, low observations take the place of all before: not where these depend on what is asked for."""
+    def __init__(self, *, forgets: bool = True, allowance: float = ALLOWANCE, least_limit: float = 1.0) -> None:
+        """Watch; where it `forgets`, low observations take the place of all before: not where these depend on what is asked for.
+
+        A limit of 1 is some eight observations of a 30 % shift.
+        """
         self._forgets = forgets
+        self._allowance, self._least_limit = allowance, least_limit
         self.sum = 0.0
-        self.limit = _LIMIT
+        self.limit = least_limit
         self.level = math.inf
         self.floor = -math.inf  # of the level
         self.baseline = 0.0
@@ -58,8 +61,8 @@ class Cusum:
         self.baseline = middle + max(0.0, fmean(min(CLIP, each - middle) for each in self._usual))
         noise = _long_run_variance([min(CLIP, each - self.baseline) for each in self._usual])
         unsure = 2 * math.sqrt(noise / len(self._usual))
-        self.level = max(self.baseline + unsure + ALLOWANCE, self.floor)
-        self.limit = max(_LIMIT, _PATIENCE * noise / (2 * ALLOWANCE))
+        self.level = max(self.baseline + unsure + self._allowance, self.floor)
+        self.limit = max(self._least_limit, _PATIENCE * noise / (2 * self._allowance))
         self._learned = len(self._usual)
         self._drop = self._faster_s = 0.0
         self._faster.clear()

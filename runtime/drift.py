@@ -14,8 +14,9 @@ and goes, there is at most one event in `_PAUSE_S`. A second CUSUM tells who kee
 (`contention`).
 
 The event says what took the time (`causes`). Where nothing on this machine is seen to have, it is raised only when S has not come back to 0
-for `_UNSEEN_S` and most calls were slow: hosts are slow for seconds, again and again (docs/decisions/0065). Where no calls come, nothing
-is known: a pause that is much longer than those before counts for little of that time, and what was counted in it is held against nobody.
+for `_UNSEEN_S` and most calls were slow, and for `_HOST_S` where they need more CPU time: hosts are slow for seconds, again and again, and
+once for 95 in a row (docs/decisions/0065). Where no calls come, nothing is known: a pause that is much longer than those before counts for
+little of that time, and what was counted in it is held against nobody.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ _SLICE_NS = 5_000_000  # for which Linux lets somebody else run, and a little mo
 _REMEMBERED = 100  # events
 _SKEWED = 1.1  # a mean so much above the median is told, too
 _LEAST_CALLS, _LEAST_S = 10 * BLOCK, 0.5
+_LEAST_CONTENDED = 9 * BLOCK  # it begins within a block, which may show too little of it, and 200 calls are 12 blocks and a half
 _UNSEEN_S = 60.0  # for so long, and in most calls, slowness lasts before it is told where no cause is seen
+_HOST_S = 300.0  # and for so long where calls need more CPU time: the longest of a host's moods that was seen took 95 s
 _UNSEEN_CALLS, _UNSEEN_LONG_S = 1000, 600.0  # so many of them, or as many as an event needs that took `_UNSEEN_S`, or came in so long
 _SUSPECTED = 0.25  # of the limit: from there on the machine's accounts are compared
 _AGAIN = 1.08  # they are looked at again when calls have been slow for so much longer
@@ -134,7 +137,7 @@ class DriftMonitor:
         self._witness = Witness(self._machine, callers=callers)
         self._least_ns = LEAST_BLOCK_NS * callers  # what makes an observation, with `BLOCK` calls at least
         self._contention = Contention(
-            self._machine, self._witness, callers=callers, least_ns=self._least_ns, least_calls=_LEAST_CALLS, least_s=_LEAST_S
+            self._machine, self._witness, callers=callers, least_ns=self._least_ns, least_calls=_LEAST_CONTENDED, least_s=_LEAST_S
         )
         self._warm: list[_Block] = []  # the calls of the warm-up; empty afterwards
         self._warm_ns = self._warm_calls = 0
@@ -398,7 +401,8 @@ class DriftMonitor:
         elif self._held_ns >= _LEAST_S * 1e9 * self._callers:
             self._cause = self._witness.cause(self._held_calls, self._held_ns, usual_ns=math.exp(self._cusum.level - ALLOWANCE))
         if self._cause is None and lasts:
-            self._cause = self._witness.unseen()
+            unseen = self._witness.unseen()
+            self._cause = None if unseen.may_pass and self._lasted_s < _HOST_S else unseen.cause
         return self._cause is not None
 
     def _lasts(self) -> bool:

@@ -38,6 +38,9 @@ class ByHand(Machine):
     def own_s(self) -> float:
         return self.at.own
 
+    def others_s(self) -> float | None:
+        return None if self.fails else self.at.others
+
     def counted(self) -> Counted | None:
         self.looks += 1
         return None if self.fails else self.at

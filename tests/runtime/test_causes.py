@@ -157,7 +157,7 @@ def test_where_no_cause_is_seen_it_says_what_is_seen_beside(counted: dict[str, f
     witness.usual()
     calls(machine, witness, 60.0, factor=1.4, **counted)
     assert asked(witness, 60.0) is None
-    cause = witness.unseen()
+    cause = witness.unseen().cause
     assert cause.name == name and words in cause.words
 
 
@@ -168,7 +168,7 @@ def test_from_the_beginning_others_are_held_against_a_plan_that_was_proven_alone
     calls(machine, witness, 1.0, factor=1.4, others=0.3, waited=0.3, own=3.0)
     cause = asked(witness, 1.0)
     assert cause is not None and cause.name == "other processes" and "before" not in cause.words
-    assert "a plan from elsewhere" in witness.unseen().words
+    assert "a plan from elsewhere" in witness.unseen().cause.words
 
 
 def test_what_came_while_nobody_called_is_not_held_against_the_next_calls() -> None:

@@ -24,7 +24,7 @@ from aivmm.runtime.drift import BLOCK, Drift, DriftMonitor
 from aivmm.runtime.paces import PacedMonitor
 from aivmm.runtime.plan import Number
 from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, normal
-from tests.runtime.machines import ByHand, Others, Sharing, counted
+from tests.runtime.machines import ByHand, Elsewhere, Others, Sharing, counted
 
 Floats = npt.NDArray[np.float64]
 CALL_S = 5e-3
@@ -52,6 +52,13 @@ class Watched:
             self.calls += BLOCK
             self.monitor.add(block)
         return len(self.told)
+
+
+class Waiting(Others):
+    """Calls need the same CPU time however long they take: they wait for a device."""
+
+    def passes(self, seconds: float, **counted: float) -> None:
+        super().passes(seconds, **({"own": BLOCK * CALL_S} | counted))
 
 
 def white(seconds: float, *, factor: float = 1.0, seed: int = 0) -> Floats:
@@ -82,19 +89,35 @@ def test_a_host_that_is_slow_for_seconds_is_no_drift(slow_s: float, fast_s: floa
 
 
 @pytest.mark.parametrize("factor", [1.3, 1.5, 3.0])
-def test_what_lasts_is_told_once_after_a_minute_and_says_that_nothing_is_seen(factor: float) -> None:
-    watch = Watched()
+@pytest.mark.parametrize(("what", "least_s", "most_s"), [("host", 300, 330), ("device", 60, 90)])
+def test_what_lasts_is_told_once_after_minutes_and_says_that_nothing_is_seen(
+    what: str, factor: float, least_s: float, most_s: float
+) -> None:
+    """A host that is slow makes calls need more CPU time; where they wait for something else, that is the same as before."""
+    watch = Watched(machine=Others(0.02) if what == "host" else Waiting(0.02))
     watch.feed(white(20.0))
     started_s = watch.machine.at.seconds
     while not watch.told:
         watch.feed(white(1.0, factor=factor, seed=watch.calls))
-    assert 55 < watch.machine.at.seconds - started_s < 90
+    assert least_s - 5 < watch.machine.at.seconds - started_s < most_s
     ((_, event),) = watch.told
     assert event.cause == "none seen" and event.calls >= 1000 and event.seen in str(event)
+    assert ("the host, the clock" if what == "host" else "wait otherwise (a device") in event.seen
     assert event.live_s == pytest.approx(factor * CALL_S, rel=0.1)
     assert watch.feed(white(120.0, factor=factor, seed=1)) == 1 and watch.monitor.state()["state"] == "outside"
     assert watch.feed(white(70.0)) == 1 and watch.monitor.state()["state"] == "inside"
-    assert watch.feed(white(120.0, factor=factor, seed=2)) == 2
+    assert watch.feed(white(320.0 / factor, factor=factor, seed=2)) == (1 if what == "host" else 2)  # of calls that short
+    assert watch.feed(white(330.0, factor=factor, seed=3)) == 2
+
+
+@pytest.mark.parametrize(("slow_s", "factor"), [(95.0, 1.5), (150.0, 1.4), (150.0, 1.3)])
+def test_a_host_that_is_slow_for_two_minutes_is_no_drift(slow_s: float, factor: float) -> None:
+    """One was for 95 s: calls of 6.3 ms took 8.8, and 1.5 times the CPU time."""
+    watch = Watched()
+    watch.feed(white(20.0))
+    for seed in range(3):
+        assert watch.feed(white(slow_s, factor=factor, seed=seed)) == 0
+        assert watch.feed(white(30.0, seed=seed)) == 0
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -141,8 +164,8 @@ def test_an_engine_that_starts_in_a_slow_second_says_nothing_and_one_that_stays_
     assert watch.feed(white(2.0, factor=1.6)) == 0
     assert watch.feed(white(60.0, seed=1)) == 0 and watch.monitor.state()["state"] == "inside"
     watch = Watched()
-    assert watch.feed(white(50.0, factor=1.6)) == 0
-    assert watch.feed(white(30.0, factor=1.6, seed=1)) == 1
+    assert watch.feed(white(290.0, factor=1.6)) == 0
+    assert watch.feed(white(40.0, factor=1.6, seed=1)) == 1
     assert watch.told[0][1].cause == "none seen"
 
 
@@ -204,6 +227,44 @@ def test_ten_quiet_minutes_cost_a_look_in_thousands_of_calls() -> None:
     watch = Watched()
     watch.feed(white(600.0))
     assert watch.machine.looks < 2 + watch.calls / 2000
+
+
+def bursts(watch: Watched, minutes: float, *, seed: int, moods: bool) -> None:
+    """Let others work on another core as timers make them: 0.2 to 1 core for 0.5 to 3 s, each 20 to 60 s, whatever calls take."""
+    rng, end_s = np.random.default_rng(seed), watch.machine.at.seconds + 60 * minutes
+    burst_s = [watch.machine.at.seconds] * 2  # from when to when
+    mood_s, factor, load = 0.0, 1.0, 0.0
+    while (now_s := watch.machine.at.seconds) < end_s:
+        if now_s >= burst_s[1]:
+            begin_s = now_s + rng.uniform(20, 60)
+            burst_s, load = [begin_s, begin_s + rng.uniform(0.5, 3.0)], rng.uniform(0.2, 1.0)
+        if moods and now_s >= mood_s:
+            factor = 1.0 if factor > 1.0 else rng.choice([1.15, 1.3, 1.5])
+            mood_s = now_s + rng.uniform(0.5, 14.0)
+        calls = factor * CALL_S * np.exp(rng.normal(0, 0.03, BLOCK))
+        watch.feed(calls, others=0.02 * rng.random() + (load if now_s >= burst_s[0] else 0.0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bursts_of_others_that_left_calls_as_fast_as_they_were_are_not_the_cause_of_slow_seconds(seed: int) -> None:
+    """The first of them that meets a slow second may be: there were 23 events in ten hours of such moods, 41 of recorded ones."""
+    watch = Watched(machine=Elsewhere(0.02))
+    bursts(watch, 10, seed=seed, moods=False)
+    bursts(watch, 30, seed=seed, moods=True)
+    assert not watch.told
+
+
+def test_who_slows_calls_from_another_core_is_told_soon_where_nobody_did_so_much_before_and_else_after_seconds() -> None:
+    watch = Watched(machine=Elsewhere(0.02))
+    watch.feed(white(30.0))
+    before = watch.calls
+    assert watch.feed(white(2.0, factor=1.35, seed=1), others=1.0) == 1
+    assert watch.told[0][0] - before <= 200 and watch.told[0][1].cause == "other processes"
+    watch = Watched(machine=Elsewhere(0.02))
+    bursts(watch, 8, seed=0, moods=False)
+    watch.feed(white(5.0))
+    assert watch.feed(white(25.0, factor=1.35, seed=1), others=1.0) == 1
+    assert watch.told[0][1].cause == "other processes"
 
 
 @pytest.mark.parametrize("seed", range(6))

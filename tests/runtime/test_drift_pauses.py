@@ -66,6 +66,7 @@ def test_a_night_without_calls_is_no_part_of_a_slowdown() -> None:
     server.calls(2.0, factor=1.4)
     server.sleeps(8 * 3600, others=0.02 * 8 * 3600)
     assert server.calls(8.0, factor=1.4) == 0
+    assert server.calls(280.0, factor=1.4) == 0
     assert server.calls(60.0, factor=1.4) == 1  # it lasts
     assert server.told[0].cause == "none seen"
 
@@ -155,7 +156,7 @@ def test_others_whose_load_varies_are_seldom_the_cause_of_a_hosts_moods(cores: f
 
 def test_a_slowdown_that_never_ends_takes_no_memory() -> None:
     server = Server()
-    assert server.calls(100.0, factor=1.3) == 1
+    assert server.calls(330.0, factor=1.3) == 1
     server.calls(100.0, factor=1.3)
     assert len(server.monitor._cusum._pending) <= _LEARNT
 
@@ -174,7 +175,7 @@ def test_what_was_refused_is_told_later_with_what_is_seen_then() -> None:
     server.calls(5.0, factor=1.5)
     assert tried[-1].cause == "other processes"
     server.machine.busy = 0.02
-    server.calls(120.0, factor=1.5)
+    server.calls(330.0, factor=1.5)
     (event,) = server.monitor.events
     assert event.seen != tried[0].seen and event.cause == "none seen"
 
