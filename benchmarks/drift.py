@@ -45,8 +45,8 @@ from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, normal
 
 WIDTH, ROWS, LAYERS = 768, 64, 8  # some 5 ms on one core
 BASELINE_CALLS, WATCHED_CALLS, LEAST_CALLS = 1000, 1500, 400  # before a neighbour, with one who is not told, and with one who is
-PAIRS, PAIR_BLOCKS = 10, 4  # with a neighbour and without, to see how strong he is
-SHARE, SHARES = 0.2, (0.1, 0.3)  # of the core: at first, and at least and at most
+PAIRS, PAIR_BLOCKS = 8, 4  # with a neighbour and without, to see how strong he is
+SHARE, SHARES = 0.16, (0.1, 0.3)  # of the core: at first, and at least and at most
 SLICES_S = (2e-3, 4e-3, 12e-3)  # in which he takes it
 SLOWDOWN, WORST_SLOWDOWN, TOLD_WITHIN = 1.3, 1.4, 200
 

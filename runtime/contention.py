@@ -21,6 +21,7 @@ from aivmm.runtime.cusum import Cusum
 
 _ALLOWANCE = math.log(1.2) / 2  # half of the part of a 30 % slowdown that may be waits: the neighbour's traces in the caches are the rest
 _LEAST_LIMIT = 0.3  # of the statistic, whose noise is that much smaller than that of what calls take
+_NEAR = 0.15  # to the limit: who has slices of a core is not met by each observation
 _SUSPECTED = 2  # observations in a row that are above the level: from there on the accounts are compared
 _AGAIN = 1.08  # they are looked at again when there are so many times as many calls ...
 _ANEW_S, _ANEW_LEAST = 10.0, 12  # seconds of calls, and observations, in which they named nobody: what is seen then is usual
@@ -56,6 +57,7 @@ class Contention:
         self._own_s: float | None = None  # CPU time of this process, when an observation began
         self._part_ns = self._part_calls = 0  # of one that is not whole
         self._observed = self._calls = self._busy_ns = 0  # since calls take longer for their CPU time
+        self._reached = False  # whether the statistic has come to its limit, and is near it still
         self._unnamed_ns = 0  # of calls, since the accounts named somebody: calls that are not suspected make up for those that are
         self._seen: deque[float] = deque(maxlen=_SEEN_MOST)  # meanwhile, as far as they are suspected
         self._held = _Held()
@@ -117,6 +119,7 @@ class Contention:
         times = max(1, int(seconds / _LONGEST_S)) if observed <= self._cusum.level else 1
         for _ in range(times):
             self._cusum.take(observed, seconds=seconds / times, learns=learns)
+        self._reached = self._cusum.sum >= self._cusum.limit - (_NEAR if self._reached else 0.0)
         if self._cusum.sum <= 0.0:
             self._cusum.over(usual=learns and not self._held.asked_calls)
             if self._unnamed_ns:
@@ -187,7 +190,7 @@ class Contention:
 
     def cause(self, *, above: float) -> Cause | None:
         """Return who keeps calls from cores where they have been for long enough, and take longer than `above`: the logarithm of a mean."""
-        if self._cusum.sum < self._cusum.limit or self._calls < self._least_calls or self._busy_ns < self._of_calls(self._least_s):
+        if not self._reached or self._calls < self._least_calls or self._busy_ns < self._of_calls(self._least_s):
             return None
         held = self._held
         if not self._may_ask() or held.calls < held.asked_calls * _AGAIN or math.log(held.busy_ns / held.calls) <= above:
