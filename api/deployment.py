@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from aivmm.errors import AivmmError, BundleError, Unsupported, UsageError
 from aivmm.once import alone
 from aivmm.planner.constraints import Constraint, check, parse, unjudged
-from aivmm.runtime.bundle import FAMILY_FILE, PLAN_FILE, check_destination, file_sha256, is_family, read_root
+from aivmm.runtime.bundle import FAMILY_FILE, PLAN_FILE, check_destination, is_family, read_root
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.finding import find_named
 from aivmm.runtime.folders import data_folder
 from aivmm.runtime.plan import Plan, parse_plan
+from aivmm.runtime.reading import file_sha256
 from aivmm.runtime.target import matches
 from aivmm.runtime.validity import grade_stages
 

@@ -422,7 +422,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SECTIONS))
     parser.add_argument(
-        "--row", default="", help="of overhead, cut and pipeline only rows whose name holds this: '300 µs, onnxruntime:CPU'"
+        "--row", default="", help="of overhead, cut, pipeline and cold only rows whose name holds this: '300 µs, onnxruntime:CPU'"
     )
     parser.add_argument("--seconds", type=float, default=8.0, help="for each comparison")
     parser.add_argument("--quick", action="store_true", help="a look whether it works; its figures mean nothing")
@@ -447,7 +447,7 @@ def main() -> None:
         "pipeline": lambda: pipeline(report, seconds),
         "memory": lambda: memory(report, 20_000 if options.quick else 1_000_000),
         "threads": lambda: threads(report, 2 if options.quick else 60),
-        "cold": lambda: cold(report, 3 if options.quick else 15),
+        "cold": lambda: cold(report, 3 if options.quick else 31),
     }
     for name in wanted:
         measures[name]()

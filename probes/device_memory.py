@@ -11,7 +11,7 @@ from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Backend, CountsMemory
 from aivmm.runtime.config import Config
 from aivmm.runtime.nvml import card_memory_bytes, is_nvidia, process_memory_bytes
-from aivmm.runtime.onnxruntime import TRIAL
+from aivmm.runtime.ort_library import TRIAL
 from aivmm.runtime.target import Target
 
 

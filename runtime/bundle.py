@@ -6,26 +6,21 @@ may be unlisted, since people put it there to read and the engine never opens it
 
 from __future__ import annotations
 
-import _thread
 import hashlib
 import json
-import mmap
 import os
 import re
 import stat
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from os.path import isdir, isfile, join  # where the first answer waits: a path's methods take three to eight times as long when first asked
 from pathlib import Path, PurePosixPath
-from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from aivmm.errors import BundleError, UsageError
-from aivmm.runtime.onnx_arity import short_of_inputs
 from aivmm.runtime.plan import Plan, parse_plan, require_keys_once
+from aivmm.runtime.reading import Reading, file_sha256
 from aivmm.runtime.signing import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, Key, require_signature
 
 if TYPE_CHECKING:
@@ -35,15 +30,7 @@ PLAN_FILE = "plan.json"
 FAMILY_FILE = "family.json"  # in its place where a bundle holds several plans; see `aivmm.runtime.family`
 REPORT_FILE = "report.html"
 UNLISTED = frozenset({REPORT_FILE, SIGNATURE_FILE})  # may lie beside the plan without being listed in it
-_COMPILED = b"EPContext"  # the operator of ONNX Runtime that carries blobs, or reads them from a path of its own
 _MAX_PLAN_BYTES = 64 << 20
-_LARGE_BYTES = 32 << 20  # takes 20 ms to hash, or more
-# A thread that has the interpreter keeps it up to 5 ms from who asks for it back. ONNX Runtime does so between reading a model, which takes
-# it half a millisecond, and the rest of its work: so the other thread begins when that is over.
-_PAUSE_S = 1e-3
-# Hashed at a time. Before and after each the interpreter's lock is taken from who loads the plan meanwhile; larger ones do not stay in the
-# cache of a core, and take new pages where the runtime asks for pages, too.
-_PIECE_BYTES = 256 << 10
 
 
 class Bundle:
@@ -102,7 +89,8 @@ class Bundle:
             text = read_root(folder, PLAN_FILE, path, signed_by=signed_by)
             plan = parse_plan(text, join(path, PLAN_FILE), keys_later=True)
             size = check_listing(folder, plan.files, root=PLAN_FILE, shown=path)
-            reading = Reading(folder, plan.files, plan.model_files(), path, size=size, text=text)
+            keys = partial(require_keys_once, text, join(path, PLAN_FILE))
+            reading = Reading(folder, plan.files, plan.model_files(), path, size=size, besides=keys)
             return cls(folder, plan, unpacked=unpacked, reading=reading, text=text)
         except BaseException:  # not handled, only cleaned up: nothing else knows of the folder
             if unpacked is not None:
@@ -115,10 +103,10 @@ class Bundle:
             raise BundleError(f"{name!r} is not a file of this bundle")
         return Path(join(self.folder, *name.split("/")))
 
-    def start_reading(self) -> None:
-        """Have the contents of the files checked on a thread meanwhile, unless that has begun."""
+    def start_reading(self, first: Callable[[], object] | None = None) -> None:
+        """Have the contents of the files checked on a thread meanwhile, after `first`, unless that has begun."""
         if self._reading is not None:
-            self._reading.start()
+            self._reading.start(first=first)
 
     def verify(self) -> None:
         """Return when all files are known to be those that the plan lists.
@@ -201,107 +189,6 @@ def check_listing(folder: Path, files: Mapping[str, str], *, root: str, shown: P
     return sum(present.values())
 
 
-def check_content(folder: Path, name: str, expected: str, shown: Path) -> None:
-    """Raise BundleError unless the file `name` has the SHA-256 `expected`."""
-    if file_sha256(folder / PurePosixPath(name)) != expected:
-        raise BundleError(
-            f"{shown / name} was changed: its SHA-256 is not the one in the plan", advice="copy the bundle again, or tune again"
-        )
-
-
-class Reading:
-    """The check of a bundle's contents, on a thread of its own: hashing and loading leave the interpreter to each other."""
-
-    def __init__(
-        self, folder: Path, files: Mapping[str, str], models: Iterable[str], shown: Path, *, size: int, text: bytes | None = None
-    ) -> None:
-        """Prepare to read `files` (digests by name) in `folder`; some are `models`. `shown` is what its user calls it, maybe a zip.
-
-        Of a plan's `text` what takes longest to check is left for then.
-
-        What has a large `size` in bytes is begun at once. Reading and loading would take turns with the interpreter, so that what is small
-        waits until the runtimes begin their own work, beside which it is done soon.
-        """
-        self.seconds = 0.0
-        self.waited_s = 0.0  # by those who had nothing else to do meanwhile
-        # Until all is read and found good, and whatever ends the thread before.
-        self._error: BundleError | None = BundleError(f"{shown} was closed before all of it was read")
-        self._given_up = False
-        self._starting = threading.Lock()
-        self._started = False
-        self._pause = threading.Lock()  # held while there is reason to leave the interpreter to who loads
-        self._pause.acquire()
-        self._ended = threading.Lock()  # held until nothing is read any more. An event takes four times as long to make
-        self._ended.acquire()
-        self._what = (folder, files, frozenset(models), shown, text)
-        if size >= _LARGE_BYTES:
-            self.start(at_once=True)
-
-    def start(self, *, at_once: bool = False) -> None:
-        """Start to read, unless that was done before: in a moment, or `at_once`."""
-        with self._starting:
-            if at_once:
-                self._end_pause()
-            if not self._started:
-                # Not `threading.Thread`, whose `start` waits until the new thread runs: half a millisecond in which nothing is loaded.
-                _thread.start_new_thread(self._read, self._what)
-                self._started = True
-
-    def _end_pause(self) -> None:
-        if self._pause.locked():
-            self._pause.release()
-
-    def wait(self) -> None:
-        """Return when all is read and found good.
-
-        Raises:
-            BundleError: a file is not what the plan says.
-        """
-        started = perf_counter()
-        self.start(at_once=True)
-        with self._ended:  # for a moment: others may wait, too
-            pass
-        self.waited_s += perf_counter() - started
-        if self._error is not None:
-            raise self._error
-
-    def end(self) -> None:
-        """Return when nothing is read any more, be it checked or not."""
-        self._given_up = True
-        with self._starting:
-            self._end_pause()
-            if self._started:
-                with self._ended:
-                    pass
-
-    def _read(self, folder: Path, files: Mapping[str, str], models: frozenset[str], shown: Path, text: bytes | None) -> None:
-        self._pause.acquire(timeout=_PAUSE_S)
-        started = perf_counter()
-        try:
-            for name, expected in files.items():
-                if self._given_up:
-                    return
-                check_content(folder, name, expected, shown)
-            for name in files:  # last: it is Python's work, and the runtime needs the interpreter at first more than later
-                if self._given_up:
-                    return
-                if name in models:
-                    refuse_compiled(folder / PurePosixPath(name), shown / name)
-            if text is not None:
-                require_keys_once(text, str(shown / PLAN_FILE))
-            self._error = None
-        except BundleError as error:
-            self._error = error
-        except OSError as error:
-            self._error = BundleError(f"{shown} cannot be read ({error.strerror or error})")
-        except BaseException as error:  # noqa: BLE001 - raised by `wait`: what could not be checked is not good
-            self._error = BundleError(f"{shown} cannot be checked ({type(error).__name__}: {' '.join(str(error).split())})")
-            self._error.__cause__ = error
-        finally:
-            self.seconds = perf_counter() - started
-            self._ended.release()
-
-
 def unlisted_in(folder: Path, root: str) -> list[str]:
     """Return the files that lie beside `root` without being listed in it, of those that may."""
     return sorted(each.name for each in folder.iterdir() if each.is_file() and _may_be_unlisted(each.name, root))
@@ -310,18 +197,6 @@ def unlisted_in(folder: Path, root: str) -> list[str]:
 def _may_be_unlisted(name: str, root: str) -> bool:
     """Say whether a file may lie beside `root` without being listed in it: what is only for people to read, and the signature."""
     return name in UNLISTED or (root == FAMILY_FILE and bool(re.fullmatch(r"report-[0-9]{1,4}\.html", name)))
-
-
-def refuse_compiled(model: Path, shown: Path) -> None:
-    """Raise BundleError for a model with a compiled form in it, which a device would execute as it stands, or with malformed nodes."""
-    with model.open("rb") as file:
-        if os.fstat(file.fileno()).st_size:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                if mapped.find(_COMPILED) >= 0:
-                    raise BundleError(f"{shown} holds compiled code ({_COMPILED.decode()})", advice="tune from the original model")
-                short = short_of_inputs(mapped)
-                if short:
-                    raise BundleError(f"{shown} holds {short}", advice="tune from the original model")
 
 
 def _read_beside(folder: Path, name: str, most: int, shown: Path) -> bytes | None:
@@ -376,16 +251,6 @@ def _walk(folder: Path, shown: Path, *, free: frozenset[str]) -> dict[str, int]:
                 )
             found[name] = status.st_size
     return found
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        piece = np.empty(min(_PIECE_BYTES, max(1, os.fstat(file.fileno()).st_size)), dtype=np.uint8).data
-        while size := file.readinto(piece):
-            digest.update(piece[:size])
-    return digest.hexdigest()
 
 
 def write_bundle(destination: Path, plan: Plan, files: Mapping[str, Path]) -> Path:

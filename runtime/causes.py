@@ -94,7 +94,6 @@ class Machine:
     """What the operating system counts, and who computes on the cards among `devices`. Thread-safe: all paces of an engine ask one."""
 
     def __init__(self, devices: Iterable[Device] = ()) -> None:
-        self.cores = os.cpu_count() or 1
         self.sees_waits = False  # whether it was counted at the last look how long threads wait for a core
         self._cards = {each.uid: None for each in devices if is_nvidia(each)}
         self._lock = threading.Lock()
@@ -102,6 +101,11 @@ class Machine:
         self._waits_ns: dict[str, int] | None = None  # of each thread, at the last look
         self._stops_s: dict[str, float] = {}  # by each file of a quota, when it was read last
         self._waited_s = self._withheld_s = 0.0  # added up from look to look, since threads come and go
+
+    @cached_property
+    def cores(self) -> int:
+        """The host's cores. Asked for late: to count them takes as long as to make all else of an engine's watch."""
+        return os.cpu_count() or 1
 
     def now_s(self) -> float:
         """Return the time on the clock by which looks are apart."""

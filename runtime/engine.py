@@ -20,7 +20,7 @@ from aivmm.runtime.bundle import Bundle
 from aivmm.runtime.causes import Machine
 from aivmm.runtime.deadline import Deadlines
 from aivmm.runtime.drift import Drift
-from aivmm.runtime.finding import find_named
+from aivmm.runtime.finding import find_named, waking
 from aivmm.runtime.inputs import kept, refuse_unnamed
 from aivmm.runtime.lane import Lane
 from aivmm.runtime.loan import Loan
@@ -51,8 +51,7 @@ class Engine:
         self._on_mismatch = check_policy(on_mismatch)
         hot.check()
         self._bundle = bundle
-        self._lock = threading.Lock()
-        self._closed = False
+        self._lock, self._closed = threading.Lock(), False
         self.plan: Plan = bundle.plan
         self.events: list[str] = []  # what did not go as planned: fallbacks taken, conditions that differ
         self._targets: dict[str, Target] = {}
@@ -61,6 +60,8 @@ class Engine:
         self._failover = threading.Lock()
         self._beyond_help = False  # a stage died, and no fallback was left
         self._blobs = BlobCache(bundle.digest) if cache else None
+        if wake := waking(each.target for each in self.plan.stages):
+            bundle.start_reading(first=wake)
         self._program, self.validity = self._compile()
         try:
             bundle.verify()
@@ -146,12 +147,11 @@ class Engine:
         if self._deadlines is not None:
             return self.submit(inputs).result()
         program = self._program
+        self._shorten(program)  # from the second request on: the first one is waited for the longest
         try:
             return program.ask(inputs)
         except (Unsupported, UsageError) as error:
             return self._instead(program, inputs, error)
-        finally:
-            self._shorten(program)
 
     def _shorten(self, program: Program) -> None:
         """Have `run` do what the program does for a request, in one function, where that is all; see `Program.shortest`."""

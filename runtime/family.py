@@ -17,8 +17,9 @@ from typing import Annotated, Literal
 from msgspec import Meta, field
 
 from aivmm.errors import BundleError
-from aivmm.runtime.bundle import FAMILY_FILE, Bundle, Reading, check_content, check_listing, read_root, unpack, write_folder
+from aivmm.runtime.bundle import FAMILY_FILE, Bundle, check_listing, read_root, unpack, write_folder
 from aivmm.runtime.plan import Model, Number, Plan, parse_plan
+from aivmm.runtime.reading import Reading, check_content
 from aivmm.runtime.signing import Key
 from aivmm.runtime.strict import Count, Digest, Extent, Reader, Strict
 

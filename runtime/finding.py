@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Protocol, runtime_checkable
 
 from aivmm.errors import Unsupported, UsageError
@@ -16,6 +17,31 @@ class FindsTarget(Protocol):
 
     def find(self, name: str) -> Target | Unavailable:
         """Return the target of that device name, or why it is absent."""
+
+
+@runtime_checkable
+class Wakes(Protocol):
+    """A backend whose runtime does something once in a process, for whoever comes first, that another thread can do for him."""
+
+    def wakes(self, name: str) -> Callable[[], object] | None:
+        """Return what does it for the target of that device name; None where there is nothing, or no more."""
+
+
+def waking(names: Iterable[str]) -> Callable[[], object] | None:
+    """Return what the first of some targets `runtime:name` that has such a thing lets another thread do, see `Wakes`; None where none has.
+
+    A runtime that is not here has none. Why it is not is found when it is needed.
+    """
+    for name in names:
+        runtime, _, device = name.partition(":")
+        try:
+            ask: Callable[[str], Callable[[], object] | None] | None = getattr(load_backend(runtime), Wakes.wakes.__name__, None)
+        except UsageError:
+            continue
+        wake = None if ask is None else ask(device)
+        if wake is not None:
+            return wake
+    return None
 
 
 def find_target(backend: Backend, name: str) -> Target:

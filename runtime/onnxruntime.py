@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +17,7 @@ from aivmm.runtime.cuda import Stream, ThreadsCard, pinned_empty
 from aivmm.runtime.cuda_copies import CardCopier, index_of
 from aivmm.runtime.inputs import is_numpy
 from aivmm.runtime.nvidia import DRIVER_ADVICE, cuda_devices, cuda_major, libraries_loaded, missing_library
+from aivmm.runtime.ort_library import TRIAL, library, wake, was_woken
 from aivmm.runtime.ort_options import (
     EXECUTION_MODES,
     GRAPHS,
@@ -44,11 +45,6 @@ from aivmm.tensors import TensorSpec
 if TYPE_CHECKING:
     from tempfile import TemporaryDirectory
 
-# A model of one Relu on float32[4] (onnx.helper, opset 17, IR 8): what a trial compile compiles.
-TRIAL = (
-    b'\x08\x08\x12\x00:3\n\x0c\n\x01x\x12\x01y"\x04Relu\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x04'
-    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x04B\x04\n\x00\x10\x11"
-)
 _TYPES = {
     "float": "float32", "double": "float64", "float16": "float16", "bfloat16": "bfloat16", "string": "string", "bool": "bool",
     "int8": "int8", "int16": "int16", "int32": "int32", "int64": "int64", "uint8": "uint8", "uint16": "uint16", "uint32": "uint32",
@@ -61,15 +57,6 @@ _PROFILED_CALLS = 10
 _MOST_DEVICES = 16  # of one provider: where to stop asking for another one
 
 
-@cache
-def _ort() -> Any:
-    import onnxruntime
-
-    # Errors reach us as exceptions; without this a GPU-less machine prints red lines at each discovery.
-    onnxruntime.set_default_logger_severity(4)
-    return onnxruntime
-
-
 class OnnxRuntime:
     """ONNX Runtime as a backend."""
 
@@ -78,7 +65,7 @@ class OnnxRuntime:
     def targets(self) -> Sequence[Target | Unavailable]:
         """List the providers of this build on which a trial model ran, and the reason for each that did not."""
         try:
-            offered = _ort().get_available_providers()
+            offered = library().get_available_providers()
         except (ImportError, OSError) as error:
             return (Unavailable(target="onnxruntime", reason=words(error), advice="pip install onnxruntime"),)
         offers = [kind for kind, provider in PROVIDERS.items() if provider.name in offered]
@@ -113,17 +100,21 @@ class OnnxRuntime:
     def find(self, name: str) -> Target | Unavailable:
         """Return one target by its device's name. Each build runs on the CPU, so that needs no trial; those of others can take seconds."""
         try:
-            _ort()
+            library()
         except (ImportError, OSError) as error:
             return Unavailable(target=f"onnxruntime:{name}", reason=words(error), advice="pip install onnxruntime")
         if name == "CPU":
             return self._found(name, "CPU", cpu_device())
         kind = name.split(":")[0]
-        known = kind in PROVIDERS and PROVIDERS[kind].name in _ort().get_available_providers()
+        known = kind in PROVIDERS and PROVIDERS[kind].name in library().get_available_providers()
         for each in self._targets_of(kind) if known else ():
             if (str(each) if isinstance(each, Target) else each.target) in (f"onnxruntime:{name}", f"onnxruntime:{kind}"):
                 return each
         return Unavailable(target=f"onnxruntime:{name}", reason="this build of ONNX Runtime does not offer it")
+
+    def wakes(self, name: str) -> Callable[[], object] | None:
+        """Return what makes a first session, where there was none; see `Wakes`. The CPU's kernels are registered then, which takes 2 ms."""
+        return None if was_woken() or name != "CPU" else wake
 
     def knobs(self, target: Target) -> Sequence[Knob]:
         """List what can be tuned on `target`."""
@@ -195,7 +186,7 @@ class OnnxRuntime:
 
     def import_blob(self, blob: Buffer, model: Path, target: Target, config: Config) -> _Executable:
         """Make a session of an optimized graph, which is not to be optimized again. Weights beside `model` stayed there."""
-        level = _ort().GraphOptimizationLevel.ORT_DISABLE_ALL
+        level = library().GraphOptimizationLevel.ORT_DISABLE_ALL
         return self._session(blob.tobytes(), target, config, {"graph_optimization_level": level}, weights=model.parent)
 
     def _session(
@@ -217,7 +208,8 @@ class OnnxRuntime:
         if stream is not None:  # a session that records serves one request, whose copies can go the way of its kernels
             provider_options["user_compute_stream"] = str(stream.handle)
         try:
-            session = _ort().InferenceSession(source, options, providers=[(provider, provider_options)], enable_fallback=0)
+            chosen = (provider, provider_options) if provider_options else provider
+            session = library().InferenceSession(source, options, providers=[chosen], enable_fallback=0)
         except Exception as error:
             raise Unsupported(f"ONNX Runtime on {target.name}: {words(error)}") from error
         if provider not in session.get_providers():
@@ -230,7 +222,7 @@ class OnnxRuntime:
         return card
 
     def _options(self, target: Target, config: Config) -> tuple[Any, dict[str, str]]:
-        ort = _ort()
+        ort = library()
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -254,7 +246,7 @@ class OnnxRuntime:
 
     def _try(self, kind: str, name: str, device: Device, index: int | None) -> Target | Unavailable:
         """Compile and run the trial model with falling back forbidden: lists of provider names lie."""
-        ort, provider = _ort(), PROVIDERS[kind]
+        ort, provider = library(), PROVIDERS[kind]
         _load_libraries(kind)
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -269,7 +261,7 @@ class OnnxRuntime:
         return self._found(name, kind, device)
 
     def _found(self, name: str, kind: str, device: Device) -> Target:
-        version = str(_ort().__version__)
+        version = str(library().__version__)
         return Target(runtime=self.name, name=name, device=device, runtime_version=version, precisions=PROVIDERS[kind].precisions)
 
 
@@ -285,7 +277,7 @@ def _why_not(kind: str) -> str:
         return ""
     stem = PROVIDERS[kind].name.removesuffix("ExecutionProvider").lower()
     names = (f"libonnxruntime_providers_{stem}.so", f"onnxruntime_providers_{stem}.dll")
-    folder = Path(_ort().__file__).parent / "capi"
+    folder = Path(library().__file__).parent / "capi"
     missing = next((missing_library(folder / name) for name in names if (folder / name).exists()), "")
     if not missing:
         return ""
@@ -302,7 +294,7 @@ def _kind(target: Target) -> str:
 
 
 def _set(options: Any, name: str, value: Setting) -> None:
-    ort = _ort()
+    ort = library()
     enumerations = {
         "graph_optimization_level": (ort.GraphOptimizationLevel, OPTIMIZATION_LEVELS),
         "execution_mode": (ort.ExecutionMode, EXECUTION_MODES),

@@ -68,7 +68,7 @@ class Program:
         self._asked = threading.Condition(self._lock)
         self._asking = False  # somebody asks whether it is alive
         self._one_asks = threading.Lock()
-        self._turn = StageClock(full=False)  # waits for a free lane
+        self._turn: StageClock | None = None  # waits for a free lane, once somebody waited
         self._good: Mapping[str, Buffer] | None = None  # the first inputs that were answered
         self._suspicions = 0
         self._closed = False
@@ -267,6 +267,7 @@ class Program:
             if self._closed:  # while waiting
                 raise self._gone()
             with self._lock:
+                self._turn = self._turn or StageClock(full=False)
                 self._turn.waited(perf_counter_ns() - started)
         except BaseException:  # not handled: the lane goes back first
             self.free.put(lane)
@@ -293,7 +294,8 @@ class Program:
                 entry["copies"] = self._shares(index)
             stages.append(entry)
         with self._lock:
-            waits = {"count": self._turn.wait_count, "total_s": self._turn.wait_ns / 1e9, **quantiles_s([self._turn.waits])}
+            turn = self._turn or StageClock(full=False)
+            waits = {"count": turn.wait_count, "total_s": turn.wait_ns / 1e9, **quantiles_s([turn.waits])}
         batches = self._batcher.stats() if self._batcher else None
         return {
             "runs": stages[0]["count"],

@@ -20,10 +20,11 @@ from aivmm.deployment import Deployment, run
 from aivmm.errors import BundleError, Infeasible, Unsupported, UsageError
 from aivmm.once import alone
 from aivmm.result import TuneResult
-from aivmm.runtime.bundle import Bundle, file_sha256
+from aivmm.runtime.bundle import Bundle
 from aivmm.runtime.family import Bucket, Dimension, Served
 from aivmm.runtime.many import ShapedEngine
 from aivmm.runtime.plan import Accuracy, Number
+from aivmm.runtime.reading import file_sha256
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, make_family, normal, token_model, write_model
 from tests.tuner.harness import write_tiny
 

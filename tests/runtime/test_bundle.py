@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 
 import aivmm
 from aivmm.errors import AivmmError, BundleError
-from aivmm.runtime import bundle as bundle_module
-from aivmm.runtime.bundle import Bundle, file_sha256
+from aivmm.runtime import reading
+from aivmm.runtime.bundle import Bundle
+from aivmm.runtime.reading import file_sha256
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle
 from tests.runtime.bundles import edit_plan, links, list_as, refused, snapshot, zipped
 
@@ -356,24 +357,24 @@ def test_contents_are_read_while_the_engine_loads_and_told_apart(tmp_path: Path)
 
 def test_what_is_small_is_read_beside_the_runtime_and_what_is_large_at_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = threading.Event()
-    monkeypatch.setattr("aivmm.runtime.bundle.check_content", lambda *_: begun.set())
+    monkeypatch.setattr("aivmm.runtime.reading.check_content", lambda *_: begun.set())
     with Bundle.open(bundle, read_later=True):
         assert not begun.wait(0.2)
-    monkeypatch.setattr("aivmm.runtime.bundle._LARGE_BYTES", 1000)
+    monkeypatch.setattr("aivmm.runtime.reading._LARGE_BYTES", 1000)
     with Bundle.open(bundle, read_later=True):
         assert begun.wait(60)
 
 
 def test_the_thread_that_reads_rests_at_first_unless_somebody_waits_for_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aivmm.runtime.bundle._PAUSE_S", 250.0)
+    monkeypatch.setattr("aivmm.runtime.reading._PAUSE_S", 250.0)
     begun = threading.Event()
-    real = bundle_module.check_content
+    real = reading.check_content
 
     def noted(*arguments: Any) -> None:
         begun.set()
         real(*arguments)
 
-    monkeypatch.setattr("aivmm.runtime.bundle.check_content", noted)
+    monkeypatch.setattr("aivmm.runtime.reading.check_content", noted)
     with Bundle.open(bundle, read_later=True) as opened:
         opened.start_reading()
         assert not begun.wait(0.2)
@@ -387,11 +388,41 @@ def test_the_thread_that_reads_rests_at_first_unless_somebody_waits_for_it(bundl
         opened.start_reading()  # and closing does not wait for the rest, either
 
 
+def test_what_comes_first_on_the_thread_is_no_wait_for_hashes_and_may_fail(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    go_on = threading.Event()
+    real = reading.check_content
+
+    def first() -> None:
+        order.append("first")
+        go_on.wait(60)
+        raise ValueError("of the runtime's")
+
+    def noted(*arguments: Any) -> None:
+        order.append("hash")
+        real(*arguments)
+
+    monkeypatch.setattr("aivmm.runtime.reading.check_content", noted)
+    with Bundle.open(bundle, read_later=True) as opened:
+        opened.start_reading(first)
+        opened.start_reading()  # it has begun
+        waiting = threading.Thread(target=opened.verify)
+        waiting.start()
+        time.sleep(0.2)
+        assert order == ["first"]
+        released = time.perf_counter()
+        go_on.set()
+        waiting.join()
+        opened.verify()
+        assert order == ["first"] + ["hash"] * len(opened.plan.files)
+        assert 0 < opened.hashing["hash_wait_s"] <= time.perf_counter() - released  # and not what was waited for before
+
+
 def test_all_is_hashed_before_models_are_looked_into(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hashing needs no interpreter, looking into models does, and the runtime needs it at first."""
     order: list[str] = []
-    monkeypatch.setattr("aivmm.runtime.bundle.check_content", lambda folder, name, *_: order.append("hash"))
-    monkeypatch.setattr("aivmm.runtime.bundle.refuse_compiled", lambda *_: order.append("look"))
+    monkeypatch.setattr("aivmm.runtime.reading.check_content", lambda folder, name, *_: order.append("hash"))
+    monkeypatch.setattr("aivmm.runtime.reading.refuse_compiled", lambda *_: order.append("look"))
     with Bundle.open(bundle) as opened:
         assert order == ["hash"] * len(opened.plan.files) + ["look"] * len(opened.plan.model_files())
 
@@ -413,7 +444,7 @@ def test_a_check_that_ends_before_its_time_never_says_good(bundle: Path, monkeyp
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("aivmm.runtime.bundle.refuse_compiled", fail)
+    monkeypatch.setattr("aivmm.runtime.reading.refuse_compiled", fail)
     with pytest.raises(BundleError, match=f"cannot be checked .{type(error).__name__}") as caught:
         Bundle.open(bundle)
     assert caught.value.__cause__ is error and "\n" not in str(caught.value)
@@ -426,7 +457,7 @@ def test_a_bundle_that_was_closed_while_it_was_read_is_not_found_good(bundle: Pa
         begun.set()
         go_on.wait(60)
 
-    monkeypatch.setattr("aivmm.runtime.bundle.check_content", slow)
+    monkeypatch.setattr("aivmm.runtime.reading.check_content", slow)
     opened = Bundle.open(bundle, read_later=True)
     opened.start_reading()
     assert begun.wait(60) and opened._reading is not None

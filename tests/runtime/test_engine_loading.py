@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from onnx import TensorProto, helper
 
 from aivmm.errors import BundleError, Unsupported
 from aivmm.runtime.engine import Engine
+from aivmm.runtime.finding import waking
+from aivmm.runtime.onnxruntime import OnnxRuntime
+from aivmm.runtime.ort_library import wake
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, onnx_model, reference
 from tests.runtime.bundles import edit_plan
 from tests.runtime.engines import Load, close_to
@@ -160,3 +164,33 @@ def test_a_runtime_that_is_not_installed_is_an_absent_target(tmp_path: Path, mis
     done = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"{targets[missing]} is not available here" in done.stdout and "running the fallback" in done.stdout
+
+
+def test_what_a_runtime_does_once_in_a_process_is_done_on_another_thread_and_may_fail(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+    threads: list[int] = []
+
+    def wake() -> None:
+        threads.append(threading.get_ident())
+        begun.set()
+        raise RuntimeError("who asks the runtime for more is told")
+
+    asked: list[str] = []
+
+    def wakes(self: OnnxRuntime, name: str) -> Callable[[], object]:
+        asked.append(name)
+        return wake
+
+    monkeypatch.setattr(OnnxRuntime, "wakes", wakes)
+    for _ in range(2):  # with nothing in the cache, and from there
+        engine = load(chain_model(), [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4)])
+        close_to(engine.run({"x": normal(2, 32)}), reference(chain_model(), {"x": normal(2, 32)}))
+    assert begun.is_set() and asked == ["CPU"] * 2 and threading.get_ident() not in threads
+
+
+def test_the_cpus_kernels_are_registered_beside_the_first_load_only() -> None:
+    wake.cache_clear()
+    assert OnnxRuntime().wakes("CPU") is wake and waking(["acme:NPU", ":", OPENVINO, ONNXRUNTIME]) is wake
+    assert OnnxRuntime().wakes("CUDA:0") is None and waking([OPENVINO, "onnxruntime:CUDA:0", "acme:CPU"]) is None
+    wake()
+    assert OnnxRuntime().wakes("CPU") is None and waking([ONNXRUNTIME]) is None

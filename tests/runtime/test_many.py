@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 
 import aivmm
 from aivmm.errors import BundleError, UsageError
-from aivmm.runtime.bundle import check_destination, file_sha256
+from aivmm.runtime.bundle import check_destination
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.family import Bucket, Crop, Dimension, Padding, Served, open_family
 from aivmm.runtime.fitting import Fitter, padded
 from aivmm.runtime.many import Engines, ShapedEngine, load_one
+from aivmm.runtime.reading import file_sha256
 from aivmm.tensors import TensorSpec
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, make_family, normal, reference, token_model
 

@@ -8,7 +8,8 @@ import pytest
 from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Backend
 from aivmm.runtime.config import Config
-from aivmm.runtime.onnxruntime import TRIAL, OnnxRuntime
+from aivmm.runtime.onnxruntime import OnnxRuntime
+from aivmm.runtime.ort_library import TRIAL
 from aivmm.runtime.ort_options import PROVIDERS
 from aivmm.runtime.target import Device, Target, Unavailable
 from tests.contracts import BackendContract

@@ -22,7 +22,7 @@ import aivmm
 from aivmm.db.database import Database
 from aivmm.probes.compare import compare
 from aivmm.probes.records import Measured
-from aivmm.runtime.bundle import file_sha256
+from aivmm.runtime.reading import file_sha256
 from tests.tuner.conftest import Tuned
 from tests.tuner.harness import (
     LIMIT_S,

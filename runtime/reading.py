@@ -1,0 +1,174 @@
+"""The check of what lies in a bundle's files, beside the loading of its models: their SHA-256, and that no model holds compiled code."""
+
+from __future__ import annotations
+
+import _thread
+import hashlib
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from time import perf_counter
+
+import numpy as np
+
+from aivmm.errors import BundleError
+from aivmm.runtime.onnx_arity import short_of_inputs
+
+_COMPILED = b"EPContext"  # the operator of ONNX Runtime that carries blobs, or reads them from a path of its own
+_LARGE_BYTES = 32 << 20  # takes 20 ms to hash, or more
+# A thread that has the interpreter keeps it up to 5 ms from who asks for it back. ONNX Runtime does so between reading a model, which takes
+# it half a millisecond, and the rest of its work: so the other thread begins when that is over.
+_PAUSE_S = 1e-3
+# Hashed at a time. Before and after each the interpreter's lock is taken from who loads the plan meanwhile; larger ones do not stay in the
+# cache of a core, and take new pages where the runtime asks for pages, too.
+_PIECE_BYTES = 256 << 10
+
+
+class Reading:
+    """The check of a bundle's contents, on a thread of its own: hashing and loading leave the interpreter to each other."""
+
+    def __init__(
+        self,
+        folder: Path,
+        files: Mapping[str, str],
+        models: Iterable[str],
+        shown: Path,
+        *,
+        size: int,
+        besides: Callable[[], object] | None = None,
+    ) -> None:
+        """Prepare to read `files` (digests by name) in `folder`; some are `models`. `shown` is what its user calls it, maybe a zip.
+
+        `besides` is checked last: what was left of a plan's text. It raises BundleError.
+
+        What has a large `size` in bytes is begun at once. Reading and loading would take turns with the interpreter, so that what is small
+        waits until the runtimes begin their own work, beside which it is done soon.
+        """
+        self.seconds = 0.0
+        self.waited_s = 0.0  # by those who had nothing else to do meanwhile
+        # Until all is read and found good, and whatever ends the thread before.
+        self._error: BundleError | None = BundleError(f"{shown} was closed before all of it was read")
+        self._given_up = False
+        self._starting = threading.Lock()
+        self._started = False
+        self._pause = threading.Lock()  # held while there is reason to leave the interpreter to who loads
+        self._pause.acquire()
+        self._ended = threading.Lock()  # held until nothing is read any more. An event takes four times as long to make
+        self._ended.acquire()
+        self._began = 0.0  # to read
+        self._what = (folder, files, frozenset(models), shown, besides)
+        if size >= _LARGE_BYTES:
+            self.start(at_once=True)
+
+    def start(self, *, at_once: bool = False, first: Callable[[], object] | None = None) -> None:
+        """Start to read, unless that was done before: in a moment, or `at_once`.
+
+        `first` is done on the thread before it reads: what a runtime does once in a process, without the interpreter. Whatever it raises
+        is left for who asks the runtime for more.
+        """
+        with self._starting:
+            if at_once:
+                self._end_pause()
+            if not self._started:
+                # Not `threading.Thread`, whose `start` waits until the new thread runs: half a millisecond in which nothing is loaded.
+                _thread.start_new_thread(self._read, (first, *self._what))
+                self._started = True
+
+    def _end_pause(self) -> None:
+        if self._pause.locked():
+            self._pause.release()
+
+    def wait(self) -> None:
+        """Return when all is read and found good.
+
+        Raises:
+            BundleError: a file is not what the plan says.
+        """
+        started = perf_counter()
+        self.start(at_once=True)
+        with self._ended:  # for a moment: others may wait, too
+            pass
+        self.waited_s += perf_counter() - max(started, self._began)
+        if self._error is not None:
+            raise self._error
+
+    def end(self) -> None:
+        """Return when nothing is read any more, be it checked or not."""
+        self._given_up = True
+        with self._starting:
+            self._end_pause()
+            if self._started:
+                with self._ended:
+                    pass
+
+    def _read(
+        self,
+        first: Callable[[], object] | None,
+        folder: Path,
+        files: Mapping[str, str],
+        models: frozenset[str],
+        shown: Path,
+        besides: Callable[[], object] | None,
+    ) -> None:
+        if first is None:
+            self._pause.acquire(timeout=_PAUSE_S)
+        else:
+            with suppress(Exception):  # nobody waits for it, and all that follows has to be done
+                first()
+        self._began = started = perf_counter()
+        try:
+            for name, expected in files.items():
+                if self._given_up:
+                    return
+                check_content(folder, name, expected, shown)
+            for name in files:  # last: it is Python's work, and the runtime needs the interpreter at first more than later
+                if self._given_up:
+                    return
+                if name in models:
+                    refuse_compiled(folder / PurePosixPath(name), shown / name)
+            if besides is not None:
+                besides()
+            self._error = None
+        except BundleError as error:
+            self._error = error
+        except OSError as error:
+            self._error = BundleError(f"{shown} cannot be read ({error.strerror or error})")
+        except BaseException as error:  # noqa: BLE001 - raised by `wait`: what could not be checked is not good
+            self._error = BundleError(f"{shown} cannot be checked ({type(error).__name__}: {' '.join(str(error).split())})")
+            self._error.__cause__ = error
+        finally:
+            self.seconds = perf_counter() - started
+            self._ended.release()
+
+
+def check_content(folder: Path, name: str, expected: str, shown: Path) -> None:
+    """Raise BundleError unless the file `name` has the SHA-256 `expected`."""
+    if file_sha256(folder / PurePosixPath(name)) != expected:
+        raise BundleError(
+            f"{shown / name} was changed: its SHA-256 is not the one in the plan", advice="copy the bundle again, or tune again"
+        )
+
+
+def refuse_compiled(model: Path, shown: Path) -> None:
+    """Raise BundleError for a model with a compiled form in it, which a device would execute as it stands, or with malformed nodes."""
+    with model.open("rb") as file:
+        if os.fstat(file.fileno()).st_size:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                if mapped.find(_COMPILED) >= 0:
+                    raise BundleError(f"{shown} holds compiled code ({_COMPILED.decode()})", advice="tune from the original model")
+                short = short_of_inputs(mapped)
+                if short:
+                    raise BundleError(f"{shown} holds {short}", advice="tune from the original model")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        piece = np.empty(min(_PIECE_BYTES, max(1, os.fstat(file.fileno()).st_size)), dtype=np.uint8).data
+        while size := file.readinto(piece):
+            digest.update(piece[:size])
+    return digest.hexdigest()
