@@ -72,7 +72,8 @@ print(json.dumps({{"imports": t1 - t0, "load": t2 - t1}}))
 
 
 _SIZES = {"8 MB": (512, 1, 8), "80 MB": (1024, 1, 20)}  # name -> width, rows, layers of a chain
-_READY = {OPENVINO: ("openvino", "_import_openvino"), ONNXRUNTIME: ("ort_library", "library")}
+# The backend itself, and what imports its runtime.
+_READY = {OPENVINO: ("openvino", "_import_openvino"), ONNXRUNTIME: ("onnxruntime", "library")}
 _BOTH = 0.9  # of what one core does alone, which each of two does at once where both are this machine's own
 _Times = dict[str, float]
 
