@@ -46,7 +46,7 @@ from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle, normal
 WIDTH, ROWS, LAYERS = 768, 64, 8  # some 5 ms on one core
 BASELINE_CALLS, WATCHED_CALLS, LEAST_CALLS = 1000, 1500, 400  # before a neighbour, with one who is not told, and with one who is
 PAIRS, PAIR_BLOCKS = 8, 4  # with a neighbour and without, to see how strong he is
-SHARE, SHARES = 0.16, (0.1, 0.3)  # of the core: at first, and at least and at most
+SHARE, SHARES = 0.18, (0.1, 0.3)  # of the core: at first, and at least and at most
 SLICES_S = (2e-3, 4e-3, 12e-3)  # in which he takes it
 SLOWDOWN, WORST_SLOWDOWN, TOLD_WITHIN = 1.3, 1.4, 200
 
@@ -233,12 +233,13 @@ def is_wanted(trial: dict[str, Any]) -> bool:
 
 
 def next_share(trials: Sequence[dict[str, Any]]) -> float:
-    """Return what share of the core a neighbour is to have next, after what trials have shown of some."""
-    if not trials:
+    """Return what share of the core a neighbour is to have next, after what trials have shown of those with the same slices."""
+    alike = [each for each in trials if each["slice_s"] == SLICES_S[len(trials) % len(SLICES_S)]]
+    if not alike:
         return SHARE
     wanted = (SLOWDOWN + WORST_SLOWDOWN) / 2 - 1
-    found = trials[-1]["share"] * wanted / max(trials[-1]["slowdown"] - 1, wanted / 2)
-    return float(min(max((found + trials[-1]["share"]) / 2, SHARES[0]), SHARES[1]))  # half of the way: one trial is but one
+    found = alike[-1]["share"] * wanted / max(alike[-1]["slowdown"] - 1, wanted / 2)
+    return float(min(max((found + alike[-1]["share"]) / 2, SHARES[0]), SHARES[1]))  # half of the way: one trial is but one
 
 
 def described(trial: dict[str, Any]) -> str:

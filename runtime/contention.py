@@ -21,6 +21,7 @@ from aivmm.runtime.cusum import Cusum
 
 _ALLOWANCE = math.log(1.2) / 2  # half of the part of a 30 % slowdown that may be waits: the neighbour's traces in the caches are the rest
 _LEAST_LIMIT = 0.3  # of the statistic, whose noise is that much smaller than that of what calls take
+_TOLD = math.log(1.13)  # how much longer calls have to take for their CPU time, on average: less is no slowdown of 30 %
 _NEAR = 0.15  # to the limit: who has slices of a core is not met by each observation
 _SUSPECTED = 2  # observations in a row that are above the level: from there on the accounts are compared
 _AGAIN = 1.08  # they are looked at again when there are so many times as many calls ...
@@ -194,6 +195,8 @@ class Contention:
             return None
         held = self._held
         if not self._may_ask() or held.calls < held.asked_calls * _AGAIN or math.log(held.busy_ns / held.calls) <= above:
+            return None
+        if math.log(held.busy_ns / max(held.own_ns, 1.0)) < self._cusum.baseline + _TOLD:
             return None
         found = self._ask()
         if found is None or found.cause is None:
