@@ -53,6 +53,8 @@ class Engine:
         self._bundle = bundle
         self._lock, self._closed = threading.Lock(), False
         self.plan: Plan = bundle.plan
+        if wake := waking(each.target for each in self.plan.stages):  # early: all that follows goes on beside it
+            bundle.start_reading(first=wake)
         self.events: list[str] = []  # what did not go as planned: fallbacks taken, conditions that differ
         self._targets: dict[str, Target] = {}
         self.attempts: list[Attempt] = []  # the plan and its fallbacks, in the order they were tried
@@ -60,8 +62,6 @@ class Engine:
         self._failover = threading.Lock()
         self._beyond_help = False  # a stage died, and no fallback was left
         self._blobs = BlobCache(bundle.digest) if cache else None
-        if wake := waking(each.target for each in self.plan.stages):
-            bundle.start_reading(first=wake)
         self._program, self.validity = self._compile()
         try:
             bundle.verify()
