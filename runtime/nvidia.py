@@ -20,7 +20,8 @@ from aivmm.errors import Unsupported
 from aivmm.runtime.nvml import nvidia_devices
 from aivmm.runtime.target import Device
 
-DRIVER_ADVICE = "install the NVIDIA driver"
+_NO_DRIVER = "no NVIDIA driver"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 EXTRA_ADVICE = 'pip install "aivmm[cuda]"'
 TENSORRT_ADVICE = 'pip install "tensorrt-cu13<11"'  # the provider of onnxruntime-gpu 1.31 links against libnvinfer.so.10
 
@@ -42,15 +43,28 @@ def cuda_devices() -> tuple[tuple[Device, ...], str]:
         found = tuple(_card(driver, number) for number in range(_count(driver)))
     except Unsupported as error:
         return (), _why_none(error.message)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    hidden = f"CUDA shows no card (CUDA_VISIBLE_DEVICES is {visible!r})" if visible is not None else "CUDA shows no card"
-    return found, "" if found else hidden
+    return found, "" if found else f"CUDA shows no card{_hidden()}"
+
+
+def driver_advice(reason: str, libraries: str = "") -> str:
+    """Return what to do where `cuda_devices` gives no card for `reason`; `libraries` is the advice on what is needed besides a driver."""
+    if _VISIBLE in reason:
+        return f"unset {_VISIBLE}, or name cards in it as nvidia-smi -L lists them"
+    if reason.startswith(_NO_DRIVER):
+        then = f", then {libraries}" if libraries else ""
+        return f"install the NVIDIA driver (a container has its host's: start it with --gpus all){then}"
+    return "see what nvidia-smi says; after the driver was updated the machine has to be restarted"
 
 
 def _why_none(problem: str) -> str:
-    """Say which half is missing: NVML may see the cards that CUDA cannot use."""
+    """Say which half is missing: NVML may see the cards that CUDA cannot use, or was told not to."""
     seen, _ = nvidia_devices()
-    return f"{problem}, though NVML sees {seen[0].model}" if seen else problem
+    return f"{problem}, though NVML sees {seen[0].model}{_hidden()}" if seen else problem
+
+
+def _hidden() -> str:
+    visible = os.environ.get(_VISIBLE)
+    return f" ({_VISIBLE} is {visible!r})" if visible is not None else ""
 
 
 @cache
@@ -135,7 +149,7 @@ def _driver() -> Any:
     try:
         library = ctypes.CDLL(_DRIVER)
     except OSError:
-        raise Unsupported(f"no NVIDIA driver ({_DRIVER} is missing)") from None
+        raise Unsupported(f"{_NO_DRIVER} ({_DRIVER} is missing)") from None
     _ask(library, "cuInit", 0)
     return library
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -16,7 +18,7 @@ from aivmm.runtime.cpu import cpu_device
 from aivmm.runtime.cuda import Stream, ThreadsCard, pinned_empty
 from aivmm.runtime.cuda_copies import CardCopier, index_of
 from aivmm.runtime.inputs import is_numpy
-from aivmm.runtime.nvidia import DRIVER_ADVICE, cuda_devices, cuda_major, libraries_loaded, missing_library
+from aivmm.runtime.nvidia import cuda_devices, cuda_major, driver_advice, libraries_loaded, missing_library
 from aivmm.runtime.ort_library import TRIAL, library, wake, was_woken
 from aivmm.runtime.ort_options import (
     EXECUTION_MODES,
@@ -76,7 +78,7 @@ class OnnxRuntime:
         if kind in NVIDIA:
             devices, reason = cuda_devices()
             if not devices:
-                yield Unavailable(target=f"onnxruntime:{kind}", reason=reason, advice=DRIVER_ADVICE)
+                yield Unavailable(target=f"onnxruntime:{kind}", reason=reason, advice=driver_advice(reason, provider.advice))
             for index, device in enumerate(devices):
                 yield self._try(kind, f"{kind}:{index}", device, index)
         elif kind == "CPU":
@@ -226,6 +228,8 @@ class OnnxRuntime:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        for name, value in PROVIDERS[_kind(target)].session.items():
+            _set(options, name, value)
         provider_options: dict[str, str] = {"device_id": target.name.split(":")[1]} if ":" in target.name else {}
         known = PROVIDERS[_kind(target)].options
         for name, value in config.settings:
@@ -252,6 +256,8 @@ class OnnxRuntime:
         options.log_severity_level = 4
         if kind != "CPU":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        for setting, value in provider.session.items():
+            _set(options, setting, value)
         chosen: Any = provider.name if index is None else (provider.name, {"device_id": str(index)})
         try:
             session = ort.InferenceSession(TRIAL, options, providers=[chosen], enable_fallback=0)
@@ -323,6 +329,7 @@ class _Executable:
         self._session = session
         self._target = target
         self._asked = config
+        self._turn: AbstractContextManager[Any] = Lock() if PROVIDERS[_kind(target)].one_call else nullcontext()
         self.written: tuple[Path, TemporaryDirectory[str]] | None = None  # the optimized graph, until it is asked for
         self.inputs: Sequence[TensorSpec] = tuple(_spec(each) for each in session.get_inputs())
         self.outputs: Sequence[TensorSpec] = tuple(_spec(each) for each in session.get_outputs())
@@ -362,7 +369,9 @@ class _Executable:
         """Make another request. One session serves several at once."""
         if any(spec.dtype in ("string", "unknown") for spec in (*self.inputs, *self.outputs)):
             return FeedRequest(self._session, self.inputs, self.outputs)
-        return (BoundRequest if _kind(self._target) == "CPU" else RebindingRequest)(self._session, self.inputs, self.outputs)
+        if _kind(self._target) == "CPU":
+            return BoundRequest(self._session, self.inputs, self.outputs)
+        return RebindingRequest(self._session, self.inputs, self.outputs, around=self._turn)
 
     def close(self) -> None:
         """Drop the session."""

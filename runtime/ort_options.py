@@ -28,6 +28,8 @@ class Provider:
     kind: DeviceKind = "other"
     device: str = ""  # what it runs on, where nothing but the provider itself finds that out
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # options worth a search, each with its values, the default first
+    session: Mapping[str, Setting] = field(default_factory=dict)  # settings of the session that it asks for
+    one_call: bool = False  # of a session at a time
     advice: str = ""
 
 
@@ -85,6 +87,9 @@ PROVIDERS = {
         device="DirectX 12 adapter",
         options=frozenset({"performance_preference", "device_filter", "disable_metacommands", "enable_dynamic_graph_fusion"}),
         choices={"performance_preference": ("default", "high_performance", "minimum_power"), "disable_metacommands": ("False", "True")},
+        # Its page: without these two a session is refused, and only one thread may call Run of a session.
+        session={"enable_mem_pattern": False, "execution_mode": "sequential"},
+        one_call=True,
         advice="update the graphics driver: DirectML needs DirectX 12",
     ),
     "QNN": Provider(
@@ -269,7 +274,7 @@ def cuda_knobs() -> tuple[Knob, ...]:
 
 
 def provider_knobs(kind: str) -> tuple[Knob, ...]:
-    """Return the knobs of a provider that we know by its documentation only: those of its table, and how far the graph is rewritten."""
+    """Return the knobs of a provider that we know by its documentation only: the choices of its table."""
     return tuple(
         Knob(PROVIDER_PREFIX + option, "choice", f"{option} of {PROVIDERS[kind].name}", choices=values, default=values[0])
         for option, values in PROVIDERS[kind].choices.items()

@@ -12,7 +12,7 @@ import typer
 from aivmm.planner.levels import SERVICE_LEVELS, goal
 from aivmm.tuner.command import Backends, Db, Json, Quiet, print_json
 from aivmm.tuner.config_file import Defaults
-from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions, parse_batches, parse_budget, parse_list
+from aivmm.tuner.options import BUDGET_HELP, DEFAULT_BUDGET_S, TuneOptions, parse_batches, parse_budget, parse_list
 from aivmm.tuner.printing import print_dry_run, print_many, print_outcome
 from aivmm.tuner.shapes import parse_dim_lists, parse_shape_lists, wanted
 
@@ -103,9 +103,7 @@ def tune(
             metavar="MODULE:FUNCTION", help='Your own measure of accuracy, for `--constraint "metric>=0.9"`.', rich_help_panel=_GOAL
         ),
     ] = None,
-    budget: Annotated[
-        str, typer.Option(metavar="TIME", help="Time for measuring and searching; the proof comes on top.", rich_help_panel=_EFFORT)
-    ] = f"{DEFAULT_BUDGET_S:.0f}s",
+    budget: Annotated[str, typer.Option(metavar="TIME", help=BUDGET_HELP, rich_help_panel=_EFFORT)] = f"{DEFAULT_BUDGET_S:.0f}s",
     trials: Annotated[
         int | None, typer.Option(metavar="N", help="Points to try; default: as the budget allows.", rich_help_panel=_EFFORT)
     ] = None,

@@ -85,6 +85,8 @@ class Cutter:
             UsageError: cuts were asked for, and there is no such plan.
         """
         work, structure = self._work, self._work.subject.structure
+        if self._measure_new and len(work.targets) > 1:
+            work.progress.phase("looking for cut plans worth proving")
         self._configs = configs
         self._resting = {
             str(each): resting(configs.get(str(each), Config(precision="fp32")), work.lab.knobs(each))

@@ -117,7 +117,7 @@ class DepthSearch:
 
     def _raced(self, held: _Held, depth: int, best: int, mine: ProbeKey, beside: ProbeKey) -> list[Measured]:
         """Race a depth with the best before it, 0 the reference, and store what came out."""
-        self.work.progress.detail("pipeline: measuring how many requests its stages take at once")
+        self.work.progress.detail(f"pipeline: measuring how many requests its stages take at once ({depth} of {MOST_DEPTH})")
         contestants = [held.contestant(each) for each in (depth, best)]
         both = [each for each in contestants if each is not None]
         if len(both) < 2:

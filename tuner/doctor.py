@@ -172,6 +172,7 @@ def _working(name: str, target: Target) -> Finding:
     told = {"compute_capability": "compute capability {}", "DEVICE_ARCHITECTURE": "{}", "NPU_COMPILER_VERSION": "compiler {}"}
     parts += [text.format(device.properties[each]) for each, text in told.items() if each in device.properties]
     parts += ["an instance of a divided card (MIG)"] if device.properties.get("mig") else []
+    parts += [device.uid] if device.uid.startswith(("GPU-", "MIG-")) else []  # which of several like cards it is, as nvidia-smi -L has it
     parts += [f"limited to {device.power_limit_w:.0f} W"] if device.power_limit_w else []
     return Finding(name, "ok", f"{target}: {', '.join([*parts, *([memory] if memory else [])])}; {', '.join(target.precisions)}")
 

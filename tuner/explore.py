@@ -23,7 +23,7 @@ from aivmm.tuner.knobs import that_can_matter
 from aivmm.tuner.measure import Measurer
 from aivmm.tuner.precision import Scout
 from aivmm.tuner.room import most_replicas
-from aivmm.tuner.starts import can_be_replicated, of_similar_models, promising, side_by_side
+from aivmm.tuner.starts import can_be_replicated, most_callers, of_similar_models, promising, side_by_side
 from aivmm.tuner.told import as_told, point_in, point_of
 from aivmm.tuner.work import Work
 from aivmm.tuner.worth import JUDGED_IN_SEARCH, Standing, keeps, speed_decides, try_cards
@@ -101,6 +101,7 @@ class Explorer:
             rate=counts_rate(self.work.options.objectives, self.work.constraints),
             cards_only=counts_cards_only(self.work.targets),
             stop=self.work.asked,
+            say=self.work.progress.detail,
         )
         first = self.measurer.reference
         recalled = self.measurer.recall(self._all_measured_targets(pairs))
@@ -288,10 +289,9 @@ class Explorer:
 
     def _space(self, precisions: Mapping[Target, Sequence[str | None]], batches: Sequence[int]) -> Space:
         """Return the space of a search on the targets that have `precisions`."""
-        targets, callers, replicated = list(precisions), 1, list[Target]()
-        if self.work.options.drive == "throughput":
-            callers = max(2, *(2 * (target.device.cores or 2) for target in targets), 2)
-            replicated = [target for target in targets if can_be_replicated(target)]
+        targets, throughput = list(precisions), self.work.options.drive == "throughput"
+        callers = max(2, *map(most_callers, targets), 2) if throughput else 1
+        replicated = [target for target in targets if throughput and can_be_replicated(target)]
         return Space(
             targets=targets,
             knobs={str(target): that_can_matter(self.work.lab.knobs(target), target, self.work.subject.structure) for target in targets},

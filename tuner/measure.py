@@ -71,6 +71,7 @@ class Measurer:
     rate: bool = False  # what is answered in a second counts, also of one caller; see `Contestant.rate`
     cards_only: bool = False  # the energy that counts is that of cards: nothing counts the host's
     stop: Callable[[], bool] | None = None  # True: races end as soon as they may
+    say: Callable[[str], None] = lambda text: None  # what is loaded now
     counts: Counts = field(default_factory=Counts)
     _loaded: dict[str, Loaded] = field(default_factory=dict)
     _races: dict[str, dict[str, Measured]] = field(default_factory=dict)  # race -> key digest -> outcome
@@ -250,6 +251,7 @@ class Measurer:
         if held is not None and held.contestant.worker.pid and held.contestant.worker.generation == held.contestant.generation:
             return held
         self._loaded.pop(candidate.key, None)
+        self.say(f"loading {candidate}")
         key = self.key(candidate)
         try:
             prepared = self.subject.at(candidate.batch)

@@ -18,7 +18,10 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32)
 LARGE_BATCHES = (1, 4, 16, 32, 64, 128)  # for devices with memory of their own, which small batches leave idle
 DEFAULT_BUDGET_S = 60.0
+BUDGET_HELP = "Time to search in. Loading, what is timed whole for throughput, and the proof come on top: `--dry-run` says how much."
 DEFAULT_COSINE = 0.999
+# What comes on top of the budget takes as long as that at most, but for small ones, and of large ones a share.
+_LEAST_S, _ENOUGH_S, _SHARE = 15.0, 90.0, 0.5
 
 
 OTHER_SHAPES = ("refuse", "dynamic")
@@ -120,6 +123,18 @@ class TuneOptions:
         for name in ("output", "inputs"):
             raw[name] = None if raw[name] is None else str(raw[name])
         return {name: list(value) if isinstance(value, tuple) else value for name, value in raw.items()}
+
+
+def allowed_s(budget_s: float) -> float:
+    """Return how many seconds on top of a budget each kind of what is timed whole may take: several callers, and copies with pipelines."""
+    return max(min(_ENOUGH_S, max(_LEAST_S, budget_s)), _SHARE * budget_s)
+
+
+def on_top(budget_s: float, drive: str, *, cards: bool) -> str:
+    """Say what a tuning takes beyond its budget; `cards`: targets have memory of their own."""
+    whole = f"up to about {allowed_s(budget_s):.0f} s each for several callers on the engine and for copies and pipelines, "
+    long = ", and on cards more: each of ten or more sessions takes seconds to load" if cards else " (more where models are slow)"
+    return f"{whole if drive == 'throughput' else ''}tens of seconds for the proof and the report{long}"
 
 
 def parse_budget(text: str) -> float:

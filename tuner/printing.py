@@ -89,7 +89,7 @@ def print_dry_run(found: dict[str, Any], as_json: bool) -> None:
         print(f"search     {target}: {', '.join(knobs) or 'nothing to tune'}")
     print(f"batches    {', '.join(map(str, found['batches']))}")
     print(f"parts      {found['blocks']} blocks and {found['operators']} unique operators on each target")
-    print(f"budget     {found['budget_s']:.0f} s, and on top tens of seconds for the proof and the report (more where models are slow)")
+    print(f"budget     {found['budget_s']:.0f} s, and on top {found['on_top']}")
     for each in found["notes"]:
         print(f"note: {each}", file=sys.stderr)
 

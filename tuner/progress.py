@@ -22,7 +22,7 @@ class Progress(Protocol):
         """A new phase starts."""
 
     def detail(self, text: str, *, best: str = "", left_s: float | None = None) -> None:
-        """What is measured now, the best so far, and the seconds left of the budget."""
+        """What is measured now, the best so far, and the seconds left of the budget, which may be spent: not all that is done is in it."""
 
     def note(self, text: str) -> None:
         """Something that the user should know."""
@@ -121,7 +121,7 @@ class Rich:
 def _joined(text: str, best: str, left_s: float | None) -> str:
     parts = [text, best]
     if left_s is not None:
-        parts.append(f"{max(0.0, left_s):.0f} s left")
+        parts.append(f"{left_s:.0f} s of the budget left" if left_s >= 0.5 else "the budget is spent")
     return ", ".join(part for part in parts if part)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import count
 from threading import BoundedSemaphore
 
 from aivmm.errors import AivmmError
@@ -79,12 +80,13 @@ class Prover:
         self._may_win_slow = forced or objectives[0].name not in _SPEED or bool(limited)
         self._asks_compile = not wanted.isdisjoint({"compile", "first_inference"})
         self._cards: dict[str, BoundedSemaphore] = {}
+        self._ready = count(1)
 
     def run(self) -> Proof:
         """Prove. The workers are ended in any case."""
         entrants = self._proof.entrants
         try:
-            self._tell("loading the finalists and the baselines", None)
+            self._tell_loading(0)
             self._cards = {card: BoundedSemaphore(_LOADS) for each in entrants for card in _cards_of(each)}
             # Several at a time to save time, but one at a time where it counts what loading takes.
             with ThreadPoolExecutor(max_workers=1 if self._asks_compile else loads_at_once(usable_cores())) as pool:
@@ -105,6 +107,10 @@ class Prover:
             for card in _cards_of(entrant):
                 held.enter_context(self._cards[card])
             self._load_now(entrant)
+        self._tell_loading(next(self._ready))  # on cards this takes longer than all races
+
+    def _tell_loading(self, ready: int) -> None:
+        self._tell(f"loading the finalists and the baselines: {ready} of {len(self._proof.entrants)} are ready", None)
 
     def _load_now(self, entrant: Entrant) -> None:
         entrant.worker = Worker(f"proof of {entrant.draft.name}")

@@ -40,7 +40,7 @@ from aivmm.tuner.handover import HandoverProber
 from aivmm.tuner.interrupt import Interrupts
 from aivmm.tuner.layout import cut_around_refused, cut_around_wrong, cut_as_asked
 from aivmm.tuner.memory_copies import CopyProber
-from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
+from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions, on_top
 from aivmm.tuner.piecewise import refer_in_pieces
 from aivmm.tuner.precision_record import precision_record
 from aivmm.tuner.progress import Progress
@@ -467,6 +467,7 @@ def _dry_run(work: Work) -> dict[str, Any]:
         "blocks": len(structure.blocks),
         "operators": len(structure.operators),
         "budget_s": work.options.budget_s,
+        "on_top": on_top(work.options.budget_s, work.options.drive, cards=any(each.device.memory_bytes for each in work.targets)),
     }
 
 

@@ -15,6 +15,7 @@ from aivmm.tuner.room import most_replicas
 from aivmm.tuner.work import Work
 
 _LOADS = ((64, 4), (128, 8), (32, 8), (128, 4))  # (batch, callers) that keep a card busy, in the order to try them
+_ON_A_CARD = max(callers for _, callers in _LOADS)
 _THREADS = frozenset({"INFERENCE_NUM_THREADS", "intra_op_num_threads", "threads"})
 
 
@@ -40,6 +41,11 @@ def promising(space: Space, precisions: Mapping[Target, Sequence[str | None]], v
             ordered = [*lowered, *(each for each in known if each not in lowered)]
             found += [Candidate(target=target, config=Config.of(config, precision=each), batch=batch, callers=callers) for each in ordered]
     return found
+
+
+def most_callers(target: Target) -> int:
+    """Return how many callers at most a search tries on a target: two for each core; on a card as many as can be promising there."""
+    return _ON_A_CARD if target.device.memory_bytes else 2 * (target.device.cores or 2)
 
 
 def can_be_replicated(target: Target) -> bool:

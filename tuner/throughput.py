@@ -16,12 +16,13 @@ from aivmm.tuner.copying import WORTH, Copier, Known
 from aivmm.tuner.depths import DepthSearch
 from aivmm.tuner.measure import Measurer
 from aivmm.tuner.narrow import narrowed, parts_of, with_threads
+from aivmm.tuner.options import allowed_s
 from aivmm.tuner.pipelining import Pipeliner
 from aivmm.tuner.room import memory_of, most_replicas
 from aivmm.tuner.together import Together
 from aivmm.tuner.tried import Tried
 from aivmm.tuner.verdict import describe
-from aivmm.tuner.whole import Whole, allowed_s
+from aivmm.tuner.whole import Whole
 from aivmm.tuner.work import Work
 
 _PIPELINE_SIGMA, _COPIES_SIGMA = 0.2, 0.1  # relative: blocks in proportion to the whole, or the whole itself, and factors of pairs
@@ -67,6 +68,8 @@ class Finder:
         together = Together(work=self.work, counts=self.measurer.counts, measure_new=self.measure_new)
         best_s = self.best_s
         parts = self.learn(self._parts())
+        if self.measure_new:
+            self.work.progress.phase("trying copies and pipelines, whose parts run at once")
         found = []
         forced = self.work.min_segments > 1
         if not forced:

@@ -87,6 +87,7 @@ class Together:
     ) -> dict[ProbeKey, Samples]:
         bundle = self.work.folder / f"at-once-{self._number}-{draft.mode}-{draft.batch}.aivmm"
         self._number += 1
+        self.work.progress.detail(f"loading and timing the parts of {draft.name} alone and beside each other ({self._number})")
         self.work.emitter(draft.batch).write(draft, bundle, objective=self.work.options.objective)
         for pid in self.work.lab.pids():
             wait_until_quiet(pid)

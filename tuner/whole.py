@@ -27,19 +27,13 @@ from aivmm.probes.records import Measured, Outcome, ProbeKey, Samples
 from aivmm.runtime.environment import environment_of
 from aivmm.runtime.null import counts_itself
 from aivmm.tuner.measure import Measurer, fresh
+from aivmm.tuner.options import allowed_s
 from aivmm.tuner.work import Work
 
 _RACE_S = 4.0
 _ROUNDS = 20
 _NEAR = 1.1  # of the least time: who is farther behind is told by what the search measured
-# What is measured here comes on top of the budget: as long as that at most, but for small ones, and of large ones a share.
-_LEAST_S, _ENOUGH_S, _SHARE = 15.0, 90.0, 0.5
 _LOADING = 0.5  # of that time; the race has what is left
-
-
-def allowed_s(budget_s: float) -> float:
-    """Return how many seconds may be spent on top of a budget."""
-    return max(min(_ENOUGH_S, max(_LEAST_S, budget_s)), _SHARE * budget_s)
 
 
 def at_its_batch(work: Work, draft: Draft) -> Draft:
@@ -136,14 +130,15 @@ class Whole:
         reference = self.measurer.load_reference()
         if reference is None:
             return {}
-        self.work.progress.detail("measuring all callers at once, on the engine")
+        what = "all callers at once, on the engine"
         rival = fresh(reference, rate=self.measurer.rate)
         rival.keep = True
         entrants: dict[str, Contestant] = {}
         with ExitStack() as workers:
-            for draft in drafts:
+            for number, draft in enumerate(drafts, 1):
                 if self.stop():
                     return {}
+                self.work.progress.detail(f"{what}: loading {number} of {len(drafts)}")
                 if entrants and time.perf_counter() - began > _LOADING * self.most_s:
                     break
                 bundle = self.work.folder / f"whole-{keys[draft.name][0].subject[-16:]}-{draft.batch}.aivmm"
@@ -161,6 +156,7 @@ class Whole:
                 budget_s=budget_s,
                 seed=self.work.options.seed,
                 stop=lambda: self.stop() and not stopped.append(True),  # type: ignore[func-returns-value]
+                tell=lambda state: self.work.progress.detail(f"{what}: round {state.round} with {len(entrants)} of them"),
                 enough=lambda done: done >= _ROUNDS,
             )
             if stopped:
@@ -229,6 +225,8 @@ def raced_whole(
     near = dict.fromkeys(each for each, _ in close if each.callers > 1)
     if work.asked() or not near:
         return {}
+    if measure_new:
+        work.progress.phase("measuring on the engine what serves several callers")
     blocks = len(work.subject.structure.blocks)
     drafts = {each.key: Draft.whole(f"{each.target} of {each.callers} callers, {number}", each, blocks) for number, each in enumerate(near)}
     whole = Whole(

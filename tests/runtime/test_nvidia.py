@@ -10,11 +10,11 @@ import pytest
 
 from aivmm.errors import Unsupported
 from aivmm.runtime.config import Config
-from aivmm.runtime.nvidia import cuda_devices, missing_library, same_card
+from aivmm.runtime.nvidia import cuda_devices, driver_advice, missing_library, same_card
 from aivmm.runtime.nvml import nvidia_devices
 from aivmm.runtime.onnxruntime import OnnxRuntime
 from aivmm.runtime.ort_options import NVIDIA, PROVIDERS
-from aivmm.runtime.target import Target, Unavailable
+from aivmm.runtime.target import Device, Target, Unavailable
 from tests.contract_models import relu_model
 
 
@@ -101,7 +101,37 @@ def test_without_a_card_the_reason_is_the_driver_and_not_the_libraries() -> None
         pytest.skip("this machine has a card")
     assert "no NVIDIA driver" in reason
     absent = [each for each in OnnxRuntime().targets() if isinstance(each, Unavailable) and each.target.split(":")[1] in NVIDIA]
-    assert all(each.reason == reason and "driver" in each.advice for each in absent)
+    for each in absent:  # who does the one finds the other missing next
+        assert each.reason == reason and "driver" in each.advice and PROVIDERS[each.target.split(":")[1]].advice in each.advice
+
+
+@pytest.mark.parametrize(
+    ("reason", "does"),
+    [
+        ("no NVIDIA driver (libcuda.so.1 is missing)", "install the NVIDIA driver"),
+        ("CUDA shows no card (CUDA_VISIBLE_DEVICES is '')", "unset CUDA_VISIBLE_DEVICES"),
+        ("CUDA's driver failed (no device in cuInit), though NVML sees A Card (CUDA_VISIBLE_DEVICES is '7')", "unset CUDA_VISIBLE_DEVICES"),
+        ("CUDA's driver failed (unknown error in cuInit)", "nvidia-smi"),
+    ],
+)
+def test_no_driver_is_advised_where_there_is_one(reason: str, does: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert does in driver_advice(reason)
+    assert ("install" in driver_advice(reason)) == reason.startswith("no NVIDIA driver")
+    monkeypatch.setattr("aivmm.runtime.onnxruntime.cuda_devices", lambda: ((), reason))
+    absent = [each for each in OnnxRuntime().targets() if isinstance(each, Unavailable) and each.target.split(":")[1] in NVIDIA]
+    assert all(does in each.advice for each in absent)
+
+
+def test_a_card_that_the_environment_hides_from_cuda_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> None:
+        raise Unsupported("CUDA's driver failed (no CUDA-capable device is detected in cuInit)")
+
+    card = Device(kind="gpu", model="A Card", uid="GPU-3735863d-e7b0-d9b7-74dd-909e838c722a")
+    monkeypatch.setattr("aivmm.runtime.nvidia._driver", failing)
+    monkeypatch.setattr("aivmm.runtime.nvidia.nvidia_devices", lambda: ((card,), ""))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found, reason = cuda_devices.__wrapped__()
+    assert found == () and "NVML sees A Card" in reason and "unset CUDA_VISIBLE_DEVICES" in driver_advice(reason)
 
 
 @pytest.mark.parametrize("kind", [each for each in PROVIDERS if each != "CPU"])

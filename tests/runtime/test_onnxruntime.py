@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 from aivmm.errors import Unsupported
 from aivmm.runtime.backend import Backend
 from aivmm.runtime.config import Config
-from aivmm.runtime.onnxruntime import OnnxRuntime
+from aivmm.runtime.onnxruntime import OnnxRuntime, _Executable
 from aivmm.runtime.ort_library import TRIAL
 from aivmm.runtime.ort_options import PROVIDERS
+from aivmm.runtime.ort_requests import BoundRequest
 from aivmm.runtime.target import Device, Target, Unavailable
 from tests.contracts import BackendContract
 
@@ -60,6 +64,31 @@ def test_the_knobs_of_such_a_provider_are_options_that_it_takes(kind: str) -> No
     knobs = OnnxRuntime().knobs(target)
     assert knobs and all(knob.default == knob.choices[0] for knob in knobs)
     assert {knob.name.removeprefix("provider.") for knob in knobs} <= PROVIDERS[kind].options
+
+
+def test_directml_gets_the_session_that_it_asks_for_and_one_call_at_a_time(relu: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(runtime="onnxruntime", name="DirectML:0", device=Device(kind="gpu", model="an adapter"), runtime_version="1")
+    options, of_provider = OnnxRuntime()._options(target, Config())
+    assert options.enable_mem_pattern is False and options.execution_mode.name == "ORT_SEQUENTIAL" and of_provider == {"device_id": "0"}
+    # There is no such adapter here: the CPU's session stands for one.
+    session = OnnxRuntime().compile(relu, cpu(), Config())._session
+    executable = _Executable(session, target, Config())
+    within, met, running = threading.Lock(), threading.Event(), 0
+    most: list[int] = []
+
+    def run(self: BoundRequest) -> None:
+        nonlocal running
+        with within:
+            running += 1
+            most.append(running)
+        met.wait(0.05)
+        with within:
+            running -= 1
+
+    monkeypatch.setattr(BoundRequest, "run", run)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda request: request.run(), [executable.new_request() for _ in range(4)]))
+    assert most == [1, 1, 1, 1]
 
 
 def test_the_placement_counts_the_nodes(relu: bytes) -> None:

@@ -18,6 +18,7 @@ from aivmm.runtime.config import Config
 from aivmm.tuner.certifying import certificate_of
 from aivmm.tuner.cutting import CutPlan
 from aivmm.tuner.expected import in_other_processes
+from aivmm.tuner.options import on_top
 from aivmm.tuner.printing import print_dry_run, print_outcome
 from aivmm.tuner.verdict import stages_json
 from aivmm.tuner.work import Work
@@ -54,7 +55,8 @@ def test_where_nothing_was_foretold_nothing_is_said(capsys: pytest.CaptureFixtur
 def test_a_dry_run_counts_the_proof_on_top_and_sets_it_no_limit_that_it_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
     nothing: dict[str, Any] = {name: [] for name in ("inputs", "constraints", "targets", "unavailable", "baselines", "batches", "notes")}
     model = {"path": "m.onnx", "category": {"name": "vision", "reason": "convolutions"}}
-    print_dry_run({**nothing, "model": model, "objective": "latency", "knobs": {}, "blocks": 3, "operators": 2, "budget_s": 60.0}, False)
+    rest: dict[str, Any] = {"knobs": {}, "blocks": 3, "operators": 2, "budget_s": 60.0, "on_top": on_top(60.0, "latency", cards=False)}
+    print_dry_run({**nothing, "model": model, "objective": "latency", **rest}, False)
     (said,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("budget"))
     assert "60 s, and on top" in said and "at most" not in said
 

@@ -55,6 +55,17 @@ def test_a_card_without_its_software_is_missing_and_no_card_is_absent() -> None:
     assert of["NVIDIA GPU"].state == "missing" and of["NVIDIA GPU"].advice == "install one"
 
 
+def test_like_cards_and_instances_are_told_apart_by_their_ids() -> None:
+    def told(uid: str, **properties: bool) -> str:
+        card = Device(kind="gpu", model="A Card", uid=uid, memory_bytes=1 << 36, properties=properties)
+        target = Target(runtime="onnxruntime", name="CUDA:0", device=card, runtime_version="1")
+        return next(each.detail for each in devices([target], [], None) if each.state == "ok")
+
+    assert "GPU-3735863d-e7b0-d9b7-74dd-909e838c722a" in told("GPU-3735863d-e7b0-d9b7-74dd-909e838c722a")
+    instance = told("MIG-3735863d-e7b0-d9b7-74dd-909e838c722a", mig=True)
+    assert "MIG-3735863d" in instance and "an instance of a divided card (MIG)" in instance
+
+
 def test_a_card_that_no_backend_knows_of_is_shown_too() -> None:
     (found,) = [
         each for each in devices([CPU], [], [Card("gpu", "AMD", "1002:744c", "0000:03:00.0", "amdgpu")]) if each.subject == "AMD GPU"

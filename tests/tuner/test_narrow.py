@@ -12,8 +12,8 @@ from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.target import Target
 from aivmm.tuner.copying import Known
 from aivmm.tuner.narrow import cores_of, narrowed, parts_of, with_threads
+from aivmm.tuner.options import allowed_s
 from aivmm.tuner.throughput import Finder
-from aivmm.tuner.whole import allowed_s
 from tests.planner.test_search import target
 
 OV = (Knob(name="INFERENCE_NUM_THREADS", kind="int", low=1, high=16, default=None, why="-"),)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -13,6 +15,8 @@ from aivmm.probes import wire
 from aivmm.runtime.config import Config
 from aivmm.runtime.ort_options import cpu_knobs, cuda_knobs
 from aivmm.runtime.target import Device, Target
+from aivmm.tuner.explore import Explorer
+from aivmm.tuner.options import LARGE_BATCHES, TuneOptions
 from aivmm.tuner.starts import can_be_replicated, promising, side_by_side
 
 CARD = Target(runtime="onnxruntime", name="CUDA:0", device=Device(kind="gpu", model="a card", memory_bytes=1 << 36), runtime_version="1")
@@ -42,6 +46,25 @@ def test_a_card_is_looked_at_first_where_its_promising_settings_stand_together(o
 def test_a_model_of_one_batch_keeps_a_card_busy_by_its_callers() -> None:
     found = promising(_space("throughput", (1,)), {CARD: ["fp32"]}, {})
     assert [(each.batch, each.callers) for each in found] == [(1, 4), (1, 8)]
+
+
+def test_cards_alone_are_searched_with_as_many_callers_as_are_promising_there() -> None:
+    explorer = Explorer(cast(Any, None), searched_before=False)
+    structure = SimpleNamespace(operators=[], cut_points=[], node_count=1)
+    explorer.work = cast(
+        Any,
+        SimpleNamespace(
+            options=TuneOptions(model="m", objective="throughput"),
+            lab=SimpleNamespace(knobs=lambda target: KNOBS[str(target)]),
+            subject=SimpleNamespace(structure=structure),
+        ),
+    )
+    # A card has no number of cores: it was held to the callers of two, and half of what is promising was never asked for.
+    space = explorer._space({CARD: ["fp32"]}, LARGE_BATCHES)
+    found = promising(space, {CARD: ["fp32"]}, {})
+    assert {(each.batch, each.callers) for each in found} == {(64, 4), (128, 8), (32, 8), (128, 4)}
+    assert all(space.params(each) is not None for each in found)
+    assert explorer._space({CPU: ["fp32"]}, (1,)).most_callers == 4
 
 
 def test_replicas_that_divide_the_cores_are_looked_at_early_and_only_on_processors() -> None:
