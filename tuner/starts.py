@@ -45,7 +45,7 @@ def promising(space: Space, precisions: Mapping[Target, Sequence[str | None]], v
 
 def most_callers(target: Target) -> int:
     """Return how many callers at most a search tries on a target: two for each core; on a card as many as can be promising there."""
-    return _ON_A_CARD if target.device.memory_bytes else 2 * (target.device.cores or 2)
+    return _ON_A_CARD if target.device.memory_bytes and target.device.kind != "cpu" else 2 * (target.device.cores or 2)
 
 
 def can_be_replicated(target: Target) -> bool:

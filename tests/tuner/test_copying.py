@@ -28,6 +28,7 @@ from aivmm.tuner.explore import Explorer
 from aivmm.tuner.judging import Judge
 from aivmm.tuner.options import TuneOptions
 from aivmm.tuner.precision_record import _mark_plan
+from aivmm.tuner.progress import Silent
 from aivmm.tuner.proof import Entrant, Proof
 from aivmm.tuner.subject import Further
 from aivmm.tuner.whole import Whole
@@ -272,7 +273,7 @@ def test_only_what_may_be_the_plan_is_raced_on_the_engine(
         "targets": [each for each in targets if each.name == "GPU.1"],
         "min_segments": made.work.options.min_segments,
     }
-    vars(made.work).update(left, asked=lambda: False, subject=SimpleNamespace(structure=structure))
+    vars(made.work).update(left, asked=lambda: False, progress=Silent(), subject=SimpleNamespace(structure=structure))
     made._race_whole(scored)
     assert asked == raced
 
