@@ -67,7 +67,9 @@ class Conditions:
         """Return the numbers by name for the open table of metrics; `when` is "before" or "after"."""
         found = {"cpu_mhz": self.cpu_mhz, "cpu_speed": self.speed}
         for card in self.cards:
-            found |= {f"sm_mhz[{card.uid}]": card.sm_mhz, f"temperature_c[{card.uid}]": card.temperature_c}
+            told = {"sm_mhz": card.sm_mhz, "temperature_c": card.temperature_c, "power_w": card.power_w}
+            found |= {f"{name}[{card.uid}]": value for name, value in told.items()}
+            found |= {_slowed_name(card.uid, reason): 1.0 for reason in card.slowed_by}
         return {f"{name}_{when}": float(value) for name, value in found.items() if value is not None}
 
 
@@ -268,7 +270,10 @@ class CardWatch:
         return both
 
     def metrics(self) -> dict[str, float]:
-        """Return the median clock, the highest temperature and the median power of each card, by name as `Conditions.metrics` does."""
+        """Return the median clock, the highest temperature and the median power of each card, by name as `Conditions.metrics` does.
+
+        What slowed it down is there as the share of the looks that saw it.
+        """
         found: dict[str, float] = {}
         for uid, states in self._seen.items():
             for name, values, of in (
@@ -279,6 +284,8 @@ class CardWatch:
                 known = [float(each) for each in values if each is not None]
                 if known:
                     found[f"{name}[{uid}]_during"] = of(known)
+            for reason in {reason for each in states for reason in each.slowed_by}:
+                found[f"{_slowed_name(uid, reason)}_during"] = sum(reason in each.slowed_by for each in states) / len(states)
         return found
 
     def cautions(self) -> tuple[Caution, ...]:
@@ -289,6 +296,10 @@ class CardWatch:
             for caution in (*_moved(clocks), *_slowed(sorted({reason for each in states for reason in each.slowed_by}))):
                 found[caution.code, caution.message] = caution
         return tuple(found.values())
+
+
+def _slowed_name(uid: str, reason: str) -> str:
+    return f"slowed[{uid}: {reason}]"
 
 
 def _moved(clocks: Sequence[int]) -> Iterable[Caution]:

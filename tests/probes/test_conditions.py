@@ -92,12 +92,15 @@ def test_a_card_that_was_held_down_says_by_what_and_for_how_long() -> None:
 
 
 def test_the_numbers_are_metrics_by_name() -> None:
-    found = replace(CALM, cards=(CARD,)).metrics("before")
+    held = replace(CARD, power_w=310.0, slowed_by=("power brake",))
+    found = replace(CALM, cards=(held,)).metrics("before")
     assert found == {
         "cpu_mhz_before": 3000.0,
         "cpu_speed_before": 1000.0,
         "sm_mhz[GPU-1]_before": 1900.0,
         "temperature_c[GPU-1]_before": 50.0,
+        "power_w[GPU-1]_before": 310.0,
+        "slowed[GPU-1: power brake]_before": 1.0,
     }
     assert Conditions(at_s=0.0).metrics("after") == {}
 
@@ -198,6 +201,13 @@ def test_a_card_is_looked_at_while_it_is_measured() -> None:
         watch.take(state)
     assert watch.metrics() == {"sm_mhz[GPU-1]_during": 1965.0, "temperature_c[GPU-1]_during": 61.0, "power_w[GPU-1]_during": 300.0}
     assert watch.cautions() == ()
+
+
+def test_what_slows_a_card_down_is_stored_as_the_share_of_looks_that_saw_it() -> None:
+    watch = CardWatch([])
+    for state in (card(1980), card(1500, slowed_by=("power brake",)), card(1980), card(1980)):
+        watch.take(state)
+    assert watch.metrics()["slowed[GPU-1: power brake]_during"] == 0.25
 
 
 def test_a_clock_that_moves_and_a_card_that_is_slowed_down_are_cautions() -> None:
