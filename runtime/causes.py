@@ -314,7 +314,8 @@ class Witness:
         if more.waited < lost.enough:
             return None
         waited = f"threads of this process waited for cores, {_share(spent.waited, spent)} s in each second"
-        if spent.others >= lost.enough and more.others >= more.own:
+        # A machine that was full before has no room for more of others; what is more of our own has to be enough to be the cause.
+        if spent.others >= lost.enough and more.own <= max(more.others, lost.enough):
             return Cause("other processes", f"{waited}, and other processes took {self._others(spent)}")
         return Cause("this process", f"{waited}, that others of its threads had")
 

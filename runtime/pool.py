@@ -100,6 +100,11 @@ class Pool:
         for _ in range(waiting):
             self._tokens.put(None)
 
+    def leave_behind(self, why: AivmmError) -> None:
+        """Have no lanes any more, without a lock: whoever takes one without asking finds none, and asks. In the child of a fork only."""
+        self._closed = why
+        self.lanes.clear()
+
     def _wait(self, more: int) -> None:
         """Count who waits, where whoever gives a lane back looks: at the lane, which he has at hand."""
         with self._lock:

@@ -8,6 +8,7 @@ when none is free, who brings the next request waits.
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -73,6 +74,7 @@ class Program:
         self._suspicions = 0
         self._closed = False
         self._why: AivmmError | None = None  # it was given up
+        self.left_behind = False  # in a process that was forked from that which loaded it
         batching = self.execution.batching
         self._batcher = Batcher(self, self.inputs, self.outputs, batch, batching) if batching else None
         by_threads = self.pipelined or batching is not None
@@ -177,7 +179,7 @@ class Program:
         """
         if self._batcher is not None:
             if self._closed:
-                raise self._gone()
+                raise self.gone()
             return self._batcher.submit(inputs, rescue)
         future: Future[Outputs] = Future()
         future.set_running_or_notify_cancel()
@@ -235,7 +237,7 @@ class Program:
     def new_inputs(self) -> dict[str, Buffer]:
         """Return arrays for one request's inputs; see `Lane.new_inputs`."""
         if self._closed:
-            raise self._gone()
+            raise self.gone()
         return self.lanes[0].new_inputs()
 
     def run_on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceTensor]:
@@ -254,7 +256,7 @@ class Program:
             UsageError: the program is closed.
         """
         if self._closed:
-            raise self._gone()
+            raise self.gone()
         try:
             for lane in self.free.takes:
                 return lane
@@ -265,7 +267,7 @@ class Program:
         lane = self.free.get()
         try:
             if self._closed:  # while waiting
-                raise self._gone()
+                raise self.gone()
             with self._lock:
                 self._turn = self._turn or StageClock(full=False)
                 self._turn.waited(perf_counter_ns() - started)
@@ -341,10 +343,21 @@ class Program:
         self.free.close(why)
         _running.discard(self)
 
-    def _closed_to(self, inputs: Mapping[str, Any]) -> Outputs:
-        raise self._gone()
+    def leave_behind(self) -> None:
+        """Refuse requests in a process that was forked: threads, ours and the runtimes', stayed in its parent, so that most would hang.
 
-    def _gone(self) -> AivmmError:
+        No lock is taken here: another thread of the parent may have held it, and is not there to give it back.
+        """
+        why = UsageError("this engine was loaded before the process was forked", advice="load the plan in each process, after the fork")
+        self.left_behind, self._closed, self._why = True, True, why
+        self.ask = self._closed_to
+        self.free.leave_behind(why)
+
+    def _closed_to(self, inputs: Mapping[str, Any]) -> Outputs:
+        raise self.gone()
+
+    def gone(self) -> AivmmError:
+        """Return what a request is told that comes too late."""
         return closed() if self._why is None else type(self._why)(self._why.message, advice=self._why.advice)
 
     def where(self) -> str:
@@ -405,6 +418,17 @@ def _rescue(rescue: Rescue, inputs: Mapping[str, Buffer], error: BaseException, 
 
 _running: weakref.WeakSet[Program] = weakref.WeakSet()
 _PATIENCE_S = 5.0  # for what is still in flight when the interpreter exits
+
+
+def _leave_behind() -> None:
+    """Have engines refuse in the child of a fork. It must not close them: the runtimes would wait for their threads."""
+    for each in list(_running):
+        each.leave_behind()
+    _running.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_leave_behind)
 
 
 @atexit.register

@@ -6,8 +6,10 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from decimal import Decimal
 from fractions import Fraction
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -267,3 +269,30 @@ def test_inputs_without_names_are_refused_in_words_and_in_their_turn(load_watche
         assert_right(next(stream))
     with pytest.raises(UsageError, match="inputs are given by name"):
         next(stream)
+
+
+def test_what_was_stopped_with_the_whole_process_is_not_taken_to_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = [0.0]
+    monkeypatch.setattr("aivmm.runtime.deadline.monotonic", lambda: monotonic() + stopped[0])
+    deadlines, running = Deadlines(60.0), Future[Any]()
+    answer = deadlines.watch(running, lambda: {"late": np.zeros(1)})
+    while not deadlines._thread or deadlines._some.is_set():  # until it waits
+        sleep(0.01)
+    sleep(0.1)
+    before = deadlines._due[0][0]
+    stopped[0] = 100.0  # for as long nothing runs, and this is when all goes on
+    while not answer.done() and deadlines._due[0][0] < before + 99.0:
+        sleep(0.01)
+    running.set_result({"y": np.ones(1)})
+    assert "y" in answer.result(30)
+
+
+def test_the_watch_of_a_closed_engine_ends(load_watched: Load) -> None:
+    engine = load_watched()
+    assert_right(engine.run(X))
+    assert engine._deadlines is not None
+    thread = engine._deadlines._thread
+    engine.close()
+    assert thread is not None
+    thread.join(30)
+    assert not thread.is_alive()
