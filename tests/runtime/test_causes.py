@@ -161,6 +161,20 @@ def test_where_no_cause_is_seen_it_says_what_is_seen_beside(counted: dict[str, f
     assert cause.name == name and words in cause.words
 
 
+def test_on_a_machine_that_was_full_others_are_the_cause_of_waits_although_they_cannot_take_much_more() -> None:
+    """Seen where a test ran beside others: 1.6 of 2 cores before, three more processes on the core, and `this process` was named."""
+    machine = ByHand()
+    machine.cores = 2
+    witness = Witness(machine)
+    witness.begin()
+    calls(machine, witness, 10.0, others=1.6, own=0.4, waited=0.1)
+    witness.usual()
+    witness.suspect()
+    calls(machine, witness, 1.0, factor=2.5, others=1.4, own=0.55, waited=0.8)
+    cause = asked(witness, 1.0, factor=2.5)
+    assert cause is not None and cause.name == "other processes"
+
+
 def test_from_the_beginning_others_are_held_against_a_plan_that_was_proven_alone() -> None:
     machine = ByHand()
     witness = Witness(machine)
