@@ -328,6 +328,7 @@ def test_a_dry_run_says_what_it_would_measure_and_writes_nothing(place: Place, t
     assert {"openvino:CPU", "onnxruntime:CPU"} <= set(found["targets"])
     assert "onnxruntime:CPU default" in found["baselines"]
     assert found["blocks"] >= 2 and found["operators"] >= 3
+    assert found["on_top"].startswith("tens of seconds for the proof")
     assert (found["objective"], found["constraints"]) == ("latency", [])
     assert 'not asked for, and so assumed: --objective latency, --constraint "cosine>=0.999"' in done.err
     assert found["knobs"]["onnxruntime:CPU"]
