@@ -16,6 +16,9 @@ from aivmm.runtime.batching import Outputs
 from aivmm.runtime.plan import Execution
 
 Answer = Callable[[], Outputs]  # what answers a request in the place of a stage that hangs, or raises
+_Due = tuple[float, Future[Outputs], Answer]
+_LOOKS_S = 0.5
+_STOPPED_S = 0.5  # whoever wakes up so late was not let run: the process was stopped, or its machine
 
 
 def _seconds(given: object) -> float:
@@ -47,7 +50,7 @@ class Deadlines:
             )
         self.timeout_s = seconds
         # All wait for as long, so who came first is due first.
-        self._due: deque[tuple[float, Future[Outputs], Answer]] = deque()
+        self._due: deque[_Due] = deque()
         self._some = threading.Event()
         self._lock = threading.Lock()  # for the start alone: no lock is held while an answer is settled, since its callbacks may ask again
         self._thread: threading.Thread | None = None
@@ -92,7 +95,21 @@ def _settle(answer: Future[Outputs], done: Future[Outputs]) -> None:
             answer.set_result(done.result())
 
 
-def _look(deadlines: weakref.ref[Deadlines], due: deque[tuple[float, Future[Outputs], Answer]], some: threading.Event) -> None:
+def _wait(some: threading.Event, at_most_s: float, due: deque[_Due]) -> None:
+    """Wait for `some`; where the process was stopped meanwhile (a frozen container, SIGSTOP), what is due is due as much later.
+
+    Stages were stopped as well: they do not hang, and a plan that is given up does not come back. Only this thread takes from the left.
+    """
+    started = monotonic()
+    some.wait(at_most_s)
+    late_s = monotonic() - started - at_most_s
+    if late_s > _STOPPED_S:
+        for place in range(len(due)):
+            when, answer, instead = due[place]
+            due[place] = when + late_s, answer, instead
+
+
+def _look(deadlines: weakref.ref[Deadlines], due: deque[_Due], some: threading.Event) -> None:
     while True:
         if not due:
             some.clear()  # first: whoever calls after this is seen below, or ends the wait
@@ -105,7 +122,7 @@ def _look(deadlines: weakref.ref[Deadlines], due: deque[tuple[float, Future[Outp
         left = when - monotonic()
         if left > 0 and not answer.done():
             some.clear()
-            some.wait(min(left, 0.5))  # an answer in time frees its place without a sound: look again
+            _wait(some, min(left, _LOOKS_S), due)  # an answer in time frees its place without a sound: look again
             continue
         due.popleft()
         owner = deadlines()

@@ -26,7 +26,6 @@ from aivmm.runtime.lane import Lane
 from aivmm.runtime.loan import Loan
 from aivmm.runtime.paces import PacedMonitor, tell_apart
 from aivmm.runtime.plan import Execution, Plan, Stage, agree
-from aivmm.runtime.pool import closed
 from aivmm.runtime.program import Program
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.signing import Key
@@ -215,8 +214,8 @@ class Engine:
         import asyncio  # here: production that never awaits need not wait for it
 
         with self._lock:
-            if self._closed:
-                raise closed()
+            if self._closed or self._program.left_behind:
+                raise self._program.gone()
             if self._admission is None:
                 self._admission = ThreadPoolExecutor(1, thread_name_prefix="aivmm-admission")
             admitted = self._admission.submit(self.submit, inputs)  # it may have to wait for its turn, so not here
@@ -308,6 +307,7 @@ class Engine:
         with self._failover:  # a fallback that is being compiled comes first
             program = self._program
         program.close()
+        self._deadlines = None  # all is answered, and its thread ends
         if self._admission is not None:  # who still waits there is told that the engine is closed
             self._admission.shutdown()
         self._bundle.close()
