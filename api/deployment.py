@@ -84,7 +84,7 @@ class Deployment:
     def why_not(self, path: Path) -> str:
         """Return why the bundle at `path` is not what is asked for here; empty when it is. Its files are not looked at."""
         if not ((path / PLAN_FILE).is_file() or (path / FAMILY_FILE).is_file()):
-            return "there is none"
+            return "it is a file, and not a bundle's folder (aivmm plan export makes one of a zip)" if path.is_file() else "there is none"
         try:
             plans, fallback = _plans_at(path)
         except (BundleError, OSError) as error:

@@ -372,3 +372,9 @@ def test_deploy_tunes_once_and_then_reuses(tmp_path: Path, monkeypatch: pytest.M
     (bundle,) = (tmp_path / "store").glob("*/*.aivmm")
     with aivmm.deploy(model, **given, may_tune=False) as second, Bundle.open(bundle) as opened:
         assert second.plan.created_at == made == opened.plan.created_at
+
+
+def test_a_zip_in_the_place_of_the_plan_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "m.zip").write_bytes(b"PK")
+    with pytest.raises(UsageError, match=r"m\.zip: it is a file, and not a bundle's folder"):
+        aivmm.deploy("demo:squeezenet", plan=tmp_path / "m.zip", may_tune=False)
