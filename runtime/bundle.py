@@ -16,15 +16,12 @@ from functools import partial
 from os.path import isdir, isfile, join  # where the first answer waits: a path's methods take three to eight times as long when first asked
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from aivmm.errors import BundleError, UsageError
+from aivmm.runtime.folders import PrivateFolder
 from aivmm.runtime.plan import Plan, parse_plan, require_keys_once
 from aivmm.runtime.reading import Reading, file_sha256
 from aivmm.runtime.signing import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, Key, require_signature
-
-if TYPE_CHECKING:
-    from tempfile import TemporaryDirectory
 
 PLAN_FILE = "plan.json"
 FAMILY_FILE = "family.json"  # in its place where a bundle holds several plans; see `aivmm.runtime.family`
@@ -41,7 +38,7 @@ class Bundle:
         folder: Path,
         plan: Plan,
         *,
-        unpacked: TemporaryDirectory[str] | None = None,
+        unpacked: PrivateFolder | None = None,
         reading: Reading | None = None,
         text: bytes | None = None,
         shared: bool = False,
@@ -147,7 +144,7 @@ def is_family(path: str | Path) -> bool:
     return holds(Path(path), FAMILY_FILE)
 
 
-def unpack(path: Path) -> tuple[Path, TemporaryDirectory[str] | None]:
+def unpack(path: Path) -> tuple[Path, PrivateFolder | None]:
     """Return the folder of the bundle at `path`, nothing in it checked yet, and the temporary one that it is when `path` is a zip."""
     if isdir(path):
         return path, None

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 from msgspec import Meta, field
 
 from aivmm.errors import BundleError
 from aivmm.runtime.bundle import FAMILY_FILE, Bundle, check_listing, read_root, unpack, write_folder
+from aivmm.runtime.folders import PrivateFolder
 from aivmm.runtime.plan import Model, Number, Plan, parse_plan
 from aivmm.runtime.reading import Reading, check_content
 from aivmm.runtime.signing import Key
@@ -150,7 +150,7 @@ class OpenFamily:
     family: Family
     plans: Mapping[str, Plan]  # by file
     reading: Reading  # of all files: who uses one waits for it
-    _unpacked: TemporaryDirectory[str] | None = None
+    _unpacked: PrivateFolder | None = None
 
     def bundle(self, plan: str) -> Bundle:
         """Return the bundle that one plan is; closing it removes nothing."""
@@ -193,7 +193,7 @@ def open_family(path: str | Path, *, signed_by: Key | Sequence[Key] | None = Non
         raise BundleError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
-def _opened(path: Path, folder: Path, unpacked: TemporaryDirectory[str] | None, signed_by: Key | Sequence[Key] | None) -> OpenFamily:
+def _opened(path: Path, folder: Path, unpacked: PrivateFolder | None, signed_by: Key | Sequence[Key] | None) -> OpenFamily:
     family = parse_family(read_root(folder, FAMILY_FILE, path, signed_by=signed_by), str(path / FAMILY_FILE))
     size = check_listing(folder, family.files, root=FAMILY_FILE, shown=path)
     plans: dict[str, Plan] = {}

@@ -30,3 +30,30 @@ def cache_path() -> str:
     import platformdirs
 
     return str(platformdirs.user_cache_dir("aivmm", appauthor=False))
+
+
+class PrivateFolder:
+    """A temporary folder that only this user may read, removed by `cleanup`, with the last reference to this, or when the process ends.
+
+    By the process that made it alone: one that was forked from that, and ends, leaves it where it is, which
+    `tempfile.TemporaryDirectory` does not.
+    """
+
+    def __init__(self) -> None:
+        """Make it, empty. Raises OSError where there is no place for it."""
+        import tempfile
+        import weakref
+
+        self.name = tempfile.mkdtemp(prefix="aivmm-")
+        self._remove = weakref.finalize(self, _remove, self.name, os.getpid())
+
+    def cleanup(self) -> None:
+        """Remove it with all that is in it, if it is still there."""
+        self._remove()
+
+
+def _remove(name: str, owner: int) -> None:
+    import shutil
+
+    if os.getpid() == owner:
+        shutil.rmtree(name, ignore_errors=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,13 @@ class ShapedEngine:
     def stream(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Buffer]]:
         """Run each of `requests`, of whatever shape, and yield the outputs in their order; see `Engine.stream`."""
         return ordered(self.submit, sum(each._program.window for each in self._all().values()), requests)
+
+    @contextmanager
+    def lend(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Buffer]]:
+        """Run once and lend the outputs without copying them, but for those that are cropped; see `Engine.lend`. Raises as `run`."""
+        engine, arrays, extents = self._placed(inputs)
+        with engine.lend(arrays) as outputs:
+            yield outputs if extents is None else self.fitter.crop(outputs, extents)
 
     async def arun(self, inputs: Mapping[str, Any]) -> dict[str, Buffer]:
         """Run once without blocking the event loop; see `Engine.arun`. Raises as `run`."""

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.cpu import cpu_device
 from aivmm.runtime.cuda import Stream, ThreadsCard, pinned_empty
 from aivmm.runtime.cuda_copies import CardCopier, index_of
+from aivmm.runtime.folders import PrivateFolder
 from aivmm.runtime.inputs import is_numpy
 from aivmm.runtime.nvidia import cuda_devices, cuda_major, driver_advice, libraries_loaded, missing_library
 from aivmm.runtime.ort_library import TRIAL, library, wake, was_woken
@@ -43,9 +44,6 @@ from aivmm.runtime.ort_strays import read_strays
 from aivmm.runtime.target import Device, Target, Unavailable
 from aivmm.runtime.tensorrt_cache import tensorrt_caches
 from aivmm.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from tempfile import TemporaryDirectory
 
 _TYPES = {
     "float": "float32", "double": "float64", "float16": "float16", "bfloat16": "bfloat16", "string": "string", "bool": "bool",
@@ -140,7 +138,7 @@ class OnnxRuntime:
 
     def strays(self, model: Path, target: Target, config: Config, inputs: Mapping[str, Buffer]) -> Strays:
         """Profile some calls; see `ExplainsStrays.strays`."""
-        from tempfile import TemporaryDirectory  # here, as below: who runs a plan that is cached writes none
+        from tempfile import TemporaryDirectory  # here: who runs a plan needs none
 
         with TemporaryDirectory(prefix="aivmm-") as folder:
             besides = {"enable_profiling": True, "profile_file_prefix": str(Path(folder) / "calls")}
@@ -171,10 +169,8 @@ class OnnxRuntime:
 
     def compile_to_export(self, model: Path, target: Target, config: Config) -> _Executable:
         """Compile `model`, and let the session write its optimized graph meanwhile: it cannot be asked for it afterwards."""
-        from tempfile import TemporaryDirectory
-
         try:
-            folder = TemporaryDirectory(prefix="aivmm-")
+            folder = PrivateFolder()
         except OSError as error:
             raise Unsupported(f"there is no folder for the optimized graph ({error.strerror or error})") from error
         try:
@@ -330,7 +326,7 @@ class _Executable:
         self._target = target
         self._asked = config
         self._turn: AbstractContextManager[Any] = Lock() if PROVIDERS[_kind(target)].one_call else nullcontext()
-        self.written: tuple[Path, TemporaryDirectory[str]] | None = None  # the optimized graph, until it is asked for
+        self.written: tuple[Path, PrivateFolder] | None = None  # the optimized graph, until it is asked for
         self.inputs: Sequence[TensorSpec] = tuple(_spec(each) for each in session.get_inputs())
         self.outputs: Sequence[TensorSpec] = tuple(_spec(each) for each in session.get_outputs())
 

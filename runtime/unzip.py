@@ -8,13 +8,13 @@ from __future__ import annotations
 import lzma
 import shutil
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from aivmm.errors import BundleError
+from aivmm.runtime.folders import PrivateFolder
 
 _MAX_ZIP_RATIO = 200  # weights barely compress; a ratio beyond this is a bomb
 _MAX_ZIP_FILES = 10_000
@@ -33,7 +33,7 @@ def holds(archive: Path, name: str) -> bool:
         return False  # whatever is wrong with it, opening it will say
 
 
-def unzip(archive: Path, *, check_name: Callable[[str, Path], None]) -> tempfile.TemporaryDirectory[str]:
+def unzip(archive: Path, *, check_name: Callable[[str, Path], None]) -> PrivateFolder:
     """Return a private temporary folder with what the zip at `archive` holds. `check_name` raises for paths that are not to be written.
 
     Raises:
@@ -42,7 +42,7 @@ def unzip(archive: Path, *, check_name: Callable[[str, Path], None]) -> tempfile
     if not archive.is_file() or not zipfile.is_zipfile(archive):
         raise BundleError(f"{archive} is neither a bundle folder nor a zip of one")
     try:
-        unpacked = tempfile.TemporaryDirectory(prefix="aivmm-")
+        unpacked = PrivateFolder()
     except OSError as error:
         raise BundleError(
             f"{archive} is a zip, and there is no folder to unpack it to ({error.strerror or error})",

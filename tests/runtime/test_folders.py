@@ -1,14 +1,15 @@
-"""Where caches lie: said without the library on Linux, and by its rules."""
+"""Where caches lie, said without the library on Linux, and by its rules; and folders that go with the process that made them."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import platformdirs
 import pytest
 
-from aivmm.runtime.folders import cache_folder
+from aivmm.runtime.folders import PrivateFolder, cache_folder
 
 
 @pytest.mark.parametrize("named", [None, "", "/var/cache/mine", "/", "relative/folder", " /odd", "~/x"])
@@ -35,3 +36,30 @@ def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(RuntimeError, match="home"):
         cache_folder()
+
+
+_FORKS = """
+import os, sys
+from aivmm.runtime.folders import PrivateFolder
+kept = PrivateFolder()
+if os.fork() == 0:
+    kept.cleanup()
+    sys.exit(0)
+os.wait()
+print(kept.name, os.path.isdir(kept.name))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+def test_a_forked_process_leaves_the_folders_of_its_parent_which_removes_them() -> None:
+    said = subprocess.run([sys.executable, "-c", _FORKS], capture_output=True, text=True, check=True, timeout=60).stdout
+    name, _, there = said.strip().rpartition(" ")
+    assert there == "True" and not Path(name).exists()
+
+
+def test_a_private_folder_goes_with_its_last_reference() -> None:
+    folder = PrivateFolder()
+    name = Path(folder.name)
+    (name / "some").write_text("thing")
+    del folder
+    assert not name.exists()

@@ -97,8 +97,13 @@ def test_futures_and_coroutines_give_what_run_gives(made: Path, rows: int) -> No
         for found in (engine.submit(feeds(rows)).result(timeout=60), asyncio.run(engine.arun(feeds(rows)))):
             for name, value in expected.items():
                 np.testing.assert_array_equal(found[name], value)
+        with engine.lend(feeds(rows)) as lent:
+            for name, value in expected.items():
+                np.testing.assert_array_equal(lent[name], value)
         with pytest.raises(UsageError, match="nothing here takes"):
             engine.submit(feeds(65))
+        with pytest.raises(UsageError, match="nothing here takes"), engine.lend(feeds(65)):
+            pass
 
 
 def test_a_stream_of_all_sizes_keeps_its_order(made: Path) -> None:
