@@ -14,7 +14,8 @@ static long long perf_counter_ns(void)
 #endif
 }
 
-/* What `time.process_time_ns` reads, but for Windows, where `clock` tells how long this process has been there. */
+/* What `time.process_time_ns` reads, but for Windows, which counts that by ticks as long as an observation: there it is the clock's time.
+   (As `clock` is there, too, which ends after 25 days.) */
 static long long process_time_ns(void)
 {
 #ifdef CLOCK_PROCESS_CPUTIME_ID
@@ -22,7 +23,7 @@ static long long process_time_ns(void)
     (void)clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
     return now.tv_sec * 1000000000LL + now.tv_nsec;
 #else
-    return (long long)(clock() * (1e9 / CLOCKS_PER_SEC));
+    return perf_counter_ns();
 #endif
 }
 
@@ -99,6 +100,8 @@ static PyObject *clock_sums(PyObject *self, PyObject *args)
     long long many, without, step, most_ns;
     if (!PyArg_ParseTuple(args, "LLLL:sums", &many, &without, &step, &most_ns))
         return NULL;
+    if (step < 1)
+        return PyErr_Format(PyExc_ValueError, "sums by %lld calls", step);
     many = many < RING ? many : RING;
     many = many < clock->count ? many : clock->count;
     PyObject *found = PyList_New(0);

@@ -79,9 +79,8 @@ class Deadlines:
         with self._lock:
             if self._thread is None:
                 weakref.finalize(self, self._some.set).atexit = False
-                self._thread = threading.Thread(
-                    target=_look, args=(weakref.ref(self), self._due, self._some), name="aivmm-deadline", daemon=True
-                )
+                watched = weakref.ref(self), self._due, self._some, self.timeout_s
+                self._thread = threading.Thread(target=_look, args=watched, name="aivmm-deadline", daemon=True)
                 self._thread.start()
 
 
@@ -95,21 +94,23 @@ def _settle(answer: Future[Outputs], done: Future[Outputs]) -> None:
             answer.set_result(done.result())
 
 
-def _wait(some: threading.Event, at_most_s: float, due: deque[_Due]) -> None:
+def _wait(some: threading.Event, at_most_s: float, due: deque[_Due], timeout_s: float) -> None:
     """Wait for `some`; where the process was stopped meanwhile (a frozen container, SIGSTOP), what is due is due as much later.
 
-    Stages were stopped as well: they do not hang, and a plan that is given up does not come back. Only this thread takes from the left.
+    Stages were stopped as well: they do not hang, and a plan that is given up does not come back. What came since all goes on, before this
+    thread did, was not stopped: nothing is due later than what comes now. Only this thread takes from the left.
     """
     started = monotonic()
     some.wait(at_most_s)
-    late_s = monotonic() - started - at_most_s
+    now_s = monotonic()
+    late_s = now_s - started - at_most_s
     if late_s > _STOPPED_S:
         for place in range(len(due)):
             when, answer, instead = due[place]
-            due[place] = when + late_s, answer, instead
+            due[place] = min(when + late_s, now_s + timeout_s), answer, instead
 
 
-def _look(deadlines: weakref.ref[Deadlines], due: deque[_Due], some: threading.Event) -> None:
+def _look(deadlines: weakref.ref[Deadlines], due: deque[_Due], some: threading.Event, timeout_s: float) -> None:
     while True:
         if not due:
             some.clear()  # first: whoever calls after this is seen below, or ends the wait
@@ -122,7 +123,7 @@ def _look(deadlines: weakref.ref[Deadlines], due: deque[_Due], some: threading.E
         left = when - monotonic()
         if left > 0 and not answer.done():
             some.clear()
-            _wait(some, min(left, _LOOKS_S), due)  # an answer in time frees its place without a sound: look again
+            _wait(some, min(left, _LOOKS_S), due, timeout_s)  # an answer in time frees its place without a sound: look again
             continue
         due.popleft()
         owner = deadlines()

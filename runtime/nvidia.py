@@ -21,6 +21,7 @@ from aivmm.runtime.nvml import nvidia_devices
 from aivmm.runtime.target import Device
 
 _NO_DRIVER = "no NVIDIA driver"
+_NO_DEVICE = "no CUDA-capable device"  # what CUDA says where it may see none: nothing else that it says comes from `_VISIBLE`
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 EXTRA_ADVICE = 'pip install "aivmm[cuda]"'
 TENSORRT_ADVICE = 'pip install "tensorrt-cu13<11"'  # the provider of onnxruntime-gpu 1.31 links against libnvinfer.so.10
@@ -59,7 +60,7 @@ def driver_advice(reason: str, libraries: str = "") -> str:
 def _why_none(problem: str) -> str:
     """Say which half is missing: NVML may see the cards that CUDA cannot use, or was told not to."""
     seen, _ = nvidia_devices()
-    return f"{problem}, though NVML sees {seen[0].model}{_hidden()}" if seen else problem
+    return f"{problem}, though NVML sees {seen[0].model}{_hidden() if _NO_DEVICE in problem else ''}" if seen else problem
 
 
 def _hidden() -> str:

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from ctypes import py_object, pythonapi
 from time import perf_counter_ns
 from typing import Any
 
@@ -346,8 +347,10 @@ class Program:
     def leave_behind(self) -> None:
         """Refuse requests in a process that was forked: threads, ours and the runtimes', stayed in its parent, so that most would hang.
 
-        No lock is taken here: another thread of the parent may have held it, and is not there to give it back.
+        No lock is taken here: another thread of the parent may have held it, and is not there to give it back. And what the runtimes hold
+        is never freed, not even when the interpreter ends: they would wait for their threads, and the process for ever.
         """
+        pythonapi.Py_IncRef(py_object(self))
         why = UsageError("this engine was loaded before the process was forked", advice="load the plan in each process, after the fork")
         self.left_behind, self._closed, self._why = True, True, why
         self.ask = self._closed_to

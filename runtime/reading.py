@@ -116,7 +116,7 @@ class Reading:
         if first is None:
             self._pause.acquire(timeout=_PAUSE_S)
         else:
-            with suppress(Exception):  # nobody waits for it, and all that follows has to be done
+            with suppress(BaseException):  # nobody waits for it, and all that follows has to be done, or who loads waits for ever
                 first()
         self._began = started = perf_counter()
         try:

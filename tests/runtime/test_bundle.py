@@ -388,7 +388,10 @@ def test_the_thread_that_reads_rests_at_first_unless_somebody_waits_for_it(bundl
         opened.start_reading()  # and closing does not wait for the rest, either
 
 
-def test_what_comes_first_on_the_thread_is_no_wait_for_hashes_and_may_fail(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_what_comes_first_on_the_thread_is_no_wait_for_hashes_and_may_fail(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
     order: list[str] = []
     go_on = threading.Event()
     real = reading.check_content
@@ -396,7 +399,7 @@ def test_what_comes_first_on_the_thread_is_no_wait_for_hashes_and_may_fail(bundl
     def first() -> None:
         order.append("first")
         go_on.wait(60)
-        raise ValueError("of the runtime's")
+        raise error("of the runtime's")
 
     def noted(*arguments: Any) -> None:
         order.append("hash")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from aivmm.errors import Unsupported, UsageError
-from aivmm.runtime.deadline import Deadlines, _look
+from aivmm.runtime.deadline import Deadlines, _look, _wait
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.null import NullRequest
 from aivmm.runtime.null_memory import NullTensor
@@ -210,7 +210,7 @@ def test_the_watch_ends_though_it_is_forgotten_while_it_looks() -> None:
         some.set()  # as the finalizer does, right behind this look
         return some
 
-    thread = threading.Thread(target=_look, args=(deadlines, deque(), some), daemon=True)
+    thread = threading.Thread(target=_look, args=(deadlines, deque(), some, 1.0), daemon=True)
     thread.start()
     thread.join(20)
     assert not thread.is_alive()
@@ -285,6 +285,21 @@ def test_what_was_stopped_with_the_whole_process_is_not_taken_to_hang(monkeypatc
         sleep(0.01)
     running.set_result({"y": np.ones(1)})
     assert "y" in answer.result(30)
+
+
+def test_a_request_that_comes_before_the_watch_goes_on_is_due_no_later_than_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("aivmm.runtime.deadline.monotonic", lambda: now[0])
+    due, some = deque[Any]([(105.0, "before", None)]), threading.Event()
+
+    def stopped(at_most_s: float) -> bool:
+        now[0] += 3600.0  # the process is stopped, and then a request comes before its watch is woken up
+        due.append((now[0] + 5.0, "after", None))
+        return False
+
+    monkeypatch.setattr(some, "wait", stopped)
+    _wait(some, 0.5, due, 5.0)
+    assert [when for when, _, _ in due] == [105.0 + 3599.5, 3705.0]
 
 
 def test_the_watch_of_a_closed_engine_ends(load_watched: Load) -> None:

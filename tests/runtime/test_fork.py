@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ import pytest
 from aivmm.errors import UsageError
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.plan import Batching, Execution
-from tests.making import Part, chain_model, normal
+from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal
+from tests.runtime.bundles import zipped
 from tests.runtime.engines import Load
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
@@ -73,3 +76,29 @@ def test_an_engine_that_nobody_asked_before_the_fork_is_refused_as_well(load: Lo
     engine = load(chain_model(), [Part("null:CPU")])
     assert refusals_in_a_child(engine) == []
     engine.run(X)
+
+
+ENDING = """
+import os, signal, sys
+import numpy as np
+import aivmm
+engine = aivmm.load_plan(sys.argv[1])
+inputs = {"x": np.ones((2, 32), np.float32)}
+engine.run(inputs)
+child = os.fork()
+if child == 0:
+    signal.alarm(30)  # ends what hangs
+    if sys.argv[2] == "closes":
+        engine.close()
+    sys.exit()  # as servers that fork their workers do; `multiprocessing` leaves without ending the interpreter
+print(os.waitpid(child, 0)[1], engine._bundle.folder.is_dir(), engine.run(inputs)["y"].shape)
+"""
+
+
+@pytest.mark.parametrize("target", [OPENVINO, ONNXRUNTIME])
+@pytest.mark.parametrize("child", ["closes", "ends"])
+def test_a_forked_process_ends_and_leaves_its_parent_what_was_unpacked(tmp_path: Path, target: str, child: str) -> None:
+    """OpenVINO waits for its threads when a model is freed, and they are the parent's."""
+    path = zipped(make_bundle(tmp_path / "m.aivmm", chain_model(), [Part(target)]), tmp_path / "m.zip")
+    ran = subprocess.run([sys.executable, "-c", ENDING, path, child], capture_output=True, text=True, timeout=120)
+    assert ran.stdout == "0 True (2, 32)\n", ran.stdout + ran.stderr

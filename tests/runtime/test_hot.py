@@ -361,6 +361,9 @@ def test_both_clocks_remember_the_same(notes: list[Any], many: int) -> None:
     for without, step, most_ns in ((0, 16, 1 << 62), (1, 67, 1000), (max(many, 0), 1, 5), (3, 5000, 1 << 40)):
         assert ours.sums(many, without, step, most_ns) == native.sums(many, without, step, most_ns)
     assert len(native.newest(clocks.RING + 1)) == min(ours.count, clocks.RING)
+    for each in both:
+        with pytest.raises(ValueError):
+            each.sums(many, 0, 0, 1)  # and not for ever
 
 
 @settings(max_examples=25, deadline=None)

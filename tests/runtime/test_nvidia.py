@@ -134,6 +134,19 @@ def test_a_card_that_the_environment_hides_from_cuda_is_told_so(monkeypatch: pyt
     assert found == () and "NVML sees A Card" in reason and "unset CUDA_VISIBLE_DEVICES" in driver_advice(reason)
 
 
+@pytest.mark.parametrize("problem", ["no NVIDIA driver (libcuda.so.1 is missing)", "CUDA's driver failed (unsupported driver in cuInit)"])
+def test_what_has_another_reason_is_not_laid_to_the_environment(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> None:
+        raise Unsupported(problem)
+
+    card = Device(kind="gpu", model="A Card", uid="GPU-3735863d-e7b0-d9b7-74dd-909e838c722a")
+    monkeypatch.setattr("aivmm.runtime.nvidia._driver", failing)
+    monkeypatch.setattr("aivmm.runtime.nvidia.nvidia_devices", lambda: ((card,), ""))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # as schedulers always set it
+    _, reason = cuda_devices.__wrapped__()
+    assert "NVML sees A Card" in reason and "CUDA_VISIBLE_DEVICES" not in reason + driver_advice(reason)
+
+
 @pytest.mark.parametrize("kind", [each for each in PROVIDERS if each != "CPU"])
 def test_each_provider_has_its_options_in_the_table(kind: str) -> None:
     provider = PROVIDERS[kind]
