@@ -19,6 +19,10 @@ log = logging.getLogger("aivmm.engine")
 # warm-up or once it was, and where there are several callers, they are passed on as often as a baseline needs.
 _WAIT_NS, _PAUSED_NS = 2_000_000_000, 500_000_000
 _PASSED_CALLS, _PASSED_LEAST_NS, _PASSED_MOST_NS = 512, 50_000_000, 250_000_000
+# Who waits for longer than this and than twice what an observation takes lately is not waited with: his calls came in a burst, which is held
+# against bursts. Several with the pauses between them would seem to be of a slower pace, and calls in a row would have no baseline. Whether
+# a slow pace is one of bursts is seen by each eighth time, in which calls are expected without pauses.
+_BURST_NS, _BURST_OBSERVATIONS, _BURSTS_TIMES = 50_000_000, 2, 8
 # Calls so long are passed on by a twentieth of a second: it is a small part of one, and drift is to be told within two hundred of them.
 _LONG_NS, _LONG_PASSED_NS = 2_000_000, 50_000_000
 _PAUSE_NS, _PAUSE_PERIODS = 20_000_000, 4  # what is longer than both, the periods of the calls before it, is a pause after a burst
@@ -28,7 +32,7 @@ _SHORT_NS = 500_000  # where all are shorter their sums are watched, otherwise e
 class WatchedClock(StageClock):
     """Durations of whole requests of one lane. Who counts a call asks `due` and `due_ns` behind it, and sets `ended_ns`."""
 
-    __slots__ = ("_most_ns", "_passed_at_ns", "_rest", "watch")
+    __slots__ = ("_most_ns", "_passed_at_ns", "_period_ns", "_rest", "_times", "watch")
 
     def __init__(self, *, full: bool = True) -> None:
         super().__init__(full=full)
@@ -36,6 +40,7 @@ class WatchedClock(StageClock):
         self.due, self.due_ns = 1, 0  # the count at which, and the time from which, what was timed is passed on
         self.ended_ns = perf_counter_ns()  # the last call
         self._passed_at_ns = self.ended_ns  # up to when they were passed on
+        self._period_ns = self._times = 0  # of the last calls that were passed on, and how often some were
         self._rest = 0  # calls before that: of the block that is not whole yet
         self._most_ns = 0  # what a call counts for, where calls wait for long; else each is told what it took
 
@@ -71,11 +76,11 @@ class WatchedClock(StageClock):
             return
         most = max(step, min(max(_PASSED_CALLS, _PASSED_LEAST_NS // call_ns), _PASSED_MOST_NS // call_ns))
         most_ns = _PAUSED_NS
-        if not calm.is_bounded:
-            step = most
-        elif math.isfinite(calm.ratio):
+        if calm.is_bounded and math.isfinite(calm.ratio):
             most, most_ns, self._most_ns = RING, _WAIT_NS, calm.most_ns
-        self.wait(now_ns, step, min(most, RING - BLOCK), _PAUSED_NS, most_ns, calm.call_ns, calm.ratio)
+        self._times = (self._times + 1) % _BURSTS_TIMES
+        pause_ns = min(_PAUSED_NS, _BURST_NS + _BURST_OBSERVATIONS * step * (self._period_ns if self._times else call_ns))
+        self.wait(now_ns, step, min(most, RING - BLOCK), pause_ns, most_ns, calm.call_ns, calm.ratio)
 
     def _watched(self, watch: PacedMonitor, many: int, started_ns: int, now_ns: int) -> None:
         """Tell who watches what the last calls took, so many, but for those of a block that is not whole."""
@@ -88,6 +93,7 @@ class WatchedClock(StageClock):
             passed_ns, end, self._passed_at_ns = came_ns, end - 1, started_ns
         else:
             passed_ns, self._passed_at_ns = now_ns - self._passed_at_ns, now_ns
+        self._period_ns = passed_ns // end
         self._rest = rest = many - end
         total_ns = self.newest_ns(many) - self.newest_ns(rest)
         step = max(BLOCK, LEAST_BLOCK_NS * end // max(1, total_ns) + 1)

@@ -85,6 +85,22 @@ def test_calls_are_passed_on_seldom_where_nothing_is_told_of_them(took_ns: int) 
     assert (max(passed) - BLOCK) * took_ns <= 250_000_000  # a warm-up needs some
 
 
+@pytest.mark.parametrize("limits", [Calm(), Calm(call_ns=1e9, ratio=1e12, most_ns=10**9), None], ids=["warming up", "calm", "slow"])
+@pytest.mark.parametrize(
+    ("burst", "took_ns", "pause_ns"), [(100, 300_000, 120_000_000), (100, 1_000_000, 300_000_000), (400, 300_000, 300_000_000)]
+)
+def test_what_is_passed_on_of_bursts_are_calls_in_a_row(limits: Calm | None, burst: int, took_ns: int, pause_ns: int) -> None:
+    """Else a slowdown is held against no pace that is known: the calls are cut into other parts as soon as they are slow."""
+    caller = Caller()
+    caller.watch.limits = limits
+    for _ in range(2):  # at first it may not be seen that they are bursts
+        caller.watch.passed.clear()
+        for number in range(300 * burst):
+            caller.call(took_ns, 2000 if number % burst else pause_ns)
+    in_row = [calls for calls, busy_ns, passed_ns in caller.watch.passed if passed_ns < 1.1 * busy_ns]
+    assert sum(in_row) >= 0.8 * 300 * burst
+
+
 ANY_RATIO = 1e12  # of what calls are said to take to the CPU time of these tests
 
 
