@@ -19,9 +19,9 @@ log = logging.getLogger("aivmm.engine")
 # warm-up or once it was, and where there are several callers, they are passed on as often as a baseline needs.
 _WAIT_NS, _PAUSED_NS = 2_000_000_000, 500_000_000
 _PASSED_CALLS, _PASSED_LEAST_NS, _PASSED_MOST_NS = 512, 50_000_000, 250_000_000
-# Who waits for longer than this and than twice what an observation takes lately is not waited with: his calls came in a burst, which is held
-# against bursts. Several with the pauses between them would seem to be of a slower pace, and calls in a row would have no baseline. Whether
-# a slow pace is one of bursts is seen by each eighth time, in which calls are expected without pauses.
+# Who waits for longer than this and than twice what an observation takes lately is not waited with: his calls came in a burst, which is
+# held against bursts. Several with the pauses between them would seem to be of a slower pace, and calls in a row would have no baseline.
+# Whether a slow pace is one of bursts is seen by each eighth time, in which calls are expected without pauses.
 _BURST_NS, _BURST_OBSERVATIONS, _BURSTS_TIMES = 50_000_000, 2, 8
 # Calls so long are passed on by a twentieth of a second: it is a small part of one, and drift is to be told within two hundred of them.
 _LONG_NS, _LONG_PASSED_NS = 2_000_000, 50_000_000
