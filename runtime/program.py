@@ -355,6 +355,8 @@ class Program:
         self.left_behind, self._closed, self._why = True, True, why
         self.ask = self._closed_to
         self.free.leave_behind(why)
+        for lane in self.lanes:  # whoever forked may have one, and give it back here
+            lane.__dict__["call"] = self._closed_to
 
     def _closed_to(self, inputs: Mapping[str, Any]) -> Outputs:
         raise self.gone()

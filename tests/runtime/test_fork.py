@@ -33,14 +33,15 @@ WAYS: dict[str, Callable[[Engine], Any]] = {
 }
 
 
-def refusals_in_a_child(engine: Engine) -> list[str]:
-    """Fork, ask in each way there, and return the ways that were not refused as they should be."""
+def refusals_in_a_child(engine: Engine, first: Callable[[], object] = lambda: None) -> list[str]:
+    """Fork, do what comes `first`, ask in each way there, and return the ways that were not refused as they should be."""
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # that there are threads is the point
         child = os.fork()
     if child == 0:
         signal.alarm(60)  # ends what hangs, and the test with it
+        first()
         for name, ask in WAYS.items():
             try:
                 ask(engine)
@@ -75,6 +76,17 @@ def test_a_forked_process_is_told_to_load_the_plan_itself(load: Load, execution:
 def test_an_engine_that_nobody_asked_before_the_fork_is_refused_as_well(load: Load) -> None:
     engine = load(chain_model(), [Part("null:CPU")])
     assert refusals_in_a_child(engine) == []
+    engine.run(X)
+
+
+def test_who_forks_while_outputs_are_lent_to_him_is_refused_once_he_gave_them_back(load: Load) -> None:
+    engine = load(chain_model(), [Part("null:CPU", 0, 3), Part("null:CPU", 4)])
+    for _ in range(3):
+        engine.run(X)
+    loan = engine.lend(X)
+    loan.__enter__()
+    assert refusals_in_a_child(engine, lambda: loan.__exit__(None, None, None)) == []
+    loan.__exit__(None, None, None)
     engine.run(X)
 
 
