@@ -16,6 +16,7 @@ import logging
 import mmap
 import os
 import stat
+import sys
 import time
 from collections.abc import Callable
 from io import FileIO
@@ -34,10 +35,14 @@ from aivmm.runtime.target import Target
 log = logging.getLogger("aivmm.blobs")
 _AS_IT_IS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
-_FORMAT = 3
+_FORMAT = 4
 _MAGIC = b"aivmm compiled stage\n"
 _PAGE = 4096
-_WORDS = _PAGE // 8
+# What a column of a check sum has to itself: no number of pages, so that a page that moved moves to other columns; as many as a core keeps
+# close, so that it is as fast as memory. Every 64 rows, of a megabyte, have sums of their own.
+_WORDS = 2056
+_ROWS = 64
+_POPULATE_READ = 22  # MADV_POPULATE_READ, which Linux has from 5.14 on and Python has no name for
 MOST_BYTES = 8 << 30  # the cache's size, beyond which the files that were not used for longest are removed
 _SMALL_BYTES = 1 << 20  # up to here SHA-256 and reading are as fast as getting ready for anything else
 _USED_S = 3600.0  # how exactly a file says when it was last used: to note it takes as long as to read a small one
@@ -54,10 +59,29 @@ class BlobCache:
         self.problems: list[str] = []
         self._root: str | None = None
         self._digest = bundle_digest
+        self._foreseen: dict[str, tuple[Buffer, float]] = {}
         try:
             self._root = os.path.join(os.path.abspath(root or cache_path()), "blobs")
         except RuntimeError:  # a user whom the password file does not know, as containers have them
             self._problem("there is no home folder; set AIVMM_CACHE to a folder to keep compiled stages in")
+
+    def foresee(self, most: int) -> None:
+        """Map and check what is kept of this bundle, the `most` files used last, before it is known which of them will be wanted.
+
+        For who has to wait for a runtime before he knows. What is odd is looked at again, and told, when it is wanted.
+        """
+        if self._root is None:
+            return
+        folder = os.path.join(self._root, self._digest[:32])
+        with contextlib.suppress(OSError):
+            entries = [(each.stat(follow_symlinks=False).st_mtime, each.path) for each in os.scandir(folder) if each.name.endswith(".blob")]
+            for _, path in sorted(entries, reverse=True)[:most]:
+                with contextlib.suppress(OSError, _Odd):
+                    self._foreseen[path] = self._whole(path)
+
+    def forget(self) -> None:
+        """Let go of what was foreseen and not wanted."""
+        self._foreseen.clear()
 
     def load(
         self,
@@ -116,24 +140,28 @@ class BlobCache:
 
     def _read(self, path: str) -> Buffer | None:
         """Return the payload of a file that is ours and whole, mapped where it is large; None where there is none."""
-        assert self._root is not None
         try:
-            for folder in (self._root, os.path.dirname(path)):
-                _require_ours(os.lstat(folder), folder, stat.S_ISDIR)
-            descriptor = os.open(path, os.O_RDONLY | _AS_IT_IS)
-            with open(descriptor, "rb", buffering=0) as file:
-                status = os.fstat(descriptor)
-                _require_ours(status, path, stat.S_ISREG)
-                payload = _payload(file, os.path.basename(path), status.st_size)
+            payload, used = self._foreseen.pop(path) if path in self._foreseen else self._whole(path)
         except FileNotFoundError:
             return None
         except (OSError, _Odd) as error:
             self._problem(f"compiled again: {_words(error)}")
             return None
-        if time.time() - status.st_mtime > _USED_S:
+        if time.time() - used > _USED_S:
             with contextlib.suppress(OSError):
                 os.utime(path)  # used now: the last to be removed
         return payload
+
+    def _whole(self, path: str) -> tuple[Buffer, float]:
+        """Return the payload of a file and when it was last used; raise OSError or _Odd unless it is ours and whole."""
+        assert self._root is not None
+        for folder in (self._root, os.path.dirname(path)):
+            _require_ours(os.lstat(folder), folder, stat.S_ISDIR)
+        descriptor = os.open(path, os.O_RDONLY | _AS_IT_IS)
+        with open(descriptor, "rb", buffering=0) as file:
+            status = os.fstat(descriptor)
+            _require_ours(status, path, stat.S_ISREG)
+            return _payload(file, os.path.basename(path), status.st_size), status.st_mtime
 
     def _write(self, name: str, payload: bytes) -> None:
         assert self._root is not None
@@ -205,7 +233,11 @@ def _payload(file: FileIO, name: str, size: int) -> Buffer:
             raise _Odd(f"{name} was read in part")
     else:
         # Private: OpenVINO takes only what may be written to, and what it writes must not reach the file.
-        whole = np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY), dtype=np.uint8)
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # all pages at once: each fault waits for who maps memory at the same time, as a loader does
+                mapped.madvise(_POPULATE_READ)
+        whole = np.frombuffer(mapped, dtype=np.uint8)
     payload = whole[_PAGE:]
     if whole[:_PAGE].tobytes() != _head(name, payload):
         raise _Odd(f"{name} is damaged: its head does not fit what follows it")
@@ -213,14 +245,15 @@ def _payload(file: FileIO, name: str, size: int) -> Buffer:
 
 
 def _check_sum(payload: Buffer) -> str:
-    """Return a digest that any flipped bit, lost or moved page changes, at the speed of memory: SHA-256, of large ones over pages' sums.
+    """Return a digest that any flipped bit, lost or moved page changes, at the speed of memory: SHA-256, of large ones over columns' sums.
 
     Not for strangers, who could make two pages of one sum: what a stranger may have written is not read at all.
     """
     if len(payload) <= _SMALL_BYTES:
         return hashlib.sha256(payload.data).hexdigest()
-    whole = payload[: len(payload) // _PAGE * _PAGE].view(np.uint64).reshape(-1, _WORDS)
-    digest = hashlib.sha256(np.add.reduce(whole, axis=1, dtype=np.uint64).tobytes())
+    block = _ROWS * _WORDS * 8
+    whole = payload[: len(payload) // block * block].view(np.uint64).reshape(-1, _ROWS, _WORDS)
+    digest = hashlib.sha256(np.add.reduce(whole, axis=1, dtype=np.uint64).data)
     digest.update(payload[whole.size * 8 :].tobytes())
     return digest.hexdigest()
 

@@ -100,10 +100,15 @@ class Bundle:
             raise BundleError(f"{name!r} is not a file of this bundle")
         return Path(join(self.folder, *name.split("/")))
 
-    def start_reading(self, first: Callable[[], object] | None = None) -> None:
-        """Have the contents of the files checked on a thread meanwhile, after `first`, unless that has begun."""
+    def start_reading(self) -> None:
+        """Have the contents of the files checked on a thread meanwhile, unless that has begun."""
         if self._reading is not None:
-            self._reading.start(first=first)
+            self._reading.start()
+
+    def begin_reading(self, first: Callable[[], object] | None) -> None:
+        """Do the same early, after `first`, where there is such a thing or much to read."""
+        if self._reading is not None:
+            self._reading.begin(first)
 
     def verify(self) -> None:
         """Return when all files are known to be those that the plan lists.

@@ -49,19 +49,21 @@ class Engine:
         started = perf_counter()
         self._on_mismatch = check_policy(on_mismatch)
         hot.check()
-        self._bundle = bundle
-        self._lock, self._closed = threading.Lock(), False
+        self._bundle, self._asked = bundle, execution
+        self._lock, self._failover, self._closed = threading.Lock(), threading.Lock(), False
         self.plan: Plan = bundle.plan
-        if wake := waking(each.target for each in self.plan.stages):  # early: all that follows goes on beside it
-            bundle.start_reading(first=wake)
+        wake = waking(each.target for each in self.plan.stages)
+        bundle.begin_reading(wake)  # early: all that follows goes on beside it
+        self._blobs = BlobCache(bundle.digest) if cache else None
+        if wake and self._blobs:  # whom the runtime keeps waiting anyway
+            self._blobs.foresee(sum(len(each.everywhere()) for each in self.plan.stages))
         self.events: list[str] = []  # what did not go as planned: fallbacks taken, conditions that differ
         self._targets: dict[str, Target] = {}
         self.attempts: list[Attempt] = []  # the plan and its fallbacks, in the order they were tried
-        self._asked = execution
-        self._failover = threading.Lock()
         self._beyond_help = False  # a stage died, and no fallback was left
-        self._blobs = BlobCache(bundle.digest) if cache else None
         self._program, self.validity = self._compile()
+        if self._blobs:
+            self._blobs.forget()
         try:
             bundle.verify()
         except BundleError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,8 +42,18 @@ _SETTABLE = frozenset(_READ_BACK) - {"OPTIMAL_NUMBER_OF_INFER_REQUESTS"} | {
 }  # fmt: skip
 
 
-@cache
+_FIRST = threading.RLock()  # held by who imports OpenVINO or makes the core: a plan's reader may wake it meanwhile
+# A page of what is no compiled model, whatever a plug-in takes for its head.
+_NO_MODEL = b"no model" * 512
+
+
 def _import_openvino() -> Any:
+    with _FIRST:
+        return _imported()
+
+
+@cache
+def _imported() -> Any:
     # `import openvino` reports itself through openvino_telemetry where that is installed. A None entry makes that import fail, and
     # OpenVINO then uses its own stub. The entry goes away again: what else the process imports later is not ours to decide.
     unseen = "openvino_telemetry" not in sys.modules
@@ -55,10 +67,27 @@ def _import_openvino() -> Any:
     return openvino
 
 
-@cache
 def _core() -> Any:
+    with _FIRST:
+        return _made()
+
+
+@cache
+def _made() -> Any:
     # One per process: plug-ins are not shared between cores.
     return _import_openvino().Core()
+
+
+@cache
+def _wake() -> None:
+    """Have the CPU's plug-in loaded, which takes 6 ms, and leave the interpreter to others meanwhile.
+
+    Whatever asks a plug-in for a property keeps the interpreter while it is loaded. What takes a model back does not. It is given none, and
+    refuses.
+    """
+    no_model = _import_openvino().Tensor(np.frombuffer(_NO_MODEL, dtype=np.uint8))  # a copy
+    with suppress(RuntimeError):
+        _core().import_model(no_model, "CPU", {})
 
 
 def _plain(value: object) -> Setting:
@@ -115,6 +144,10 @@ class OpenVino:
         if device not in _core().available_devices:
             return self._absent(name, f"openvino:{name}")
         return self._target(device)
+
+    def wakes(self, name: str) -> Callable[[], object] | None:
+        """Return what loads the CPU's plug-in, where that was not done; see `Wakes`."""
+        return None if _wake.cache_info().currsize or name != "CPU" else _wake
 
     def knobs(self, target: Target) -> Sequence[Knob]:
         """List what can be tuned on `target`: those of its knobs that the device itself says may be written."""

@@ -44,8 +44,8 @@ class Reading:
 
         `besides` is checked last: what was left of a plan's text. It raises BundleError.
 
-        What has a large `size` in bytes is begun at once. Reading and loading would take turns with the interpreter, so that what is small
-        waits until the runtimes begin their own work, beside which it is done soon.
+        What has a large `size` in bytes is read as soon as it may be. Reading and loading would take turns with the interpreter, so that
+        what is small waits until the runtimes begin their own work, beside which it is done soon.
         """
         self.seconds = 0.0
         self.waited_s = 0.0  # by those who had nothing else to do meanwhile
@@ -60,8 +60,12 @@ class Reading:
         self._ended.acquire()
         self._began = 0.0  # to read
         self._what = (folder, files, frozenset(models), shown, besides)
-        if size >= _LARGE_BYTES:
-            self.start(at_once=True)
+        self._large = size >= _LARGE_BYTES
+
+    def begin(self, first: Callable[[], object] | None = None) -> None:
+        """Start to read when that is worth while this early: something is to be done `first` (see `start`), or there is much to read."""
+        if first is not None or self._large:
+            self.start(at_once=self._large, first=first)
 
     def start(self, *, at_once: bool = False, first: Callable[[], object] | None = None) -> None:
         """Start to read, unless that was done before: in a moment, or `at_once`.

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 from aivmm.runtime import blobs
 from aivmm.runtime.bundle import write_bundle
 from aivmm.runtime.engine import Engine
+from aivmm.runtime.openvino import OpenVino
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, reference
 
 PARTS = [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4)]
@@ -143,6 +145,71 @@ def test_a_damaged_file_is_compiled_again(bundle: Path, cache: Path, damage: str
     if damage != "a folder":
         assert found["stored"] == len(damaged) and all("compiled again" in each for each in found["problems"])
         assert used(bundle) == {"hits": 2, "stored": 0, "problems": []}
+
+
+@pytest.fixture
+def woken(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """OpenVINO takes its time to wake up, as in the first load of a process: until the event is set."""
+    go_on = threading.Event()
+    monkeypatch.setattr(OpenVino, "wakes", lambda self, name: lambda: go_on.wait(10))
+    yield go_on
+    go_on.set()
+
+
+def looked_into(monkeypatch: pytest.MonkeyPatch, note: Callable[[str], None]) -> None:
+    """Have `note` told the name of each file whose check sum is looked into."""
+    real = blobs._payload
+
+    def noted(file: Any, name: str, size: int) -> Any:
+        note(name)
+        return real(file, name, size)
+
+    monkeypatch.setattr(blobs, "_payload", noted)
+
+
+def test_what_was_kept_is_checked_once_and_while_the_runtime_wakes_up(
+    bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, woken: threading.Event
+) -> None:
+    woken.set()
+    used(bundle)
+    woken.clear()
+    seen: list[str] = []
+
+    def note(name: str) -> None:
+        assert not woken.is_set()
+        seen.append(name)
+        if len(seen) == 2:
+            woken.set()
+
+    looked_into(monkeypatch, note)
+    assert used(bundle) == {"hits": 2, "stored": 0, "problems": []}
+    assert sorted(seen) == [each.name for each in files(cache)]
+
+
+def test_only_as_many_files_are_looked_into_early_as_the_plan_has_stages_the_last_used_first(
+    bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, woken: threading.Event
+) -> None:
+    woken.set()
+    used(bundle)
+    wanted = [each.name for each in files(cache)]
+    for number in range(3):
+        stale = files(cache)[0].with_name(f"{number}.blob")
+        stale.write_bytes(b"of another version")
+        os.utime(stale, (1000 + number, 1000 + number))
+    seen: list[str] = []
+    looked_into(monkeypatch, seen.append)
+    assert used(bundle) == {"hits": 2, "stored": 0, "problems": []} and sorted(seen) == sorted(wanted)
+    for each in files(cache):  # and where those are others', the right ones are found all the same
+        os.utime(each, (500, 500) if each.name in wanted else None)
+    assert used(bundle) == {"hits": 2, "stored": 0, "problems": []}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_that_was_looked_into_early_is_compiled_again(
+    bundle: Path, cache: Path, damage: str, woken: threading.Event
+) -> None:
+    woken.set()
+    test_a_damaged_file_is_compiled_again(bundle, cache, damage)
 
 
 def test_when_a_file_was_used_is_noted_to_the_hour(bundle: Path, cache: Path) -> None:
@@ -349,7 +416,25 @@ def test_the_files_used_longest_ago_go_first(tmp_path: Path) -> None:
 @pytest.fixture
 def payloads() -> Iterator[bytes]:
     rng = np.random.default_rng(0)
-    return iter([rng.bytes(size) for size in (1, 7, 8, 4095, 4096, 4097, 12288, 40000)])
+    return iter([rng.bytes(size) for size in (1, 7, 8, 4095, 4096, 4097, 12288, 40000, (1 << 20) + 1, 2_500_001)])
+
+
+def test_a_page_of_a_large_file_that_moved_or_was_lost_changes_the_check_sum() -> None:
+    rng = np.random.default_rng(0)
+    array = np.frombuffer(rng.bytes((3 << 20) + 5000), dtype=np.uint8).copy()
+    pages = array[: len(array) // 4096 * 4096].reshape(-1, 4096)
+    whole = blobs._check_sum(array)
+    places = [(0, 1), (3, 4), (2, 300), (5, 6), (0, len(pages) - 1), *(rng.choice(len(pages), 2, replace=False) for _ in range(50))]
+    for one, other in places:
+        pages[[one, other]] = pages[[other, one]]
+        assert blobs._check_sum(array) != whole
+        pages[[one, other]] = pages[[other, one]]
+        kept = pages[one].copy()
+        for lost in (np.zeros(4096, np.uint8), pages[other].copy()):
+            pages[one] = lost
+            assert blobs._check_sum(array) != whole
+        pages[one] = kept
+    assert blobs._check_sum(array) == whole != blobs._check_sum(array[:-4096])
 
 
 def test_every_flipped_bit_changes_the_check_sum(payloads: Iterator[bytes]) -> None:

@@ -358,10 +358,12 @@ def test_contents_are_read_while_the_engine_loads_and_told_apart(tmp_path: Path)
 def test_what_is_small_is_read_beside_the_runtime_and_what_is_large_at_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = threading.Event()
     monkeypatch.setattr("aivmm.runtime.reading.check_content", lambda *_: begun.set())
-    with Bundle.open(bundle, read_later=True):
+    with Bundle.open(bundle, read_later=True) as opened:
+        opened.begin_reading(None)
         assert not begun.wait(0.2)
     monkeypatch.setattr("aivmm.runtime.reading._LARGE_BYTES", 1000)
-    with Bundle.open(bundle, read_later=True):
+    with Bundle.open(bundle, read_later=True) as opened:
+        opened.begin_reading(None)
         assert begun.wait(60)
 
 
@@ -388,10 +390,12 @@ def test_the_thread_that_reads_rests_at_first_unless_somebody_waits_for_it(bundl
         opened.start_reading()  # and closing does not wait for the rest, either
 
 
+@pytest.mark.parametrize("large", [1000, 32 << 20])
 @pytest.mark.parametrize("error", [ValueError, SystemExit])
 def test_what_comes_first_on_the_thread_is_no_wait_for_hashes_and_may_fail(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], large: int
 ) -> None:
+    monkeypatch.setattr("aivmm.runtime.reading._LARGE_BYTES", large)
     order: list[str] = []
     go_on = threading.Event()
     real = reading.check_content
@@ -407,7 +411,7 @@ def test_what_comes_first_on_the_thread_is_no_wait_for_hashes_and_may_fail(
 
     monkeypatch.setattr("aivmm.runtime.reading.check_content", noted)
     with Bundle.open(bundle, read_later=True) as opened:
-        opened.start_reading(first)
+        opened.begin_reading(first)
         opened.start_reading()  # it has begun
         waiting = threading.Thread(target=opened.verify)
         waiting.start()

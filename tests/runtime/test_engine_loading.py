@@ -14,10 +14,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from aivmm.errors import BundleError, Unsupported
+from aivmm.runtime import openvino, ort_library
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.finding import waking
 from aivmm.runtime.onnxruntime import OnnxRuntime
-from aivmm.runtime.ort_library import wake
+from aivmm.runtime.openvino import OpenVino
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, onnx_model, reference
 from tests.runtime.bundles import edit_plan
 from tests.runtime.engines import Load, close_to
@@ -181,6 +182,7 @@ def test_what_a_runtime_does_once_in_a_process_is_done_on_another_thread_and_may
         asked.append(name)
         return wake
 
+    openvino._wake()  # whose turn is before
     monkeypatch.setattr(OnnxRuntime, "wakes", wakes)
     for _ in range(2):  # with nothing in the cache, and from there
         engine = load(chain_model(), [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4)])
@@ -188,9 +190,33 @@ def test_what_a_runtime_does_once_in_a_process_is_done_on_another_thread_and_may
     assert begun.is_set() and asked == ["CPU"] * 2 and threading.get_ident() not in threads
 
 
-def test_the_cpus_kernels_are_registered_beside_the_first_load_only() -> None:
+@pytest.mark.parametrize(("backend", "wake", "target", "other"), [
+    (OnnxRuntime, ort_library.wake, ONNXRUNTIME, "CUDA:0"), (OpenVino, openvino._wake, OPENVINO, "GPU.0"),
+])  # fmt: skip
+def test_a_runtime_is_woken_beside_the_first_load_only(backend: Any, wake: Any, target: str, other: str) -> None:
     wake.cache_clear()
-    assert OnnxRuntime().wakes("CPU") is wake and waking(["acme:NPU", ":", OPENVINO, ONNXRUNTIME]) is wake
-    assert OnnxRuntime().wakes("CUDA:0") is None and waking([OPENVINO, "onnxruntime:CUDA:0", "acme:CPU"]) is None
+    assert backend().wakes("CPU") is wake and waking(["acme:NPU", ":", target]) is wake
+    assert backend().wakes(other) is None and waking([f"{backend.name}:{other}", "acme:CPU"]) is None
     wake()
-    assert OnnxRuntime().wakes("CPU") is None and waking([ONNXRUNTIME]) is None
+    assert backend().wakes("CPU") is None and waking([target]) is None
+
+
+LOADED = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from aivmm.runtime import openvino
+with ThreadPoolExecutor(8) as pool:
+    cores = list(pool.map(lambda _: openvino._core(), range(8)))
+assert all(each is cores[0] for each in cores)
+def plugins():
+    return "openvino_intel_cpu_plugin" in open("/proc/self/maps").read()
+before = plugins()
+openvino._wake()
+print(before, plugins(), "openvino_telemetry" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which libraries are there")
+def test_openvinos_plug_in_is_what_is_loaded_and_one_core_is_made_by_many_threads() -> None:
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["False", "True", "False"], "")
