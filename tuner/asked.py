@@ -66,7 +66,7 @@ def assumed(work: Work) -> list[str]:
         known = list(dict.fromkeys(str(each) for target in work.targets for each in work.precisions(target)))
         found.append(f"--precisions {','.join(known)}" + ("" if "int8" in known else " (int8 joins when named, or with --dataset)"))
     if not options.batches:
-        found.append(f"--batch {','.join(map(str, work.batches()))}")
+        found.append(f"--batch {','.join(map(str, work.batches(work.targets)))}")
     if not options.targets:
         found.append(f"--targets {','.join(map(str, work.targets))}")
     return found

@@ -463,7 +463,7 @@ def _dry_run(work: Work) -> dict[str, Any]:
         "knobs": {
             str(target): [knob.name for knob in work.lab.knobs(target) if work.options.drive in knob.objectives] for target in work.targets
         },
-        "batches": list(work.batches()),
+        "batches": list(work.batches(work.targets)),
         "blocks": len(structure.blocks),
         "operators": len(structure.operators),
         "budget_s": work.options.budget_s,

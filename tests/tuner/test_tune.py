@@ -338,6 +338,16 @@ def test_a_dry_run_says_what_it_would_measure_and_writes_nothing(place: Place, t
             assert list(database.outcomes(all=True)) == []
 
 
+@pytest.mark.parametrize(("targets", "batches"), [("null:GPU.0", "1,4,16,32,64,128"), ("null:CPU,null:GPU.0", "1,2,4,8,16,32")])
+def test_the_batches_that_are_assumed_are_those_of_the_targets(
+    place: Place, in_process: Callable[..., Finished], targets: str, batches: str
+) -> None:
+    asked = ("--backend", "null", "--targets", targets, "--objective", "throughput", "--dry-run", "--json")
+    done = in_process(place, "tune", "demo:squeezenet", *asked)
+    assert done.code == 0, done.err
+    assert f"--batch {batches}" in done.err and ",".join(map(str, done.json["batches"])) == batches
+
+
 def test_the_demos_are_listed_by_their_prefix(place: Place) -> None:
     text, as_json = place.aivmm("tune", "demo:"), place.aivmm("tune", "demo:", "--json")
     assert (text.code, text.err, as_json.code) == (0, "", 0)
