@@ -40,7 +40,7 @@ from aivmm.runtime.null_device import (
     rounded,
     stray_s,
 )
-from aivmm.runtime.null_memory import NullCopier
+from aivmm.runtime.null_memory import NullCopier, copy_s
 from aivmm.runtime.null_work import Work, evaluated, evaluator_of, load, op_types, spec_of, work_of
 from aivmm.runtime.target import Device, Target, Unavailable
 from aivmm.tensors import TensorSpec
@@ -163,8 +163,9 @@ class NullBackend:
         return self._memory.used(self._device(target))
 
     def routes(self, targets: Sequence[Target]) -> Sequence[CopyRoute]:
-        """List the ways between the host and devices, and between devices."""
-        return routes_of([each for each in targets if each.runtime == self.name and each.device.kind != "cpu"])
+        """List the ways between the host and devices, and between devices. Where the host's memory is shared nothing is copied."""
+        mine = [each for each in targets if each.runtime == self.name and each.device.kind != "cpu"]
+        return routes_of([each for each in mine if copy_s(None, self._device(each), 1) > 0])
 
     def copier(self, route: CopyRoute, size_bytes: int) -> NullCopier:
         """Make what copies along a route in simulated time; its bytes count as taken."""

@@ -60,6 +60,8 @@ def test_every_way_from_and_to_a_card_is_listed_once_and_none_of_the_cpu() -> No
     assert ("host pinned", "null:GPU.0 memory") in ends and ("null:GPU.1 memory", "host pageable") in ends
     assert ("null:GPU.0 memory", "null:GPU.0 memory") in ends and ("null:GPU.0 memory", "null:GPU.1 memory") in ends
     assert list(backend.routes([cpu])) == [] == list(routes_of([]))
+    shared, (card,) = backend_of(NullDevice(name="GPU.0", kind="gpu", memory_bytes=1 << 20))
+    assert list(shared.routes([card])) == []  # nothing is copied, and what takes no time was a tune's end
 
 
 def test_copies_take_what_the_devices_figures_say() -> None:
