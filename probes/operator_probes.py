@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ _SLOW_S, _SLOW_LEAST = 0.1, 3  # but not so many of one that takes so long
 _TIGHT = 0.01  # of the median: what is known so well is not timed any longer
 _POOLED = 1 << 16  # elements: larger inputs repeat as many random ones
 _COMPILERS = 4  # threads; more only wait for each other
+_LATE = {"late": "there was no time left for it"}
 
 
 @dataclass(slots=True)
@@ -50,13 +52,18 @@ def probe_operators(
     config: dict[str, Any],
     seconds: float,
     least: int = _LEAST,
+    within_s: float = math.inf,
 ) -> dict[str, Any]:
     """Compile `models` side by side, then time them one after another, each for `seconds` and at least `least` times.
+
+    `within_s` is how long all of this may take: what is slow then runs fewer times, and what has no time left is not timed, nor stored: its
+    answer is `late`. The first model runs once in any case, since nobody knows before how long that takes.
 
     Each of `models` has a `path`, and where its inputs' values matter a file of arrays, `values`; the other inputs are made up. Answers
     come in the same order: what `probe` of one model gives, or `refused` with the runtime's words. Compiling is native code of one thread
     mostly, and takes longer than the timing; while anything is timed, nothing is compiled.
     """
+    ends = time.perf_counter() + within_s
     where = wire.target_in(target)
     assert isinstance(where, Target)
     backend = load_backend(where.runtime)
@@ -67,7 +74,13 @@ def probe_operators(
     wait_until_quiet(os.getpid())
     answers: list[dict[str, Any]] = []
     for index, each in enumerate(ready):
-        answers.append({"refused": each.message} if isinstance(each, AivmmError) else _timed(state, each, seconds, least))
+        if isinstance(each, AivmmError):
+            answers.append({"refused": each.message})
+        elif index and time.perf_counter() > ends:
+            each.executable.close()
+            answers.append(_LATE)
+        else:
+            answers.append(_timed(state, each, seconds, least, ends))
         ready[index] = Unsupported("done")  # its memory is free for the next
     return {"answers": answers}
 
@@ -83,7 +96,7 @@ def _prepared(backend: Backend, target: Target, config: dict[str, Any], model: M
         return error
 
 
-def _timed(state: State, ready: _Ready, seconds: float, least: int) -> dict[str, Any]:
+def _timed(state: State, ready: _Ready, seconds: float, least: int, ends: float) -> dict[str, Any]:
     from aivmm.probes import operations
 
     name = "\0operator"
@@ -96,14 +109,11 @@ def _timed(state: State, ready: _Ready, seconds: float, least: int) -> dict[str,
         runner.steps[0]()
         first_s = time.perf_counter() - started
         slow = first_s > _SLOW_S
-        answer = operations.timed(
-            state,
-            name=name,
-            seconds=seconds,
-            least=min(least, _SLOW_LEAST) if slow else least,
-            settle=1 if slow else 2,
-            tight=_TIGHT,
-        )
+        if slow:  # one run to settle, and then as many as there is time for
+            least = min(least, _SLOW_LEAST, max(0, int(min((ends - time.perf_counter()) / first_s, _SLOW_LEAST + 1)) - 1))
+        if not least:
+            return _LATE
+        answer = operations.timed(state, name=name, seconds=seconds, least=least, settle=1 if slow else 2, tight=_TIGHT)
         return {
             "durations": answer["durations"],
             "compile_s": ready.compile_s,

@@ -245,7 +245,8 @@ class OperatorProber:
     def _probe(self, jobs: Sequence[_Job]) -> list[Outcome]:
         """Probe operators on one target in one request.
 
-        What a crash leaves open is tried again one by one, so that it costs one probe; a hang each time, so only within the budget.
+        What a crash leaves open is tried again one by one, so that it costs one probe; a hang each time, so only within the budget. What
+        would run beyond the budget has no outcome.
         """
         if not jobs:
             return []
@@ -263,6 +264,7 @@ class OperatorProber:
                     target=wire.target_out(first.target),
                     config=wire.config_out(first.key.config),
                     seconds=OPERATOR_S,
+                    within_s=max(0.0, self._ends - time.perf_counter()),
                 )
             except WorkerDied as died:
                 if len(jobs) == 1:
@@ -270,7 +272,7 @@ class OperatorProber:
                 answer = None
         if answer is None:
             return [outcome for job in jobs if self._may_measure() for outcome in self._probe([job])]
-        return [self._outcome(job, each) for job, each in zip(jobs, answer["answers"], strict=True)]
+        return [self._outcome(job, each) for job, each in zip(jobs, answer["answers"], strict=True) if "late" not in each]
 
     def _outcome(self, job: _Job, answer: dict[str, Any]) -> Outcome:
         if "refused" in answer:

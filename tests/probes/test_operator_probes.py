@@ -12,11 +12,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from aivmm.errors import Unsupported
-from aivmm.probes import wire
+from aivmm.probes import operator_probes, wire
 from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.client import Worker
 from aivmm.probes.fusion import explain, fusion_in
+from aivmm.probes.runners import State
 from aivmm.runtime.config import Config
+from aivmm.runtime.null import NullBackend, NullRequest
+from aivmm.runtime.null_device import NullDevice
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Device, Target
 
@@ -84,6 +87,42 @@ def test_answers_come_in_order_and_a_refusal_costs_one_operator(worker: Worker, 
         assert each["effective_config"]
     # A MiB is read and another written: no machine does that as fast as it handles four numbers.
     assert min(large["durations"]) > min(small["durations"])
+
+
+class Slow:
+    """A device on which one run takes 0.15 s by the clock on the wall; it counts them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        backend = NullBackend([NullDevice(launch_s=0.15, real_time=True)])
+        self.target = next(each for each in backend.targets() if isinstance(each, Target))
+        self.runs = 0
+        monkeypatch.setattr(operator_probes, "load_backend", lambda _: backend)
+        run = NullRequest.run
+
+        def counted(request: NullRequest) -> None:
+            self.runs += 1
+            run(request)
+
+        monkeypatch.setattr(NullRequest, "run", counted)
+
+    def probe(self, folder: Path, *, within_s: float) -> list[dict[str, Any]]:
+        models = [{"path": str(relu(folder / f"{number}.onnx", (4,))), "values": ""} for number in range(2)]
+        where = wire.target_out(self.target)
+        answer = operator_probes.probe_operators(State(), models=models, target=where, config=FP32, seconds=0.0, within_s=within_s)
+        found: list[dict[str, Any]] = answer["answers"]
+        return found
+
+
+def test_what_is_slow_runs_no_longer_than_there_is_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A product of matrices that takes seconds on a slow device would outrun a tuning's budget by far: each operator runs five times."""
+    slow = Slow(monkeypatch)
+    answers = slow.probe(tmp_path, within_s=0.0)
+    assert ["late" in each for each in answers] == [True, True]
+    assert slow.runs == 1  # nobody knew before how long it takes
+    slow.runs = 0
+    answers = slow.probe(tmp_path, within_s=1000.0)
+    assert [len(each["durations"]) for each in answers] == [3, 3]
+    assert slow.runs == 2 * (1 + 1 + 3)
 
 
 def test_made_up_extents_would_be_refused_by_the_runtime(worker: Worker, tmp_path: Path) -> None:
