@@ -133,10 +133,12 @@ def deploy(
     """
     from aivmm import arguments
     from aivmm.deployment import Deployment, content_of, run
+    from aivmm.models.demo import demo_of
     from aivmm.planner.objectives import parse_objectives
     from aivmm.tuner.options import DEFAULT_BUDGET_S, TuneOptions
 
     name = arguments.model("model", model)
+    demo_of(name)  # refused here, where no plan could be for it
     arguments.called("on_drift", on_drift)
     database = arguments.location("db", db)
     objective, limits = _goal(service_level, objective, constraints)

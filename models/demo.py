@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import onnx
 
 
+PREFIX = "demo:"
+
+
 @dataclass(frozen=True, slots=True)
 class _Demo:
     description: str
@@ -53,6 +56,20 @@ _DEMOS: Mapping[str, _Demo] = {
 def demo_names() -> Mapping[str, str]:
     """Return each demo's name (without the `demo:` prefix) with one line on what it is."""
     return MappingProxyType({name: demo.description for name, demo in _DEMOS.items()})
+
+
+def demo_of(given: str) -> str | None:
+    """Return the name of the demo that a user means by `given`, which begins with `demo:`; None where that is a path.
+
+    Raises:
+        UsageError: no demo has this name; lists those there are.
+    """
+    if not given.startswith(PREFIX):
+        return None
+    name = given.removeprefix(PREFIX)
+    if name not in _DEMOS:
+        raise UsageError(f"unknown demo model {given!r}", advice=f"known: {', '.join(PREFIX + each for each in _DEMOS)}")
+    return name
 
 
 def write_demo(name: str, folder: Path) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 
 from aivmm.errors import AivmmError, ModelError, UsageError
 from aivmm.models.dataset import MOST_CALIBRATION
+from aivmm.models.demo import demo_of
 from aivmm.models.records import ModelFacts, Structure
 from aivmm.probes.accuracy import judge
 from aivmm.probes.arrays import load_arrays, save_arrays
@@ -323,13 +324,9 @@ class Subject:
 
     def _find(self) -> Path:
         given = self._options.model
-        if not given.startswith("demo:"):
+        name = demo_of(given)
+        if name is None:
             return Path(given)
-        import aivmm.models.demo as demo
-
-        name = given.removeprefix("demo:")
-        if name not in demo.demo_names():
-            raise UsageError(f"unknown demo model {given!r}", advice=f"known: {', '.join(f'demo:{each}' for each in demo.demo_names())}")
         folder = cache_folder() / "demo"
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -79,6 +79,12 @@ def test_a_kept_plan_is_reused_and_answers(asked: Callable[..., Deployment]) -> 
         assert engine.validity.grade == "exact"
 
 
+def test_an_unknown_demo_is_named_with_those_there_are(asked: Callable[..., Deployment]) -> None:
+    """It used to be a plan "made for another model", as if there were one for it."""
+    with pytest.raises(UsageError, match=r"unknown demo model 'demo:nope'; known: demo:squeezenet, "):
+        aivmm.deploy("demo:nope", plan=kept(asked()), may_tune=False)
+
+
 def test_reusing_costs_less_than_a_second_beyond_loading(asked: Callable[..., Deployment]) -> None:
     kept(asked())
     run(asked(), tune=None, on_drift=None).close()
