@@ -10,12 +10,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from aivmm.errors import UsageError
-from aivmm.runtime.backend import Buffer
+from aivmm.runtime.backend import Buffer, DeviceTensor
 from aivmm.runtime.bundle import is_family
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.family import Family, OpenFamily, Served, open_family
 from aivmm.runtime.fitting import Fitter
-from aivmm.runtime.inputs import refuse_unnamed
+from aivmm.runtime.inputs import elsewhere, refuse_unnamed
 from aivmm.runtime.signing import Key
 from aivmm.runtime.streaming import ordered
 from aivmm.runtime.validity import check_policy
@@ -107,10 +107,53 @@ class ShapedEngine:
         outputs = await engine.arun(arrays)
         return outputs if extents is None else self.fitter.crop(outputs, extents)
 
+    def new_inputs(self, bucket: str | None = None) -> dict[str, Buffer]:
+        """Return arrays for one request's inputs in the shape that `bucket` names ("seq=128"; the only one by default).
+
+        See `Engine.new_inputs`: filled and given to `run`, they are read where they are, neither padded nor copied.
+
+        Raises:
+            UsageError: no bucket has this name, or there are several and none is named; or as `Engine.new_inputs`.
+        """
+        if bucket is None and len(self.engines) == 1:
+            (bucket,) = self.engines
+        if bucket not in self.engines:
+            problem = "there are several shapes, and none is named" if bucket is None else f"there is no shape {bucket!r}"
+            raise UsageError(problem, advice=f"give new_inputs one of {', '.join(map(repr, self.engines))}")
+        return self.engines[bucket].new_inputs()
+
+    def run_on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceTensor]:
+        """Run once on inputs of a bucket's very shape and leave the outputs on the device; see `Engine.run_on_device`.
+
+        Raises:
+            UsageError: as `run`, and for other shapes: padding and cropping are done on the host. Or as `Engine.run_on_device`.
+            Unsupported: as `Engine.run_on_device`.
+        """
+        engine = self._own_shape(inputs)
+        if engine is None:
+            inputs, _ = self.fitter.take(inputs)  # a list has its shape as an array; and this says what is missing
+            engine = self._own_shape(inputs)
+        if engine is None:
+            raise UsageError(f"run_on_device neither pads nor crops: it takes {', '.join(self.engines)}", advice="use run")
+        return engine.run_on_device(inputs)
+
+    def _own_shape(self, inputs: Mapping[str, Any]) -> Engine | None:
+        """Return the engine of the bucket whose very shape the inputs have, in whatever memory; None where they have another.
+
+        Raises:
+            UsageError: they have another, and one lies on a device.
+        """
+        engine = self._exact.get(tuple(_shape_of(inputs.get(name)) for name in self._names))
+        if engine is None and any(map(elsewhere, inputs.values())):
+            raise UsageError(
+                f"inputs on a device are not padded: they fit {', '.join(self.engines)} and nothing else", advice="give arrays of the host"
+            )
+        return engine
+
     def _placed(self, inputs: Mapping[str, Any]) -> tuple[Engine, Mapping[str, Any], dict[str, int] | None]:
         """Return what runs `inputs`, them as it takes them, and their extents where outputs are to be cropped to those."""
         refuse_unnamed(inputs)
-        engine = self._exact.get(tuple(getattr(inputs.get(name), "shape", None) for name in self._names))
+        engine = self._exact.get(tuple(getattr(inputs.get(name), "shape", None) for name in self._names)) or self._own_shape(inputs)
         if engine is not None:
             return engine, inputs, None
         arrays, extents = self.fitter.take(inputs)
@@ -174,6 +217,13 @@ class ShapedEngine:
         extents = zip(*(each.shape for each in found), strict=True)
         shape = tuple(group[0] if len(set(group)) == 1 else None for group in extents)
         return TensorSpec(name=name, dtype=found[0].dtype, shape=shape)
+
+
+def _shape_of(value: Any) -> tuple[int, ...] | None:
+    """Return the extents of an array or tensor; None of what has none. Tensors that an engine left on a device give theirs when called."""
+    shape = getattr(value, "shape", None)
+    shape = shape() if callable(shape) else shape
+    return tuple(shape) if isinstance(shape, Iterable) else None
 
 
 def _open(spec: TensorSpec, served: Served) -> TensorSpec:

@@ -23,6 +23,7 @@ from aivmm.runtime.engine import Engine
 from aivmm.runtime.family import Bucket, Crop, Dimension, Padding, Served, open_family
 from aivmm.runtime.fitting import Fitter, padded
 from aivmm.runtime.many import Engines, ShapedEngine, load_one
+from aivmm.runtime.null_memory import NullTensor
 from aivmm.runtime.reading import file_sha256
 from aivmm.tensors import TensorSpec
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, make_family, normal, reference, token_model
@@ -76,6 +77,39 @@ def shaped(path: Path) -> ShapedEngine:
 
 
 # --- one model in several shapes ---
+
+
+def test_arrays_to_be_filled_have_the_shape_that_is_named_and_run_without_padding(made: Path) -> None:
+    with shaped(made) as engine:
+        arrays = engine.new_inputs("rows=16")
+        for name, value in feeds(16).items():
+            arrays[name][...] = value
+        np.testing.assert_array_equal(engine.run(arrays)["y"], engine.run(feeds(16))["y"])
+        assert engine.stats()["padded"] == 0
+        with pytest.raises(UsageError, match=r"several shapes, and none is named; give new_inputs one of 'rows=4', 'rows=16', 'rows=64'"):
+            engine.new_inputs()
+        with pytest.raises(UsageError, match=r"no shape 'rows=5'; give new_inputs one of 'rows=4'"):
+            engine.new_inputs("rows=5")
+
+
+def test_outputs_stay_on_the_device_for_a_plans_own_shapes_and_others_are_refused(tmp_path: Path) -> None:
+    bundles = {f"{rows}": make_bundle(tmp_path / f"{rows}", token_model(rows), [Part("null:GPU.0")], conditions=False) for rows in (4, 16)}
+    family = served().replaced(buckets=served().buckets[:2])
+    with shaped(make_family(tmp_path / "tokens.aivmm", bundles, models=[family])) as engine:
+        there = {name: NullTensor(value, "null:GPU.0") for name, value in feeds(16).items()}
+        for given in (feeds(16), there, {name: value.tolist() for name, value in feeds(16).items()}):
+            found = engine.run_on_device(given)
+            assert isinstance(found["y"], NullTensor)
+            np.testing.assert_array_equal(found["y"].array, engine.run(feeds(16))["y"])
+            np.testing.assert_array_equal(engine.run(given)["y"], engine.run(feeds(16))["y"])
+        with pytest.raises(UsageError, match="neither pads nor crops: it takes rows=4, rows=16; use run"):
+            engine.run_on_device(feeds(5))
+        beyond = {name: NullTensor(value, "null:GPU.0") for name, value in feeds(5).items()}
+        for run in (engine.run, engine.run_on_device):
+            with pytest.raises(UsageError, match="on a device are not padded: they fit rows=4, rows=16"):
+                run(beyond)
+        with pytest.raises(UsageError, match="'mask' is missing"):
+            engine.run_on_device({"x": feeds(4)["x"]})
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 16, 17, 63, 64])
