@@ -12,8 +12,8 @@ from aivmm.errors import UsageError
 from aivmm.planner.constraints import parse
 from aivmm.probes.machine import measuring
 from aivmm.runtime.engine import Engine
-from aivmm.runtime.many import ShapedEngine, load_one
-from aivmm.tuner.running import inputs_for
+from aivmm.runtime.many import load_one
+from aivmm.tuner.running import inputs_for, shape_of
 from aivmm.tuner.scenarios import Result, highest_rate, offline, server, single
 
 _WARM_UP_S = 1.0
@@ -54,7 +54,7 @@ def run_scenarios(plan: Path, request: Request, *, tell: Callable[[str], None]) 
         AivmmError: it does not load, or `server` has neither a rate nor a bound.
     """
     with load_one(plan, request.model) as loaded:
-        engine = _bucket(loaded, request.bucket)
+        bucket, engine = shape_of(loaded, request.bucket)
         bound_s = request.bound_s if request.bound_s is not None else _own_bound(engine)
         if "server" in request.scenarios and bound_s is None and request.rate_per_s is None:
             raise UsageError(
@@ -82,24 +82,13 @@ def run_scenarios(plan: Path, request: Request, *, tell: Callable[[str], None]) 
         facts = {
             "plan": str(plan),
             "model": engine.plan.model.name,
+            "bucket": bucket,
             "targets": list(dict.fromkeys(each.target for stage in engine.stages for each in stage.everywhere())),
             "batch": engine.plan.batch,
             "validity": engine.validity.grade,
             "load_s": engine.load_s,
         }
         return Bench(engine=facts, results=results, events=list(engine.events))
-
-
-def _bucket(loaded: Engine | ShapedEngine, name: str | None) -> Engine:
-    if isinstance(loaded, Engine):
-        if name is not None:
-            raise UsageError(f"there is no shape {name!r}: the plan has one only", advice="leave --bucket out")
-        return loaded
-    if name is None:
-        return next(iter(loaded.engines.values()))
-    if name not in loaded.engines:
-        raise UsageError(f"there is no shape {name!r}", advice=f"the plan has {', '.join(map(repr, loaded.engines))}")
-    return loaded.engines[name]
 
 
 def _own_bound(engine: Engine) -> float | None:

@@ -98,6 +98,10 @@ def run_plan(
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE.npz", help="Where to write the outputs.")] = None,
     repeat: Annotated[int, typer.Option(metavar="N", min=1, help="How many times to run.")] = 1,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="The model, where the bundle holds several.")] = None,
+    bucket: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The shape, where the plan has several; default: what takes --inputs, or else the first."),
+    ] = None,
     trace: Trace = None,
     key: Keys = None,
     as_json: Json = False,
@@ -112,18 +116,21 @@ def run_plan(
     """
     from aivmm.tuner.running import run_bundle
 
-    result = run_bundle(plan, inputs, output, repeat, model=model, keys=key or (), trace=trace)
+    result = run_bundle(plan, inputs, output, repeat, model=model, bucket=bucket, keys=key or (), trace=trace)
     if as_json:
         print_json(result)
         return
-    print(
-        f"{result['model']} on {' + '.join(result['targets'])} ({result['validity']}): median {result['median_s'] * 1e3:.3f} ms of {repeat}"
-    )
+    where = "" if result["bucket"] is None else " at other shapes" if result["bucket"] == "fallback" else f" at {result['bucket']}"
+    took = f"median {result['median_s'] * 1e3:.3f} ms of {repeat}"
+    print(f"{result['model']}{where} on {' + '.join(result['targets'])} ({result['validity']}): {took}")
     for each in result["outputs"]:
         print(f"  {each['name']}: {each['dtype']}{each['shape']}  {each['preview']}")
     for name in ("written", "trace"):
         if name in result:
             print(f"{name}  {result[name]}", file=sys.stderr)
+    if inputs is None and bucket is None and len(result["buckets"]) > 1:
+        shapes = ", ".join(result["buckets"])
+        print(printable(f"note: inputs are random, in the first of the shapes {shapes}; --bucket names another"), file=sys.stderr)
     for event in result["events"]:
         print(f"note: {event}", file=sys.stderr)
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from aivmm.errors import UsageError
 from aivmm.planner.constraints import Constraint, check, human, parse
-from aivmm.tuner.command import Inputs, Json, Plan, Quiet, Trace, print_json
+from aivmm.tuner.command import Bucket, Inputs, Json, Plan, Quiet, Trace, print_json
 from aivmm.tuner.options import parse_budget
 from aivmm.tuner.scenarios import LEAST_QUERIES, MOST_QUERIES, SCENARIOS, Result
 from aivmm.tuner.text import printable
@@ -41,7 +41,7 @@ def bench(
     ] = None,
     inputs: Inputs = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="The model, where the bundle holds several.")] = None,
-    bucket: Annotated[str | None, typer.Option(metavar="NAME", help="The shape, where the plan has several; default: the first.")] = None,
+    bucket: Bucket = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(metavar="EXPR", help=f"Exit with {FAILED} if this holds: `p99>20ms`, `latency>5ms`, `throughput<100/s`. Repeatable."),
@@ -160,7 +160,8 @@ def _rate(text: str) -> float:
 
 def _print(engine: Mapping[str, Any], results: Sequence[Result], events: Sequence[str]) -> None:
     out = Console(highlight=False, soft_wrap=True)
-    out.print(Text(printable(f"{engine['model']} on {' + '.join(engine['targets'])} ({engine['validity']}), batch {engine['batch']}")))
+    what = engine["model"] if engine["bucket"] is None else f"{engine['model']} at {engine['bucket']}"
+    out.print(Text(printable(f"{what} on {' + '.join(engine['targets'])} ({engine['validity']}), batch {engine['batch']}")))
     for result in results:
         out.print(Text(f"{result.scenario:<9}{_sentence(result)}"))
     for each in events:

@@ -20,6 +20,7 @@ Db = Annotated[
 Backends = Annotated[list[str] | None, typer.Option("--backend", hidden=True)]
 Plan = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan bundle: a folder or a zip of one.")]
 Inputs = Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Inputs by name; default: random ones.")]
+Bucket = Annotated[str | None, typer.Option(metavar="NAME", help="The shape, where the plan has several; default: the first.")]
 Trace = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Record which stage ran when, on which thread, for ui.perfetto.dev.")]
 Keys = Annotated[
     list[Path] | None, typer.Option("--key", metavar="FILE.pem", help="Require a signature by this public key. Repeatable: any of them.")

@@ -27,18 +27,24 @@ def run_bundle(
     repeat: int,
     *,
     model: str | None = None,
+    bucket: str | None = None,
     keys: Sequence[Path] = (),
     trace: Path | None = None,
 ) -> dict[str, Any]:
     """Run the bundle at `plan` `repeat` times and return what came out, as `aivmm run --json` gives it.
 
-    `trace` is where a recording of the stages goes.
+    Of a plan in several shapes `bucket` names one; else inputs choose it, and without any it is the first. `trace` is where a recording of
+    the stages goes.
 
     Raises:
         AivmmError: the bundle does not load, the inputs do not fit, or the outputs cannot be written.
     """
     with load_one(plan, model, require_signature=list(keys) or None) as engine:
-        arrays = inputs_for(engine.inputs, inputs)
+        if bucket is not None or inputs is None:
+            bucket, chosen = shape_of(engine, bucket)
+            arrays = inputs_for(chosen.inputs, inputs)
+        else:
+            arrays = inputs_for(engine.inputs, inputs)
         durations = []
         outputs: dict[str, Buffer] = {}
         with nullcontext() if trace is None else engine.trace() as recording:
@@ -46,11 +52,13 @@ def run_bundle(
                 started = time.perf_counter()
                 outputs = engine.run(arrays)
                 durations.append(time.perf_counter() - started)
-        one = engine if isinstance(engine, Engine) else _used(engine, arrays)
+        used, one = _used(engine, arrays)
         stats = engine.stats()
         result = {
             "schema": 1,
             "model": one.plan.model.name,
+            "bucket": used,
+            "buckets": [] if isinstance(engine, Engine) else list(engine.engines),
             "targets": list(dict.fromkeys(each.target for stage in one.stages for each in stage.everywhere())),
             "validity": stats["validity"],
             "runs": repeat,
@@ -79,12 +87,32 @@ def inputs_for(specs: Sequence[TensorSpec], path: Path | None) -> dict[str, Buff
     return _read(path, tuple(specs)) if path else _random(tuple(specs))
 
 
-def _used(engine: ShapedEngine, arrays: dict[str, Buffer]) -> Engine:
-    """Return the engine of the shape that took `arrays`."""
+def shape_of(loaded: Engine | ShapedEngine, name: str | None) -> tuple[str | None, Engine]:
+    """Return one of the shapes of a plan, by default the first, with its engine; a plan of one shape has no name for it.
+
+    Raises:
+        UsageError: there is no such shape.
+    """
+    if isinstance(loaded, Engine):
+        if name is not None:
+            raise UsageError(f"there is no shape {name!r}: the plan has one only", advice="leave --bucket out")
+        return None, loaded
+    if name is None:
+        name = next(iter(loaded.engines))
+    if name not in loaded.engines:
+        raise UsageError(f"there is no shape {name!r}", advice=f"the plan has {', '.join(map(repr, loaded.engines))}")
+    return name, loaded.engines[name]
+
+
+def _used(engine: Engine | ShapedEngine, arrays: dict[str, Buffer]) -> tuple[str | None, Engine]:
+    """Return the shape that took `arrays`, or "fallback", with its engine."""
+    if isinstance(engine, Engine):
+        return None, engine
     name = engine.bucket_of(arrays)
-    found = engine.fallback if name is None else engine.engines[name]
-    assert found is not None
-    return found
+    if name is not None:
+        return name, engine.engines[name]
+    assert engine.fallback is not None
+    return "fallback", engine.fallback
 
 
 def _read(path: Path, specs: tuple[TensorSpec, ...]) -> dict[str, Buffer]:

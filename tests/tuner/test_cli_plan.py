@@ -229,6 +229,24 @@ def test_diff_of_bundles_of_several_shapes_tells_a_plan_more_in_one_line(shapes:
     assert "plans.plans/2.json: only in the first" in shapes.aivmm("plan", "diff", "open.aivmm", "refuse.aivmm").out.splitlines()
 
 
+def test_run_says_which_shape_ran_and_takes_one_by_name(shapes: Shell) -> None:
+    """Without inputs it took the smallest in silence, and failed where smaller sizes than the listed ones are refused."""
+    unasked = shapes.aivmm("run", "refuse.aivmm")
+    assert unasked.code == 0 and unasked.out.startswith("made at rows=4 on onnxruntime:CPU ")
+    assert unasked.err == "note: inputs are random, in the first of the shapes rows=4, rows=16; --bucket names another\n"
+    named = shapes.aivmm("run", "refuse.aivmm", "--bucket", "rows=16", "--json")
+    assert (named.json["bucket"], named.json["outputs"][0]["shape"], named.err) == ("rows=16", [1, 16, 16], "")
+    for rows, where in ((3, "rows=4"), (16, "rows=16"), (12, "other shapes"), (17, "other shapes")):
+        np.savez(shapes.work / "in.npz", x=normal(1, rows, 16), mask=np.ones((1, rows), np.int64))
+        given = shapes.aivmm("run", "open.aivmm", "--inputs", "in.npz")
+        assert given.out.startswith(f"made at {where} on ") and not given.err
+    for plan, words in (("refuse.aivmm", "the plan has 'rows=4', 'rows=16'"), ("m.aivmm", "the plan has one only; leave --bucket out")):
+        refused = shapes.aivmm("run", plan, "--bucket", "rows=5")
+        assert refused.code == 2 and words in refused.err
+    timed = shapes.aivmm("bench", "refuse.aivmm", "--bucket", "rows=16", "--duration", "100ms")
+    assert timed.out.startswith("made at rows=16 on ")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
 def test_a_private_key_is_private_and_never_overwritten(place: Shell) -> None:
     assert stat.S_IMODE((place.work / "k.pem").stat().st_mode) == 0o600
