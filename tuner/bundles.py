@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import starmap
 from pathlib import Path
 from typing import Any
@@ -166,17 +166,65 @@ def _on_this_machine(plan: Plan) -> dict[str, Any]:
 def differences(first: Path, second: Path) -> list[dict[str, Any]]:
     """Return where two bundles differ, as `{"place", "first", "second"}`, in the order of the first; the time of making is left out.
 
+    One plan is held against the one of several that takes the same inputs; where there is none, all that is said is which plans there are.
+
     Raises:
         BundleError: one of them is damaged or unsafe.
     """
     with opened(first) as one, opened(second) as other:
-        mine, theirs = (dict(_flat("", _content(each))) for each in (one, other))
+        if (one.family is None) != (other.family is None):
+            return _one_and_several(one, other)
+        return _differing(_content(one), _content(other))
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
+    mine, theirs = dict(_flat("", one)), dict(_flat("", other))
     places = [*mine, *(each for each in theirs if each not in mine)]
     return [
         {"place": place, "first": mine.get(place, MISSING), "second": theirs.get(place, MISSING)}
         for place in places
         if mine.get(place, MISSING) != theirs.get(place, MISSING)
     ]
+
+
+def _one_and_several(one: Opened, other: Opened) -> list[dict[str, Any]]:
+    """Return where a bundle of one plan and one of several differ, in the order in which they are given."""
+    single, several = (one, other) if one.family is None else (other, one)
+    ((_, plan),) = single.plans.items()
+    names = titles(several)
+    member = _like(plan, several)
+    shape = ", ".join(str(each.spec) for each in plan.model.inputs) if member is None else names[member]
+    plans = f"{len(names)} plans: {', '.join(names.values())}"
+    alone = {"plans": f"one plan: {shape}", **({} if member is None else _content(single))}
+    among = {"plans": plans, **({} if member is None else _member_content(several, member, plan))}
+    return _differing(alone, among) if single is one else _differing(among, alone)
+
+
+def _like(plan: Plan, several: Opened) -> str | None:
+    """Return the plan of several, by its file, that takes the same inputs; of several models that of the same name, if any."""
+    alike = [name for name, each in several.plans.items() if [a.spec for a in each.model.inputs] == [b.spec for b in plan.model.inputs]]
+    alike.sort(key=lambda name: several.plans[name].model.name != plan.model.name)
+    return next(iter(alike), None)
+
+
+def _member_content(several: Opened, member: str, plan: Plan) -> dict[str, Any]:
+    """Return one plan of several as `_content` returns it alone; files of the same content have the names that they have in `plan`."""
+    content = several.plans[member].as_json()
+    del content["created_at"]
+    by_digest = {digest: name for name, digest in plan.files.items()}
+    renamed = {name: by_digest[digest] for name, digest in several.plans[member].files.items() if digest in by_digest}
+    content["files"] = {renamed.get(name, name): digest for name, digest in content["files"].items()}
+    return {**_with_names(content, renamed), "signed_by": several.signers}
+
+
+def _with_names(value: Any, renamed: Mapping[str, str]) -> Any:
+    """Return a JSON document whose stages name their models as `renamed` says."""
+    if isinstance(value, dict):
+        return {
+            key: renamed.get(each, each) if key == "model" and isinstance(each, str) else _with_names(each, renamed)
+            for key, each in value.items()
+        }
+    return [_with_names(each, renamed) for each in value] if isinstance(value, list) else value
 
 
 def shortened(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:

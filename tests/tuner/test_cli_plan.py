@@ -247,6 +247,20 @@ def test_run_says_which_shape_ran_and_takes_one_by_name(shapes: Shell) -> None:
     assert timed.out.startswith("made at rows=16 on ")
 
 
+def test_diff_of_one_plan_and_several_takes_the_one_for_the_same_shape(shapes: Shell) -> None:
+    """It printed every field of each: two bundles of which one has the other's very plan looked like two models."""
+    several = "2 plans: tokens at rows=4, tokens at rows=16"
+    same = shapes.aivmm("plan", "diff", "16.aivmm", "refuse.aivmm")
+    assert (same.code, same.out) == (1, f"plans: one plan: tokens at rows=16 -> {several}\n")
+    reverse = shapes.aivmm("plan", "diff", "refuse.aivmm", "16.aivmm", "--json").json["differences"]
+    assert reverse == [{"place": "plans", "first": several, "second": "one plan: tokens at rows=16"}]
+    make_bundle(shapes.work / "slow.aivmm", token_model(16), [Part(ONNXRUNTIME, settings=(("intra_op_num_threads", 1),))])
+    changed = shapes.aivmm("plan", "diff", "refuse.aivmm", "slow.aivmm").out.splitlines()
+    assert changed[0].startswith("plans: ") and "stages[0].config.intra_op_num_threads: (none) -> 1" in changed and len(changed) == 3
+    none = shapes.aivmm("plan", "diff", "any.aivmm", "refuse.aivmm")
+    assert none.out == f"plans: one plan: x: float32[1, ?, 16], mask: int64[1, ?] -> {several}\n"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
 def test_a_private_key_is_private_and_never_overwritten(place: Shell) -> None:
     assert stat.S_IMODE((place.work / "k.pem").stat().st_mode) == 0o600
