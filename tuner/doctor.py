@@ -44,7 +44,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class DeviceClass:
-    """A kind of hardware, the targets that it serves, and how its cards are known on the bus; `cards` None is the CPU."""
+    """A kind of hardware, the targets that it serves, and how its cards are known on the bus: no `kind` where they are not told by it."""
 
     name: str
     patterns: tuple[str, ...]
@@ -58,6 +58,10 @@ CLASSES = (
     DeviceClass("Intel NPU", ("openvino:NPU",), "npu", "Intel"),
     DeviceClass("NVIDIA GPU", ("onnxruntime:CUDA", "onnxruntime:TensorRT", "onnxruntime:NvTensorRtRtx"), "gpu", "NVIDIA"),
     DeviceClass("AMD GPU", ("onnxruntime:MIGraphX", "onnxruntime:ROCM"), "gpu", "AMD"),
+    # These run where ONNX Runtime's build has their provider. An adapter may be of any vendor, and the others are no cards.
+    DeviceClass("DirectX 12 adapter", ("onnxruntime:DirectML",)),
+    DeviceClass("Qualcomm NPU", ("onnxruntime:QNN",)),
+    DeviceClass("Apple GPU and Neural Engine", ("onnxruntime:CoreML",)),
 )
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from aivmm.probes.hardware import Card, cards
+from aivmm.runtime.ort_options import PROVIDERS
 from aivmm.runtime.target import Device, Target, Unavailable
-from aivmm.tuner.doctor import Finding, devices, usable
+from aivmm.tuner.doctor import CLASSES, Finding, devices, usable
 from tests.tuner.harness import Finished, Place, command, run
 
 CPU = Target(runtime="onnxruntime", name="CPU", device=Device(kind="cpu", model="A CPU", cores=2), runtime_version="1")
@@ -71,6 +72,16 @@ def test_a_card_that_no_backend_knows_of_is_shown_too() -> None:
         each for each in devices([CPU], [], [Card("gpu", "AMD", "1002:744c", "0000:03:00.0", "amdgpu")]) if each.subject == "AMD GPU"
     ]
     assert found.state == "missing" and "1002:744c" in found.detail and found.advice
+
+
+def test_every_provider_of_onnx_runtime_has_a_class_and_what_is_no_card_is_not_looked_for_on_the_bus() -> None:
+    assert {f"onnxruntime:{each}" for each in PROVIDERS} <= {pattern for each in CLASSES for pattern in each.patterns}
+    gone = [Unavailable(target=f"onnxruntime:{name}", reason="no device", advice="update") for name in ("DirectML", "QNN", "CoreML")]
+    found = [each for each in devices([CPU], gone, []) if each.subject != "CPU"]
+    assert [each.subject for each in found] == ["DirectX 12 adapter", "Qualcomm NPU", "Apple GPU and Neural Engine"]
+    assert all(each.state == "missing" and "PCI" not in each.detail and each.advice == "update" for each in found)
+    adapter = Target(runtime="onnxruntime", name="DirectML:0", device=Device(kind="gpu", model="DirectX 12 adapter"), runtime_version="1")
+    assert [each.state for each in devices([adapter], [], []) if each.subject == "DirectX 12 adapter"] == ["ok"]
 
 
 def test_without_a_target_or_with_something_broken_nothing_can_be_tuned() -> None:
