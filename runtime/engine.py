@@ -7,10 +7,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from aivmm.errors import AivmmError, BundleError, Unsupported, UsageError
 from aivmm.runtime import hot
@@ -25,13 +26,13 @@ from aivmm.runtime.inputs import kept, refuse_unnamed
 from aivmm.runtime.lane import Lane
 from aivmm.runtime.loan import Loan
 from aivmm.runtime.paces import PacedMonitor, tell_apart
-from aivmm.runtime.plan import Execution, Plan, Stage, agree
+from aivmm.runtime.plan import Execution, Plan, Stage
 from aivmm.runtime.program import Program
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.signing import Key
-from aivmm.runtime.streaming import ordered
+from aivmm.runtime.streaming import Reply, ordered
 from aivmm.runtime.target import Target
-from aivmm.runtime.validity import Attempt, Validity, check_policy, grade_stages
+from aivmm.runtime.validity import Attempt, Validity, check_interface, check_policy, grade_stages
 from aivmm.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -176,18 +177,28 @@ class Engine:
         Raises:
             UsageError: as `run`, at once.
         """
+        return cast("Future[dict[str, Buffer]]", self._start(inputs, None))
+
+    def _start(self, inputs: Mapping[str, Any], reply: Reply | None) -> Future[dict[str, Buffer]] | Reply:
+        """Do what `submit` does. A `reply` is told what comes of it, in place of a future where nobody else needs one."""
         program, deadlines = self._program, self._deadlines
+        rescue = partial(self._instead, program)
         try:
+            if reply is not None and deadlines is None and program.execution.batching is None:
+                program.start(inputs, reply, rescue)
+                return reply
             again = {} if deadlines is None else kept(inputs)
-            running = program.submit(inputs, lambda loaded, error: self._instead(program, loaded, error))
+            running = program.submit(inputs, rescue)
         except (AttributeError, TypeError):
             refuse_unnamed(inputs)
             raise
         except (UsageError, Unsupported):
             if self._program is program:
                 raise
-            return self.submit(inputs)  # it was waiting in front of one that died
-        return running if deadlines is None else deadlines.watch(running, lambda: self._hangs(program, again, deadlines.timeout_s))
+            return self._start(inputs, reply)  # it was waiting in front of one that died
+        if deadlines is not None:
+            running = deadlines.watch(running, lambda: self._hangs(program, again, deadlines.timeout_s))
+        return running if reply is None else reply.follow(running)
 
     @property
     def timeout_s(self) -> float | None:
@@ -227,11 +238,11 @@ class Engine:
     def stream(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Buffer]]:
         """Run each of `requests` and yield the outputs in their order, as many in flight as the plan provides for.
 
-        The iterable may be endless: a request is taken while those before it run, and waits for room. Where requests come slowly, an answer
-        that is there waits for the next of them; one that hangs keeps none before it. What a request raises is raised at its place in the
-        order, which ends the stream; those already in flight are finished unseen.
+        The iterable may be endless: a request is taken while those before it run, and waits for room. An answer that is there waits for the
+        next request where they come slowly, and where they wait for room 10 ms at most for the answers behind it; one that hangs keeps none
+        before it. What a request raises is raised at its place in the order, which ends the stream; those in flight are finished unseen.
         """
-        return ordered(self.submit, self._program.window, requests)
+        return ordered(self._start, self._program.window, requests)
 
     def lend(self, inputs: Mapping[str, Any]) -> Loan:
         """Run once and lend the outputs without copying them: `with engine.lend(inputs) as outputs:`.
@@ -458,7 +469,7 @@ class Engine:
                 backend, model, target, config, verified=self._bundle.verify, meanwhile=self._bundle.start_reading
             )
         try:
-            _check_interface(stage, executable)
+            check_interface(stage, executable)
         except BundleError:
             executable.close()
             raise
@@ -486,17 +497,3 @@ class Engine:
     def _event(self, text: str) -> None:
         self.events.append(text)
         log.warning("%s: %s", self.plan.model.name, text)
-
-
-def _check_interface(stage: Stage, executable: Executable) -> None:
-    """Raise BundleError unless the model behind `stage` is what the plan says: buffers are bound by the plan's word."""
-    for kind, said, found in (("input", stage.inputs, executable.inputs), ("output", stage.outputs, executable.outputs)):
-        tensors = {each.name: each for each in said}
-        have = {each.name: each for each in found}
-        # A runtime may drop an input that nothing reads, and a model may have outputs that the plan leaves alone.
-        odd = next(iter(have.keys() - tensors.keys() if kind == "input" else tensors.keys() - have.keys()), None)
-        if odd is not None:
-            raise BundleError(f"{stage.model} does not fit its plan: the {kind} {odd!r} is not in both")
-        for name in tensors.keys() & have.keys():
-            if not agree(tensors[name], have[name]):
-                raise BundleError(f"{stage.model} does not fit its plan: the {kind} {tensors[name].spec} is {have[name]} in the file")

@@ -92,7 +92,8 @@ class ShapedEngine:
 
     def stream(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Buffer]]:
         """Run each of `requests`, of whatever shape, and yield the outputs in their order; see `Engine.stream`."""
-        return ordered(self.submit, sum(each._program.window for each in self._all().values()), requests)
+        window = sum(each._program.window for each in self._all().values())
+        return ordered(lambda inputs, reply: reply.follow(self.submit(inputs)), window, requests)
 
     @contextmanager
     def lend(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Buffer]]:

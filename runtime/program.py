@@ -26,7 +26,8 @@ from aivmm.runtime.plan import Execution, Stage
 from aivmm.runtime.pool import Pool, closed
 from aivmm.runtime.sharing import shared_out
 from aivmm.runtime.shortest import Instead, hot_path, shortest
-from aivmm.runtime.stage_threads import StageThreads
+from aivmm.runtime.stage_threads import Done, StageThreads
+from aivmm.runtime.streaming import Reply
 from aivmm.tensors import TensorSpec
 
 _SUSPICIONS = 3  # failed requests after which a program that never answered one is taken for dead
@@ -184,14 +185,18 @@ class Program:
             return self._batcher.submit(inputs, rescue)
         future: Future[Outputs] = Future()
         future.set_running_or_notify_cancel()
+        self.start(inputs, future, rescue)
+        return future
+
+    def start(self, inputs: Mapping[str, Any], told: Future[Outputs] | Reply, rescue: Rescue | None = None) -> None:
+        """Do what `submit` does where requests are not batched, and tell `told` what comes of it. Raises as `submit`."""
         lane = self.acquire()
         try:
             lane.take(inputs)
         except BaseException:  # not handled: the lane goes back first
             self.free.put(lane)
             raise
-        self.launch(lane, lambda landed: self._deliver(landed, future, rescue))
-        return future
+        self.launch(lane, lambda landed: self._deliver(landed, told, rescue))
 
     @property
     def window(self) -> int:
@@ -277,7 +282,7 @@ class Program:
             raise
         return lane
 
-    def launch(self, lane: Lane, done: Callable[[Lane], None]) -> None:
+    def launch(self, lane: Lane, done: Done) -> None:
         """Send a loaded lane through the stages; `done` gets it behind the last one, with its error, and puts it back into `free`."""
         self._threads.send(lane, done)
 
@@ -392,8 +397,8 @@ class Program:
     def _counts(self) -> list[int]:
         return [len(each) for each in self._executables]
 
-    def _deliver(self, lane: Lane, future: Future[Outputs], rescue: Rescue | None) -> None:
-        """Take the outputs off a lane, give it back, and tell who waits. On the last stage's thread."""
+    def _deliver(self, lane: Lane, told: Future[Outputs] | Reply, rescue: Rescue | None) -> Callable[[], None] | None:
+        """Take the outputs off a lane, give it back, and tell who waits; return what wakes him. On the last stage's thread."""
         error, outputs, inputs = lane.error, None, None
         try:
             if error is None:
@@ -407,18 +412,21 @@ class Program:
         self.free.put(lane)
         if error is None:
             assert outputs is not None
-            future.set_result(outputs)
+            if isinstance(told, Reply):
+                return told.put(outputs)
+            told.set_result(outputs)
         elif rescue is None or inputs is None:
-            future.set_exception(error)
+            told.set_exception(error)
         else:  # on a thread of its own: it may compile a fallback, and the others must not wait for that
-            threading.Thread(target=_rescue, args=(rescue, inputs, error, future), name="aivmm-rescue", daemon=True).start()
+            threading.Thread(target=_rescue, args=(rescue, inputs, error, told), name="aivmm-rescue", daemon=True).start()
+        return None
 
 
-def _rescue(rescue: Rescue, inputs: Mapping[str, Buffer], error: BaseException, future: Future[Outputs]) -> None:
+def _rescue(rescue: Rescue, inputs: Mapping[str, Buffer], error: BaseException, told: Future[Outputs] | Reply) -> None:
     try:
-        future.set_result(rescue(inputs, error))
+        told.set_result(rescue(inputs, error))
     except BaseException as failure:  # noqa: BLE001 - whatever it is, it is the answer to this request
-        future.set_exception(failure)
+        told.set_exception(failure)
 
 
 _running: weakref.WeakSet[Program] = weakref.WeakSet()

@@ -15,6 +15,8 @@ from aivmm.runtime.lane import Lane
 if TYPE_CHECKING:
     from aivmm.runtime.program import Program
 
+Wake = Callable[[], None]
+Done = Callable[[Lane], Wake | None]  # takes what a lane brings, and may return what wakes who waits for that
 log = logging.getLogger("aivmm.engine")
 
 
@@ -30,7 +32,7 @@ class StageThreads:
         self._queues: list[list[SimpleQueue[Lane | None]]] = []  # of each step of the way, of each replica there
         self._threads: list[threading.Thread] = []
 
-    def send(self, lane: Lane, done: Callable[[Lane], None]) -> None:
+    def send(self, lane: Lane, done: Done) -> None:
         """Put a lane in front of the first stage. It is on its way from when it has `done` until it has lost that."""
         if not self._queues:
             self._start()
@@ -87,9 +89,24 @@ def _put(lane: Lane, queues: Sequence[Sequence[SimpleQueue[Lane | None]]], step:
 def _carry(
     queue: SimpleQueue[Lane | None], stages: Sequence[int], ahead: tuple[Sequence[Sequence[SimpleQueue[Lane | None]]], int] | None
 ) -> None:
-    """Run `stages` of each lane that comes along and hand it on. The thread of one step of the way, until it is sent None."""
-    while (lane := queue.get()) is not None:
-        lane.clocks[stages[0]].waited(perf_counter_ns() - lane.queued_ns)
+    """Run `stages` of each lane that comes along and hand it on. The thread of one step of the way, until it is sent None.
+
+    Who waits for an answer is woken just before this thread runs the next lane or rests, which is when it lets go of the interpreter's
+    lock: woken before, he would take a processor from a stage to wait for that lock, and once more when he has it.
+    """
+    wake: Wake | None = None
+    while True:
+        if wake is not None and queue.empty():
+            wake()
+            wake = None
+        lane = queue.get()
+        if lane is not None:
+            lane.clocks[stages[0]].waited(perf_counter_ns() - lane.queued_ns)
+        if wake is not None:
+            wake()
+            wake = None
+        if lane is None:
+            return
         if lane.error is None:
             try:
                 for index in stages:
@@ -100,14 +117,15 @@ def _carry(
         if ahead is not None:
             _put(lane, *ahead)
         else:
-            _land(lane)
+            wake = _land(lane)
         del lane  # a thread that waits holds on to nothing
 
 
-def _land(lane: Lane) -> None:
+def _land(lane: Lane) -> Wake | None:
     done, lane.done = lane.done, None
     assert done is not None
     try:
-        done(lane)
+        return done(lane)
     except BaseException:
         log.exception("a callback of a request failed")
+        return None

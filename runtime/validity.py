@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from aivmm.errors import UsageError
+from aivmm.errors import BundleError, UsageError
+from aivmm.runtime.backend import Executable
 from aivmm.runtime.environment import environment_of
-from aivmm.runtime.plan import Conditions, Stage
+from aivmm.runtime.plan import Conditions, Stage, agree
 from aivmm.runtime.target import Target
 
 Grade = Literal["exact", "compatible", "retune"]
@@ -85,3 +86,17 @@ def _lessens(key: str, here: object, there: object) -> bool:
     if key in ("usable_cores", "power_limit_w") and isinstance(here, int | float) and isinstance(there, int | float):
         return here < there
     return False
+
+
+def check_interface(stage: Stage, executable: Executable) -> None:
+    """Raise BundleError unless the model behind `stage` is what the plan says: buffers are bound by the plan's word."""
+    for kind, said, found in (("input", stage.inputs, executable.inputs), ("output", stage.outputs, executable.outputs)):
+        tensors = {each.name: each for each in said}
+        have = {each.name: each for each in found}
+        # A runtime may drop an input that nothing reads, and a model may have outputs that the plan leaves alone.
+        odd = next(iter(have.keys() - tensors.keys() if kind == "input" else tensors.keys() - have.keys()), None)
+        if odd is not None:
+            raise BundleError(f"{stage.model} does not fit its plan: the {kind} {odd!r} is not in both")
+        for name in tensors.keys() & have.keys():
+            if not agree(tensors[name], have[name]):
+                raise BundleError(f"{stage.model} does not fit its plan: the {kind} {tensors[name].spec} is {have[name]} in the file")

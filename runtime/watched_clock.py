@@ -24,7 +24,7 @@ _PASSED_CALLS, _PASSED_LEAST_NS, _PASSED_MOST_NS = 512, 50_000_000, 250_000_000
 # Whether a slow pace is one of bursts is seen by each eighth time, in which calls are expected without pauses.
 _BURST_NS, _BURST_OBSERVATIONS, _BURSTS_TIMES = 50_000_000, 2, 8
 # Calls so long are passed on by a twentieth of a second: it is a small part of one, and drift is to be told within two hundred of them.
-_LONG_NS, _LONG_PASSED_NS = 2_000_000, 50_000_000
+_LONG_NS, _LONG_PASSED_NS, _NEVER_NS = 2_000_000, 50_000_000, 1 << 62
 _PAUSE_NS, _PAUSE_PERIODS = 20_000_000, 4  # what is longer than both, the periods of the calls before it, is a pause after a burst
 _SHORT_NS = 500_000  # where all are shorter their sums are watched, otherwise each
 
@@ -70,9 +70,11 @@ class WatchedClock(StageClock):
         """Begin to wait, while calls take `call_ns`, and are `calm`; None where they have nothing to wait for."""
         step, self._most_ns = max(BLOCK, LEAST_BLOCK_NS // call_ns + 1), 0
         if calm is None or call_ns >= _LONG_NS:
-            # Not before they are a block: who calls once a second, too, is watched by blocks.
-            most_ns = max(_LONG_PASSED_NS, BLOCK * call_ns)
-            self.wait(now_ns, step, min(step, RING - BLOCK), most_ns, most_ns, 0.0, 0.0)
+            # Not before they are a block: who calls once a second, too, is watched by blocks, and so is a pipeline's lane, whose turn
+            # comes seldom. Short ones are not waited for longer than a block of them would have taken.
+            long = call_ns >= _LONG_NS
+            most_ns = _NEVER_NS if long else _LONG_PASSED_NS
+            self.wait(now_ns, step, max(1, BLOCK - self._rest) if long else min(step, RING - BLOCK), most_ns, most_ns, 0.0, 0.0)
             return
         most = max(step, min(max(_PASSED_CALLS, _PASSED_LEAST_NS // call_ns), _PASSED_MOST_NS // call_ns))
         most_ns = _PAUSED_NS

@@ -101,6 +101,16 @@ def test_what_is_passed_on_of_bursts_are_calls_in_a_row(limits: Calm | None, bur
     assert sum(in_row) >= 0.8 * 300 * burst
 
 
+@pytest.mark.parametrize("pause_ns", [2000, 8_000_000, 200_000_000])
+def test_long_calls_are_not_looked_at_before_they_are_a_block(pause_ns: int) -> None:
+    """A lane of a pipeline has its turn seldom: each look is a twentieth of a stage of 2 ms, and only a block can tell anything."""
+    caller = Caller()
+    for _ in range(20 * BLOCK):
+        caller.call(4_000_000, pause_ns)
+    assert sum(calls for calls, _, _ in caller.watch.passed) >= 19 * BLOCK
+    assert caller.looks <= 22
+
+
 ANY_RATIO = 1e12  # of what calls are said to take to the CPU time of these tests
 
 
