@@ -26,6 +26,7 @@ from aivmm.tuner.cli_report import report
 from aivmm.tuner.cli_tune import tune
 from aivmm.tuner.command import App, Backends, Inputs, Json, Keys, Plan, Trace, print_json
 from aivmm.tuner.config_file import Defaults
+from aivmm.tuner.main import INTERRUPTED
 from aivmm.tuner.text import printable
 
 if TYPE_CHECKING:
@@ -150,6 +151,9 @@ app.add_typer(plan_app, name="plan")
 app.add_typer(db_app, name="db")
 
 
+_KEEPING = ("tune", "profile")  # commands that keep what they measure, and go on with it
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit status; a bug keeps its traceback."""
     try:
@@ -177,13 +181,16 @@ def _run(arguments: Sequence[str]) -> int:
         _print_error(message.rstrip("."), f"see {context.command_path if context else 'aivmm'} --help", wants_json)
         return 2
     except typer.Abort:
-        status = 130
+        status = INTERRUPTED
     except WorkerDied as died:
         # Those that cost one probe never get here; this one held what everything else needs.
         _print_error(f"a worker process {died.reason}", "run the same command again; what was measured is kept", wants_json)
         return 2
-    if status == 130:
-        _print_error("interrupted; what was measured is kept", "run the same command again to continue", wants_json)
+    if status == INTERRUPTED:
+        if arguments[:1] and arguments[0] in _KEEPING:
+            _print_error("interrupted; what was measured is kept", "run the same command again to continue", wants_json)
+        else:
+            _print_error("interrupted", "", wants_json)
     return status if isinstance(status, int) else 0
 
 

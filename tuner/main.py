@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+
+INTERRUPTED = 130  # exit status, as shells have it: 128 and the number of the signal
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `aivmm`; exits."""
     given = sys.argv[1:] if arguments is None else arguments
+    try:
+        status = _run(given)
+    except KeyboardInterrupt:  # while modules are read, before anything was begun
+        print("aivmm: interrupted", file=sys.stderr)
+        if "--json" in given:
+            print('{"schema": 1, "error": {"message": "interrupted", "advice": ""}}')
+        status = INTERRUPTED
+    if status == INTERRUPTED and threading.current_thread() is threading.main_thread():
+        # All is cleaned up: who presses it once more while Python ends wants no traceback of that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise SystemExit(status)
+
+
+def _run(given: list[str]) -> int:
     try:
         from aivmm.tuner.cli import run
     except ImportError as error:
@@ -19,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         raise SystemExit(2) from error
-    raise SystemExit(run(given))
+    return run(given)
 
 
 def main_tune() -> None:

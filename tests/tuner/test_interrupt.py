@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,9 +17,12 @@ import numpy as np
 import pytest
 
 from aivmm.probes.arrays import save_arrays
+from aivmm.tuner import cli
 from aivmm.tuner.interrupt import LINE, Interrupts
+from aivmm.tuner.main import main
+from tests.making import ONNXRUNTIME, Part, chain_model, make_bundle
 from tests.probes.conftest import install_wild, python_path
-from tests.tuner.harness import ROOT
+from tests.tuner.harness import ROOT, Place
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
 
@@ -175,3 +179,38 @@ def test_the_old_handler_comes_back_after_an_error() -> None:
         assert signal.getsignal(signal.SIGINT) is not before
         raise ValueError("oops")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.fixture
+def same_handler() -> Iterator[None]:
+    """Put back what SIGINT does here."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("same_handler")
+def test_while_modules_are_read_it_ends_in_one_line_as_later(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A third of a second, which had a traceback of whatever was being imported. What comes behind it has none, either."""
+
+    def interrupted(_: Sequence[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "m.aivmm", "--json"])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, err) == (130, "aivmm: interrupted\n")
+    assert json.loads(out) == {"schema": 1, "error": {"message": "interrupted", "advice": ""}}
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+
+
+def test_a_command_that_keeps_nothing_says_so_of_nothing(tmp_path: Path) -> None:
+    place = Place.at(tmp_path)
+    make_bundle(place.work / "m.aivmm", chain_model(width=16), [Part(ONNXRUNTIME)])
+    with place.started("bench", "m.aivmm", "--duration", "60s") as process:
+        assert process.stderr
+        assert process.stderr.readline() == "single: 60 s\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.strip()) == (130, "", "aivmm: interrupted")
