@@ -13,7 +13,7 @@
 #include <Python.h>
 #include <structmember.h>
 
-#define VERSION 4 /* `hot.VERSION` */
+#define VERSION 5 /* `hot.VERSION` */
 
 #ifdef Py_GIL_DISABLED
 #error "counts references and shares counters under the global lock"
@@ -36,17 +36,25 @@ typedef struct {
 
 #define C_CONTIGUOUS 0x0001
 
-static int same_shape(const Array *a, const Array *b)
+static INLINE int same(const Py_ssize_t *a, const Py_ssize_t *b, int count) /* without the call of `memcmp`, for a few */
 {
-    return a->nd == b->nd && memcmp(a->dims, b->dims, (size_t)a->nd * sizeof *a->dims) == 0;
+    for (int at = 0; at < count; at++)
+        if (a[at] != b[at])
+            return 0;
+    return 1;
+}
+
+static INLINE int same_shape(const Array *a, const Array *b)
+{
+    return a->nd == b->nd && same(a->dims, b->dims, a->nd);
 }
 
 /* Whether a view is still what `face.view()` made: a caller may have given it another shape or type, or locked it. */
-static int untouched(PyObject *view, PyObject *face)
+static INLINE int untouched(PyObject *view, PyObject *face)
 {
     Array *a = (Array *)view, *b = (Array *)face;
     return a->data == b->data && a->base == face && a->descr == b->descr && a->flags == b->flags && a->weakrefs == NULL
-        && same_shape(a, b) && memcmp(a->strides, b->strides, (size_t)a->nd * sizeof *a->strides) == 0;
+        && same_shape(a, b) && same(a->strides, b->strides, a->nd);
 }
 
 /* What is read here of an array of two dimensions, to be compared with what NumPy says. */
@@ -65,14 +73,24 @@ static PyObject *array_fields(PyObject *module, PyObject *array)
 
 typedef struct {
     PyObject_HEAD
-    vectorcallfunc vectorcall;
+    PyMethodDef method; /* of what `ask` gives: here, since a call reads it */
+    PyObject *input, *output; /* names */
+    /* What each call asks of CPython: else found in tables of this module's, which are two pages of data and one of code. */
+    int (*next)(PyObject *, Py_ssize_t *, PyObject **, PyObject **);
+    PyObject *(*call)(PyObject *, PyObject *const *, size_t, PyObject *);
+    PyObject *(*new_dict)(void);
+    int (*set_item)(PyObject *, PyObject *, PyObject *);
+    Clocked clock;
+    PyTypeObject *dict, *tuple, *list;
+    PyObject *none, *yes;
+    PyCFunction pops, appends; /* what `take` and `give` come to, NULL where they are no functions of C's */
+    PyObject *popped, *appended;
+    PyTypeObject *lane_type, *feed_type, *slot_type, *array_type;
+    unsigned short awaited, ended, feed, hands, turn, bound, dtype, own, seen, times, after, face, ready, shown, stale; /* where fields lie: FIELDS */
+    Py_ssize_t copied; /* bytes of an input that is copied, 0 where it is bound */
     PyObject *take, *give, *wake; /* of the free lanes */
-    PyObject *input, *output;     /* names */
     PyObject *reference;          /* does all of it, in Python */
     PyObject *failed;             /* (inputs, error, hands or None) -> an answer all the same, or raises */
-    PyTypeObject *lane_type, *feed_type, *slot_type, *array_type;
-    Py_ssize_t copied; /* bytes of an input that is copied, 0 where it is bound */
-    Py_ssize_t awaited, ended, feed, hands, turn, bound, dtype, own, seen, times, after, face, ready, shown, stale; /* where fields lie: FIELDS */
 } Shortest;
 
 #define HELD(DO) DO(take) DO(give) DO(wake) DO(input) DO(output) DO(reference) DO(failed) DO(lane_type) DO(feed_type) DO(slot_type) DO(array_type)
@@ -87,21 +105,32 @@ typedef struct {
 
 static PyObject *s_take, *s_another, *s_catch_up, *s_pass_on, *s_given, *s_view, *s_zero; /* as long as the process lives */
 
-static void put(PyObject *object, Py_ssize_t offset, PyObject *value) /* takes `value` over */
+static INLINE void put(PyObject *object, Py_ssize_t offset, PyObject *value) /* takes `value` over */
 {
     PyObject *before = AT(object, offset);
     AT(object, offset) = value;
     Py_XDECREF(before); /* last: it may run anything */
 }
 
-static int succeeded(PyObject *result) /* takes `result` over, of which it matters only that there is one */
+static INLINE int succeeded(PyObject *result) /* takes `result` over, of which it matters only that there is one */
 {
     Py_XDECREF(result);
     return result != NULL;
 }
 
-/* `Feed.take` for the case that another array of the right kind is copied; else that method itself. */
-static int take_input(Shortest *self, PyObject *feed, PyObject *array)
+/* `Feed.take` itself. */
+static SELDOM int take_at_length(PyObject *feed, PyObject *array)
+{
+    Py_INCREF(feed);
+    Py_INCREF(array); /* the caller's dictionary may change meanwhile */
+    int taken = succeeded(PyObject_CallMethodOneArg(feed, s_take, array));
+    Py_DECREF(array);
+    Py_DECREF(feed);
+    return taken;
+}
+
+/* The same for the case that another array of the right kind is copied. */
+static APART int take_input(Shortest *self, PyObject *feed, PyObject *array)
 {
     PyObject *own = AT(feed, self->own);
     if (self->copied > 0 && own != NULL && own == AT(feed, self->bound) && Py_TYPE(array) == self->array_type && array != AT(feed, self->seen)) {
@@ -109,34 +138,17 @@ static int take_input(Shortest *self, PyObject *feed, PyObject *array)
         if (from->descr == AT(feed, self->dtype) && (from->flags & C_CONTIGUOUS) && same_shape(from, to)) {
             memmove(to->data, from->data, (size_t)self->copied);
             put(feed, self->times, Py_NewRef(s_zero));
-            put(feed, self->seen, Py_NewRef(array));
+            put(feed, self->seen, Py_NewRef(array)); /* last: who ends here may do anything */
             return 1;
         }
     }
-    return succeeded(PyObject_CallMethodOneArg(feed, s_take, array));
+    return take_at_length(feed, array);
 }
 
-/* `Handing.next`: a request whose arrays nobody has. Its face alone is counted twice, by `Slot.face` and `Slot.faces`, and once more by the
-   view that was shown last, which is forgotten here unless it can be shown again. Not where somebody is to be told of its end, who may do
-   anything then: `another` puts it among those that end when the lane was given back. */
-static PyObject *free_slot(Shortest *self, PyObject *lane, PyObject *hands)
+static SELDOM PyObject *another_slot(Shortest *self, PyObject *lane)
 {
-    PyObject *slot = AT(lane, self->turn), *face = NULL;
-    if (slot != NULL && Py_TYPE(slot) == self->slot_type)
-        face = AT(slot, self->face);
-    if (face != NULL && Py_TYPE(face) == self->array_type) {
-        PyObject *shown = AT(slot, self->shown);
-        Py_ssize_t alone = 2;
-        if (shown != NULL && shown != Py_None && Py_REFCNT(shown) == 1) {
-            if (Py_TYPE(shown) == self->array_type && untouched(shown, face))
-                alone = 3;
-            else if (Py_TYPE(shown) == self->array_type && ((Array *)shown)->weakrefs == NULL)
-                put(slot, self->shown, Py_NewRef(Py_None));
-        }
-        if (Py_REFCNT(face) <= alone)
-            return Py_NewRef(slot);
-    }
-    slot = PyObject_CallMethodNoArgs(hands, s_another);
+    PyObject *hands = Py_NewRef(AT(lane, self->hands)), *slot = PyObject_CallMethodNoArgs(hands, s_another);
+    Py_DECREF(hands);
     if (slot != NULL && Py_TYPE(slot) != self->slot_type) {
         PyErr_SetString(PyExc_TypeError, "`another` returns a slot");
         Py_CLEAR(slot);
@@ -144,71 +156,125 @@ static PyObject *free_slot(Shortest *self, PyObject *lane, PyObject *hands)
     return slot;
 }
 
-static PyObject *answer_of(Shortest *self, PyObject *hands, PyObject *slot)
+/* `Handing.next`: a request whose arrays nobody has. Its face alone is counted twice, by `Slot.face` and `Slot.faces`, and once more by the
+   view that was shown last, which is forgotten here unless it can be shown again. Not where somebody is to be told of its end, who may do
+   anything then: `another` puts it among those that end when the lane was given back. */
+static INLINE PyObject *free_slot(Shortest *self, PyObject *lane)
+{
+    PyObject *slot = AT(lane, self->turn), *face = NULL;
+    if (slot != NULL && Py_TYPE(slot) == self->slot_type)
+        face = AT(slot, self->face);
+    if (face != NULL && Py_TYPE(face) == self->array_type) {
+        PyObject *shown = AT(slot, self->shown);
+        Py_ssize_t alone = 2;
+        if (shown != NULL && shown != self->none && Py_REFCNT(shown) == 1) {
+            if (Py_TYPE(shown) == self->array_type && OFTEN(untouched(shown, face)))
+                alone = 3;
+            else if (Py_TYPE(shown) == self->array_type && ((Array *)shown)->weakrefs == NULL)
+                put(slot, self->shown, Py_NewRef(self->none));
+        }
+        if (OFTEN(Py_REFCNT(face) <= alone))
+            return Py_NewRef(slot);
+    }
+    return another_slot(self, lane);
+}
+
+static SELDOM PyObject *given_of(Shortest *self, PyObject *lane, PyObject *slot)
+{
+    PyObject *hands = AT(lane, self->hands), *answer = NULL;
+    if (hands == NULL)
+        PyErr_SetString(PyExc_TypeError, "a lane was closed that was not free");
+    else {
+        Py_INCREF(hands);
+        answer = PyObject_CallMethodOneArg(hands, s_given, slot);
+        Py_DECREF(hands);
+    }
+    return answer;
+}
+
+static SELDOM PyObject *new_view(Shortest *self, PyObject *slot, PyObject *face)
+{
+    PyObject *shown = PyObject_CallMethodNoArgs(face, s_view);
+    if (shown != NULL)
+        put(slot, self->shown, shown);
+    return shown;
+}
+
+static INLINE PyObject *answer_of(Shortest *self, PyObject *lane, PyObject *slot)
 {
     PyObject *face = AT(slot, self->face), *shown = AT(slot, self->shown);
-    if (face == NULL || face == Py_None)
-        return PyObject_CallMethodOneArg(hands, s_given, slot);
-    if (shown == NULL || shown == Py_None || Py_REFCNT(shown) != 1) {
-        shown = PyObject_CallMethodNoArgs(face, s_view);
-        if (shown == NULL)
-            return NULL;
-        put(slot, self->shown, shown);
-    }
-    PyObject *answer = PyDict_New();
-    if (answer != NULL && PyDict_SetItem(answer, self->output, shown) < 0)
+    if (face == NULL || face == self->none)
+        return given_of(self, lane, slot);
+    if ((shown == NULL || shown == self->none || Py_REFCNT(shown) != 1) && (shown = new_view(self, slot, face)) == NULL)
+        return NULL;
+    PyObject *answer = self->new_dict();
+    if (answer != NULL && self->set_item(answer, self->output, shown) < 0)
         Py_CLEAR(answer);
     return answer;
 }
 
-static int counted(PyObject *lane, long long started_ns, long long ended_ns)
+static SELDOM int passed_on(PyObject *lane, long long started_ns, long long ended_ns)
+{
+    if (may_wait((Clock *)lane, ended_ns))
+        return 1;
+    PyObject *times = Py_BuildValue("(LL)", started_ns, ended_ns), *method = PyObject_GetAttr(lane, s_pass_on);
+    int passed = times != NULL && method != NULL && succeeded(PyObject_Call(method, times, NULL));
+    Py_XDECREF(times);
+    Py_XDECREF(method);
+    return passed;
+}
+
+static INLINE int counted(PyObject *lane, long long started_ns, long long ended_ns)
 {
     Clock *clock = (Clock *)lane;
     clock->ring[(unsigned long long)clock->count % RING] = ended_ns - started_ns;
     clock->count++;
-    if ((clock->count >= clock->due || ended_ns >= clock->due_ns) && !may_wait(clock, ended_ns)) {
-        PyObject *times = Py_BuildValue("(LL)", started_ns, ended_ns), *method = PyObject_GetAttr(lane, s_pass_on);
-        int passed = times != NULL && method != NULL && succeeded(PyObject_Call(method, times, NULL));
-        Py_XDECREF(times);
-        Py_XDECREF(method);
-        if (!passed)
-            return 0;
-    }
+    if ((clock->count >= clock->due || ended_ns >= clock->due_ns) && !passed_on(lane, started_ns, ended_ns))
+        return 0;
     clock->ended_ns = ended_ns;
     return 1;
 }
 
-/* What ends when the lane was given back, taken off it: a list, or NULL where there is nothing. */
-static PyObject *ended_of(Shortest *self, PyObject *lane)
+/* What ends when the lane was given back, taken off it: a list, or NULL where there is no memory for one, and they stay until there is. */
+static SELDOM PyObject *taken_off(PyObject *ended)
 {
-    PyObject *ended = AT(lane, self->ended), *taken = NULL;
-    if (ended != NULL && PyList_CheckExact(ended) && PyList_GET_SIZE(ended) > 0) {
-        taken = PyList_GetSlice(ended, 0, PyList_GET_SIZE(ended));
-        if (taken == NULL || PyList_SetSlice(ended, 0, PyList_GET_SIZE(ended), NULL) < 0)
-            PyErr_Clear(); /* no memory: they stay until there is */
-    }
+    PyObject *taken = PyList_GetSlice(ended, 0, PyList_GET_SIZE(ended));
+    if (taken == NULL || PyList_SetSlice(ended, 0, PyList_GET_SIZE(ended), NULL) < 0)
+        PyErr_Clear();
     return taken;
 }
 
-/* Answer by a lane that was taken. `ran_into` becomes 1 where it was the runtime that failed. */
-static PyObject *by_lane(Shortest *self, PyObject *lane, PyObject *hands, PyObject *feed, PyObject *array, int *ran_into)
+static SELDOM int catches_up(Shortest *self, PyObject *lane, PyObject *slot)
 {
-    if (array != AT(feed, self->bound) && !take_input(self, feed, array))
+    PyObject *hands = Py_NewRef(AT(lane, self->hands));
+    int right = succeeded(PyObject_CallMethodOneArg(hands, s_catch_up, slot));
+    Py_DECREF(hands);
+    return right;
+}
+
+/* Answer by a lane that was taken. `ran_into` becomes 1 where it was the runtime that failed. */
+static INLINE PyObject *by_lane(Shortest *self, PyObject *lane, PyObject *array, int *ran_into)
+{
+    PyObject *feed = AT(lane, self->feed);
+    if (!OFTEN(array == AT(feed, self->bound)) && !take_input(self, feed, array))
         return NULL;
-    PyObject *slot = free_slot(self, lane, hands), *answer = NULL;
+    PyObject *slot = free_slot(self, lane), *answer = NULL;
     if (slot == NULL)
         return NULL;
     put(lane, self->turn, Py_NewRef(AT(slot, self->after)));
-    if (AT(slot, self->stale) != Py_True || succeeded(PyObject_CallMethodOneArg(hands, s_catch_up, slot))) {
-        PyObject *runs = Py_NewRef(AT(slot, self->ready)); /* a trace that begins may put another one in its place */
-        int apart = PyTuple_CheckExact(runs); /* a function and its arguments: `handing.ready` */
-        long long started_ns = perf_counter_ns();
-        PyObject *result = apart ? PyObject_Call(PyTuple_GET_ITEM(runs, 0), PyTuple_GET_ITEM(runs, 1), NULL) : PyObject_CallNoArgs(runs);
-        long long ended_ns = perf_counter_ns();
+    if (AT(slot, self->stale) != self->yes || catches_up(self, lane, slot)) {
+        PyObject *runs = Py_NewRef(AT(slot, self->ready)), *result; /* a trace that begins may put another one in its place */
+        long long started_ns = read_clock(self->clock);
+        if (OFTEN(Py_TYPE(runs) == self->tuple)) { /* a function and its arguments: `handing.ready` */
+            PyObject **items = &PyTuple_GET_ITEM(runs, 0);
+            result = self->call(items[0], items + 1, (size_t)PyTuple_GET_SIZE(runs) - 1, NULL);
+        } else
+            result = PyObject_CallNoArgs(runs);
+        long long ended_ns = read_clock(self->clock);
         Py_DECREF(runs);
         *ran_into = !succeeded(result);
         if (!*ran_into && counted(lane, started_ns, ended_ns))
-            answer = answer_of(self, hands, slot);
+            answer = answer_of(self, lane, slot);
     }
     Py_DECREF(slot);
     return answer;
@@ -230,46 +296,74 @@ static PyObject *raised(void) /* the exception that is set, which it takes away 
 #endif
 }
 
-static PyObject *shortest_vectorcall(PyObject *callable, PyObject *const *args, size_t count, PyObject *names)
+/* Answer without a lane that was free: the reference waits for one. */
+static SELDOM PyObject *at_length(Shortest *self, PyObject *inputs)
 {
-    Shortest *self = (Shortest *)callable;
-    PyObject *inputs = PyVectorcall_NARGS(count) == 1 && names == NULL ? args[0] : NULL, *array = NULL, *lane = NULL;
-    if (inputs != NULL && PyDict_CheckExact(inputs) && PyDict_GET_SIZE(inputs) == 1)
-        array = PyDict_GetItemWithError(inputs, self->input);
-    if (array != NULL) {
-        lane = PyObject_CallNoArgs(self->take);
-        if (lane == NULL && PyErr_ExceptionMatches(PyExc_IndexError))
-            PyErr_Clear(); /* none is free: the reference waits */
+    if (PyErr_Occurred()) {
+        if (!PyErr_ExceptionMatches(PyExc_IndexError))
+            return NULL;
+        PyErr_Clear();
     }
-    if (PyErr_Occurred())
-        return NULL;
-    if (lane == NULL)
-        return PyObject_Vectorcall(self->reference, args, count, names);
+    return PyObject_CallOneArg(self->reference, inputs);
+}
 
-    int fits = Py_TYPE(lane) == self->lane_type, ran_into = 0;
-    PyObject *hands = fits ? Py_XNewRef(AT(lane, self->hands)) : NULL, *feed = fits ? Py_XNewRef(AT(lane, self->feed)) : NULL;
-    PyObject *answer = NULL, *error = NULL;
-    Py_INCREF(array); /* the caller's dictionary may change while the runtime runs */
-    if (hands != NULL && feed != NULL && Py_TYPE(feed) == self->feed_type)
-        answer = by_lane(self, lane, hands, feed, array, &ran_into);
-    else
-        PyErr_SetString(PyExc_TypeError, "a free lane is closed, or none of one input and one output");
-    Py_DECREF(array);
-    Py_XDECREF(feed);
-    if (answer == NULL)
-        error = raised();
-    PyObject *ended = fits ? ended_of(self, lane) : NULL;
-    int given = succeeded(PyObject_CallOneArg(self->give, lane));
-    if (given && fits && AT(lane, self->awaited) == Py_True)
+/* Give a lane back, and what ends then. */
+static INLINE int give_back(Shortest *self, PyObject *lane)
+{
+    PyObject *list = Py_TYPE(lane) == self->lane_type ? AT(lane, self->ended) : NULL;
+    PyObject *ended = list != NULL && Py_TYPE(list) == self->list && PyList_GET_SIZE(list) > 0 ? taken_off(list) : NULL;
+    int given = succeeded(OFTEN(self->appends != NULL) ? self->appends(self->appended, lane) : PyObject_CallOneArg(self->give, lane));
+    if (given && Py_TYPE(lane) == self->lane_type && AT(lane, self->awaited) == self->yes)
         given = succeeded(PyObject_CallNoArgs(self->wake));
     Py_DECREF(lane);
     Py_XDECREF(ended);
-    if (!given)
-        Py_CLEAR(answer);
-    else if (answer == NULL)
-        answer = PyObject_CallFunctionObjArgs(self->failed, inputs, error, ran_into ? hands : Py_None, NULL);
-    Py_XDECREF(hands);
+    return given;
+}
+
+/* Answer a request that came to an error, and give its lane back. */
+static SELDOM PyObject *failing(Shortest *self, PyObject *inputs, PyObject *lane, int ran_into)
+{
+    PyObject *error = raised(), *hands = ran_into ? AT(lane, self->hands) : NULL, *answer = NULL;
+    hands = Py_NewRef(hands == NULL ? Py_None : hands);
+    if (give_back(self, lane))
+        answer = PyObject_CallFunctionObjArgs(self->failed, inputs, error, hands, NULL);
+    Py_DECREF(hands);
     Py_XDECREF(error);
+    return answer;
+}
+
+static SELDOM PyObject *no_lane(void)
+{
+    PyErr_SetString(PyExc_TypeError, "a free lane is closed, or none of one input and one output");
+    return NULL;
+}
+
+static SELDOM PyObject *named(Shortest *self, PyObject *inputs)
+{
+    return PyDict_GetItemWithError(inputs, self->input);
+}
+
+static IN_ONE_PAGE PyObject *ask(PyObject *object, PyObject *inputs)
+{
+    Shortest *self = (Shortest *)object;
+    PyObject *name = NULL, *array = NULL, *lane = NULL, *answer;
+    Py_ssize_t at = 0;
+    if (OFTEN(Py_TYPE(inputs) == self->dict && PyDict_GET_SIZE(inputs) == 1) && self->next(inputs, &at, &name, &array) && name != self->input)
+        array = named(self, inputs);
+    if (OFTEN(array != NULL))
+        lane = OFTEN(self->pops != NULL) ? self->pops(self->popped, NULL) : PyObject_CallNoArgs(self->take);
+    if (!OFTEN(lane != NULL))
+        return array == NULL && PyErr_Occurred() ? NULL : at_length(self, inputs);
+
+    int ran_into = 0, fits = Py_TYPE(lane) == self->lane_type && AT(lane, self->hands) != NULL && AT(lane, self->feed) != NULL;
+    if (OFTEN(fits && Py_TYPE(AT(lane, self->feed)) == self->feed_type))
+        answer = by_lane(self, lane, array, &ran_into);
+    else
+        answer = no_lane();
+    if (!OFTEN(answer != NULL))
+        return failing(self, inputs, lane, ran_into);
+    if (!give_back(self, lane))
+        Py_CLEAR(answer);
     return answer;
 }
 
@@ -278,11 +372,19 @@ static Py_ssize_t offset_of(PyTypeObject *type, const char *name)
 {
     PyObject *found = PyObject_GetAttrString((PyObject *)type, name);
     PyMemberDef *member = found != NULL && Py_TYPE(found) == &PyMemberDescr_Type ? ((PyMemberDescrObject *)found)->d_member : NULL;
-    Py_ssize_t offset = member != NULL && member->type == T_OBJECT_EX ? member->offset : -1;
+    Py_ssize_t offset = member != NULL && member->type == T_OBJECT_EX && member->offset <= USHRT_MAX ? member->offset : -1;
     if (offset < 0 && !PyErr_Occurred())
         PyErr_Format(PyExc_TypeError, "%s.%s is none of its slots", type->tp_name, name);
     Py_XDECREF(found);
     return offset;
+}
+
+/* What a method that was bound to its object comes to, called as one with these `flags`; NULL where it is no function of C's. */
+static PyCFunction function_of(PyObject *method, int flags, PyObject **bound)
+{
+    int right = PyCFunction_CheckExact(method) && (PyCFunction_GET_FLAGS(method) & ~METH_STATIC) == flags;
+    *bound = right ? PyCFunction_GET_SELF(method) : NULL; /* as long as `method` lives */
+    return *bound != NULL ? PyCFunction_GET_FUNCTION(method) : NULL;
 }
 
 static PyObject *shortest_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
@@ -295,7 +397,8 @@ static PyObject *shortest_new(PyTypeObject *type, PyObject *args, PyObject *kwar
         PyErr_SetString(PyExc_TypeError, "a lane is a clock");
         right = 0;
     }
-#define FIND(owner, name, spelled) right = right && (given.name = offset_of(given.owner, spelled)) >= 0;
+    Py_ssize_t offset = 0;
+#define FIND(owner, name, spelled) right = right && (offset = offset_of(given.owner, spelled)) >= 0; given.name = (unsigned short)offset;
     FIELDS(FIND)
     Shortest *self = right ? (Shortest *)type->tp_alloc(type, 0) : NULL;
     if (self == NULL)
@@ -304,9 +407,29 @@ static PyObject *shortest_new(PyTypeObject *type, PyObject *args, PyObject *kwar
     HELD(OWN)
 #define KEEP(owner, name, spelled) self->name = given.name;
     FIELDS(KEEP)
+    PyUnicode_InternInPlace(&self->input); /* as names in callers' code are: found without being read */
+    PyUnicode_InternInPlace(&self->output);
     self->copied = given.copied;
-    self->vectorcall = shortest_vectorcall;
+    self->next = PyDict_Next;
+    self->call = PyObject_Vectorcall;
+    self->new_dict = PyDict_New;
+    self->set_item = PyDict_SetItem;
+    self->clock = CLOCK;
+    self->dict = &PyDict_Type;
+    self->tuple = &PyTuple_Type;
+    self->list = &PyList_Type;
+    self->none = Py_None;
+    self->yes = Py_True;
+    self->pops = function_of(self->take, METH_NOARGS, &self->popped);
+    self->appends = function_of(self->give, METH_O, &self->appended);
+    self->method = (PyMethodDef){"ask", ask, METH_O, PyDoc_STR("Answer a request.")};
     return (PyObject *)self;
+}
+
+/* A function of C's, which the interpreter calls without asking a type how. */
+static PyObject *shortest_ask(PyObject *self, void *closure)
+{
+    return PyCFunction_New(&((Shortest *)self)->method, self);
 }
 
 static int shortest_traverse(PyObject *object, visitproc visit, void *arg)
@@ -332,14 +455,16 @@ static void shortest_dealloc(PyObject *self)
     Py_TYPE(self)->tp_free(self);
 }
 
+static PyGetSetDef shortest_getset[] = {
+    {"ask", shortest_ask, NULL, PyDoc_STR("What answers a request as `reference` does."), NULL}, {NULL, NULL, NULL, NULL, NULL}};
+
 static PyTypeObject ShortestType = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "aivmm.runtime._hot.Shortest",
     .tp_doc = PyDoc_STR("Answers requests as its `reference` does."),
     .tp_basicsize = sizeof(Shortest),
-    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL,
-    .tp_vectorcall_offset = offsetof(Shortest, vectorcall),
-    .tp_call = PyVectorcall_Call,
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .tp_getset = shortest_getset,
     .tp_new = shortest_new,
     .tp_traverse = shortest_traverse,
     .tp_clear = shortest_clear,

@@ -2,17 +2,39 @@
    on. `clocks.PythonClock` is its reference. Included there alone, behind Python.h. */
 #include <time.h>
 
-/* What `time.perf_counter_ns` reads. */
-static long long perf_counter_ns(void)
-{
-#if PY_VERSION_HEX >= 0x030D0000
-    PyTime_t now = 0;
-    (void)PyTime_PerfCounterRaw(&now); /* fails only where the interpreter would not have started */
-    return (long long)now;
+/* What is seldom lies apart, in other lines and pages than what each call runs through, which fits into 2 KiB, and so into a page. */
+#if defined(__GNUC__) || defined(__clang__)
+#define SELDOM __attribute__((cold, noinline))
+#define APART __attribute__((noinline))
+#define INLINE inline __attribute__((always_inline))
+#define IN_ONE_PAGE __attribute__((hot, aligned(2048)))
+#define OFTEN(condition) __builtin_expect(!!(condition), 1)
 #else
-    return (long long)_PyTime_GetPerfCounter();
+#define SELDOM
+#define APART
+#define INLINE inline
+#define IN_ONE_PAGE
+#define OFTEN(condition) (condition)
 #endif
+
+/* What `time.perf_counter_ns` reads. */
+#if PY_VERSION_HEX >= 0x030D0000
+#define CLOCK PyTime_PerfCounterRaw
+typedef int (*Clocked)(PyTime_t *);
+static INLINE long long read_clock(Clocked clock)
+{
+    PyTime_t now = 0;
+    (void)clock(&now); /* fails only where the interpreter would not have started */
+    return (long long)now;
 }
+#else
+#define CLOCK _PyTime_GetPerfCounter
+typedef _PyTime_t (*Clocked)(void);
+static INLINE long long read_clock(Clocked clock)
+{
+    return (long long)clock();
+}
+#endif
 
 /* What `time.process_time_ns` reads, but for Windows, which counts that by ticks as long as an observation: there it is the clock's time.
    (As `clock` is there, too, which ends after 25 days.) */
@@ -23,7 +45,7 @@ static long long process_time_ns(void)
     (void)clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
     return now.tv_sec * 1000000000LL + now.tv_nsec;
 #else
-    return perf_counter_ns();
+    return read_clock(CLOCK);
 #endif
 }
 
@@ -31,10 +53,10 @@ static long long process_time_ns(void)
 
 typedef struct {
     PyObject_HEAD
-    long long count, due, due_ns, ended_ns;
+    long long count, due, due_ns, ended_ns; /* first what each call touches */
+    long long *ring; /* the last durations, that of call i at i % RING */
     long long step, until, pause_ns, until_ns, looked, own_ns; /* of `may_wait`; `own_ns`: the CPU time of this process at the last look */
     double call_ns, ratio;
-    long long *ring; /* the last durations, that of call i at i % RING */
 } Clock;
 
 static PyObject *clock_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)

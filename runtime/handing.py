@@ -81,11 +81,11 @@ class Slot:
 
 
 def _ready(runs: Callable[[], object]) -> object:
-    """Return a call of the runtime's as its function and all its arguments, so that none has to put them together; else `runs` itself."""
+    """Return a call of the runtime's as its function and all its arguments, side by side in one tuple; else `runs` itself."""
     if type(runs) is not partial or runs.keywords:
         return runs
     function, arguments = runs.func, runs.args
-    return (function.__func__, (function.__self__, *arguments)) if type(function) is MethodType else (function, arguments)
+    return (function.__func__, function.__self__, *arguments) if type(function) is MethodType else (function, *arguments)
 
 
 def _count(slot: Slot) -> int:

@@ -72,7 +72,7 @@ def _native(program: Program, instead: Instead, reference: Ask) -> Ask:
             return instead(program, inputs, known)
 
     turns = free.lanes.popleft, free.lanes.append, free.wake
-    made: Ask = hot.native.Shortest(*turns, feed.name, output, reference, failed, Lane, Feed, Slot, ndarray, feed.copied_bytes)
+    made: Ask = hot.native.Shortest(*turns, feed.name, output, reference, failed, Lane, Feed, Slot, ndarray, feed.copied_bytes).ask
     return made
 
 

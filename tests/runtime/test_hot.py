@@ -90,6 +90,16 @@ def test_an_array_that_is_filled_again_and_again_is_read_each_time(warm: Callabl
             assert (engine.run({"x": others[number % 3]})["y"] == number % 3 + 1).all()
 
 
+def test_a_name_may_be_another_object_than_the_one_in_the_plan(load: Load, hot_path: str) -> None:
+    node = helper.make_node("Add", ["pixels", "pixels"], ["y"])
+    engine = load(onnx_model([node], [("pixels", TensorProto.FLOAT, SHAPE)], [("y", TensorProto.FLOAT, SHAPE)]), [Part(ONNXRUNTIME)])
+    spelled = "".join(["pix", "els"])
+    assert spelled is not sys.intern("pixels")
+    for number in range(6):
+        answer = engine.run({spelled if number % 2 else "pixels": np.full(SHAPE, number, np.float32)})
+        assert list(answer) == ["y"] and (answer["y"] == 2 * number).all()
+
+
 BAD: dict[str, tuple[Any, str]] = {
     "none": ({}, r"input 'x' is missing; the plan takes x: float32\[4, 16\]"),
     "another name": ({"X": np.zeros(SHAPE, np.float32)}, "input 'x' is missing"),
