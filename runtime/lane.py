@@ -72,6 +72,7 @@ class Lane(WatchedClock):
             self._requests.append(self._handing)
         self._clocks = [StageClock() for _ in stages] if len(stages) > 1 else []
         self._so_far_ns = 0  # of a run that is taken by steps
+        self._owed: tuple[int, int] | None = None  # the begin and the end of the last run, from when on it has to be passed on
         self._buffers: dict[str, Buffer] = {}
         self.kept_on_device: dict[str, str] = {}  # tensor between stages -> the memory that it never leaves
         self._read_again: set[str] = set()  # outputs that a later stage reads, too
@@ -208,6 +209,8 @@ class Lane(WatchedClock):
         Raises:
             UsageError: as `load`.
         """
+        if self._owed is not None:
+            self._pass_on_late(self._owed)
         for feed in self._feeds:
             feed.copy(inputs.get(feed.name))
         if len(inputs) != self._count:
@@ -253,15 +256,24 @@ class Lane(WatchedClock):
         took(now - started_ns)
         self._so_far_ns = now - started_ns + (self._so_far_ns if index else 0)
         if index == len(self._steps) - 1:
-            self._timed(self._so_far_ns, now)
+            self._timed(self._so_far_ns, now, later=True)
 
-    def _timed(self, took_ns: int, now_ns: int) -> None:
-        """Count a run of all stages."""
+    def _timed(self, took_ns: int, now_ns: int, *, later: bool = False) -> None:
+        """Count a run of all stages. With `later` it is passed on by who brings the next request: a stage's thread has its next lane."""
         if self._cut:
             self.took(took_ns)
         if self.count >= self.due or now_ns >= self.due_ns:
+            if later and self._owed is None:
+                self._owed = now_ns - took_ns, now_ns
+                return
+            self._owed = None
             self.pass_on(now_ns - took_ns, now_ns)
         self.ended_ns = now_ns
+
+    def _pass_on_late(self, owed: tuple[int, int]) -> None:
+        self._owed = None
+        self.pass_on(*owed)
+        self.ended_ns = owed[1]
 
     def copies(self) -> dict[str, Buffer]:
         """Return the outputs of the last run; the arrays are the caller's own. Those of the last stage are not copied: see `handing`."""

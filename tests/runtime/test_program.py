@@ -23,6 +23,7 @@ from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.feed import COPY_LIMIT_BYTES
 from aivmm.runtime.handing import Handing
+from aivmm.runtime.lane import Lane
 from aivmm.runtime.plan import Execution
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, onnx_model, reference
 from tests.runtime.engines import Load
@@ -436,3 +437,24 @@ def test_the_threads_of_an_engine_that_was_forgotten_end(tmp_path: Path) -> None
     for each in threads:
         each.join(60)
         assert not each.is_alive()
+
+
+def test_what_calls_took_is_passed_on_by_who_brings_the_next_request_and_not_by_a_stages_thread(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes a tenth of a millisecond, in which the stage would run nothing. Each lane's first call is passed on, and then by many."""
+    engine = load(chain_model(), [Part(ONNXRUNTIME, 0, 3), Part(OPENVINO, 4)], execution=Execution(mode="pipelined"))
+    by: list[tuple[str, int]] = []
+    real = Lane.pass_on
+
+    def pass_on(self: Lane, started_ns: int, now_ns: int) -> None:
+        by.append((threading.current_thread().name, self.index))
+        real(self, started_ns, now_ns)
+
+    monkeypatch.setattr(Lane, "pass_on", pass_on)
+    lanes = len(engine._program.lanes)
+    for _ in engine.stream({"x": normal(2, 32)} for _ in range(40 * lanes)):
+        pass
+    assert {index for _, index in by} == set(range(lanes))
+    assert {name for name, _ in by} == {threading.current_thread().name}
+    assert engine.stats()["runs"] == 40 * lanes
