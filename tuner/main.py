@@ -14,7 +14,9 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     try:
         status = _run(given)
-    except KeyboardInterrupt:  # while modules are read, before anything was begun
+    except (KeyboardInterrupt, ImportError) as error:  # while modules are read
+        if not _interrupted(error):
+            raise
         print("aivmm: interrupted", file=sys.stderr)
         if "--json" in given:
             print('{"schema": 1, "error": {"message": "interrupted", "advice": ""}}')
@@ -25,10 +27,19 @@ def main(arguments: list[str] | None = None) -> None:
     raise SystemExit(status)
 
 
+def _interrupted(error: BaseException | None) -> bool:
+    """Say whether Ctrl-C is at the root of an error: native modules make an ImportError of what interrupts their first import."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _run(given: list[str]) -> int:
     try:
         from aivmm.tuner.cli import run
     except ImportError as error:
+        if _interrupted(error):
+            raise
         name = error.name or str(error)
         if name.startswith("aivmm"):
             raise  # a bug of ours

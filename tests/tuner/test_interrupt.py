@@ -190,10 +190,15 @@ def same_handler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("same_handler")
-def test_while_modules_are_read_it_ends_in_one_line_as_later(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_while_modules_are_read_it_ends_in_one_line_as_later(
+    native: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A third of a second, which had a traceback of whatever was being imported. What comes behind it has none, either."""
 
     def interrupted(_: Sequence[str]) -> int:
+        if native:  # as pybind11 has it
+            raise ImportError("initialization failed") from KeyboardInterrupt()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "run", interrupted)
