@@ -254,6 +254,15 @@ class ImportsBlob(Protocol):
             Unsupported: as `Backend.compile`, or it cannot be exported.
         """
 
+    def weights_in(self, blob: bytes) -> tuple[int, int]:
+        """Return from where to where an import reads nothing but weights in what was exported, (0, 0) where that is not known.
+
+        What is damaged there makes wrong numbers and nothing worse, so that it may be found out beside the import.
+        """
+
+    def look_ahead(self, model: Path) -> None:
+        """Do of an import what needs no runtime: called on another thread while the runtime is at it, or not at all. Raises nothing."""
+
     def import_blob(self, blob: Buffer, model: Path, target: Target, config: Config) -> Executable:
         """Return the executable that `model` was compiled to. `blob` is bytes, which stay as they are for as long as it is referred to.
 

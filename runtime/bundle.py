@@ -11,7 +11,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from os.path import isdir, isfile, join  # where the first answer waits: a path's methods take three to eight times as long when first asked
 from pathlib import Path, PurePosixPath
@@ -28,6 +28,11 @@ FAMILY_FILE = "family.json"  # in its place where a bundle holds several plans; 
 REPORT_FILE = "report.html"
 UNLISTED = frozenset({REPORT_FILE, SIGNATURE_FILE})  # may lie beside the plan without being listed in it
 _MAX_PLAN_BYTES = 64 << 20
+First = Callable[[bytes], Callable[[], object] | None]
+
+
+def nothing(text: bytes) -> None:
+    """Have nothing done first."""
 
 
 class Bundle:
@@ -57,10 +62,13 @@ class Bundle:
         return hashlib.sha256(self._text or self.plan.to_json().encode()).hexdigest()  # to write it anew takes milliseconds
 
     @classmethod
-    def open(cls, path: str | Path, *, signed_by: Key | Sequence[Key] | None = None, read_later: bool = False) -> Bundle:
+    def open(
+        cls, path: str | Path, *, signed_by: Key | Sequence[Key] | None = None, read_later: bool = False, first: First = nothing
+    ) -> Bundle:
         """Open and check the bundle at `path`. `signed_by`: public keys (PEM), one of which must have signed it.
 
-        With `read_later` the contents of the files are not checked yet, and no file may be used before `verify` returned.
+        With `read_later` the contents of the files are not checked yet, and no file may be used before `verify` returned. `first` is told
+        the plan's text before anything else is made of it, and returns what the thread that will read is to do first, if anything.
 
         Raises:
             BundleError: missing, damaged, changed, unsafe, newer than this version, or not signed as required.
@@ -68,7 +76,7 @@ class Bundle:
         """
         path = Path(path)
         try:
-            bundle = cls._open(path, signed_by)
+            bundle = cls._open(path, signed_by, first)
             if not read_later:
                 try:
                     bundle.verify()
@@ -80,16 +88,20 @@ class Bundle:
             raise BundleError(f"{path} cannot be read ({error.strerror or error})") from error
 
     @classmethod
-    def _open(cls, path: Path, signed_by: Key | Sequence[Key] | None) -> Bundle:
+    def _open(cls, path: Path, signed_by: Key | Sequence[Key] | None, first: First) -> Bundle:
         folder, unpacked = unpack(path)
+        reading: Reading | None = None
         try:
             text = read_root(folder, PLAN_FILE, path, signed_by=signed_by)
+            reading = Reading(first(text))
             plan = parse_plan(text, join(path, PLAN_FILE), keys_later=True)
             size = check_listing(folder, plan.files, root=PLAN_FILE, shown=path)
             keys = partial(require_keys_once, text, join(path, PLAN_FILE))
-            reading = Reading(folder, plan.files, plan.model_files(), path, size=size, besides=keys)
+            reading.of(folder, plan.files, plan.model_files(), path, size=size, besides=keys)
             return cls(folder, plan, unpacked=unpacked, reading=reading, text=text)
         except BaseException:  # not handled, only cleaned up: nothing else knows of the folder
+            if reading is not None:
+                reading.end()
             if unpacked is not None:
                 unpacked.cleanup()
             raise
@@ -100,15 +112,14 @@ class Bundle:
             raise BundleError(f"{name!r} is not a file of this bundle")
         return Path(join(self.folder, *name.split("/")))
 
-    def start_reading(self) -> None:
-        """Have the contents of the files checked on a thread meanwhile, unless that has begun."""
+    def start_reading(self, jobs: Iterable[Callable[[], object]] = ()) -> None:
+        """Have the contents of the files checked on a thread meanwhile, unless that has begun, after some `jobs`; see `Reading.start`."""
         if self._reading is not None:
-            self._reading.start()
+            self._reading.start(jobs)
 
-    def begin_reading(self, first: Callable[[], object] | None) -> None:
-        """Do the same early, after `first`, where there is such a thing or much to read."""
-        if self._reading is not None:
-            self._reading.begin(first)
+    def runtime_awake(self) -> bool:
+        """Say whether nothing is done `first` any more; see `open`."""
+        return self._reading is None or self._reading.first_done
 
     def verify(self) -> None:
         """Return when all files are known to be those that the plan lists.

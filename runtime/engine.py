@@ -21,7 +21,7 @@ from aivmm.runtime.bundle import Bundle
 from aivmm.runtime.causes import Machine
 from aivmm.runtime.deadline import Deadlines
 from aivmm.runtime.drift import Drift
-from aivmm.runtime.finding import find_named, waking
+from aivmm.runtime.finding import find_named, look_ahead, waking
 from aivmm.runtime.inputs import kept, refuse_unnamed
 from aivmm.runtime.lane import Lane
 from aivmm.runtime.loan import Loan
@@ -53,11 +53,10 @@ class Engine:
         self._bundle, self._asked = bundle, execution
         self._lock, self._failover, self._closed = threading.Lock(), threading.Lock(), False
         self.plan: Plan = bundle.plan
-        wake = waking(each.target for each in self.plan.stages)
-        bundle.begin_reading(wake)  # early: all that follows goes on beside it
         self._blobs = BlobCache(bundle.digest) if cache else None
-        if wake and self._blobs:  # whom the runtime keeps waiting anyway
-            self._blobs.foresee(sum(len(each.everywhere()) for each in self.plan.stages))
+        if self._blobs and not bundle.runtime_awake():  # who loads waits for it, and may do of his work what needs none
+            look_ahead((each.target, bundle.file(each.model)) for each in self.plan.stages)
+            self._blobs.foresee(sum(len(each.everywhere()) for each in self.plan.stages), bundle.runtime_awake)
         self.events: list[str] = []  # what did not go as planned: fallbacks taken, conditions that differ
         self._targets: dict[str, Target] = {}
         self.attempts: list[Attempt] = []  # the plan and its fallbacks, in the order they were tried
@@ -104,7 +103,7 @@ class Engine:
             Unsupported: no stage list of it that `on_mismatch` allows runs here; the first reason is given.
         """
         check_policy(on_mismatch)
-        bundle = Bundle.open(path, signed_by=require_signature, read_later=True)
+        bundle = Bundle.open(path, signed_by=require_signature, read_later=True, first=waking)
         try:
             if alternative is not None:
                 bundle.plan = bundle.plan.for_goal(alternative)

@@ -206,8 +206,8 @@ def _opened(path: Path, folder: Path, unpacked: PrivateFolder | None, signed_by:
                 raise BundleError(f"{path / name} lists {strange!r} otherwise than {FAMILY_FILE} does", advice="tune again")
         _require_one_interface(served, plans, path)
     models = [name for plan in plans.values() for name in plan.model_files()]
-    reading = Reading(folder, family.files, models, path, size=size)
-    reading.begin()
+    reading = Reading()
+    reading.of(folder, family.files, models, path, size=size)
     return OpenFamily(path, folder, family, plans, reading, unpacked)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from aivmm.errors import Unsupported, UsageError
-from aivmm.runtime.backend import Backend
+from aivmm.runtime.backend import Backend, ImportsBlob
 from aivmm.runtime.registry import load_backend
 from aivmm.runtime.target import Target, Unavailable
 
@@ -27,13 +31,19 @@ class Wakes(Protocol):
         """Return what does it for the target of that device name; None where there is nothing, or no more."""
 
 
-def waking(names: Iterable[str]) -> Callable[[], object] | None:
-    """Return what the first of some targets `runtime:name` that has such a thing lets another thread do, see `Wakes`; None where none has.
+_TARGET = re.compile(rb'"target": ?"([a-z0-9_]{1,40}):([A-Za-z0-9_.:]{1,80})"')
+_MOST_LOOKED_AT = 8  # targets, which a stranger's text may name by the million
+
+
+def waking(text: bytes) -> Callable[[], object] | None:
+    """Return what the first target that a plan's text names, of those that have such a thing, lets another thread do (see `Wakes`).
+
+    None where none has.
 
     A runtime that is not here has none. Why it is not is found when it is needed.
     """
-    for name in names:
-        runtime, _, device = name.partition(":")
+    for found in islice(_TARGET.finditer(text), _MOST_LOOKED_AT):
+        runtime, device = found[1].decode(), found[2].decode()
         try:
             ask: Callable[[str], Callable[[], object] | None] | None = getattr(load_backend(runtime), Wakes.wakes.__name__, None)
         except UsageError:
@@ -42,6 +52,15 @@ def waking(names: Iterable[str]) -> Callable[[], object] | None:
         if wake is not None:
             return wake
     return None
+
+
+def look_ahead(models: Iterable[tuple[str, Path]]) -> None:
+    """Have the backend of each target `runtime:name` do of taking back a model what needs no runtime yet; see `ImportsBlob`."""
+    for name, model in models:
+        with suppress(UsageError):  # as `waking`
+            ahead: Callable[[Path], None] | None = getattr(load_backend(name.partition(":")[0]), ImportsBlob.look_ahead.__name__, None)
+            if ahead is not None:
+                ahead(model)
 
 
 def find_target(backend: Backend, name: str) -> Target:

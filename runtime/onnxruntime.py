@@ -182,6 +182,13 @@ class OnnxRuntime:
         executable.written = (written, folder)
         return executable
 
+    def weights_in(self, blob: bytes) -> tuple[int, int]:
+        """Name none: large ones lie in the bundle."""
+        return 0, 0
+
+    def look_ahead(self, model: Path) -> None:
+        """Do nothing: a session says itself what it takes."""
+
     def import_blob(self, blob: Buffer, model: Path, target: Target, config: Config) -> _Executable:
         """Make a session of an optimized graph, which is not to be optimized again. Weights beside `model` stayed there."""
         level = library().GraphOptimizationLevel.ORT_DISABLE_ALL

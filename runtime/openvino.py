@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +13,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from aivmm.errors import Unsupported
+from aivmm.errors import ModelError, Unsupported
 from aivmm.runtime.backend import Baseline, Buffer, Placement, Request, foreign_dtype, holds_foreign, is_foreign, raw_view
 from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.cpu import cpu_device
 from aivmm.runtime.nvidia import same_card
 from aivmm.runtime.nvml import nvidia_devices
-from aivmm.runtime.onnx_interface import read_interface
+from aivmm.runtime.onnx_interface import Interface, read_interface
 from aivmm.runtime.openvino_knobs import cpu_knobs, gpu_knobs, npu_knobs
 from aivmm.runtime.remedies import remedy
 from aivmm.runtime.target import Device, DeviceKind, Target, Unavailable
@@ -43,8 +44,15 @@ _SETTABLE = frozenset(_READ_BACK) - {"OPTIMAL_NUMBER_OF_INFER_REQUESTS"} | {
 
 
 _FIRST = threading.RLock()  # held by who imports OpenVINO or makes the core: a plan's reader may wake it meanwhile
+
+
+# Where the CPU's plug-in puts its own settings, the constants and the graph: offset, from this table on, and size of each
+# (`ov::pass::StreamSerialize::DataHeader`).
+_TABLE = struct.Struct("<6Q")
+_HEAD_BYTES = 4096  # in which the table lies
 # A page of what is no compiled model, whatever a plug-in takes for its head.
 _NO_MODEL = b"no model" * 512
+_ahead: dict[Path, Interface] = {}  # what was read of models that are about to be imported
 
 
 def _import_openvino() -> Any:
@@ -196,6 +204,20 @@ class OpenVino:
         """Compile `model`: whatever is compiled can be exported."""
         return self.compile(model, target, config)
 
+    def weights_in(self, blob: bytes) -> tuple[int, int]:
+        """Name the constants, by the table that stands before them in what the CPU's plug-in exports."""
+        for at in range(min(_HEAD_BYTES, len(blob) - _TABLE.size)):
+            own, own_size, constants, size, graph, graph_size = _TABLE.unpack_from(blob, at)
+            if own == _TABLE.size and constants == own + own_size and graph == constants + size and at + graph + graph_size == len(blob):
+                return at + constants, at + graph
+        return 0, 0
+
+    def look_ahead(self, model: Path) -> None:
+        """Read what `model` declares, which takes half a millisecond when it is done for the first time."""
+        if model not in _ahead:
+            with suppress(ModelError):  # found again by who needs it
+                _ahead[model] = read_interface(model)
+
     def import_blob(self, blob: Buffer, model: Path, target: Target, config: Config) -> _Executable:
         """Take back what `export_blob` gave. The device keeps reading its weights where they are in `blob`."""
         tensor = _import_openvino().Tensor(blob, shared_memory=True)
@@ -203,7 +225,7 @@ class OpenVino:
             compiled = _core().import_model(tensor, _device(target), _properties(target, config))
         except (RuntimeError, TypeError, ValueError) as error:
             raise Unsupported(f"OpenVINO on {target.name}: {_words(error)}") from error
-        return _checked(_Executable(compiled, read_interface(model), keep=(blob, tensor)), target)
+        return _checked(_Executable(compiled, _ahead.pop(model, None) or read_interface(model), keep=(blob, tensor)), target)
 
     def _auto(self) -> Target:
         return Target(runtime=self.name, name="AUTO", device=cpu_device(), runtime_version=_version())
@@ -345,7 +367,11 @@ class _Executable:
         self.outputs: Sequence[TensorSpec] = tuple(
             _refine(each, compiled.outputs[self.output_ports[each.name]]) for each in interface.outputs
         )
-        self.effective_config: Mapping[str, Setting] = self._read_back()
+
+    @cached_property
+    def effective_config(self) -> Mapping[str, Setting]:
+        """What the settings came to. Lazy, as `placement` is: who only runs a plan never asks."""
+        return self._read_back()
 
     @cached_property
     def placement(self) -> Placement:

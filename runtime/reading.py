@@ -7,6 +7,7 @@ import hashlib
 import mmap
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -27,10 +28,37 @@ _PAUSE_S = 1e-3
 _PIECE_BYTES = 256 << 10
 
 
+_What = tuple[Path, Mapping[str, str], frozenset[str], Path, Callable[[], object] | None]  # folder, files, models, shown, besides
+
+
 class Reading:
     """The check of a bundle's contents, on a thread of its own: hashing and loading leave the interpreter to each other."""
 
-    def __init__(
+    def __init__(self, first: Callable[[], object] | None = None) -> None:
+        """Prepare to read what `of` will name. `first` is done on the thread before, from now on: what a runtime does once in a process,
+        without the interpreter. Whatever it raises is left for who asks the runtime for more.
+        """
+        self.seconds = 0.0
+        self.first_done = first is None
+        self.waited_s = 0.0  # by those who had nothing else to do meanwhile
+        # Until all is read and found good, and whatever ends the thread before.
+        self._error: BundleError | None = BundleError("the bundle was closed before all of it was read")
+        self._given_up = False
+        self._starting = threading.Lock()
+        self._started = False
+        self._pause = threading.Lock()  # held while there is reason to leave the interpreter to who loads
+        self._pause.acquire()
+        self._named = threading.Lock()  # held until it is known what is to be read
+        self._named.acquire()
+        self._ended = threading.Lock()  # held until nothing is read any more. An event takes four times as long to make
+        self._ended.acquire()
+        self._began = 0.0  # to read
+        self._jobs: deque[Callable[[], object]] = deque()
+        self._what: _What | None = None
+        if first is not None:
+            self._start(first)
+
+    def of(
         self,
         folder: Path,
         files: Mapping[str, str],
@@ -40,46 +68,36 @@ class Reading:
         size: int,
         besides: Callable[[], object] | None = None,
     ) -> None:
-        """Prepare to read `files` (digests by name) in `folder`; some are `models`. `shown` is what its user calls it, maybe a zip.
+        """Read `files` (digests by name) in `folder`; some are `models`. `shown` is what its user calls it, maybe a zip.
 
         `besides` is checked last: what was left of a plan's text. It raises BundleError.
 
         What has a large `size` in bytes is read as soon as it may be. Reading and loading would take turns with the interpreter, so that
         what is small waits until the runtimes begin their own work, beside which it is done soon.
         """
-        self.seconds = 0.0
-        self.waited_s = 0.0  # by those who had nothing else to do meanwhile
-        # Until all is read and found good, and whatever ends the thread before.
-        self._error: BundleError | None = BundleError(f"{shown} was closed before all of it was read")
-        self._given_up = False
-        self._starting = threading.Lock()
-        self._started = False
-        self._pause = threading.Lock()  # held while there is reason to leave the interpreter to who loads
-        self._pause.acquire()
-        self._ended = threading.Lock()  # held until nothing is read any more. An event takes four times as long to make
-        self._ended.acquire()
-        self._began = 0.0  # to read
+        self._error = BundleError(f"{shown} was closed before all of it was read")
         self._what = (folder, files, frozenset(models), shown, besides)
-        self._large = size >= _LARGE_BYTES
+        self._named.release()
+        if size >= _LARGE_BYTES:
+            self.start(at_once=True)
 
-    def begin(self, first: Callable[[], object] | None = None) -> None:
-        """Start to read when that is worth while this early: something is to be done `first` (see `start`), or there is much to read."""
-        if first is not None or self._large:
-            self.start(at_once=self._large, first=first)
+    def start(self, jobs: Iterable[Callable[[], object]] = (), *, at_once: bool = False) -> None:
+        """Start to read what was named, unless that was done before: in a moment, or `at_once`.
 
-    def start(self, *, at_once: bool = False, first: Callable[[], object] | None = None) -> None:
-        """Start to read, unless that was done before: in a moment, or `at_once`.
-
-        `first` is done on the thread before it reads: what a runtime does once in a process, without the interpreter. Whatever it raises
-        is left for who asks the runtime for more.
+        `jobs` are done on the thread before, or between two pieces of a file, or not at all when all was read. They raise nothing, and
+        whoever needs what they do does it himself.
         """
+        self._jobs.extend(jobs)
         with self._starting:
             if at_once:
                 self._end_pause()
-            if not self._started:
-                # Not `threading.Thread`, whose `start` waits until the new thread runs: half a millisecond in which nothing is loaded.
-                _thread.start_new_thread(self._read, (first, *self._what))
-                self._started = True
+            self._start(None)
+
+    def _start(self, first: Callable[[], object] | None) -> None:
+        if not self._started:
+            # Not `threading.Thread`, whose `start` waits until the new thread runs: half a millisecond in which nothing is loaded.
+            _thread.start_new_thread(self._run, (first,))
+            self._started = True
 
     def _end_pause(self) -> None:
         if self._pause.locked():
@@ -104,30 +122,42 @@ class Reading:
         self._given_up = True
         with self._starting:
             self._end_pause()
+            if self._what is None and self._named.locked():
+                self._named.release()
             if self._started:
                 with self._ended:
                     pass
 
+    def _run(self, first: Callable[[], object] | None) -> None:
+        try:
+            if first is None:
+                self._pause.acquire(timeout=_PAUSE_S)
+            else:
+                with suppress(BaseException):  # nobody waits for it, and all that follows has to be done, or who loads waits for ever
+                    first()
+                self.first_done = True
+            with self._named:
+                pass
+            self._work()
+            if self._what is not None:
+                self._read(*self._what)
+        finally:
+            self._ended.release()
+
+    def _work(self) -> None:
+        """Do the jobs that came by now."""
+        while self._jobs and not self._given_up:
+            self._jobs.popleft()()
+
     def _read(
-        self,
-        first: Callable[[], object] | None,
-        folder: Path,
-        files: Mapping[str, str],
-        models: frozenset[str],
-        shown: Path,
-        besides: Callable[[], object] | None,
+        self, folder: Path, files: Mapping[str, str], models: frozenset[str], shown: Path, besides: Callable[[], object] | None
     ) -> None:
-        if first is None:
-            self._pause.acquire(timeout=_PAUSE_S)
-        else:
-            with suppress(BaseException):  # nobody waits for it, and all that follows has to be done, or who loads waits for ever
-                first()
         self._began = started = perf_counter()
         try:
             for name, expected in files.items():
                 if self._given_up:
                     return
-                check_content(folder, name, expected, shown)
+                check_content(folder, name, expected, shown, self._work)
             for name in files:  # last: it is Python's work, and the runtime needs the interpreter at first more than later
                 if self._given_up:
                     return
@@ -145,12 +175,11 @@ class Reading:
             self._error.__cause__ = error
         finally:
             self.seconds = perf_counter() - started
-            self._ended.release()
 
 
-def check_content(folder: Path, name: str, expected: str, shown: Path) -> None:
-    """Raise BundleError unless the file `name` has the SHA-256 `expected`."""
-    if file_sha256(folder / PurePosixPath(name)) != expected:
+def check_content(folder: Path, name: str, expected: str, shown: Path, between: Callable[[], None] = lambda: None) -> None:
+    """Raise BundleError unless the file `name` has the SHA-256 `expected`. `between` is called between two pieces of it."""
+    if file_sha256(folder / PurePosixPath(name), between) != expected:
         raise BundleError(
             f"{shown / name} was changed: its SHA-256 is not the one in the plan", advice="copy the bundle again, or tune again"
         )
@@ -168,11 +197,12 @@ def refuse_compiled(model: Path, shown: Path) -> None:
                     raise BundleError(f"{shown} holds {short}", advice="tune from the original model")
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, hexadecimal."""
+def file_sha256(path: Path, between: Callable[[], None] = lambda: None) -> str:
+    """Return the SHA-256 of a file, hexadecimal. `between` is called between two pieces of it."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         piece = np.empty(min(_PIECE_BYTES, max(1, os.fstat(file.fileno()).st_size)), dtype=np.uint8).data
         while size := file.readinto(piece):
             digest.update(piece[:size])
+            between()
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -190,15 +191,21 @@ def test_what_a_runtime_does_once_in_a_process_is_done_on_another_thread_and_may
     assert begun.is_set() and asked == ["CPU"] * 2 and threading.get_ident() not in threads
 
 
+def naming(*targets: str) -> bytes:
+    """Return the text of what might be a plan."""
+    return json.dumps({"stages": [{"target": each} for each in targets]}, indent=2).encode()
+
+
 @pytest.mark.parametrize(("backend", "wake", "target", "other"), [
     (OnnxRuntime, ort_library.wake, ONNXRUNTIME, "CUDA:0"), (OpenVino, openvino._wake, OPENVINO, "GPU.0"),
 ])  # fmt: skip
 def test_a_runtime_is_woken_beside_the_first_load_only(backend: Any, wake: Any, target: str, other: str) -> None:
     wake.cache_clear()
-    assert backend().wakes("CPU") is wake and waking(["acme:NPU", ":", target]) is wake
-    assert backend().wakes(other) is None and waking([f"{backend.name}:{other}", "acme:CPU"]) is None
+    assert backend().wakes("CPU") is wake and waking(naming("acme:NPU", ":", target)) is wake
+    assert backend().wakes(other) is None and waking(naming(f"{backend.name}:{other}", "acme:CPU")) is None
+    assert waking(naming(*["acme:NPU"] * 100, target)) is None and waking(b"\xff" * 1000) is None
     wake()
-    assert backend().wakes("CPU") is None and waking([target]) is None
+    assert backend().wakes("CPU") is None and waking(naming(target)) is None
 
 
 LOADED = """

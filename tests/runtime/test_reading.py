@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from aivmm.errors import BundleError
 from aivmm.runtime import reading
 from aivmm.runtime.bundle import Bundle
 from tests.making import OPENVINO, Part, chain_model, make_bundle
@@ -29,12 +31,10 @@ def test_contents_are_read_while_the_engine_loads_and_told_apart(tmp_path: Path)
 def test_what_is_small_is_read_beside_the_runtime_and_what_is_large_at_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = threading.Event()
     monkeypatch.setattr("aivmm.runtime.reading.check_content", lambda *_: begun.set())
-    with Bundle.open(bundle, read_later=True) as opened:
-        opened.begin_reading(None)
+    with Bundle.open(bundle, read_later=True):
         assert not begun.wait(0.2)
     monkeypatch.setattr("aivmm.runtime.reading._LARGE_BYTES", 1000)
-    with Bundle.open(bundle, read_later=True) as opened:
-        opened.begin_reading(None)
+    with Bundle.open(bundle, read_later=True):
         assert begun.wait(60)
 
 
@@ -81,8 +81,14 @@ def test_what_comes_first_on_the_thread_is_no_wait_for_hashes_and_may_fail(
         real(*arguments)
 
     monkeypatch.setattr("aivmm.runtime.reading.check_content", noted)
-    with Bundle.open(bundle, read_later=True) as opened:
-        opened.begin_reading(first)
+    told: list[bytes] = []
+
+    def asked(text: bytes) -> Callable[[], object]:
+        told.append(text)
+        return first
+
+    with Bundle.open(bundle, read_later=True, first=asked) as opened:
+        assert told == [(bundle / "plan.json").read_bytes()] and not opened.runtime_awake()
         opened.start_reading()  # it has begun
         waiting = threading.Thread(target=opened.verify)
         waiting.start()
@@ -92,7 +98,7 @@ def test_what_comes_first_on_the_thread_is_no_wait_for_hashes_and_may_fail(
         go_on.set()
         waiting.join()
         opened.verify()
-        assert order == ["first"] + ["hash"] * len(opened.plan.files)
+        assert order == ["first"] + ["hash"] * len(opened.plan.files) and opened.runtime_awake()
         assert 0 < opened.hashing["hash_wait_s"] <= time.perf_counter() - released  # and not what was waited for before
 
 
@@ -103,3 +109,52 @@ def test_all_is_hashed_before_models_are_looked_into(bundle: Path, monkeypatch: 
     monkeypatch.setattr("aivmm.runtime.reading.refuse_compiled", lambda *_: order.append("look"))
     with Bundle.open(bundle) as opened:
         assert order == ["hash"] * len(opened.plan.files) + ["look"] * len(opened.plan.model_files())
+
+
+def test_jobs_are_done_before_what_is_hashed_and_between_its_pieces(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runtime that takes long over a first model leaves time for the jobs of a second one while a large file is hashed."""
+    monkeypatch.setattr("aivmm.runtime.reading._PIECE_BYTES", 64)
+    order: list[str] = []
+    real = reading.hashlib.sha256
+
+    class Noted:
+        def __init__(self) -> None:
+            self._digest = real()
+
+        def update(self, data: Any) -> None:
+            order.append("piece")
+            self._digest.update(data)
+            if order.count("piece") == 2:
+                opened.start_reading([lambda: order.append("late")])
+
+        def hexdigest(self) -> str:
+            return self._digest.hexdigest()
+
+    monkeypatch.setattr("aivmm.runtime.reading.hashlib.sha256", Noted)
+    with Bundle.open(bundle, read_later=True) as opened:
+        opened.start_reading([lambda: order.append("early")])
+        opened.verify()
+        assert order[:4] == ["early", "piece", "piece", "late"] and order[4:] == ["piece"] * (len(order) - 4)
+
+
+def threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="Linux says there which threads a process has")
+@pytest.mark.parametrize("damage", ["plan.json", "listing"])
+def test_what_is_done_first_ends_where_the_rest_is_refused(bundle: Path, damage: str) -> None:
+    before = threads()
+    done = threading.Event()
+    if damage == "listing":
+        (bundle / "unlisted").write_text("")
+    else:
+        (bundle / "plan.json").write_text("{}")
+    with pytest.raises(BundleError):
+        Bundle.open(bundle, read_later=True, first=lambda text: done.set)
+    assert done.wait(60)
+    for _ in range(1000):
+        if threads() <= before:
+            break
+        time.sleep(0.01)
+    assert threads() <= before
