@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,9 @@ t0 = time.perf_counter()
 import aivmm, aivmm.face, aivmm.runtime.engine
 from aivmm.runtime.{module} import {ready} as ready
 ready()
+if "not hashed" in sys.argv:
+    from aivmm.runtime import reading
+    reading.check_content = reading.refuse_compiled = lambda *arguments: None
 t1 = time.perf_counter()
 engine = aivmm.load_plan(sys.argv[1])
 engine.run({{"x": np.zeros({shape}, dtype=np.float32)}})
@@ -83,18 +87,22 @@ def cold(report: Report, rounds: int) -> None:
     report.say("\n## From imported to answered, in a fresh process, with the compiled form cached (ms, median)\n")
     report.say("The engine has a fixed part (the plan, the conditions, buffers) beside what grows with the model; `more` is its median.")
     report.say("The ratio is the median over rounds, a bare process and one of ours each, with the interval of that median (95 %).")
-    report.say("Hashing needs a second core. `both`: the same in the rounds in which there was one, beside how many these were.\n")
-    report.say("| model | target | bare | engine | waited for hashes | more | ratio | limit | | both | imports: bare | engine |")
-    report.say("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    report.say("Hashing needs a second core. `both`: the same in the rounds in which there was one, beside how many these were.")
+    report.say("`not hashed`: processes in which the files are not looked into, which tells what the load takes apart from that.\n")
+    report.say(
+        "| model | target | bare | engine | waited for hashes | more | ratio | limit | | not hashed | both | imports: bare | engine |"
+    )
+    report.say("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for name in _SIZES:
         for target in (OPENVINO, ONNXRUNTIME):
             if report.wants(name, target):
-                theirs, ours, alone = _processes(name, target, rounds)
-                _row(report, name, target, theirs, ours, np.array(alone) >= _BOTH)
+                found, alone = _processes(name, target, rounds)
+                _row(report, name, target, found, np.array(alone) >= _BOTH)
 
 
-def _processes(name: str, target: str, rounds: int) -> tuple[list[_Times], list[_Times], list[float]]:
-    """Return what bare processes and ours took, and what each of two cores did at once before them, as a share of what one does alone."""
+def _processes(name: str, target: str, rounds: int) -> tuple[dict[str, list[_Times]], list[float]]:
+    """Return what bare processes, ours, and ours that hash nothing took, and what each of two cores did at once before them, as a share of
+    what one does alone."""
     width, rows, layers = _SIZES[name]
     module, ready = _READY[target]
     with tempfile.TemporaryDirectory() as text:
@@ -112,18 +120,26 @@ def _processes(name: str, target: str, rounds: int) -> tuple[list[_Times], list[
         blob = folder / "blob"
         blob.write_bytes(kept.read_bytes()[4096:])
         bare = BARE[target].format(shape=(rows, width))
-        theirs: list[_Times] = []
-        ours: list[_Times] = []
+        kinds = {
+            "bare": (bare, str(blob), str(bundle / "segments")),
+            "ours": (code, str(bundle)),
+            "not hashed": (code, str(bundle), "not hashed"),
+        }
+        found: dict[str, list[_Times]] = {each: [] for each in kinds}
         alone: list[float] = []
-        for number in range(1 + rounds):  # the first one warms up
+        order = list(kinds)
+        for _ in range(1 + rounds):  # the first one warms up
             alone.append(two_cores())
-            for mine in (False, True) if number % 2 else (True, False):
-                found = fresh(code, environment, str(bundle)) if mine else fresh(bare, environment, str(blob), str(bundle / "segments"))
-                (ours if mine else theirs).append(found)
-    return theirs[1:], ours[1:], alone[1:]
+            random.Random(len(alone)).shuffle(order)
+            for each in order:
+                script, *arguments = kinds[each]
+                found[each].append(fresh(script, environment, *arguments))
+    return {each: times[1:] for each, times in found.items()}, alone[1:]
 
 
-def _row(report: Report, name: str, target: str, theirs: list[_Times], ours: list[_Times], both: Any) -> None:
+def _row(report: Report, name: str, target: str, found: dict[str, list[_Times]], both: Any) -> None:
+    theirs, ours = found["bare"], found["ours"]
+
     def ms(rows: list[_Times], key: str) -> str:
         return f"{np.median([each[key] for each in rows]) * 1e3:.1f}"
 
@@ -132,7 +148,8 @@ def _row(report: Report, name: str, target: str, theirs: list[_Times], ours: lis
     held = report.gate(f"cold start, {name} on {target}", float(np.median(took / needed)) <= 1.1)
     waited = f"{ms(ours, 'wait')} of {ms(ours, 'hash')} | {np.median(took - needed) * 1e3:+.1f}"
     there = f"{median_shown((took / needed)[both])}, {int(both.sum())} of {len(both)}"
-    shown = f"{median_shown(took / needed)} | 1.1 | {held} | {there}"
+    apart = median_shown(np.array([each["load"] for each in found["not hashed"]]) / needed)
+    shown = f"{median_shown(took / needed)} | 1.1 | {held} | {apart} | {there}"
     imports = f"{ms(theirs, 'imports')} | {ms(ours, 'imports')}"
     report.say(f"| {name} | {target} | {ms(theirs, 'load')} | {ms(ours, 'load')} | {waited} | {shown} | {imports} |")
 
