@@ -57,6 +57,7 @@ typedef struct {
     long long *ring; /* the last durations, that of call i at i % RING */
     long long step, until, pause_ns, until_ns, looked, own_ns; /* of `may_wait`; `own_ns`: the CPU time of this process at the last look */
     double call_ns, ratio;
+    long long looking_ns; /* what `may_wait` took, added up; who passes calls on takes from it */
 } Clock;
 
 static PyObject *clock_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
@@ -149,11 +150,8 @@ static void look_again(Clock *clock, long long now_ns, long long own_ns)
     clock->due_ns = now_ns + clock->pause_ns < clock->until_ns ? now_ns + clock->pause_ns : clock->until_ns;
 }
 
-/* Whether what was timed need not be passed on yet; if not, it says so again until `wait` is called. */
-static int may_wait(Clock *clock, long long now_ns)
+static int were_calm(Clock *clock, long long now_ns)
 {
-    if (clock->count >= clock->until || now_ns >= clock->due_ns)
-        return 0;
     long long calls = clock->count - clock->looked, own_ns = process_time_ns();
     double total_ns = (double)sum_of(clock, calls);
     if (total_ns > (double)calls * clock->call_ns || total_ns > (double)(own_ns - clock->own_ns) * clock->ratio) {
@@ -162,6 +160,18 @@ static int may_wait(Clock *clock, long long now_ns)
     }
     look_again(clock, now_ns, own_ns);
     return 1;
+}
+
+/* Whether what was timed need not be passed on yet; if not, it says so again until `wait` is called. Reading the CPU time is where Linux takes
+   the core from who has had his slice, so that others have it before this returns: that is no pause of the caller. */
+static int may_wait(Clock *clock, long long now_ns)
+{
+    if (clock->count >= clock->until || now_ns >= clock->due_ns)
+        return 0;
+    long long began_ns = read_clock(CLOCK);
+    int calm = were_calm(clock, now_ns);
+    clock->looking_ns += read_clock(CLOCK) - began_ns;
+    return calm;
 }
 
 static PyObject *clock_may_wait(PyObject *self, PyObject *nanoseconds)
@@ -222,6 +232,7 @@ static PyMemberDef clock_members[] = {
     {"due", T_LONGLONG, offsetof(Clock, due), 0, PyDoc_STR("The count at which durations are passed on.")},
     {"due_ns", T_LONGLONG, offsetof(Clock, due_ns), 0, PyDoc_STR("The time from which they are.")},
     {"ended_ns", T_LONGLONG, offsetof(Clock, ended_ns), 0, PyDoc_STR("When the last call ended.")},
+    {"looking_ns", T_LONGLONG, offsetof(Clock, looking_ns), 0, PyDoc_STR("What looks took, added up.")},
     {NULL, 0, 0, 0, NULL}};
 
 static PyTypeObject ClockType = {

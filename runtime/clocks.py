@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from time import process_time_ns
+from time import perf_counter_ns, process_time_ns
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +25,20 @@ class PythonClock:
     each hundred calls.
     """
 
-    __slots__ = ("_bounds", "_looked", "_own_ns", "_ring", "_until", "_until_ns", "count", "due", "due_ns", "ended_ns", "note")
+    __slots__ = (
+        "_bounds",
+        "_looked",
+        "_own_ns",
+        "_ring",
+        "_until",
+        "_until_ns",
+        "count",
+        "due",
+        "due_ns",
+        "ended_ns",
+        "looking_ns",
+        "note",
+    )
 
     def __init__(self) -> None:
         self.count = 0
@@ -34,6 +47,7 @@ class PythonClock:
         self._looked = self._own_ns = 0  # the count, and the CPU time of this process, at the last look of `may_wait`
         self._bounds = 0, 0, 0.0, 0.0
         self.ended_ns = 0  # the last call
+        self.looking_ns = 0  # what `may_wait` took, added up; who passes calls on takes from it
         self._ring: deque[int] = deque(maxlen=RING)
         self.note = self._ring.append  # a duration; whoever notes one counts it next
 
@@ -60,10 +74,17 @@ class PythonClock:
     def may_wait(self, now_ns: int) -> bool:
         """Look at the calls since the last look; return whether what was timed need not be passed on yet.
 
-        Where it has to be, that is said again until `wait` is called.
+        Where it has to be, that is said again until `wait` is called. Reading the CPU time is where Linux takes the core from who has had
+        his slice, so that others have it before this returns: that is no pause of the caller.
         """
         if self.count >= self._until or now_ns >= self.due_ns:
             return False
+        began_ns = perf_counter_ns()
+        calm = self._were_calm(now_ns)
+        self.looking_ns += perf_counter_ns() - began_ns
+        return calm
+
+    def _were_calm(self, now_ns: int) -> bool:
         _, _, call_ns, ratio = self._bounds
         calls, own_ns = self.count - self._looked, process_time_ns()
         total_ns = self.newest_ns(calls)

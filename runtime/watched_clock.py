@@ -51,6 +51,7 @@ class WatchedClock(StageClock):
         """
         if self.may_wait(now_ns):
             return
+        began_ns = perf_counter_ns()  # a look is no pause: who has the core meanwhile would make another pace of it
         before, before_ns = self.added_up
         if before:  # not with the first answer, for which somebody may wait
             self.fill()
@@ -65,6 +66,7 @@ class WatchedClock(StageClock):
             log.exception("latency is not watched any more")
             self.watch = None
         self._begin((self.added_up[1] - before_ns) // max(calls, 1) + 1, now_ns, calm)
+        self.looking_ns += perf_counter_ns() - began_ns
 
     def _begin(self, call_ns: int, now_ns: int, calm: Calm | None) -> None:
         """Begin to wait, while calls take `call_ns`, and are `calm`; None where they have nothing to wait for."""
@@ -95,9 +97,10 @@ class WatchedClock(StageClock):
             passed_ns, end, self._passed_at_ns = came_ns, end - 1, started_ns
         else:
             passed_ns, self._passed_at_ns = now_ns - self._passed_at_ns, now_ns
-        self._period_ns = passed_ns // end
         self._rest = rest = many - end
         total_ns = self.newest_ns(many) - self.newest_ns(rest)
+        passed_ns, self.looking_ns = max(total_ns, passed_ns - self.looking_ns), 0
+        self._period_ns = passed_ns // end
         step = max(BLOCK, LEAST_BLOCK_NS * end // max(1, total_ns) + 1)
         if self._most_ns:
             sums = Sums(self.sums(many, rest, step, self._most_ns), step, end, total_ns, self.last(BLOCK + rest)[:BLOCK])

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aivmm.runtime import clocks, hot
 from aivmm.runtime.clocks import RING
-from aivmm.runtime.drift import BLOCK, Calm, Sums
+from aivmm.runtime.drift import BLOCK, Calm, Drift, Sums
+from aivmm.runtime.paces import PacedMonitor
 from aivmm.runtime.watched_clock import WatchedClock
+from tests.runtime.machines import ByHand
 
 
 class Watch:
@@ -209,3 +214,106 @@ def test_a_fault_of_the_watch_costs_nobody_an_answer(caplog: pytest.LogCaptureFi
             caller.call(5_000_000)
     assert caller.clock.count == 100 and caller.clock.watch is None
     assert caplog.text.count("latency is not watched any more") == 1 and "no such counter" in caplog.text
+
+
+@pytest.mark.parametrize("took_ns", [60_000, 300_000, 5_000_000])
+def test_what_looks_take_is_no_pause_of_the_caller(took_ns: int) -> None:
+    class Slow(Watch):
+        def add(self, durations_ns: list[int], passed_ns: int, block: int = BLOCK) -> None:
+            super().add(durations_ns, passed_ns, block)
+            time.sleep(2e-3)
+
+    caller = Caller(Slow())
+    while len(caller.watch.passed) < 6:
+        before = len(caller.watch.passed)
+        caller.call(took_ns)
+        if len(caller.watch.passed) > before:
+            caller.now_ns += 2_000_000
+    for calls, taken_ns, passed_ns in caller.watch.passed[1:]:
+        assert taken_ns <= passed_ns <= taken_ns + 2000 * calls
+
+
+@pytest.mark.parametrize("kind", ["python", "native"])
+def test_a_look_that_is_waited_with_is_timed_as_well(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "native" and hot.native is None:
+        pytest.skip(hot.why_not)
+    clock: Any = clocks.PythonClock() if kind == "python" else hot.native.Clock()  # type: ignore[union-attr]
+    monkeypatch.setattr(clocks, "process_time_ns", lambda: time.sleep(3e-3) or time.process_time_ns())
+    clock.fill()
+    clock.wait(0, 16, RING - 1, 10**9, 10**9, 1e9, 1e12)
+    for _ in range(RING // 2):
+        clock.note(1000)
+        clock.count += 1
+    assert clock.looking_ns == 0
+    assert clock.may_wait(1000)
+    assert clock.looking_ns >= (3_000_000 if kind == "python" else 1)
+    taken_ns = clock.looking_ns
+    assert not clock.may_wait(2 * 10**9) and clock.looking_ns == taken_ns  # the clock said so: there was no look
+
+
+class Turns(ByHand):
+    """A core on which others take turns of 4 ms with this process.
+
+    In Linux who has had 1.4 ms and reads its CPU time gives it up at once.
+    """
+
+    others = 0
+    had_s = looking_s = 0.0
+
+    def works(self, seconds: float) -> float:
+        """Need so much CPU time; return how long that takes."""
+        began_s = self.at.seconds
+        while seconds > 0:
+            part_s = min(seconds, 4e-3 - self.had_s)
+            self.passes(part_s, own=part_s)
+            seconds, self.had_s = seconds - part_s, self.had_s + part_s
+            if self.had_s >= 4e-3 - 1e-9:
+                self.gives_up()
+        return self.at.seconds - began_s
+
+    def gives_up(self) -> None:
+        waits_s, self.had_s = 4e-3 * self.others, 0.0
+        self.passes(waits_s, others=waits_s, waited=waits_s)
+
+    def own_s(self) -> float:
+        found_s, began_s = self.at.own, self.at.seconds
+        if self.had_s >= 1.4e-3:
+            self.gives_up()
+        self.looking_s += self.at.seconds - began_s
+        return found_s
+
+
+class Sharing(Caller):
+    """Calls on a core that is shared. What `pass_on` times is added by hand."""
+
+    def __init__(self, seed: int) -> None:
+        self.told: list[Drift] = []
+        self.machine, self.rng = Turns(), np.random.default_rng(seed)
+        super().__init__(PacedMonitor(None, tell=self.told.append, machine=self.machine))
+
+    def need(self, seconds: float) -> None:
+        looks = self.looks
+        self.call(int(1e9 * self.machine.works(seconds * np.exp(self.rng.normal(0, 0.05)))))
+        if self.looks > looks:
+            self.machine.own_s()  # as `may_wait` does
+        looking_ns, self.machine.looking_s = int(1e9 * self.machine.looking_s), 0.0
+        self.now_ns += looking_ns
+        self.clock.looking_ns += looking_ns
+
+
+@pytest.mark.parametrize("others", [1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_who_takes_the_core_while_it_is_looked_at_is_told_all_the_same(others: int, seed: int) -> None:
+    """Calls of 0.37 ms on a core with three busy processes: what was waited in looks was taken for pauses, and so for another pace, whose
+    baseline the neighbours were in. They were told after 4 to 8 s, or never."""
+    caller = Sharing(seed)
+    for _ in range(8000):
+        caller.need(370e-6)
+    assert not caller.told and caller.watch.state()["state"] == "inside"
+    caller.machine.others = others
+    began_s, calls = caller.machine.at.seconds, 0
+    while not caller.told and calls < 3000:
+        caller.need(370e-6)
+        calls += 1
+    assert [each.cause for each in caller.told] == ["other processes"]
+    assert caller.machine.at.seconds - began_s < 1.5
