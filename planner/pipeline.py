@@ -124,17 +124,23 @@ def look_at_pipelines(
     `measure` returns the factors of the stages of a plan beside each other, and nothing where they cannot be measured; it is asked at most
     `most` times. Looks end with a plan that is known, or where one stage is as good as any; unless it is `forced` to be cut, so that plans
     of one stage do not count. `stop` ends them before the next is measured. `bound_s` holds for the factors known when the plan was found.
+
+    One stage in several replicas is for `copies` to measure. What these cost each other is not known here, so they are no reason not to
+    look at plans that are cut: from then on only at those.
     """
     factors: dict[Pair, float] = {}
     seen: dict[tuple[tuple[Run, ...], tuple[tuple[str, int], ...]], Pipeline] = {}
-    for _ in range(most + 1):
+    for _ in range(most + 2):
         found = _best(pipeline_problem(costs, crossing_bytes, moves, factors, room), forced=forced)
         if found is None:
             break
         ways = [found.assignment[str(index)].choice for index in range(len(crossing_bytes) + 1)]
         runs, replicas = _runs(ways, costs)
-        if len(runs) < 2:  # in one stage, which in several replicas is for `copies` to say
-            break
+        if len(runs) < 2:
+            if not replicas:
+                break
+            forced = True
+            continue
         key = (runs, tuple(replicas.items()))
         if key in seen or len(seen) == most or stop():
             break

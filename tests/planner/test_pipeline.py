@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise, permutations, product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aivmm.planner.pipeline import Pair, Replicas, Room, Run, hoped_pipeline, look_at_pipelines, pipeline_problem, place_pipeline
@@ -136,6 +136,9 @@ def test_replicas_of_the_slow_stage_are_used_where_they_leave_each_other_alone_a
     assert slowed.load_s == pytest.approx(6.0)
 
 
+# Two in which the whole, in two replicas that are hoped to leave each other alone, would be the best.
+@example(({"a": [4.0, 1.0, 0.5], "b": [4.0, 1.0, 1.0]}, {("a", "b"): 1.0, ("b", "a"): 3.0}), 2.0, 6)
+@example(({"a": [4.0, 1.0, 3.0], "b": [4.0, 1.0, 0.5]}, {("a", "b"): 1.0, ("b", "a"): 1.0}), 2.5, 6)
 @settings(max_examples=20, deadline=None)
 @given(chains(), st.floats(1.0, 2.5), st.integers(2, 6))
 def test_replicas_in_limited_memory_are_as_good_as_any_by_brute_force(
