@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from aivmm.runtime.cpu import cpu_device
 from aivmm.runtime.nvidia import same_card
 from aivmm.runtime.nvml import nvidia_devices
 from aivmm.runtime.onnx_interface import Interface, read_interface
+from aivmm.runtime.openvino_blob import constants_in
 from aivmm.runtime.openvino_knobs import cpu_knobs, gpu_knobs, npu_knobs
 from aivmm.runtime.remedies import remedy
 from aivmm.runtime.target import Device, DeviceKind, Target, Unavailable
@@ -38,18 +38,9 @@ _READ_BACK = (
 )  # fmt: skip
 
 # What a config may set. OpenVINO takes more, but a plan comes from a stranger: CACHE_DIR would write, and load, compiled blobs anywhere.
-_SETTABLE = frozenset(_READ_BACK) - {"OPTIMAL_NUMBER_OF_INFER_REQUESTS"} | {
-    "PERFORMANCE_HINT_NUM_REQUESTS",
-}  # fmt: skip
-
+_SETTABLE = frozenset(_READ_BACK) - {"OPTIMAL_NUMBER_OF_INFER_REQUESTS"} | {"PERFORMANCE_HINT_NUM_REQUESTS"}
 
 _FIRST = threading.RLock()  # held by who imports OpenVINO or makes the core: a plan's reader may wake it meanwhile
-
-
-# Where the CPU's plug-in puts its own settings, the constants and the graph: offset, from this table on, and size of each
-# (`ov::pass::StreamSerialize::DataHeader`).
-_TABLE = struct.Struct("<6Q")
-_HEAD_BYTES = 4096  # in which the table lies
 # A page of what is no compiled model, whatever a plug-in takes for its head.
 _NO_MODEL = b"no model" * 512
 _ahead: dict[Path, Interface] = {}  # what was read of models that are about to be imported
@@ -205,12 +196,8 @@ class OpenVino:
         return self.compile(model, target, config)
 
     def weights_in(self, blob: bytes) -> tuple[int, int]:
-        """Name the constants, by the table that stands before them in what the CPU's plug-in exports."""
-        for at in range(min(_HEAD_BYTES, len(blob) - _TABLE.size)):
-            own, own_size, constants, size, graph, graph_size = _TABLE.unpack_from(blob, at)
-            if own == _TABLE.size and constants == own + own_size and graph == constants + size and at + graph + graph_size == len(blob):
-                return at + constants, at + graph
-        return 0, 0
+        """Name the constants of what the CPU's plug-in exported."""
+        return constants_in(blob)
 
     def look_ahead(self, model: Path) -> None:
         """Read what `model` declares, which takes half a millisecond when it is done for the first time."""
