@@ -87,7 +87,8 @@ def grown(engine: Engine, calls: int) -> int:
 
 @pytest.mark.parametrize("engine", ["sequential"], indirect=True)
 def test_memory_does_not_grow_with_calls(engine: Engine) -> None:
-    assert grown(engine, 20_000) < MIB
+    # A leak grows each time. A process in which thousands of tests ran takes another arena of 1 MiB now and then.
+    assert any(grown(engine, 20_000) < MIB for _ in range(3))
 
 
 @pytest.mark.slow
