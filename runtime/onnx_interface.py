@@ -51,6 +51,12 @@ def read_interface(model: Path | bytes) -> Interface:
     return found
 
 
+def file_state(path: Path) -> object:
+    """Return what is another one when the file at `path` was changed or replaced. Raises OSError where there is none."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def _of_file(path: Path) -> Interface | str:
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:

@@ -18,7 +18,7 @@ from aivmm.runtime.config import Config, Knob, Setting
 from aivmm.runtime.cpu import cpu_device
 from aivmm.runtime.nvidia import same_card
 from aivmm.runtime.nvml import nvidia_devices
-from aivmm.runtime.onnx_interface import Interface, read_interface
+from aivmm.runtime.onnx_interface import Interface, file_state, read_interface
 from aivmm.runtime.openvino_blob import constants_in
 from aivmm.runtime.openvino_knobs import cpu_knobs, gpu_knobs, npu_knobs
 from aivmm.runtime.remedies import remedy
@@ -43,7 +43,7 @@ _SETTABLE = frozenset(_READ_BACK) - {"OPTIMAL_NUMBER_OF_INFER_REQUESTS"} | {"PER
 _FIRST = threading.RLock()  # held by who imports OpenVINO or makes the core: a plan's reader may wake it meanwhile
 # A page of what is no compiled model, whatever a plug-in takes for its head.
 _NO_MODEL = b"no model" * 512
-_ahead: dict[Path, Interface] = {}  # what was read of models that are about to be imported
+_ahead: dict[Path, tuple[object, Interface]] = {}  # what was read of models about to be imported, with the state their files were in
 
 
 def _import_openvino() -> Any:
@@ -201,9 +201,8 @@ class OpenVino:
 
     def look_ahead(self, model: Path) -> None:
         """Read what `model` declares, which takes half a millisecond when it is done for the first time."""
-        if model not in _ahead:
-            with suppress(ModelError):  # found again by who needs it
-                _ahead[model] = read_interface(model)
+        with suppress(ModelError, OSError):  # found again by who needs it
+            _ahead[model] = file_state(model), read_interface(model)
 
     def import_blob(self, blob: Buffer, model: Path, target: Target, config: Config) -> _Executable:
         """Take back what `export_blob` gave. The device keeps reading its weights where they are in `blob`."""
@@ -212,7 +211,9 @@ class OpenVino:
             compiled = _core().import_model(tensor, _device(target), _properties(target, config))
         except (RuntimeError, TypeError, ValueError) as error:
             raise Unsupported(f"OpenVINO on {target.name}: {_words(error)}") from error
-        return _checked(_Executable(compiled, _ahead.pop(model, None) or read_interface(model), keep=(blob, tensor)), target)
+        state, interface = _ahead.pop(model, (None, None))
+        stale = interface is None or state != file_state(model)  # read for a load before, maybe, of another bundle there
+        return _checked(_Executable(compiled, read_interface(model) if stale else interface, keep=(blob, tensor)), target)
 
     def _auto(self) -> Target:
         return Target(runtime=self.name, name="AUTO", device=cpu_device(), runtime_version=_version())

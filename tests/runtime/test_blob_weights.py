@@ -98,6 +98,23 @@ def test_damaged_weights_are_found_whoever_checks_them(
     assert found["hits"] == 0 and found["stored"] == 1 and "its weights do not have the sum" in found["problems"][0]
 
 
+def test_what_was_read_ahead_of_a_model_is_not_used_for_another_one_in_its_place(heavy: Path, tmp_path: Path) -> None:
+    """As where the thread that reads ahead comes too late, and a service then loads a new plan from the same path."""
+    used(heavy)
+    with Engine.load(heavy) as engine:
+        model = engine._bundle.file(engine.plan.stages[0].model)
+    OpenVino().look_ahead(model)
+    heavy.rename(tmp_path / "old.aivmm")
+    other = chain_model(width=32, rows=3, layers=3)
+    (tmp_path / "heavy.aivmm.work").rename(tmp_path / "old.work")
+    again = make_bundle(heavy, other, [Part(OPENVINO)])
+    for _ in range(2):  # compiled, and taken back
+        with Engine.load(again) as engine:
+            assert engine._bundle.file(engine.plan.stages[0].model) == model
+            assert engine._program._executables[0][0].inputs[0].shape == (3, 32)
+        OpenVino().look_ahead(model)
+
+
 @pytest.mark.parametrize("stated", ["4097 to 1", "0 to 999999999999", "4096 to 4096", "99999999999999999 to 999999999999999999"])
 def test_a_head_that_states_odd_places_of_weights_is_not_believed(heavy: Path, cache: Path, stated: str) -> None:
     used(heavy)
