@@ -70,7 +70,9 @@ def parse_shape_lists(texts: Iterable[str]) -> dict[str, tuple[Shape, ...]]:
         found = [shape for item in items.split(",") for shape in _shapes(item.strip(), option)]
         twice = next((shape for index, shape in enumerate(found) if shape in found[:index]), None)
         if twice is not None:
-            raise UsageError(f"{option}: {'x'.join(map(str, twice))} is there twice", advice="give each shape once")
+            one = "x".join(items.split(","))  # commas are what arrays are written with elsewhere
+            meant = f"; if that is one shape, write it as {name}={one}" if all(len(shape) == 1 for shape in found) else ""
+            raise UsageError(f"{option}: {'x'.join(map(str, twice))} is there twice", advice=f"give each shape once{meant}")
         shapes[name] = tuple(found)
     return shapes
 

@@ -97,7 +97,8 @@ def test_shapes_of_an_input(text: str, shapes: tuple[tuple[int, ...], ...]) -> N
     [
         (["x"], "NAME=EXTENTS"),
         (["x=1xx3"], "NAME=EXTENTS"),
-        (["x=1x3,1x3"], "1x3 is there twice"),
+        (["x=1x3,1x3"], "1x3 is there twice; give each shape once"),
+        (["x=1,1,99,37"], "write it as x=1x1x99x37"),
         (["x=1x3", "x=1x4"], "given twice"),
         (["x=1x64..256x64..128"], "unlike numbers of steps"),
     ],
