@@ -179,12 +179,22 @@ def differences(first: Path, second: Path) -> list[dict[str, Any]]:
 
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
     mine, theirs = dict(_flat("", one)), dict(_flat("", other))
+    _leave_out_empty(mine, theirs)
+    _leave_out_empty(theirs, mine)
     places = [*mine, *(each for each in theirs if each not in mine)]
     return [
         {"place": place, "first": mine.get(place, MISSING), "second": theirs.get(place, MISSING)}
         for place in places
         if mine.get(place, MISSING) != theirs.get(place, MISSING)
     ]
+
+
+def _leave_out_empty(leaves: dict[str, Any], of_other: Mapping[str, Any]) -> None:
+    """Take out the empty places of one plan that the other has something in: what is in them is said, leaf by leaf."""
+    places = list(of_other)
+    for place in [place for place, value in leaves.items() if value in ({}, [], None) and place not in of_other]:
+        if any(each.startswith((f"{place}.", f"{place}[")) for each in places):
+            del leaves[place]
 
 
 def _one_and_several(one: Opened, other: Opened) -> list[dict[str, Any]]:

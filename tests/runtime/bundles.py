@@ -49,3 +49,10 @@ def edit_plan(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def list_as(bundle: Path, name: str) -> None:
     """List one more file, with the digest of a file that does exist."""
     edit_plan(bundle, lambda plan: plan["files"].update({name: next(iter(plan["files"].values()))}))
+
+
+def flip(path: Path, at: int) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)

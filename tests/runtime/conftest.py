@@ -20,6 +20,13 @@ from tests.runtime.engines import LOADING, Load, Lose
 
 
 @pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of compiled stages of the test's own; all tests that do not ask for one share one."""
+    monkeypatch.setenv("AIVMM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
 def load(tmp_path: Path) -> Iterator[Load]:
     """Write a bundle of a model cut into parts and load it; closed at the end. What is no option of loading goes to the plan."""
     engines: list[Engine] = []

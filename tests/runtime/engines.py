@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,3 +25,13 @@ def close_to(found: Any, expected: Any) -> None:
             np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5)
         else:
             np.testing.assert_array_equal(found[name], value)
+
+
+def used_cache(bundle: Path, inputs: Any, expected: Any, *, rtol: float = 1e-4, atol: float = 1e-5) -> dict[str, Any]:
+    """Load, run, and return what the engine says of the cache; the answer has to be right."""
+    with Engine.load(bundle) as engine:
+        found = engine.run(inputs)
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=rtol, atol=atol)
+        stats: dict[str, Any] = engine.stats()["cache"]
+        return stats

@@ -14,16 +14,15 @@ from aivmm.runtime import blobs
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.openvino import OpenVino
 from tests.making import OPENVINO, Part, chain_model, make_bundle, normal, reference
+from tests.runtime.bundles import flip
+from tests.runtime.engines import used_cache
 
 MODEL = chain_model(width=512, rows=1, layers=3)
 X = {"x": normal(1, 512)}
-EXPECTED = reference(MODEL, X)["y"]
+EXPECTED = reference(MODEL, X)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("AIVMM_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
@@ -33,22 +32,12 @@ def heavy(tmp_path: Path) -> Path:
 
 
 def used(bundle: Path) -> dict[str, Any]:
-    """Load, run, and return what the engine says of the cache; the answer has to be right."""
-    with Engine.load(bundle) as engine:
-        np.testing.assert_allclose(engine.run(X)["y"], EXPECTED, rtol=1e-3, atol=1e-4)
-        stats: dict[str, Any] = engine.stats()["cache"]
-        return stats
+    return used_cache(bundle, X, EXPECTED, rtol=1e-3, atol=1e-4)
 
 
 def only(cache: Path) -> Path:
     (path,) = cache.rglob("*.blob")
     return path
-
-
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(bytes(data))
 
 
 def weights_of(path: Path) -> tuple[int, int]:

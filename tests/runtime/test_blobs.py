@@ -23,16 +23,15 @@ from aivmm.runtime.bundle import write_bundle
 from aivmm.runtime.engine import Engine
 from aivmm.runtime.openvino import OpenVino
 from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, normal, reference
+from tests.runtime.bundles import flip
+from tests.runtime.engines import used_cache
 
 PARTS = [Part(OPENVINO, 0, 3), Part(ONNXRUNTIME, 4)]
 X = {"x": normal(2, 32)}
 posix = pytest.mark.skipif(os.name != "posix", reason="owners and modes of files are POSIX's")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("AIVMM_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
@@ -45,11 +44,7 @@ def expected() -> Any:
 
 
 def used(bundle: Path) -> dict[str, Any]:
-    """Load, run, and return what the engine says of the cache; the answer has to be right."""
-    with Engine.load(bundle) as engine:
-        np.testing.assert_allclose(engine.run(X)["y"], expected(), rtol=1e-4, atol=1e-5)
-        stats: dict[str, Any] = engine.stats()["cache"]
-        return stats
+    return used_cache(bundle, X, {"y": expected()})
 
 
 def files(cache: Path) -> list[Path]:
@@ -108,12 +103,6 @@ def test_a_changed_bundle_never_meets_the_old_ones_blobs(bundle: Path, tmp_path:
     with Engine.load(changed) as engine:
         assert engine.stats()["cache"]["hits"] == 0
         np.testing.assert_allclose(engine.run(X)["y"], reference(other, X)["y"], rtol=1e-4, atol=1e-5)
-
-
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {

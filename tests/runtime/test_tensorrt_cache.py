@@ -21,9 +21,7 @@ TIMING = {"trt_timing_cache_enable", "trt_timing_cache_path"}
 ENGINES = {"trt_engine_cache_enable", "trt_engine_cache_path"}
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AIVMM_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def external_model(folder: Path, *, seed: int = 0) -> Path:
