@@ -75,9 +75,9 @@ class Report:
         return "ok" if held else "**failed**"
 
 
-def bare(executable: Any, arrays: dict[str, Any]) -> Callable[[], object]:
+def bare(executable: Any, arrays: dict[str, Any], outputs: dict[str, Any] | None = None) -> Callable[[], object]:
     """Return the runtime's own call on a compiled model, with all inputs and outputs bound before: what a careful user would write."""
-    outputs = {each.name: new_buffer(each) for each in executable.outputs}
+    outputs = outputs or {each.name: new_buffer(each) for each in executable.outputs}
     if hasattr(executable, "_session"):
         binding = executable._session.io_binding()
         for name, array in arrays.items():
@@ -183,14 +183,10 @@ def executables(engine: Engine) -> list[Executable]:
 
 
 def chained(engine: Engine, arrays: dict[str, Any]) -> Callable[[], object]:
-    """Return the bare calls of all stages, one after the other; each has inputs of its own, of the right size."""
-    calls = []
-    for executable in executables(engine):
-        inputs = {each.name: arrays.get(each.name, new_buffer(each)) for each in executable.inputs}
-        calls.append(bare(executable, inputs))
-    if len(calls) == 1:
-        return calls[0]
-    first, second = calls
+    """Return the bare calls of two stages, one after the other, the second on what the first makes, where it makes it."""
+    one, two = executables(engine)
+    between = {each.name: new_buffer(each) for each in one.outputs}
+    first, second = bare(one, arrays, between), bare(two, between)
     return lambda: (first(), second())
 
 

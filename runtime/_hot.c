@@ -1,4 +1,4 @@
-/* A request's way through a lane of one stage with one input and one output, in C: what `shortest._of_one` does, its reference.
+/* A request's way through a lane with one input and one output, in C: what `shortest._of_one` does, its reference.
 
    A model leaves the caches cold, and then what counts is how many lines and pages of memory a call touches. Here those are few: the counters
    of a lane are C numbers in the lane itself, durations are in one array, the runtime is called with arguments that are there already, and
@@ -13,7 +13,7 @@
 #include <Python.h>
 #include <structmember.h>
 
-#define VERSION 5 /* `hot.VERSION` */
+#define VERSION 6 /* `hot.VERSION` */
 
 #ifdef Py_GIL_DISABLED
 #error "counts references and shares counters under the global lock"
@@ -85,25 +85,25 @@ typedef struct {
     PyObject *none, *yes;
     PyCFunction pops, appends; /* what `take` and `give` come to, NULL where they are no functions of C's */
     PyObject *popped, *appended;
-    PyTypeObject *lane_type, *feed_type, *slot_type, *array_type;
-    unsigned short awaited, ended, feed, hands, turn, bound, dtype, own, seen, times, after, face, ready, shown, stale; /* where fields lie: FIELDS */
+    PyTypeObject *lane_type, *feed_type, *slot_type, *array_type, *clock_type;
+    unsigned short awaited, ended, feed, hands, turn, ahead, bound, dtype, own, seen, times, after, face, ready, shown, stale; /* where fields lie: FIELDS */
     Py_ssize_t copied; /* bytes of an input that is copied, 0 where it is bound */
     PyObject *take, *give, *wake; /* of the free lanes */
     PyObject *reference;          /* does all of it, in Python */
     PyObject *failed;             /* (inputs, error, hands or None) -> an answer all the same, or raises */
 } Shortest;
 
-#define HELD(DO) DO(take) DO(give) DO(wake) DO(input) DO(output) DO(reference) DO(failed) DO(lane_type) DO(feed_type) DO(slot_type) DO(array_type)
+#define HELD(DO) DO(take) DO(give) DO(wake) DO(input) DO(output) DO(reference) DO(failed) DO(lane_type) DO(feed_type) DO(slot_type) DO(array_type) DO(clock_type)
 #define FIELDS(DO) \
     DO(lane_type, awaited, "awaited") DO(lane_type, ended, "ended") DO(lane_type, feed, "feed") DO(lane_type, hands, "hands") \
-    DO(lane_type, turn, "turn") \
+    DO(lane_type, turn, "turn") DO(lane_type, ahead, "ahead") \
     DO(feed_type, bound, "bound") DO(feed_type, dtype, "_dtype") DO(feed_type, own, "_own") DO(feed_type, seen, "_seen") \
     DO(feed_type, times, "_times") DO(slot_type, after, "after") DO(slot_type, face, "face") DO(slot_type, ready, "ready") \
     DO(slot_type, shown, "shown") DO(slot_type, stale, "stale")
 
 #define AT(object, offset) (*(PyObject **)((char *)(object) + (offset)))
 
-static PyObject *s_take, *s_another, *s_catch_up, *s_pass_on, *s_given, *s_view, *s_zero; /* as long as the process lives */
+static PyObject *s_take, *s_another, *s_catch_up, *s_pass_on, *s_given, *s_view, *s_add_up, *s_zero; /* as long as the process lives */
 
 static INLINE void put(PyObject *object, Py_ssize_t offset, PyObject *value) /* takes `value` over */
 {
@@ -235,6 +235,46 @@ static INLINE int counted(PyObject *lane, long long started_ns, long long ended_
     return 1;
 }
 
+static INLINE PyObject *run(Shortest *self, PyObject *runs) /* as `Slot.ready` says: a function and its arguments, or what is called */
+{
+    if (!OFTEN(Py_TYPE(runs) == self->tuple))
+        return PyObject_CallNoArgs(runs);
+    PyObject **items = &PyTuple_GET_ITEM(runs, 0);
+    return self->call(items[0], items + 1, (size_t)PyTuple_GET_SIZE(runs) - 1, NULL);
+}
+
+/* `StageClock.took`. */
+static INLINE int took(Shortest *self, PyObject *object, long long nanoseconds)
+{
+    if (!OFTEN(Py_TYPE(object) == self->clock_type)) {
+        PyErr_SetString(PyExc_TypeError, "a stage has a clock");
+        return 0;
+    }
+    Clock *clock = (Clock *)object;
+    clock->ring[(unsigned long long)clock->count % RING] = nanoseconds;
+    clock->count++;
+    return OFTEN(clock->count < clock->due) || succeeded(PyObject_CallMethodNoArgs(object, s_add_up));
+}
+
+/* The stages in front of the last one, by a lane's `ahead`. When they began and ended goes to `times`. `refused` becomes who is told where it was
+   a runtime that failed. */
+static APART int runs_ahead(Shortest *self, PyObject *ahead, long long times[2], PyObject **refused)
+{
+    times[0] = times[1] = read_clock(self->clock);
+    for (Py_ssize_t at = 0; at + 3 < PyTuple_GET_SIZE(ahead); at += 3) {
+        PyObject **stage = &PyTuple_GET_ITEM(ahead, at);
+        if (!succeeded(run(self, stage[0]))) {
+            *refused = Py_NewRef(stage[2]);
+            return 0;
+        }
+        long long now_ns = read_clock(self->clock);
+        if (!took(self, stage[1], now_ns - times[1]))
+            return 0;
+        times[1] = now_ns;
+    }
+    return 1;
+}
+
 /* What ends when the lane was given back, taken off it: a list, or NULL where there is no memory for one, and they stay until there is. */
 static SELDOM PyObject *taken_off(PyObject *ended)
 {
@@ -252,32 +292,52 @@ static SELDOM int catches_up(Shortest *self, PyObject *lane, PyObject *slot)
     return right;
 }
 
-/* Answer by a lane that was taken. `ran_into` becomes 1 where it was the runtime that failed. */
-static INLINE PyObject *by_lane(Shortest *self, PyObject *lane, PyObject *array, int *ran_into)
+/* Answer by a lane whose input and earlier stages are done: by its last one, since `times` where there were any. */
+static INLINE PyObject *by_last(Shortest *self, PyObject *lane, PyObject *ahead, const long long times[2], PyObject **refused)
 {
-    PyObject *feed = AT(lane, self->feed);
-    if (!OFTEN(array == AT(feed, self->bound)) && !take_input(self, feed, array))
-        return NULL;
     PyObject *slot = free_slot(self, lane), *answer = NULL;
     if (slot == NULL)
         return NULL;
     put(lane, self->turn, Py_NewRef(AT(slot, self->after)));
     if (AT(slot, self->stale) != self->yes || catches_up(self, lane, slot)) {
-        PyObject *runs = Py_NewRef(AT(slot, self->ready)), *result; /* a trace that begins may put another one in its place */
+        PyObject *runs = Py_NewRef(AT(slot, self->ready)); /* a trace that begins may put another one in its place */
         long long started_ns = read_clock(self->clock);
-        if (OFTEN(Py_TYPE(runs) == self->tuple)) { /* a function and its arguments: `handing.ready` */
-            PyObject **items = &PyTuple_GET_ITEM(runs, 0);
-            result = self->call(items[0], items + 1, (size_t)PyTuple_GET_SIZE(runs) - 1, NULL);
-        } else
-            result = PyObject_CallNoArgs(runs);
+        int right = succeeded(run(self, runs));
         long long ended_ns = read_clock(self->clock);
         Py_DECREF(runs);
-        *ran_into = !succeeded(result);
-        if (!*ran_into && counted(lane, started_ns, ended_ns))
+        if (!OFTEN(right))
+            *refused = Py_NewRef(AT(lane, self->hands));
+        else if (!OFTEN(ahead == NULL)) {
+            right = took(self, PyTuple_GET_ITEM(ahead, PyTuple_GET_SIZE(ahead) - 1), ended_ns - times[1]);
+            started_ns = times[0];
+        }
+        if (right && counted(lane, started_ns, ended_ns))
             answer = answer_of(self, lane, slot);
     }
     Py_DECREF(slot);
     return answer;
+}
+
+/* The same for a lane of several stages. */
+static APART PyObject *by_stages(Shortest *self, PyObject *lane, PyObject **refused)
+{
+    PyObject *ahead = Py_NewRef(AT(lane, self->ahead)), *answer = NULL; /* another one, where a trace begins meanwhile */
+    long long times[2];
+    if (Py_TYPE(ahead) != self->tuple || PyTuple_GET_SIZE(ahead) % 3 != 1)
+        PyErr_SetString(PyExc_TypeError, "a lane's stages are three objects each, and a clock");
+    else if (runs_ahead(self, ahead, times, refused))
+        answer = by_last(self, lane, ahead, times, refused);
+    Py_DECREF(ahead);
+    return answer;
+}
+
+/* Answer by a lane that was taken. `refused` becomes who is told of an error, a new reference, where it was a runtime that failed. */
+static INLINE PyObject *by_lane(Shortest *self, PyObject *lane, PyObject *array, PyObject **refused)
+{
+    PyObject *feed = AT(lane, self->feed);
+    if (!OFTEN(array == AT(feed, self->bound)) && !take_input(self, feed, array))
+        return NULL;
+    return OFTEN(AT(lane, self->ahead) == self->none) ? by_last(self, lane, NULL, NULL, refused) : by_stages(self, lane, refused);
 }
 
 static PyObject *raised(void) /* the exception that is set, which it takes away */
@@ -321,13 +381,12 @@ static INLINE int give_back(Shortest *self, PyObject *lane)
 }
 
 /* Answer a request that came to an error, and give its lane back. */
-static SELDOM PyObject *failing(Shortest *self, PyObject *inputs, PyObject *lane, int ran_into)
+static SELDOM PyObject *failing(Shortest *self, PyObject *inputs, PyObject *lane, PyObject *refused)
 {
-    PyObject *error = raised(), *hands = ran_into ? AT(lane, self->hands) : NULL, *answer = NULL;
-    hands = Py_NewRef(hands == NULL ? Py_None : hands);
+    PyObject *error = raised(), *answer = NULL;
     if (give_back(self, lane))
-        answer = PyObject_CallFunctionObjArgs(self->failed, inputs, error, hands, NULL);
-    Py_DECREF(hands);
+        answer = PyObject_CallFunctionObjArgs(self->failed, inputs, error, refused == NULL ? Py_None : refused, NULL);
+    Py_XDECREF(refused);
     Py_XDECREF(error);
     return answer;
 }
@@ -355,13 +414,14 @@ static IN_ONE_PAGE PyObject *ask(PyObject *object, PyObject *inputs)
     if (!OFTEN(lane != NULL))
         return array == NULL && PyErr_Occurred() ? NULL : at_length(self, inputs);
 
-    int ran_into = 0, fits = Py_TYPE(lane) == self->lane_type && AT(lane, self->hands) != NULL && AT(lane, self->feed) != NULL;
-    if (OFTEN(fits && Py_TYPE(AT(lane, self->feed)) == self->feed_type))
-        answer = by_lane(self, lane, array, &ran_into);
+    PyObject *refused = NULL;
+    int fits = Py_TYPE(lane) == self->lane_type && AT(lane, self->hands) != NULL && AT(lane, self->feed) != NULL;
+    if (OFTEN(fits && Py_TYPE(AT(lane, self->feed)) == self->feed_type && AT(lane, self->ahead) != NULL))
+        answer = by_lane(self, lane, array, &refused);
     else
         answer = no_lane();
     if (!OFTEN(answer != NULL))
-        return failing(self, inputs, lane, ran_into);
+        return failing(self, inputs, lane, refused);
     if (!give_back(self, lane))
         Py_CLEAR(answer);
     return answer;
@@ -390,11 +450,12 @@ static PyCFunction function_of(PyObject *method, int flags, PyObject **bound)
 static PyObject *shortest_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     Shortest given = {0}; /* its objects are borrowed: the collector does not see it */
-    int right = PyArg_ParseTuple(args, "OOOUUOOO!O!O!O!n:Shortest", &given.take, &given.give, &given.wake, &given.input, &given.output,
+    int right = PyArg_ParseTuple(args, "OOOUUOOO!O!O!O!O!n:Shortest", &given.take, &given.give, &given.wake, &given.input, &given.output,
                                  &given.reference, &given.failed, &PyType_Type, &given.lane_type, &PyType_Type, &given.feed_type,
-                                 &PyType_Type, &given.slot_type, &PyType_Type, &given.array_type, &given.copied);
-    if (right && !PyType_IsSubtype(given.lane_type, &ClockType)) {
-        PyErr_SetString(PyExc_TypeError, "a lane is a clock");
+                                 &PyType_Type, &given.slot_type, &PyType_Type, &given.array_type, &PyType_Type, &given.clock_type,
+                                 &given.copied);
+    if (right && !(PyType_IsSubtype(given.lane_type, &ClockType) && PyType_IsSubtype(given.clock_type, &ClockType))) {
+        PyErr_SetString(PyExc_TypeError, "a lane is a clock, and a stage has one");
         right = 0;
     }
     Py_ssize_t offset = 0;
@@ -477,7 +538,7 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "aivmm.runtime._h
 PyMODINIT_FUNC PyInit__hot(void)
 {
     struct { PyObject **held; const char *name; } names[] = {{&s_take, "take"}, {&s_another, "another"}, {&s_catch_up, "catch_up"},
-        {&s_pass_on, "pass_on"}, {&s_given, "given"}, {&s_view, "view"}};
+        {&s_pass_on, "pass_on"}, {&s_given, "given"}, {&s_view, "view"}, {&s_add_up, "add_up"}};
     PyObject *module = PyModule_Create(&definition);
     int right = module != NULL && (s_zero = PyLong_FromLong(0)) != NULL;
     for (size_t at = 0; at < sizeof names / sizeof *names; at++)

@@ -37,6 +37,7 @@ class Shortest:
         feed: type,
         slot: type,
         array: type,
+        clock: type,
         copied: int,
         /,
     ) -> Shortest: ...

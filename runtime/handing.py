@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from aivmm.errors import AivmmError
-from aivmm.runtime.backend import Buffer, CallsDirectly, Executable, ForgetsInputs, aligned_empty
+from aivmm.runtime.backend import Buffer, CallsDirectly, Executable, ForgetsInputs, Request, aligned_empty
 from aivmm.tensors import TensorSpec
 
 log = logging.getLogger("aivmm.engine")
@@ -118,6 +118,31 @@ def direct_call(slot: Slot) -> Callable[[], object]:
     return slot.request.run if found is None else found[0]
 
 
+class Refusing:
+    """What a run is said to have failed of: `refuse` has the runtime's words in an error of ours."""
+
+    __slots__ = ("_explained",)
+
+    def __init__(self, request: object) -> None:
+        """Have those of the runtime that `request` is one of."""
+        found = _directly(request)
+        self._explained = None if found is None else found[1]
+
+    def refuse(self, error: Exception) -> None:
+        """Raise the runtime's words in an error of ours; nothing where they are not the runtime's."""
+        known = None if self._explained is None or isinstance(error, AivmmError) else self._explained(error)
+        if known is not None:
+            raise known from error
+
+
+def run_before(request: Request, wrapped: Callable[[], None] | None) -> tuple[object, Refusing]:
+    """Return how the hot path runs a stage in front of the last one, as `Slot.ready` says it, or `wrapped` in its place; and who is told
+    when that fails."""
+    found = _directly(request)
+    runs = wrapped or (request.run if found is None else found[0])
+    return _ready(runs), Refusing(request)
+
+
 def _face(array: Buffer) -> Any:
     return np.asarray(_Memory(array))
 
@@ -129,7 +154,7 @@ class Handing:
     so they are called when the lane was given back, by who empties the list.
     """
 
-    __slots__ = ("_executable", "_explained", "_inputs", "_made", "_most", "_ran", "_specs", "ended", "now", "private", "slots", "turn")
+    __slots__ = ("_executable", "_inputs", "_made", "_most", "_ran", "_refusing", "_specs", "ended", "now", "private", "slots", "turn")
 
     def __init__(self, executable: Executable, outputs: Sequence[TensorSpec]) -> None:
         """Make the request whose outputs are copied; the others follow when runs show that there is use for them.
@@ -147,8 +172,7 @@ class Handing:
         self._ran = False
         self._most = _MOST
         self._made: Callable[[Slot], Callable[[], object]] = direct_call
-        found = _directly(self.private.request)
-        self._explained = None if found is None else found[1]
+        self._refusing = Refusing(self.private.request)
         self.private.run_by(direct_call(self.private))
 
     def bind(self, name: str, buffer: Buffer) -> None:
@@ -236,10 +260,8 @@ class Handing:
             raise
 
     def refuse(self, error: Exception) -> None:
-        """Raise what a run is said to have failed of: the runtime's words in an error of ours; nothing where they are not the runtime's."""
-        known = None if self._explained is None or isinstance(error, AivmmError) else self._explained(error)
-        if known is not None:
-            raise known from error
+        """Raise what a run is said to have failed of; see `Refusing`."""
+        self._refusing.refuse(error)
 
     def output(self, name: str) -> Buffer:
         """Return the array that the last run wrote; a later run overwrites it."""

@@ -16,7 +16,7 @@ from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.backend import Buffer, DeviceTensor, DeviceTensors, Executable, Request, host_buffer, is_foreign, on_device
 from aivmm.runtime.clocks import StageClock
 from aivmm.runtime.feed import Feed, wanted_buffer
-from aivmm.runtime.handing import Handing, Slot, counts_references, direct_call
+from aivmm.runtime.handing import Handing, Slot, counts_references, direct_call, run_before
 from aivmm.runtime.inputs import is_numpy, refuse_unknown
 from aivmm.runtime.plan import Stage
 from aivmm.runtime.watched_clock import WatchedClock
@@ -35,9 +35,11 @@ class Lane(WatchedClock):
     """Runs the stages one after another, and is the clock of its whole way. Used by one thread at a time; who holds it sees to that."""
 
     # What the shortest way touches lies side by side, in the object itself (`shortest`); `feed` and `hands` where `of_one` is True.
-    __slots__ = ("__dict__", "__weakref__", "awaited", "ended", "feed", "hands", "turn")
+    __slots__ = ("__dict__", "__weakref__", "ahead", "awaited", "ended", "feed", "hands", "turn")
     feed: Feed
     hands: Handing
+    # The stages before the last one, None without any: what runs each, its clock, who is told when it fails; then the last one's clock.
+    ahead: tuple[Any, ...] | None
 
     def __init__(
         self,
@@ -80,6 +82,7 @@ class Lane(WatchedClock):
         self._feeds: Sequence[Feed] = tuple(self._feed(each, executables) for each in inputs)
         self._bind_boundaries(stages, executables, {each.name for each in outputs})
         self._wrapped: Callable[[int, Callable[[], None]], Callable[[], None]] | None = None
+        self.ahead = None
         self._steps = self._new_steps()
         self._cut = len(self._steps) > 1
         self._count = len(self._specs)
@@ -130,9 +133,10 @@ class Lane(WatchedClock):
             self.__dict__["call"] = short
 
     def _new_call(self) -> Callable[[Mapping[str, Any]], dict[str, Buffer]] | None:
-        """Return `run` for a lane of one stage, in one function, what it refers to side by side in its defaults; None for all others."""
+        """Return `run` in one function, what it refers to side by side in its defaults; None where stages make what is not known before, or
+        not all that is made is the last one's, to be handed out."""
         handing = self._handing
-        if handing is None or len(self._steps) != 1 or self._fixed or self._readers:
+        if handing is None or self._fixed or self._readers or any(self._late):
             return None
 
         def call(
@@ -149,6 +153,7 @@ class Lane(WatchedClock):
                     feed.take(array)
             if len(inputs) != len(feeds):
                 refuse_unknown(inputs, lane._specs)
+            ahead = None if lane.ahead is None else lane.run_ahead(lane.ahead)
             slot = lane.turn  # `Handing.next` without its call
             if slot is not None:
                 for face in slot.faces:
@@ -167,6 +172,8 @@ class Lane(WatchedClock):
                 handing.refuse(error)
                 raise
             ended_ns = clock()
+            if ahead is not None:
+                started_ns = lane.count_last(*ahead, ended_ns)
             lane.note(ended_ns - started_ns)
             lane.count = count = lane.count + 1
             if count >= lane.due or ended_ns >= lane.due_ns:
@@ -187,8 +194,44 @@ class Lane(WatchedClock):
                 run if request is handing else wrapped(index, run)
                 for index, (request, run) in enumerate(zip(self._requests, runs, strict=True))
             ]
+        self.ahead = self._new_ahead(runs)
         # Closed, it has no requests; so it may be while a trace looks.
         return list(zip(runs, (each.took for each in self.clocks), self._late, strict=False))
+
+    def _new_ahead(self, runs: Sequence[Callable[[], None]]) -> tuple[Any, ...] | None:
+        """Return what `ahead` is where `runs` run the stages, or the runtimes' own calls where these are not recorded."""
+        found: list[Any] = []
+        for request, run, clock in zip(self._requests[:-1], runs, self._clocks, strict=False):
+            ready, told = run_before(request, None if self._wrapped is None else run)
+            found += [ready, clock, told]
+        return (*found, self._clocks[-1]) if found else None
+
+    def run_ahead(self, ahead: tuple[Any, ...]) -> tuple[int, int, StageClock]:
+        """Run the stages in front of the last one; return when they began and when they ended, and the clock of the last one.
+
+        Raises:
+            Unsupported: a stage's runtime refuses, in its own words.
+        """
+        began_ns = ended_ns = perf_counter_ns()
+        for at in range(0, len(ahead) - 1, 3):
+            runs, clock, told = ahead[at : at + 3]
+            try:
+                if type(runs) is tuple:
+                    runs[0](*runs[1:])
+                else:
+                    runs()
+            except Exception as error:
+                told.refuse(error)
+                raise
+            now_ns = perf_counter_ns()
+            clock.took(now_ns - ended_ns)
+            ended_ns = now_ns
+        return began_ns, ended_ns, ahead[-1]
+
+    def count_last(self, began_ns: int, last_ns: int, clock: StageClock, now_ns: int) -> int:
+        """Count a run of the last stage since `last_ns`; return when the first one began."""
+        clock.took(now_ns - last_ns)
+        return began_ns
 
     def load(self, inputs: Mapping[str, Any]) -> None:
         """Take the inputs: copy the small ones, bind the large ones, and those that come again and again, where they are.
@@ -325,7 +368,7 @@ class Lane(WatchedClock):
         self.__dict__.pop("call", None)
         if self.of_one:
             del self.feed, self.hands
-        self.of_one = False
+        self.of_one, self.ahead = False, None
         self._late.clear()
         self._makers.clear()
         self._buffers.clear()

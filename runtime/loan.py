@@ -28,7 +28,8 @@ class Loan:
         self._program = self._engine._program
         try:
             if self._program.gives:
-                return self._program.ask(self._inputs)
+                engine = self._engine
+                return engine.run(self._inputs) if engine.timeout_s is None else self._program.ask(self._inputs)
             self._lane, outputs = self._program.borrow(self._inputs)
         except (AttributeError, TypeError):
             refuse_unnamed(self._inputs)

@@ -18,8 +18,9 @@ from numpy import ndarray
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime import hot
 from aivmm.runtime.batching import Outputs
+from aivmm.runtime.clocks import StageClock
 from aivmm.runtime.feed import Feed
-from aivmm.runtime.handing import Handing, Slot
+from aivmm.runtime.handing import Handing, Refusing, Slot
 from aivmm.runtime.inputs import refuse_unknown
 from aivmm.runtime.lane import Lane
 from aivmm.tensors import TensorSpec
@@ -44,12 +45,10 @@ def hot_path(program: Program, *, watched: bool) -> dict[str, str | None]:
     why_not = hot.why_not
     if watched or program.pipelined or program.execution.batching is not None:
         why_not = "stages run on threads of their own"
-    elif len(program.stages) > 1:
-        why_not = "it is for one stage"
     elif len(program.inputs) != 1 or len(program.outputs) != 1:
         why_not = "it is for one input and one output"
     elif not program.of_one:
-        why_not = "outputs are not given as they are: a shape is open, a type is not NumPy's own, or a device writes them"
+        why_not = "arrays are not handed on as they are: a shape is open, a type is not NumPy's own, or a device writes them"
     return {"hot_path": "python" if why_not else "native", "hot_path_reason": why_not or None}
 
 
@@ -59,8 +58,8 @@ def _native(program: Program, instead: Instead, reference: Ask) -> Ask:
     feed, free = program.lanes[0].feed, program.free
     ((output, _),) = program.lanes[0].hands.private.arrays
 
-    def failed(inputs: Mapping[str, Any], error: BaseException, refused: Handing | None) -> Outputs:
-        """Answer a request that came to `error`, when its lane is given back; `refused` is there where it was the runtime that failed."""
+    def failed(inputs: Mapping[str, Any], error: BaseException, refused: Handing | Refusing | None) -> Outputs:
+        """Answer a request that came to `error`, when its lane is given back; `refused` is there where it was a runtime that failed."""
         try:
             try:
                 raise error
@@ -72,7 +71,9 @@ def _native(program: Program, instead: Instead, reference: Ask) -> Ask:
             return instead(program, inputs, known)
 
     turns = free.lanes.popleft, free.lanes.append, free.wake
-    made: Ask = hot.native.Shortest(*turns, feed.name, output, reference, failed, Lane, Feed, Slot, ndarray, feed.copied_bytes).ask
+    made: Ask = hot.native.Shortest(
+        *turns, feed.name, output, reference, failed, Lane, Feed, Slot, ndarray, StageClock, feed.copied_bytes
+    ).ask
     return made
 
 
@@ -105,7 +106,7 @@ def _of_any(program: Program, instead: Instead) -> Ask:
 
 
 def _of_one(program: Program, instead: Instead) -> Ask:
-    """Return the same with what `Lane.call` does in it, for a stage of one input and one output, which most models have."""
+    """Return the same with what `Lane.call` does in it, for a plan of one input and one output, which most models have."""
     lanes = program.free.lanes
     ((output, _),) = program.lanes[0].hands.private.arrays
 
@@ -132,6 +133,7 @@ def _of_one(program: Program, instead: Instead) -> Ask:
                     lane.feed.take(array)
                 if size(inputs) != 1:
                     refuse_unknown(inputs, seldom[2])
+                ahead = None if lane.ahead is None else lane.run_ahead(lane.ahead)
                 slot = lane.turn  # `Handing.next` without its call
                 if slot is None or references(slot.face) > slot.face_alone:
                     slot = lane.hands.another()
@@ -145,6 +147,8 @@ def _of_one(program: Program, instead: Instead) -> Ask:
                     lane.hands.refuse(error)
                     raise
                 ended_ns = clock()
+                if ahead is not None:
+                    started_ns = lane.count_last(*ahead, ended_ns)
                 lane.note(ended_ns - started_ns)
                 lane.count = count = lane.count + 1
                 if count >= lane.due or ended_ns >= lane.due_ns:

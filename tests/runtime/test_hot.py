@@ -35,22 +35,36 @@ from tests.runtime.interrupts import interrupted_at
 
 SHAPE = (4, 16)
 COPIED, BOUND = 64, 768  # rows of 128 floats that are copied in, and so many that they are bound where they are
-PLUS_ONE = [helper.make_node("Add", ["x", "one"], ["y"])]
 
 
-def plus_one(*shape: int | str) -> Any:
-    one = {"one": np.array([1], np.float32)}
-    return onnx_model(PLUS_ONE, [("x", TensorProto.FLOAT, shape)], [("y", TensorProto.FLOAT, shape)], one)
+def plus_one(*shape: int | str, steps: int = 1) -> Any:
+    """Return a model that adds 1 in so many steps, a power of two: a node each."""
+    names = ["x", *(f"m{each}" for each in range(1, steps)), "y"]
+    nodes = [helper.make_node("Add", [names[each], "step"], [names[each + 1]]) for each in range(steps)]
+    step = {"step": np.array([1 / steps], np.float32)}
+    return onnx_model(nodes, [("x", TensorProto.FLOAT, shape)], [("y", TensorProto.FLOAT, shape)], step)
+
+
+@pytest.fixture(params=[1, 4], ids=["whole", "cut"])
+def stages(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def in_stages(count: int, target: str) -> list[Part]:
+    """Cut `plus_one` of as many steps; both runtimes take turns, and `target` has the last stage."""
+    other = {OPENVINO: ONNXRUNTIME, ONNXRUNTIME: OPENVINO}[target]
+    return [Part(target if (count - each) % 2 else other, each, each) for each in range(count)]
 
 
 @pytest.fixture
-def warm(load: Load, hot_path: str) -> Callable[..., Engine]:
+def warm(load: Load, hot_path: str, stages: int) -> Callable[..., Engine]:
     """Load an engine, and have it answer until it takes the hot path."""
 
-    def make(model: Any = None, target: str = ONNXRUNTIME, x: Any = None, **fields: Any) -> Engine:
-        engine = load(model or plus_one(*SHAPE), [Part(target)], **fields)
+    def make(target: str = ONNXRUNTIME, x: Any = None, **fields: Any) -> Engine:
+        x = np.zeros(SHAPE, np.float32) if x is None else x
+        engine = load(plus_one(*x.shape, steps=stages), in_stages(stages, target), **fields)
         for _ in range(3):
-            engine.run({"x": np.zeros(SHAPE, np.float32) if x is None else x})
+            engine.run({"x": x})
         assert engine.stats()["hot_path"] == hot_path
         return engine
 
@@ -68,7 +82,7 @@ def forms(x: Any) -> Iterator[Any]:
 @pytest.mark.parametrize("rows", [COPIED, BOUND], ids=["copied", "bound"])
 def test_arrays_of_every_layout_and_mappings_of_every_kind_are_answered(warm: Callable[..., Engine], target: str, rows: int) -> None:
     x = normal(rows, 128)
-    engine = warm(plus_one(rows, 128), target, x)
+    engine = warm(target, x)
     for number, form in enumerate(forms(x)):
         before = np.array(form, np.float32)
         for mapping in (
@@ -248,8 +262,11 @@ class Odd(BaseException):
     [(RuntimeError("it broke"), Unsupported), (Unsupported("it cannot"), Unsupported), (UsageError("not so"), UsageError), (Odd(), Odd)],
     ids=lambda each: type(each).__name__ if isinstance(each, BaseException) else "",
 )
-def test_an_error_is_the_requests_alone(warm: Callable[..., Engine], raised: BaseException, expected: type[BaseException]) -> None:
-    engine = warm()
+@pytest.mark.parametrize("failing", ["the first", "the last"])
+def test_an_error_is_the_requests_alone(
+    warm: Callable[..., Engine], raised: BaseException, expected: type[BaseException], stages: int, failing: str
+) -> None:
+    engine, which = warm(), 0 if failing == "the first" else stages - 1
     (lane,) = engine.lanes()
     x = np.ones(SHAPE, np.float32)
 
@@ -257,14 +274,16 @@ def test_an_error_is_the_requests_alone(warm: Callable[..., Engine], raised: Bas
         raise raised
 
     for _ in range(2):
-        lane.wrap(lambda _, run: fail)
+        lane.wrap(lambda index, run: fail if index == which else run)
         with pytest.raises(expected) as caught:
             engine.run({"x": x})
         assert isinstance(raised, expected) or (caught.value.__cause__ is raised and "it broke" in str(caught.value))
         assert "fail" in "".join(traceback.format_exception(raised))
         lane.wrap(None)
         assert (engine.run({"x": x})["y"] == 2).all()
-    assert engine.stats()["runs"] == 5 and engine.stats()["hot_path"] == ("python" if hot.native is None else "native")
+    stats = engine.stats()
+    assert [each["count"] for each in stats["stages"]] == [7 if each < which else 5 for each in range(stages)]
+    assert stats["hot_path"] == ("python" if hot.native is None else "native")
 
 
 def test_a_stage_that_dies_is_replaced_by_the_fallback(warm: Callable[..., Engine], lose: Any) -> None:
@@ -290,6 +309,9 @@ def test_calls_and_errors_leave_nothing_behind(warm: Callable[..., Engine], capl
     arrays = [np.ones(SHAPE, np.float32) for _ in range(3)]
     wrong, kept = {"x": np.ones((1, 2), np.float32)}, None
 
+    def broken() -> None:
+        raise RuntimeError("it broke")
+
     def calls(count: int) -> None:
         nonlocal kept
         for number in range(count):
@@ -297,7 +319,7 @@ def test_calls_and_errors_leave_nothing_behind(warm: Callable[..., Engine], capl
             if number % 50 == 0:
                 with pytest.raises(UsageError):
                     engine.run(wrong)
-                lane.wrap(lambda _, run: lambda: 1 / 0)
+                lane.wrap(lambda _, run: broken)
                 with pytest.raises(Unsupported):
                     engine.run({"x": arrays[0]})
                 lane.wrap(None)
@@ -342,12 +364,12 @@ def test_threads_that_wait_for_turns_get_their_own_answers(warm: Callable[..., E
     assert wrong == [] and engine.stats()["runs"] == 8 * 300 + 3
 
 
-def test_a_trace_sees_the_calls(warm: Callable[..., Engine]) -> None:
+def test_a_trace_sees_the_calls(warm: Callable[..., Engine], stages: int) -> None:
     engine = warm()
     with engine.trace() as trace:
         engine.run({"x": np.ones(SHAPE, np.float32)})
     engine.run({"x": np.ones(SHAPE, np.float32)})
-    assert len(trace.runs) == 1 and engine.stats()["runs"] == 5
+    assert [each.stage for each in trace.runs] == list(range(stages)) and engine.stats()["runs"] == 5
 
 
 # --- which one is used ---
@@ -479,6 +501,19 @@ def test_a_module_that_does_not_fit_is_not_used(monkeypatch: pytest.MonkeyPatch)
         hot._load()
 
 
+def test_each_stage_counts_its_runs_and_its_time(warm: Callable[..., Engine], stages: int) -> None:
+    engine, x = warm(), np.ones(SHAPE, np.float32)
+    for _ in range(2 * clocks.RING + 100):  # more than are remembered
+        engine.run({"x": x})
+    lane = engine.one_lane()
+    for each in engine.stats()["stages"]:
+        assert each["count"] == 2 * clocks.RING + 103 and 0 < each["p50_s"] <= each["p99_s"] < each["total_s"]
+    if stages > 1:  # the whole way has a clock of its own: stages and what is between them
+        inside = [sum(durations) for durations in zip(*(each.last(500) for each in lane.clocks), strict=True)]
+        whole = lane.last(500)
+        assert all(a <= b for a, b in zip(inside, whole, strict=True)) and sum(inside) > 0.5 * sum(whole)
+
+
 def test_requests_that_go_another_way_say_so(load: Load) -> None:
     two = onnx_model(
         [helper.make_node("Add", ["a", "b"], ["y"])],
@@ -486,8 +521,6 @@ def test_requests_that_go_another_way_say_so(load: Load) -> None:
         [("y", TensorProto.FLOAT, SHAPE)],
     )
     assert load(two, [Part(ONNXRUNTIME)]).stats()["hot_path_reason"] == "it is for one input and one output"
-    one, parts = chain_model(), [Part(ONNXRUNTIME, 0, 3), Part(ONNXRUNTIME, 4)]
-    assert load(one, parts).stats()["hot_path_reason"] == "it is for one stage"
     for how in (Execution(mode="pipelined"), Execution(batching=Batching(max_batch=2))):
         assert load(plus_one(1, 16), [Part(ONNXRUNTIME)], execution=how).stats()["hot_path_reason"] == "stages run on threads of their own"
     assert "a shape is open" in load(plus_one("n", 16), [Part(ONNXRUNTIME)]).stats()["hot_path_reason"]
