@@ -84,6 +84,10 @@ class WorkerDied(Exception):
         self.output = output
 
 
+class WorkerLate(WorkerDied):
+    """It was stopped when whoever asked had no more time. Whether it hangs or is slow nobody waited long enough to tell."""
+
+
 class WorkerLost(WorkerDied):
     """The worker had died before it was asked, or was not to be trusted any more: no fault of what was asked now."""
 
@@ -106,17 +110,22 @@ class Worker:
         """The process's id; 0 when it does not run."""
         return self._process.pid if self._process and self._process.poll() is None else 0
 
-    def call(self, operation: str, *, limit_s: float, run_limit_s: float | None = None, **arguments: Any) -> dict[str, Any]:
+    def call(
+        self, operation: str, *, limit_s: float, run_limit_s: float | None = None, patience_s: float = math.inf, **arguments: Any
+    ) -> dict[str, Any]:
         """Ask the worker for one thing and wait at most `limit_s` seconds; where it says that it runs what it compiled, `run_limit_s` more.
+
+        What takes longer is taken for one that hangs. `patience_s` is what the caller can wait in all, which says nothing about the worker.
 
         Raises:
             WorkerDied: it crashed, or was killed for taking longer or for using more memory than the machine can spare; or a plug-in broke.
+            WorkerLate: it was killed since `patience_s` were over.
             WorkerLost: what is asked needs what was loaded in it, and it had died before.
             AivmmError: it refused, in the class it refused with.
             RuntimeError: a bug in the worker's own Python code, with its traceback.
         """
         self._ensure(operation)
-        answer = self._ask({"operation": operation, **arguments}, limit_s, run_limit_s)
+        answer = self._ask({"operation": operation, **arguments}, limit_s, run_limit_s, patience_s)
         if "result" in answer:
             result: dict[str, Any] = answer["result"]
             return result
@@ -186,9 +195,11 @@ class Worker:
         threading.Thread(target=_read_answers, args=(process.stdout, self._answers), daemon=True).start()
         self._drain = threading.Thread(target=_keep_tail, args=(process.stderr, self._printed), daemon=True)
         self._drain.start()
-        self._ask({"operation": "hello"}, START_LIMIT_S, None)
+        self._ask({"operation": "hello"}, START_LIMIT_S)
 
-    def _ask(self, message: dict[str, Any], limit_s: float, run_limit_s: float | None) -> dict[str, Any]:
+    def _ask(
+        self, message: dict[str, Any], limit_s: float, run_limit_s: float | None = None, patience_s: float = math.inf
+    ) -> dict[str, Any]:
         process = self._process
         assert process and process.stdin
         self.asked += 1
@@ -196,7 +207,7 @@ class Worker:
             # Requests are shorter than a pipe's buffer, so writing one does not wait for a worker that does not read.
             process.stdin.write(json.dumps({"id": self.asked, **message}).encode() + b"\n")
             process.stdin.flush()
-            return self._wait(process, limit_s, run_limit_s)
+            return self._wait(process, limit_s, run_limit_s, patience_s)
         except OSError:
             raise self._died("") from None  # the pipe broke: it is gone
         except WorkerDied:
@@ -205,13 +216,14 @@ class Worker:
             self._end_now()
             raise
 
-    def _wait(self, process: subprocess.Popen[bytes], limit_s: float, run_limit_s: float | None) -> dict[str, Any]:
+    def _wait(self, process: subprocess.Popen[bytes], limit_s: float, run_limit_s: float | None, patience_s: float) -> dict[str, Any]:
         """Return the answer to the last question. Sleeps meanwhile: the one that is measured shares the machine with us."""
         memory = MemoryWatch(process.pid)
         end, pause, doing = time.monotonic() + limit_s, memory.look(), ""
+        last = time.monotonic() + patience_s
         while True:
             try:
-                line = self._answers.get(timeout=max(0.0, min(end - time.monotonic(), pause)))
+                line = self._answers.get(timeout=max(0.0, min(end - time.monotonic(), last - time.monotonic(), pause)))
             except queue.Empty:
                 if process.poll() is not None:
                     # Its pipe need not have ended with it: what it forked may hold that open.
@@ -223,6 +235,9 @@ class Worker:
                     if time.monotonic() >= end:
                         _say_where(process)
                         raise self._died(f"took longer than {limit_s:g} s{doing} and was stopped") from None
+                    if time.monotonic() >= last:
+                        died = self._died(f"was stopped after {patience_s:.3g} s, when time was up")
+                        raise WorkerLate(died.reason, died.output) from None
                     pause = memory.look()
                     if pause == 0.0:
                         raise self._died(memory.reason) from None

@@ -29,6 +29,7 @@ from aivmm.tensors import TensorSpec
 from aivmm.tuner.asked import allowed
 from aivmm.tuner.bucket_data import BucketData, Shares
 from aivmm.tuner.families import combine
+from aivmm.tuner.interrupt import Interrupts
 from aivmm.tuner.many import ManyOutcome, Prefixed, report_beside, summed
 from aivmm.tuner.open_or_padded import Choice, OpenOrPadded
 from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
@@ -53,6 +54,7 @@ class BucketTuner:
     command: str = ""
     _shares: Shares | None = None  # of the user's samples
     _early: tuple[Sequence[Mapping[str, TensorSpec]], Paddings] | None = None  # the inputs of each shape, and how they are padded
+    _interrupts: Interrupts | None = None  # once is for all shapes, twice is twice
 
     def run(self) -> ManyOutcome | dict[str, Any]:
         """Tune; with `dry_run` return what would be measured instead.
@@ -67,7 +69,11 @@ class BucketTuner:
             assert isinstance(found, dict)
             return {**found, "buckets": [each.name for each in self.wanted]}
         check_destination(output)
-        with tempfile.TemporaryDirectory(prefix=f"aivmm-{os.getpid()}-", ignore_cleanup_errors=True) as name:
+        self._interrupts = Interrupts(self.progress.note)
+        with (
+            self._interrupts,
+            tempfile.TemporaryDirectory(prefix=f"aivmm-{os.getpid()}-", ignore_cleanup_errors=True) as name,
+        ):
             folder = Path(name)
             self._sort_samples(folder)
             outcomes = self._tune(folder, output)
@@ -89,7 +95,8 @@ class BucketTuner:
         if data is None:  # no sample is of this shape
             options = replace(options, inputs=None, dataset=None)
         shown = (output, output / f"report-{index}.html")
-        return Session(options, Prefixed(self.progress, each.name), command=self.command, shown=shown, data=data)
+        progress = Prefixed(self.progress, each.name)
+        return Session(options, progress, command=self.command, shown=shown, data=data, interrupts=self._interrupts)
 
     def _sort_samples(self, folder: Path) -> None:
         """Find out how each shape is padded before it is tuned, and sort the user's samples by it, where there are some.
@@ -161,13 +168,12 @@ class BucketTuner:
         The shares are the same whenever the same is asked: what a run has searched is known again by its budget, too.
         """
         outcomes: list[TuneOutcome] = []
-        share, asked = self.options.budget_s / len(self.wanted), False
+        share = self.options.budget_s / len(self.wanted)
         for index in range(len(self.wanted)):
-            session = self._session(index, folder, output, 0.0 if asked else share)
-            found = session.run()
+            asked = self._interrupts is not None and self._interrupts.asked
+            found = self._session(index, folder, output, 0.0 if asked else share).run()
             assert isinstance(found, TuneOutcome)
             outcomes.append(found)
-            asked = asked or session.interrupts.asked
             if found.plan_path is None:
                 break
         return outcomes

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
 import signal
 import sys
 import threading
@@ -10,21 +13,41 @@ INTERRUPTED = 130  # exit status, as shells have it: 128 and the number of the s
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `aivmm`; exits."""
+    """Run `aivmm`; exits. Without `arguments` the process is ours, and ends with this."""
     given = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        atexit.register(_end_if_interrupted)  # the first to be registered is the last to be called
     try:
         status = _run(given)
     except (KeyboardInterrupt, ImportError) as error:  # while modules are read
         if not _interrupted(error):
             raise
+        status = INTERRUPTED
+        _stop_at_once_from_now_on()
         print("aivmm: interrupted", file=sys.stderr)
         if "--json" in given:
             print('{"schema": 1, "error": {"message": "interrupted", "advice": ""}}')
-        status = INTERRUPTED
-    if status == INTERRUPTED and threading.current_thread() is threading.main_thread():
-        # All is cleaned up: who presses it once more while Python ends wants no traceback of that.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if status == INTERRUPTED:
+        _stop_at_once_from_now_on()
+        with contextlib.suppress(OSError):  # whoever reads has read enough
+            sys.stdout.flush()
     raise SystemExit(status)
+
+
+def _stop_at_once_from_now_on() -> None:
+    """All is cleaned up: who presses Ctrl-C once more while Python ends wants no traceback of that, and the status is what it is."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _stop)
+
+
+def _stop(*_: object) -> None:
+    os._exit(INTERRUPTED)
+
+
+def _end_if_interrupted() -> None:
+    """End here, before modules and native libraries are taken down: that takes a while, and Ctrl-C in it would kill with another status."""
+    if signal.getsignal(signal.SIGINT) is _stop:
+        os._exit(INTERRUPTED)
 
 
 def _interrupted(error: BaseException | None) -> bool:

@@ -15,7 +15,7 @@ from aivmm.models.records import Operator
 from aivmm.probes import wire
 from aivmm.probes.arrays import load_arrays, save_arrays
 from aivmm.probes.ceilings import Ceiling, Ceilings, call_ceiling, copy_ceilings, grows, matmul_ceiling, rates
-from aivmm.probes.client import WorkerDied
+from aivmm.probes.client import WorkerDied, WorkerLate
 from aivmm.probes.compare import cautions
 from aivmm.probes.lab import Lab
 from aivmm.probes.machine import measuring
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 OPERATOR_S = 0.005  # how long one is timed, after its warm-up
 _LIMIT_S = 120.0  # for one operator; a batch that takes as long is tried again one by one
+_MARGIN_S = 10.0  # beyond the budget: what was begun within it may still compile, and one that is slow run once
 _BATCH = 32  # operators a request: enough that round trips, waits for threads that spin and commits do not matter, few enough to lose
 _BATCH_BYTES = 256 << 20  # what their tensors may take together,
 _BATCH_FLOPS = 8e9  # and what they may compute in a run: each runs ten times or so, and a budget is looked at between batches
@@ -132,6 +133,9 @@ class OperatorProber:
     def _may_measure(self) -> bool:
         return self.measure_new and not self.stop() and time.perf_counter() < self._ends
 
+    def _patience_s(self) -> float:
+        return max(0.0, self._ends - time.perf_counter()) + _MARGIN_S
+
     # --- ceilings
 
     def _measure_ceilings(self, target: Target, precision: str) -> None:
@@ -230,6 +234,7 @@ class OperatorProber:
                 self.lab.worker(target.runtime).call(
                     "tensor_values",
                     limit_s=_LIMIT_S,
+                    patience_s=self._patience_s(),
                     model=str(self.subject.path),
                     target=wire.target_out(target),
                     config=wire.config_out(Config(precision="fp32" if "fp32" in target.precisions else None)),
@@ -246,7 +251,7 @@ class OperatorProber:
         """Probe operators on one target in one request.
 
         What a crash leaves open is tried again one by one, so that it costs one probe; a hang each time, so only within the budget. What
-        would run beyond the budget has no outcome.
+        would run beyond the budget has no outcome, nor has what was stopped there: it may hang, or only be slow.
         """
         if not jobs:
             return []
@@ -260,12 +265,15 @@ class OperatorProber:
                     "probe_operators",
                     limit_s=_LIMIT_S,
                     run_limit_s=_LIMIT_S,
+                    patience_s=self._patience_s(),
                     models=[{"path": str(job.path), "values": str(job.values or "")} for job in jobs],
                     target=wire.target_out(first.target),
                     config=wire.config_out(first.key.config),
                     seconds=OPERATOR_S,
                     within_s=max(0.0, self._ends - time.perf_counter()),
                 )
+            except WorkerLate:
+                return []
             except WorkerDied as died:
                 if len(jobs) == 1:
                     return [Failed(key=first.key, reason=died.reason, output=died.output)]

@@ -24,6 +24,7 @@ from aivmm.runtime.cpu import usable_cores
 from aivmm.runtime.family import Bucket, Family, Served
 from aivmm.runtime.plan import Plan
 from aivmm.tuner.families import combine
+from aivmm.tuner.interrupt import Interrupts
 from aivmm.tuner.ladder import Ladder
 from aivmm.tuner.many import ManyOutcome, Prefixed, report_beside, summed
 from aivmm.tuner.options import DEFAULT_COSINE, TuneOptions
@@ -79,7 +80,8 @@ class WorkloadTuner:
         check_destination(self.output)
         with tempfile.TemporaryDirectory(prefix=f"aivmm-{os.getpid()}-", ignore_cleanup_errors=True) as name:
             folder = Path(name)
-            outcomes = self._tune(folder)
+            with Interrupts(self.progress.note) as interrupts:  # once is for all models, twice is twice
+                outcomes = self._tune(folder, interrupts)
             missing = next(((wish, found) for wish, found in zip(self.wishes, outcomes, strict=False) if found.plan_path is None), None)
             if missing is not None:
                 name = missing[0].demand.name
@@ -101,9 +103,9 @@ class WorkloadTuner:
 
     # --- each model alone
 
-    def _tune(self, folder: Path) -> list[TuneOutcome]:
+    def _tune(self, folder: Path, interrupts: Interrupts) -> list[TuneOutcome]:
         outcomes: list[TuneOutcome] = []
-        share, asked = self.options.budget_s / len(self.wishes), False
+        share = self.options.budget_s / len(self.wishes)
         for index, wish in enumerate(self.wishes):
             name = wish.demand.name
             (folder / f"options-{index}").mkdir()
@@ -115,14 +117,14 @@ class WorkloadTuner:
                 shapes=wish.shapes,
                 dims=wish.dims,
                 output=folder / f"alone-{index}.aivmm",
-                budget_s=1.0 if asked else share,
+                budget_s=1.0 if interrupts.asked else share,
             )
             shown = (self.output, self.output / f"report-{index}.html")
-            session = Session(options, Prefixed(self.progress, name), command=self.command, shown=shown, look=ladder.look)
+            progress = Prefixed(self.progress, name)
+            session = Session(options, progress, command=self.command, shown=shown, look=ladder.look, interrupts=interrupts)
             self._cosine = session.cosine_limit or DEFAULT_COSINE
             found = _run_of(name, session)
             outcomes.append(found)
-            asked = asked or session.interrupts.asked
             ladder.proven_s = _proven_s(found.summary)
             if found.plan_path is None or self._words.impossible(wish.demand):
                 break

@@ -87,11 +87,13 @@ class Session:
         shown: tuple[Path, Path] | None = None,
         look: Look | None = None,
         data: Data | None = None,
+        interrupts: Interrupts | None = None,
     ) -> None:
         """Tune as `options` say.
 
         `shown` is where plan and report end up, when what is written now is only a part of a bundle to come. `look` is called once settings
         were searched, for those who want to measure more of the same model. `data` are the user's samples where they were read already.
+        `interrupts` are those of a larger tuning that this one is a part of, which has entered them.
         """
         self._look = look
         self._data = data
@@ -101,7 +103,8 @@ class Session:
         self.progress = progress
         self.command = command
         self.started = time.perf_counter()
-        self.interrupts = Interrupts(progress.note)
+        self.interrupts = interrupts or Interrupts(progress.note)
+        self._whole = interrupts is None
         self.constraints: tuple[Constraint, ...] = options.parsed_constraints()
         cosine = [each.limit for each in self.constraints if each.metric == "cosine"]
         # Who limits accuracy in another way has said what matters.
@@ -124,7 +127,7 @@ class Session:
         if not self.options.dry_run:
             check_destination(self.output)
         with (
-            nullcontext() if self.options.dry_run else self.interrupts,
+            self.interrupts if self._whole and not self.options.dry_run else nullcontext(),
             Database.open(self.options.db) as database,
             # Outlives the workers, which map files in it. A folder that cannot be removed is no reason to lose a finished tuning.
             tempfile.TemporaryDirectory(prefix=f"aivmm-{os.getpid()}-", ignore_cleanup_errors=True) as folder,

@@ -22,7 +22,7 @@ import pytest
 from aivmm.errors import Unsupported, UsageError
 from aivmm.probes import wire
 from aivmm.probes.arrays import load_arrays, save_arrays
-from aivmm.probes.client import Worker, WorkerDied
+from aivmm.probes.client import Worker, WorkerDied, WorkerLate
 from aivmm.probes.lab import Lab
 from aivmm.runtime.config import Config, Knob
 from aivmm.runtime.finding import find_target
@@ -87,6 +87,18 @@ def test_what_hangs_is_stopped_at_its_limit(compile_wild: Compile, worker: Worke
         compile_wild(how, limit_s=1.0)
     assert 0.9 < time.perf_counter() - started < 60  # what hangs does so for an hour
     assert not psutil.pid_exists(pid)
+    assert works(worker)
+
+
+@pytest.mark.parametrize("how", ["idle", "run busy"])
+def test_what_has_no_more_time_is_stopped_and_not_said_to_hang(compile_wild: Compile, worker: Worker, how: str) -> None:
+    """Unlike what takes longer than anything that is healthy: nobody waited long enough to tell."""
+    with pytest.raises(WorkerLate, match="was stopped after 1 s, when time was up"):
+        compile_wild(how, limit_s=60.0, run_limit_s=60.0, patience_s=1.0)
+    assert worker.pid == 0
+    with pytest.raises(WorkerDied, match="took longer than 1 s") as caught:
+        compile_wild("idle", limit_s=1.0, patience_s=60.0)
+    assert not isinstance(caught.value, WorkerLate)
     assert works(worker)
 
 

@@ -100,3 +100,23 @@ def test_twice_stops_now_and_keeps_what_was_measured(place: Place, tiny: Path) -
     assert list(place.work.iterdir()) == []
     assert count(place, "probe") >= kept
     check_kept(place, "interrupted")
+
+
+def test_twice_is_twice_over_all_shapes(place: Place, tiny: Path) -> None:
+    """The second shape took the second Ctrl-C for its first, and went on."""
+    several = ("--dim", "side=8,16", "--targets", "onnxruntime", "--budget", "1200s", "--trials", "500", "--top", "1")
+    with place.started("tune", tiny, *several) as process:
+        until(place, process, "trial", 2)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr
+        while "side=16: reading the model" not in process.stderr.readline():
+            assert process.poll() is None
+        workers = workers_of(process.pid)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert Finished(130, out, err).error_lines == ["aivmm: interrupted; what was measured is kept; run the same command again to continue"]
+    assert living(workers) == []
+    assert list(place.work.iterdir()) == []
+    with Database.open(place.db) as database:
+        assert database.check() == []

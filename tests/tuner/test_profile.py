@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from aivmm.probes.records import Failed, Measured, ProbeKey
 from aivmm.runtime.config import Config
 from aivmm.runtime.finding import find_target
 from aivmm.runtime.registry import load_backend
-from aivmm.tuner import cli
+from aivmm.tuner import cli, operators
 from aivmm.tuner.measure import Counts
 from aivmm.tuner.operators import OperatorProber, _batches, _Job
 from tests.probes.conftest import TARGET as WILD
@@ -201,13 +202,22 @@ def test_batches_are_small_in_number_in_bytes_and_in_work() -> None:
     assert list(_batches([])) == []
 
 
-def test_a_crash_costs_one_operator_and_the_others_of_its_batch_are_tried_again(wild: Path, tmp_path: Path) -> None:
-    """The wild backend crashes as its config says, so each of the two is tried alone after their batch has died, and fails alone."""
-    key = ProbeKey(kind="operator", subject="a", target="wild:0", environment="e", config=Config.of({"how": "abort"}))
+def wild_key(how: str) -> ProbeKey:
+    return ProbeKey(kind="operator", subject="a", target="wild:0", environment="e", config=Config.of({"how": how}))
+
+
+def relu(folder: Path) -> Path:
+    """Write a model of one operator."""
     edges = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, (4,))] for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", *edges)
-    path = tmp_path / "relu.onnx"
+    path = folder / "relu.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_a_crash_costs_one_operator_and_the_others_of_its_batch_are_tried_again(wild: Path, tmp_path: Path) -> None:
+    """The wild backend crashes as its config says, so each of the two is tried alone after their batch has died, and fails alone."""
+    path, key = relu(tmp_path), wild_key("abort")
     with Lab() as lab:
         nothing: Any = None  # neither the model nor the database is asked
         prober = OperatorProber(lab=lab, subject=nothing, database=nothing, run_id=None, targets=[WILD], folder=tmp_path, counts=Counts())
@@ -248,3 +258,22 @@ def test_one_by_one_after_a_crash_only_within_the_budget(own_lock: None, tmp_pat
     tried = min(lets - 1, len(batch))
     assert calls == [4] + [1] * tried
     assert (len(prober.found), prober.skipped) == (tried, 4 - tried)
+
+
+def test_an_operator_that_hangs_is_waited_for_as_long_as_there_is_budget_and_little_longer(
+    wild: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was two minutes, whatever the budget. What is stopped so is not said to have hung, and is asked again by the next run."""
+    monkeypatch.setattr(operators, "_MARGIN_S", 1.0)
+    path = relu(tmp_path)
+    with Lab() as lab:
+        nothing: Any = None
+        prober = OperatorProber(lab=lab, subject=nothing, database=nothing, run_id=None, targets=[WILD], folder=tmp_path, counts=Counts())
+        prober._ends = time.perf_counter() + 0.5
+        started = time.perf_counter()
+        assert prober._probe([_Job(key=replace(wild_key("run idle"), subject=each), target=WILD, path=path) for each in "ab"]) == []
+        assert time.perf_counter() - started < operators._LIMIT_S / 2
+        # One that is only slow, and was begun in time, is waited for: here it takes a thousand times what is left.
+        prober._ends = time.perf_counter() + 1e-5
+        (slow,) = prober._probe([_Job(key=wild_key("run slow"), target=WILD, path=path)])
+    assert isinstance(slow, Measured)
