@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from onnx import helper
 
 from aivmm.runtime import hot
 from aivmm.runtime.backend import Executable
@@ -48,6 +49,7 @@ from tests.making import ONNXRUNTIME, OPENVINO, Part, chain_model, make_bundle, 
 SECTIONS = ("overhead", "cut", "pipeline", "memory", "threads", "cold")
 ONE_THREAD = {OPENVINO: (("INFERENCE_NUM_THREADS", 1),), ONNXRUNTIME: (("intra_op_num_threads", 1),)}
 SIZES = {"20 µs": (64, 1, 8), "300 µs": (512, 1, 8), "large input": (256, 64, 4)}  # name -> width, rows, layers of a chain
+SEVERAL = "300 µs, 3 inputs, 2 outputs"
 Samples = dict[str, "np.ndarray[Any, np.dtype[np.float64]]"]
 
 
@@ -205,11 +207,12 @@ def overhead(report: Report, seconds: float) -> None:
         " | of it tail | A/A band | | rounds |"
     )
     report.say("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
-    for name, (width, rows, layers) in SIZES.items():
+    for name, (width, rows, layers) in (SIZES | {SEVERAL: SIZES["300 µs"]}).items():
         for target in (OPENVINO, ONNXRUNTIME):
             if not report.wants(name, target):
                 continue
-            with engine_of(chain_model(width=width, rows=rows, layers=layers), [single(target)]) as engine:
+            model = chain_model(width=width, rows=rows, layers=layers)
+            with engine_of(several(model) if name == SEVERAL else model, [single(target)]) as engine:
                 # One after the other: who brings a new array each time, or gives an answer back, is another user.
                 # An engine's first second, in which it takes its baseline, would be two of the five that are timed here.
                 found: Samples = {}
@@ -230,27 +233,43 @@ def overhead(report: Report, seconds: float) -> None:
             report.say(f"| {name} | {target} | {medians} | {tails} | {len(found['bare'])} |")
 
 
+def several(model: Any) -> Any:
+    """Return a chain with two inputs more, which are added to its last tensor, and its first layer as an output, too."""
+    nodes, inputs, outputs = model.graph.node, model.graph.input, model.graph.output
+    nodes[-1].output[0] = "last"
+    for name, source, sum_name in (("a", "last", "sum"), ("b", "sum", "y")):
+        nodes.append(helper.make_node("Add", [source, name], [sum_name]))
+        copy = inputs.add()
+        copy.CopyFrom(inputs[0])
+        copy.name = name
+    outputs.add().CopyFrom(outputs[0])
+    outputs[1].name = "r0"
+    return model
+
+
 def overhead_calls(engine: Engine, rows: int, width: int) -> list[dict[str, Callable[[], object]]]:
     """Return what is compared: the bare call and the engine twice each, then one with `lend`, and one with a new array each time."""
     (executable,) = executables(engine)
-    x = new_buffer_like(normal(rows, width))
-    arrays, into = {"x": x}, new_buffer_like(x)
-    others = itertools.cycle([normal(rows, width, seed=seed) for seed in range(16)])
-    copied = bare(executable, {"x": into})
+    names = [each.name for each in engine.inputs]
+    arrays = {name: new_buffer_like(normal(rows, width)) for name in names}
+    into = {name: new_buffer_like(each) for name, each in arrays.items()}
+    others = itertools.cycle([{name: normal(rows, width, seed=seed) for name in names} for seed in range(16)])
+    copied = bare(executable, into)
     kept: list[Any] = [None]
 
     def whole() -> None:
         kept[0] = engine.run(arrays)
 
     def new() -> None:
-        kept[0] = engine.run({"x": next(others)})
+        kept[0] = engine.run(next(others))
 
     def lent() -> None:
         with engine.lend(arrays):
             pass
 
     def bare_new() -> None:
-        into[...] = next(others)
+        for name, array in next(others).items():
+            into[name][...] = array
         copied()
 
     first, second = bare(executable, arrays), bare(executable, arrays)

@@ -1,4 +1,5 @@
-/* A request's way through a lane with one input and one output, in C: what `shortest._of_one` does, its reference.
+/* A request's way through a lane, in C: what `shortest._of_one` does, its reference, and `shortest._of_any` where there are several inputs or
+   outputs.
 
    A model leaves the caches cold, and then what counts is how many lines and pages of memory a call touches. Here those are few: the counters
    of a lane are C numbers in the lane itself, durations are in one array, the runtime is called with arguments that are there already, and
@@ -20,198 +21,7 @@
 #endif
 
 #include "_hot_clock.h"
-
-/* ---- NumPy's arrays: the head of `PyArrayObject_fields`, which NumPy's own macros compile into every extension, so that it is a part of its
-   binary interface. Here without its headers, which a build would have to fetch; `hot` compares `array_fields` with what NumPy says. ---- */
-
-typedef struct {
-    PyObject_HEAD
-    char *data;
-    int nd;
-    Py_ssize_t *dims, *strides;
-    PyObject *base, *descr;
-    int flags;
-    PyObject *weakrefs;
-} Array;
-
-#define C_CONTIGUOUS 0x0001
-
-static INLINE int same(const Py_ssize_t *a, const Py_ssize_t *b, int count) /* without the call of `memcmp`, for a few */
-{
-    for (int at = 0; at < count; at++)
-        if (a[at] != b[at])
-            return 0;
-    return 1;
-}
-
-static INLINE int same_shape(const Array *a, const Array *b)
-{
-    return a->nd == b->nd && same(a->dims, b->dims, a->nd);
-}
-
-/* Whether a view is still what `face.view()` made: a caller may have given it another shape or type, or locked it. */
-static INLINE int untouched(PyObject *view, PyObject *face)
-{
-    Array *a = (Array *)view, *b = (Array *)face;
-    return a->data == b->data && a->base == face && a->descr == b->descr && a->flags == b->flags && a->weakrefs == NULL
-        && same_shape(a, b) && same(a->strides, b->strides, a->nd);
-}
-
-/* What is read here of an array of two dimensions, to be compared with what NumPy says. */
-static PyObject *array_fields(PyObject *module, PyObject *array)
-{
-    Array *a = (Array *)array;
-    if (Py_TYPE(array)->tp_basicsize < (Py_ssize_t)sizeof(Array) || a->nd != 2) {
-        PyErr_SetString(PyExc_TypeError, "this is no array of two dimensions as NumPy makes them");
-        return NULL;
-    }
-    return Py_BuildValue("(nnnnnOOiO)", (Py_ssize_t)a->data, a->dims[0], a->dims[1], a->strides[0], a->strides[1],
-                         a->base == NULL ? Py_None : a->base, a->descr, a->flags, a->weakrefs == NULL ? Py_False : Py_True);
-}
-
-/* ---- Shortest ---- */
-
-typedef struct {
-    PyObject_HEAD
-    PyMethodDef method; /* of what `ask` gives: here, since a call reads it */
-    PyObject *input, *output; /* names */
-    /* What each call asks of CPython: else found in tables of this module's, which are two pages of data and one of code. */
-    int (*next)(PyObject *, Py_ssize_t *, PyObject **, PyObject **);
-    PyObject *(*call)(PyObject *, PyObject *const *, size_t, PyObject *);
-    PyObject *(*new_dict)(void);
-    int (*set_item)(PyObject *, PyObject *, PyObject *);
-    Clocked clock;
-    PyTypeObject *dict, *tuple, *list;
-    PyObject *none, *yes;
-    PyCFunction pops, appends; /* what `take` and `give` come to, NULL where they are no functions of C's */
-    PyObject *popped, *appended;
-    PyTypeObject *lane_type, *feed_type, *slot_type, *array_type, *clock_type;
-    unsigned short awaited, ended, feed, hands, turn, ahead, bound, dtype, own, seen, times, after, face, ready, shown, stale; /* where fields lie: FIELDS */
-    Py_ssize_t copied; /* bytes of an input that is copied, 0 where it is bound */
-    PyObject *take, *give, *wake; /* of the free lanes */
-    PyObject *reference;          /* does all of it, in Python */
-    PyObject *failed;             /* (inputs, error, hands or None) -> an answer all the same, or raises */
-} Shortest;
-
-#define HELD(DO) DO(take) DO(give) DO(wake) DO(input) DO(output) DO(reference) DO(failed) DO(lane_type) DO(feed_type) DO(slot_type) DO(array_type) DO(clock_type)
-#define FIELDS(DO) \
-    DO(lane_type, awaited, "awaited") DO(lane_type, ended, "ended") DO(lane_type, feed, "feed") DO(lane_type, hands, "hands") \
-    DO(lane_type, turn, "turn") DO(lane_type, ahead, "ahead") \
-    DO(feed_type, bound, "bound") DO(feed_type, dtype, "_dtype") DO(feed_type, own, "_own") DO(feed_type, seen, "_seen") \
-    DO(feed_type, times, "_times") DO(slot_type, after, "after") DO(slot_type, face, "face") DO(slot_type, ready, "ready") \
-    DO(slot_type, shown, "shown") DO(slot_type, stale, "stale")
-
-#define AT(object, offset) (*(PyObject **)((char *)(object) + (offset)))
-
-static PyObject *s_take, *s_another, *s_catch_up, *s_pass_on, *s_given, *s_view, *s_add_up, *s_zero; /* as long as the process lives */
-
-static INLINE void put(PyObject *object, Py_ssize_t offset, PyObject *value) /* takes `value` over */
-{
-    PyObject *before = AT(object, offset);
-    AT(object, offset) = value;
-    Py_XDECREF(before); /* last: it may run anything */
-}
-
-static INLINE int succeeded(PyObject *result) /* takes `result` over, of which it matters only that there is one */
-{
-    Py_XDECREF(result);
-    return result != NULL;
-}
-
-/* `Feed.take` itself. */
-static SELDOM int take_at_length(PyObject *feed, PyObject *array)
-{
-    Py_INCREF(feed);
-    Py_INCREF(array); /* the caller's dictionary may change meanwhile */
-    int taken = succeeded(PyObject_CallMethodOneArg(feed, s_take, array));
-    Py_DECREF(array);
-    Py_DECREF(feed);
-    return taken;
-}
-
-/* The same for the case that another array of the right kind is copied. */
-static APART int take_input(Shortest *self, PyObject *feed, PyObject *array)
-{
-    PyObject *own = AT(feed, self->own);
-    if (self->copied > 0 && own != NULL && own == AT(feed, self->bound) && Py_TYPE(array) == self->array_type && array != AT(feed, self->seen)) {
-        Array *from = (Array *)array, *to = (Array *)own;
-        if (from->descr == AT(feed, self->dtype) && (from->flags & C_CONTIGUOUS) && same_shape(from, to)) {
-            memmove(to->data, from->data, (size_t)self->copied);
-            put(feed, self->times, Py_NewRef(s_zero));
-            put(feed, self->seen, Py_NewRef(array)); /* last: who ends here may do anything */
-            return 1;
-        }
-    }
-    return take_at_length(feed, array);
-}
-
-static SELDOM PyObject *another_slot(Shortest *self, PyObject *lane)
-{
-    PyObject *hands = Py_NewRef(AT(lane, self->hands)), *slot = PyObject_CallMethodNoArgs(hands, s_another);
-    Py_DECREF(hands);
-    if (slot != NULL && Py_TYPE(slot) != self->slot_type) {
-        PyErr_SetString(PyExc_TypeError, "`another` returns a slot");
-        Py_CLEAR(slot);
-    }
-    return slot;
-}
-
-/* `Handing.next`: a request whose arrays nobody has. Its face alone is counted twice, by `Slot.face` and `Slot.faces`, and once more by the
-   view that was shown last, which is forgotten here unless it can be shown again. Not where somebody is to be told of its end, who may do
-   anything then: `another` puts it among those that end when the lane was given back. */
-static INLINE PyObject *free_slot(Shortest *self, PyObject *lane)
-{
-    PyObject *slot = AT(lane, self->turn), *face = NULL;
-    if (slot != NULL && Py_TYPE(slot) == self->slot_type)
-        face = AT(slot, self->face);
-    if (face != NULL && Py_TYPE(face) == self->array_type) {
-        PyObject *shown = AT(slot, self->shown);
-        Py_ssize_t alone = 2;
-        if (shown != NULL && shown != self->none && Py_REFCNT(shown) == 1) {
-            if (Py_TYPE(shown) == self->array_type && OFTEN(untouched(shown, face)))
-                alone = 3;
-            else if (Py_TYPE(shown) == self->array_type && ((Array *)shown)->weakrefs == NULL)
-                put(slot, self->shown, Py_NewRef(self->none));
-        }
-        if (OFTEN(Py_REFCNT(face) <= alone))
-            return Py_NewRef(slot);
-    }
-    return another_slot(self, lane);
-}
-
-static SELDOM PyObject *given_of(Shortest *self, PyObject *lane, PyObject *slot)
-{
-    PyObject *hands = AT(lane, self->hands), *answer = NULL;
-    if (hands == NULL)
-        PyErr_SetString(PyExc_TypeError, "a lane was closed that was not free");
-    else {
-        Py_INCREF(hands);
-        answer = PyObject_CallMethodOneArg(hands, s_given, slot);
-        Py_DECREF(hands);
-    }
-    return answer;
-}
-
-static SELDOM PyObject *new_view(Shortest *self, PyObject *slot, PyObject *face)
-{
-    PyObject *shown = PyObject_CallMethodNoArgs(face, s_view);
-    if (shown != NULL)
-        put(slot, self->shown, shown);
-    return shown;
-}
-
-static INLINE PyObject *answer_of(Shortest *self, PyObject *lane, PyObject *slot)
-{
-    PyObject *face = AT(slot, self->face), *shown = AT(slot, self->shown);
-    if (face == NULL || face == self->none)
-        return given_of(self, lane, slot);
-    if ((shown == NULL || shown == self->none || Py_REFCNT(shown) != 1) && (shown = new_view(self, slot, face)) == NULL)
-        return NULL;
-    PyObject *answer = self->new_dict();
-    if (answer != NULL && self->set_item(answer, self->output, shown) < 0)
-        Py_CLEAR(answer);
-    return answer;
-}
+#include "_hot_answer.h"
 
 static SELDOM int passed_on(PyObject *lane, long long started_ns, long long ended_ns)
 {
@@ -292,10 +102,10 @@ static SELDOM int catches_up(Shortest *self, PyObject *lane, PyObject *slot)
     return right;
 }
 
-/* Answer by a lane whose input and earlier stages are done: by its last one, since `times` where there were any. */
-static INLINE PyObject *by_last(Shortest *self, PyObject *lane, PyObject *ahead, const long long times[2], PyObject **refused)
+/* Answer by a lane whose inputs and earlier stages are done: by its last one, since `times` where there were any. `many`: outputs, or inputs. */
+static INLINE PyObject *by_last(Shortest *self, PyObject *lane, PyObject *ahead, const long long times[2], PyObject **refused, int many)
 {
-    PyObject *slot = free_slot(self, lane), *answer = NULL;
+    PyObject *slot = many ? free_slot_of_many(self, lane) : free_slot(self, lane), *answer = NULL;
     if (slot == NULL)
         return NULL;
     put(lane, self->turn, Py_NewRef(AT(slot, self->after)));
@@ -312,32 +122,55 @@ static INLINE PyObject *by_last(Shortest *self, PyObject *lane, PyObject *ahead,
             started_ns = times[0];
         }
         if (right && counted(lane, started_ns, ended_ns))
-            answer = answer_of(self, lane, slot);
+            answer = many ? answer_of_many(self, lane, slot) : answer_of(self, lane, slot);
     }
     Py_DECREF(slot);
     return answer;
 }
 
 /* The same for a lane of several stages. */
-static APART PyObject *by_stages(Shortest *self, PyObject *lane, PyObject **refused)
+static INLINE PyObject *by_stages(Shortest *self, PyObject *lane, PyObject **refused, int many)
 {
     PyObject *ahead = Py_NewRef(AT(lane, self->ahead)), *answer = NULL; /* another one, where a trace begins meanwhile */
     long long times[2];
     if (Py_TYPE(ahead) != self->tuple || PyTuple_GET_SIZE(ahead) % 3 != 1)
         PyErr_SetString(PyExc_TypeError, "a lane's stages are three objects each, and a clock");
     else if (runs_ahead(self, ahead, times, refused))
-        answer = by_last(self, lane, ahead, times, refused);
+        answer = by_last(self, lane, ahead, times, refused, many);
     Py_DECREF(ahead);
     return answer;
+}
+
+static APART PyObject *one_by_stages(Shortest *self, PyObject *lane, PyObject **refused)
+{
+    return by_stages(self, lane, refused, 0);
 }
 
 /* Answer by a lane that was taken. `refused` becomes who is told of an error, a new reference, where it was a runtime that failed. */
 static INLINE PyObject *by_lane(Shortest *self, PyObject *lane, PyObject *array, PyObject **refused)
 {
     PyObject *feed = AT(lane, self->feed);
-    if (!OFTEN(array == AT(feed, self->bound)) && !take_input(self, feed, array))
+    if (!OFTEN(array == AT(feed, self->bound)) && !take_input(self, feed, array, self->copied))
         return NULL;
-    return OFTEN(AT(lane, self->ahead) == self->none) ? by_last(self, lane, NULL, NULL, refused) : by_stages(self, lane, refused);
+    return OFTEN(AT(lane, self->ahead) == self->none) ? by_last(self, lane, NULL, NULL, refused, 0) : one_by_stages(self, lane, refused);
+}
+
+/* The same where there are several inputs or outputs. What is missing is refused by `Feed.take`. */
+static INLINE PyObject *by_lane_of_many(Shortest *self, PyObject *lane, PyObject *inputs, PyObject **refused)
+{
+    PyObject *feeds = AT(lane, self->feeds);
+    for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(feeds); at++) {
+        PyObject *feed = PyTuple_GET_ITEM(feeds, at), *array = PyDict_GetItemWithError(inputs, AT(feed, self->name));
+        if (array == NULL && PyErr_Occurred())
+            return NULL;
+        array = array == NULL ? self->none : array;
+        if (!OFTEN(array == AT(feed, self->bound))) {
+            Py_ssize_t copied = PyLong_AsSsize_t(AT(feed, self->copies));
+            if ((copied < 0 && PyErr_Occurred()) || !take_input(self, feed, array, copied))
+                return NULL;
+        }
+    }
+    return OFTEN(AT(lane, self->ahead) == self->none) ? by_last(self, lane, NULL, NULL, refused, 1) : by_stages(self, lane, refused, 1);
 }
 
 static PyObject *raised(void) /* the exception that is set, which it takes away */
@@ -393,13 +226,27 @@ static SELDOM PyObject *failing(Shortest *self, PyObject *inputs, PyObject *lane
 
 static SELDOM PyObject *no_lane(void)
 {
-    PyErr_SetString(PyExc_TypeError, "a free lane is closed, or none of one input and one output");
+    PyErr_SetString(PyExc_TypeError, "a free lane is closed, or not of the plan's inputs and outputs");
     return NULL;
 }
 
 static SELDOM PyObject *named(Shortest *self, PyObject *inputs)
 {
     return PyDict_GetItemWithError(inputs, self->input);
+}
+
+static INLINE PyObject *take_lane(Shortest *self)
+{
+    return OFTEN(self->pops != NULL) ? self->pops(self->popped, NULL) : PyObject_CallNoArgs(self->take);
+}
+
+static INLINE PyObject *answered(Shortest *self, PyObject *inputs, PyObject *lane, PyObject *answer, PyObject *refused) /* and gives the lane back */
+{
+    if (!OFTEN(answer != NULL))
+        return failing(self, inputs, lane, refused);
+    if (!give_back(self, lane))
+        Py_CLEAR(answer);
+    return answer;
 }
 
 static IN_ONE_PAGE PyObject *ask(PyObject *object, PyObject *inputs)
@@ -410,7 +257,7 @@ static IN_ONE_PAGE PyObject *ask(PyObject *object, PyObject *inputs)
     if (OFTEN(Py_TYPE(inputs) == self->dict && PyDict_GET_SIZE(inputs) == 1) && self->next(inputs, &at, &name, &array) && name != self->input)
         array = named(self, inputs);
     if (OFTEN(array != NULL))
-        lane = OFTEN(self->pops != NULL) ? self->pops(self->popped, NULL) : PyObject_CallNoArgs(self->take);
+        lane = take_lane(self);
     if (!OFTEN(lane != NULL))
         return array == NULL && PyErr_Occurred() ? NULL : at_length(self, inputs);
 
@@ -420,11 +267,28 @@ static IN_ONE_PAGE PyObject *ask(PyObject *object, PyObject *inputs)
         answer = by_lane(self, lane, array, &refused);
     else
         answer = no_lane();
-    if (!OFTEN(answer != NULL))
-        return failing(self, inputs, lane, refused);
-    if (!give_back(self, lane))
-        Py_CLEAR(answer);
-    return answer;
+    return answered(self, inputs, lane, answer, refused);
+}
+
+static INLINE int fits_many(Shortest *self, PyObject *lane)
+{
+    PyObject *feeds = AT(lane, self->feeds);
+    int fits = AT(lane, self->hands) != NULL && AT(lane, self->ahead) != NULL && feeds != NULL && Py_TYPE(feeds) == self->tuple;
+    fits = fits && PyTuple_GET_SIZE(feeds) == self->inputs;
+    for (Py_ssize_t at = 0; fits && at < self->inputs; at++)
+        fits = Py_TYPE(PyTuple_GET_ITEM(feeds, at)) == self->feed_type;
+    return fits;
+}
+
+static IN_ONE_PAGE PyObject *ask_many(PyObject *object, PyObject *inputs)
+{
+    Shortest *self = (Shortest *)object;
+    PyObject *lane = OFTEN(Py_TYPE(inputs) == self->dict && PyDict_GET_SIZE(inputs) == self->inputs) ? take_lane(self) : NULL;
+    if (!OFTEN(lane != NULL))
+        return at_length(self, inputs);
+    PyObject *refused = NULL, *answer;
+    answer = Py_TYPE(lane) == self->lane_type && fits_many(self, lane) ? by_lane_of_many(self, lane, inputs, &refused) : no_lane();
+    return answered(self, inputs, lane, answer, refused);
 }
 
 /* Where a slot of a class lies in its objects, as the class itself says; -1 with an exception set. */
@@ -450,10 +314,15 @@ static PyCFunction function_of(PyObject *method, int flags, PyObject **bound)
 static PyObject *shortest_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     Shortest given = {0}; /* its objects are borrowed: the collector does not see it */
-    int right = PyArg_ParseTuple(args, "OOOUUOOO!O!O!O!O!n:Shortest", &given.take, &given.give, &given.wake, &given.input, &given.output,
-                                 &given.reference, &given.failed, &PyType_Type, &given.lane_type, &PyType_Type, &given.feed_type,
-                                 &PyType_Type, &given.slot_type, &PyType_Type, &given.array_type, &PyType_Type, &given.clock_type,
-                                 &given.copied);
+    PyObject *one = NULL;
+    int right = PyArg_ParseTuple(args, "OOOOOO!O!O!O!O!nO:Shortest", &given.take, &given.give, &given.wake, &given.reference, &given.failed,
+                                 &PyType_Type, &given.lane_type, &PyType_Type, &given.feed_type, &PyType_Type, &given.slot_type,
+                                 &PyType_Type, &given.array_type, &PyType_Type, &given.clock_type, &given.inputs, &one);
+    int many = one == Py_None;
+    if (many)
+        given.input = given.output = one;
+    else
+        right = right && PyArg_ParseTuple(one, "UUn:Shortest", &given.input, &given.output, &given.copied);
     if (right && !(PyType_IsSubtype(given.lane_type, &ClockType) && PyType_IsSubtype(given.clock_type, &ClockType))) {
         PyErr_SetString(PyExc_TypeError, "a lane is a clock, and a stage has one");
         right = 0;
@@ -468,9 +337,12 @@ static PyObject *shortest_new(PyTypeObject *type, PyObject *args, PyObject *kwar
     HELD(OWN)
 #define KEEP(owner, name, spelled) self->name = given.name;
     FIELDS(KEEP)
-    PyUnicode_InternInPlace(&self->input); /* as names in callers' code are: found without being read */
-    PyUnicode_InternInPlace(&self->output);
+    if (!many) {
+        PyUnicode_InternInPlace(&self->input); /* as names in callers' code are: found without being read */
+        PyUnicode_InternInPlace(&self->output);
+    }
     self->copied = given.copied;
+    self->inputs = given.inputs;
     self->next = PyDict_Next;
     self->call = PyObject_Vectorcall;
     self->new_dict = PyDict_New;
@@ -483,7 +355,7 @@ static PyObject *shortest_new(PyTypeObject *type, PyObject *args, PyObject *kwar
     self->yes = Py_True;
     self->pops = function_of(self->take, METH_NOARGS, &self->popped);
     self->appends = function_of(self->give, METH_O, &self->appended);
-    self->method = (PyMethodDef){"ask", ask, METH_O, PyDoc_STR("Answer a request.")};
+    self->method = (PyMethodDef){"ask", many ? ask_many : ask, METH_O, PyDoc_STR("Answer a request.")};
     return (PyObject *)self;
 }
 

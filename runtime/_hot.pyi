@@ -29,8 +29,6 @@ class Shortest:
         take: Callable[[], Any],
         give: Callable[[Any], None],
         wake: Callable[[], None],
-        input: str,
-        output: str,
         reference: Callable[[Any], Any],
         failed: Callable[[Any, BaseException, Any], Any],
         lane: type,
@@ -38,7 +36,8 @@ class Shortest:
         slot: type,
         array: type,
         clock: type,
-        copied: int,
+        inputs: int,
+        one: tuple[str, str, int] | None,
         /,
     ) -> Shortest: ...
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from sys import intern
 from typing import Any
 
 from numpy import ndarray
@@ -39,17 +40,18 @@ def wanted_buffer(spec: TensorSpec, executables: Sequence[Executable]) -> Buffer
 class Feed:
     """Where one input comes in. `bound` is what the stages read now: the lane's own buffer, or an array of a caller's."""
 
-    __slots__ = ("_copies", "_dtype", "_known", "_own", "_seen", "_shape", "_spec", "_times", "_users", "bound", "name")
+    __slots__ = ("_copies", "_dtype", "_known", "_own", "_seen", "_shape", "_spec", "_times", "_users", "bound", "copied_bytes", "name")
 
     def __init__(self, spec: TensorSpec, known: Mapping[str, TensorSpec], users: Sequence[tuple[Any, Executable]]) -> None:
         """Bind a buffer where one is copied into: for a small input of a size that is known."""
-        self.name = spec.name
+        self.name = intern(spec.name)  # as names in callers' code are
         self.bound: Any = self  # at first nothing that a caller could bring
         self._spec, self._known, self._users = spec, known, users  # the requests that read it, with their executables
         self._dtype, self._shape = dtype_of(spec), spec.shape  # without a type only `checked` can compare
         size = spec.nbytes
         limit = max((getattr(executable, "copy_limit_bytes", COPY_LIMIT_BYTES) for _, executable in users), default=COPY_LIMIT_BYTES)
         self._copies = size is not None and size <= limit
+        self.copied_bytes = (size or 0) if self._copies else 0  # the size of an input that is copied in, as each new small one is; else 0
         self._own: Buffer | None = None
         self._seen: Any = None  # the array that was copied last, and how often in a row
         self._times = 0
@@ -57,11 +59,6 @@ class Feed:
             own = self.own()
             assert own is not None
             self._bind(own)
-
-    @property
-    def copied_bytes(self) -> int:
-        """The size of an input that is copied in, as each new one is that is small; 0 where it is bound."""
-        return (self._spec.nbytes or 0) if self._copies else 0
 
     def own(self) -> Buffer | None:
         """Return the lane's own buffer for the input; None when its size is not known before the call."""

@@ -13,7 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from sys import getrefcount
+from sys import getrefcount, intern
 from types import MethodType
 from typing import Any
 
@@ -50,8 +50,9 @@ class Slot:
     `after` is the one to look at next: what was handed out longest ago is the first that nobody has any more. `alone` is what is counted of
     a face that no caller has. How many of our own references there are to count hangs on the way it is asked, and on the interpreter: so it
     is asked at first, in the same way. Where there is one output only, `face` is its face, and `face_alone` what is counted by that way.
-    `ready` and `shown` are for the hot path in C: how it runs the request, and the view of `face` that it handed out last. That one is kept
-    to be handed out again once its caller has let it go, so who counts references in Python lets it go first.
+    `ready` and `shown` are for the hot path in C: how it runs the request, and the view of `face` that it handed out last, or a list of
+    views of all `faces`. They are kept to be handed out again once their caller has let them go, so who counts references in Python lets go
+    of them first.
     """
 
     __slots__ = ("after", "alone", "arrays", "face", "face_alone", "faces", "forget", "ready", "request", "runs", "shown", "stale")
@@ -60,14 +61,14 @@ class Slot:
         self.after: Slot | None = None
         self.request = executable.new_request()
         self.run_by(self.request.run)
-        self.shown: Buffer | None = None
+        self.shown: Buffer | list[Buffer | None] | None = None
         self.stale = True  # inputs were bound since it ran last
         self.forget: Callable[[], None] | None = getattr(self.request, ForgetsInputs.forget_inputs.__name__, None)
         arrays = []
         for spec in outputs:
             array = aligned_empty(spec)
             self.request.bind(spec.name, array)
-            arrays.append((spec.name, array))
+            arrays.append((intern(spec.name), array))  # as names in callers' code are
         self.arrays: tuple[tuple[str, Buffer], ...] = tuple(arrays)
         self.faces: tuple[tuple[str, Buffer], ...] = tuple((name, _face(array)) for name, array in arrays) if lent else ()
         self.face = self.faces[0][1] if len(self.faces) == 1 else None
@@ -95,11 +96,17 @@ def _count(slot: Slot) -> int:
     return 0
 
 
+def _let_go(slot: Slot, ended: list[Buffer]) -> None:
+    """Let go of what was shown last. What somebody has a weak reference to counts on, until its end is told."""
+    shown, slot.shown = slot.shown, None
+    for each in shown if isinstance(shown, list) else (shown,):
+        if each is not None and weakref.getweakrefcount(each):
+            ended.append(each)
+
+
 def _is_free(slot: Slot, ended: list[Buffer]) -> bool:
     if slot.shown is not None:
-        if weakref.getweakrefcount(slot.shown):
-            ended.append(slot.shown)  # and counts, until its end is told
-        slot.shown = None
+        _let_go(slot, ended)
     for face in slot.faces:  # noqa: SIM110 - counted as `alone` was
         if getrefcount(face[1]) > slot.alone:
             return False

@@ -34,9 +34,10 @@ _Step = tuple[Callable[[], None], Callable[[int], None], list[tuple[str, StageCl
 class Lane(WatchedClock):
     """Runs the stages one after another, and is the clock of its whole way. Used by one thread at a time; who holds it sees to that."""
 
-    # What the shortest way touches lies side by side, in the object itself (`shortest`); `feed` and `hands` where `of_one` is True.
-    __slots__ = ("__dict__", "__weakref__", "ahead", "awaited", "ended", "feed", "hands", "turn")
+    # What the shortest way touches lies side by side, in the object itself (`shortest`); `hands` where it is `short`, `feed` if `of_one`.
+    __slots__ = ("__dict__", "__weakref__", "ahead", "awaited", "ended", "feed", "feeds", "hands", "turn")
     feed: Feed
+    feeds: tuple[Feed, ...]
     hands: Handing
     # The stages before the last one, None without any: what runs each, its clock, who is told when it fails; then the last one's clock.
     ahead: tuple[Any, ...] | None
@@ -79,7 +80,7 @@ class Lane(WatchedClock):
         self.kept_on_device: dict[str, str] = {}  # tensor between stages -> the memory that it never leaves
         self._read_again: set[str] = set()  # outputs that a later stage reads, too
         self._late: list[list[tuple[str, StageClock, Request, list[Request]]]] = [[] for _ in stages]
-        self._feeds: Sequence[Feed] = tuple(self._feed(each, executables) for each in inputs)
+        self.feeds = tuple(self._feed(each, executables) for each in inputs)
         self._bind_boundaries(stages, executables, {each.name for each in outputs})
         self._wrapped: Callable[[int, Callable[[], None]], Callable[[], None]] | None = None
         self.ahead = None
@@ -100,10 +101,12 @@ class Lane(WatchedClock):
         self._order = [each.name for each in outputs]
         self.short = False
         self._shorten()
-        self.of_one = self.short and len(self._feeds) == 1 and self._handing is not None and len(self._handing.private.arrays) == 1
-        if self.of_one:
+        self.of_one = self.short and len(self.feeds) == 1 and self._handing is not None and len(self._handing.private.arrays) == 1
+        if self.short:
             assert self._handing is not None
-            self.feed, self.hands = self._feeds[0], self._handing
+            self.hands = self._handing
+        if self.of_one:
+            self.feed = self.feeds[0]
         self.ended: list[Buffer] = [] if self._handing is None else self._handing.ended  # emptied by who has given the lane back
 
     @property
@@ -142,7 +145,7 @@ class Lane(WatchedClock):
         def call(
             inputs: Mapping[str, Any],
             lane: Lane = self,
-            feeds: tuple[tuple[str, Feed], ...] = tuple((each.name, each) for each in self._feeds),
+            feeds: tuple[tuple[str, Feed], ...] = tuple((each.name, each) for each in self.feeds),
             references: Callable[[object], int] = getrefcount,
             clock: Callable[[], int] = perf_counter_ns,
             handing: Handing = handing,
@@ -239,7 +242,7 @@ class Lane(WatchedClock):
         Raises:
             UsageError: an input is missing, unknown, or of another type or shape.
         """
-        for feed in self._feeds:
+        for feed in self.feeds:
             array = inputs.get(feed.name)
             if array is not feed.bound:
                 feed.take(array)
@@ -254,14 +257,14 @@ class Lane(WatchedClock):
         """
         if self._owed is not None:
             self._pass_on_late(self._owed)
-        for feed in self._feeds:
+        for feed in self.feeds:
             feed.copy(inputs.get(feed.name))
         if len(inputs) != self._count:
             refuse_unknown(inputs, self._specs)
 
     def own(self, name: str) -> Buffer | None:
         """Return the lane's own buffer for an input; None when its size is not known before the call."""
-        return next(each for each in self._feeds if each.name == name).own()
+        return next(each for each in self.feeds if each.name == name).own()
 
     def execute(self) -> None:
         """Run all stages on what was loaded.
@@ -342,14 +345,14 @@ class Lane(WatchedClock):
     @property
     def on_host(self) -> bool:
         """Whether all of the inputs that were loaded last lie on the host."""
-        for each in self._feeds:  # noqa: SIM110 - `all` with a generator takes three times as long
+        for each in self.feeds:  # noqa: SIM110 - `all` with a generator takes three times as long
             if each.bound is each:
                 return False
         return True
 
     def loaded(self) -> dict[str, Buffer]:
         """Return copies of the inputs that were loaded last, without those that lie on a device."""
-        return {each.name: np.array(each.bound) for each in self._feeds if each.bound is not each}
+        return {each.name: np.array(each.bound) for each in self.feeds if each.bound is not each}
 
     def _hand_on(self, late: list[tuple[str, StageClock, Request, list[Request]]]) -> None:
         """Bind what a runtime allocated itself to the stages that read it."""
@@ -361,14 +364,17 @@ class Lane(WatchedClock):
 
     def close(self) -> None:
         """Let go of requests and buffers: as long as a request lives, so does what the runtime holds for it. The clocks stay."""
-        self._requests, self._steps, self._readers, self._feeds, self._fixed = [], [], [], (), []
+        self._requests, self._steps, self._readers, self.feeds, self._fixed = [], [], [], (), []
         if self._handing is not None:
             self._handing.close()
         self._handing = self.turn = None
         self.__dict__.pop("call", None)
+        if self.short:
+            del self.hands
         if self.of_one:
-            del self.feed, self.hands
-        self.of_one, self.ahead = False, None
+            del self.feed
+        self.short = self.of_one = False
+        self.ahead = None
         self._late.clear()
         self._makers.clear()
         self._buffers.clear()
@@ -471,7 +477,7 @@ class Lane(WatchedClock):
         Raises:
             UsageError: an input has no fixed shape, or holds strings.
         """
-        found = {each.name: each.new() for each in self._feeds}
+        found = {each.name: each.new() for each in self.feeds}
         for name, buffer in found.items():
             if buffer is None:
                 raise UsageError(f"the input {self._specs[name]} has no fixed size", advice="make its array with numpy")
@@ -482,7 +488,7 @@ class Lane(WatchedClock):
         for stage, request in zip(stages, self._requests, strict=True):
             if any(each.name == name for each in stage.outputs):
                 return name, request.output
-        handed = next(each for each in self._feeds if each.name == name)  # the plan was checked: what no stage makes is an input
+        handed = next(each for each in self.feeds if each.name == name)  # the plan was checked: what no stage makes is an input
         return name, lambda _: handed.bound
 
     @property

@@ -82,7 +82,8 @@ class Program:
         self._batcher = Batcher(self, self.inputs, self.outputs, batch, batching) if batching else None
         by_threads = self.pipelined or batching is not None
         # What a request is given costs no copy and is its own, so there is nothing to lend.
-        self.gives = not by_threads and all(each.short for each in self.lanes)
+        self.short = all(each.short for each in self.lanes)
+        self.gives = self.short and not by_threads
         self.of_one = all(each.of_one for each in self.lanes)
         # What `run` does: by and by something shorter, and in the end it refuses.
         self.ask: Callable[[Mapping[str, Any]], Outputs] = self._run_by_threads if by_threads else self._first

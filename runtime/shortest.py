@@ -34,10 +34,8 @@ Instead = Callable[["Program", Mapping[str, Any], BaseException], Outputs]  # wh
 
 def shortest(program: Program, instead: Instead) -> Ask:
     """Return what answers a request of a program whose callers run it themselves, and by `instead` where that fails."""
-    if not all(each.of_one for each in program.lanes):
-        return _of_any(program, instead)
-    reference = _of_one(program, instead)
-    return reference if hot.native is None else _native(program, instead, reference)
+    reference = (_of_one if program.of_one else _of_any)(program, instead)
+    return reference if hot.native is None or not program.short else _native(program, instead, reference)
 
 
 def hot_path(program: Program, *, watched: bool) -> dict[str, str | None]:
@@ -45,9 +43,7 @@ def hot_path(program: Program, *, watched: bool) -> dict[str, str | None]:
     why_not = hot.why_not
     if watched or program.pipelined or program.execution.batching is not None:
         why_not = "stages run on threads of their own"
-    elif len(program.inputs) != 1 or len(program.outputs) != 1:
-        why_not = "it is for one input and one output"
-    elif not program.of_one:
+    elif not program.short:
         why_not = "arrays are not handed on as they are: a shape is open, a type is not NumPy's own, or a device writes them"
     return {"hot_path": "python" if why_not else "native", "hot_path_reason": why_not or None}
 
@@ -55,8 +51,7 @@ def hot_path(program: Program, *, watched: bool) -> dict[str, str | None]:
 def _native(program: Program, instead: Instead, reference: Ask) -> Ask:
     """Return what does in C what `reference` does, and asks it, or the methods that it asks, where more is to be done than usual."""
     assert hot.native is not None
-    feed, free = program.lanes[0].feed, program.free
-    ((output, _),) = program.lanes[0].hands.private.arrays
+    lane, free = program.lanes[0], program.free
 
     def failed(inputs: Mapping[str, Any], error: BaseException, refused: Handing | Refusing | None) -> Outputs:
         """Answer a request that came to `error`, when its lane is given back; `refused` is there where it was a runtime that failed."""
@@ -71,9 +66,8 @@ def _native(program: Program, instead: Instead, reference: Ask) -> Ask:
             return instead(program, inputs, known)
 
     turns = free.lanes.popleft, free.lanes.append, free.wake
-    made: Ask = hot.native.Shortest(
-        *turns, feed.name, output, reference, failed, Lane, Feed, Slot, ndarray, StageClock, feed.copied_bytes
-    ).ask
+    one = (lane.feed.name, lane.hands.private.arrays[0][0], lane.feed.copied_bytes) if lane.of_one else None
+    made: Ask = hot.native.Shortest(*turns, reference, failed, Lane, Feed, Slot, ndarray, StageClock, len(lane.feeds), one).ask
     return made
 
 

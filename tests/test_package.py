@@ -94,14 +94,23 @@ def test_the_wheel_holds_the_hot_path_in_c_where_there_is_a_compiler(wheel: zipf
 
 
 def test_the_source_that_is_built_is_in_a_source_distribution(tmp_path: Path) -> None:
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "runtime/_hot.c", "runtime/_hot_clock.h", "runtime/__init__.py"):
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "README.md",
+        "LICENSE",
+        "runtime/_hot.c",
+        "runtime/_hot_answer.h",
+        "runtime/_hot_clock.h",
+        "runtime/__init__.py",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     for folder in project()["tool"]["setuptools"]["package-dir"].values():
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     with tarfile.open(built("--sdist", tmp_path, tmp_path / "out")) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"setup.py", "runtime/_hot.c", "runtime/_hot_clock.h"} <= inside
+    assert {"setup.py", "runtime/_hot.c", "runtime/_hot_answer.h", "runtime/_hot_clock.h"} <= inside
 
 
 def test_every_folder_with_modules_is_a_package_of_the_wheel() -> None:
