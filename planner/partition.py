@@ -138,6 +138,8 @@ def place_cuts(
     try:
         looked = look(chain, measure, most=most, stop=stop, tolerance=tolerance)
     except Infeasible as error:
+        if not forced:
+            return Cuts()  # no block has room in the memory that the constraints leave: the verdict names them
         raise UsageError(
             f"the model cannot be cut into {min_segments} segments here: {error.message}", advice="lower --min-segments"
         ) from error

@@ -74,6 +74,9 @@ def checked(array: Any, spec: TensorSpec, known: Mapping[str, TensorSpec]) -> Bu
     elif value.dtype != np.dtype(spec.dtype):
         plain = not isinstance(array, np.ndarray)  # Python numbers and lists have no type of their own to insist on
         if not (plain and np.can_cast(value.dtype, spec.dtype, casting="same_kind")):
+            if value.dtype.kind not in "biufc" and spec.dtype in _PLAIN and value.dtype.names is None:
+                kind = "text" if value.dtype.kind in "SUT" else f"of type {value.dtype}"
+                raise UsageError(f"input {spec.name!r} is {kind}, expected numbers", advice=f"give an array of {spec.dtype}")
             # A float cut to an integer loses its fraction, and numbers that were normalised nearly all of what they say.
             cut = value.dtype.kind == "f" and np.dtype(spec.dtype).kind in "iu"
             advice = "give whole numbers as they are, not normalised" if cut else f"convert it with .astype({spec.dtype!r})"

@@ -85,7 +85,7 @@ def lines_of(plan: Plan) -> Iterator[tuple[str, str]]:
         best = f", best in {other.objective.replace(',', ' and ')}" if other.objective else ""
         yield "otherwise", f"{other.name}{best}: {', '.join(starmap(_value, other.expected.items()))}"
     for name, number in plan.expected.items():
-        yield "expected", f"{name} {number_line(name, number)}"
+        yield "expected", f"{_spoken(name)} {number_line(name, number)}"
     if plan.certificate is not None:
         yield "sure", plan.certificate.sentence
     if plan.accuracy is not None:
@@ -102,11 +102,13 @@ def stage_line(stage: Stage) -> str:
     """Return a stage in one line."""
     config = ", ".join(f"{name}={value}" for name, value in stage.config.items()) or "default settings"
     copies = f", {stage.replicas} replicas" if stage.replicas > 1 else ""
-    text = f"{stage.target} in {stage.precision}, {config}{copies} (blocks {stage.blocks[0]} to {stage.blocks[1]}, {stage.model})"
+    text = (
+        f"{stage.target} in {_precision(stage.precision)}, {config}{copies} (blocks {stage.blocks[0]} to {stage.blocks[1]}, {stage.model})"
+    )
     for each in stage.everywhere()[1:]:
         part = "" if each.share is None else f"{each.share:.0%} of the requests "
         copies = f" in {each.replicas} replicas" if each.replicas > 1 else ""
-        text += f", beside it {part}on {each.target} in {each.precision}{copies}"
+        text += f", beside it {part}on {each.target} in {_precision(each.precision)}{copies}"
     return text
 
 
@@ -121,7 +123,17 @@ def number_line(name: str, number: Number) -> str:
 
 def _value(name: str, number: Number) -> str:
     scale, unit = _unit(name)
-    return f"{name} {number.value * scale:.4g}{unit}"
+    return f"{_spoken(name)} {number.value * scale:.4g}{unit}"
+
+
+def _precision(name: str) -> str:
+    return "its default precision" if name == "default" else name
+
+
+def _spoken(name: str) -> str:
+    """Return what a number is called, without the unit that it has in files: `peak_memory_bytes` is the peak memory."""
+    suffix = next((each for each in ("_per_s", "_s", "_bytes") if name.endswith(each)), "")
+    return name.removesuffix(suffix).replace("_", " ")
 
 
 def _unit(name: str) -> tuple[float, str]:

@@ -122,7 +122,7 @@ def run_plan(
         print_json(result)
         return
     where = "" if result["bucket"] is None else " at other shapes" if result["bucket"] == "fallback" else f" at {result['bucket']}"
-    took = f"median {result['median_s'] * 1e3:.3f} ms of {repeat}"
+    took = f"{result['median_s'] * 1e3:.3f} ms" if repeat == 1 else f"median {result['median_s'] * 1e3:.3f} ms of {repeat} runs"
     print(f"{result['model']}{where} on {' + '.join(result['targets'])} ({result['validity']}): {took}")
     for each in result["outputs"]:
         print(f"  {each['name']}: {each['dtype']}{each['shape']}  {each['preview']}")

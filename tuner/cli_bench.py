@@ -112,11 +112,15 @@ def failing(expression: str, scenarios: Sequence[str]) -> list[tuple[str, Constr
             raise UsageError(f"--fail-if {text.strip()!r}: {name} is not measured here", advice=f"choose from {', '.join(_METRICS)}")
         if name != "throughput" and not set(scenarios) - {"offline"}:
             raise UsageError(f"--fail-if {text.strip()!r}: offline measures no latency", advice="add --scenario single")
+        sense, example = ("<", "throughput<100/s") if name == "throughput" else (">", f"{name}>20ms")
+        if not operator.startswith(sense):
+            advice = f"{name} fails with {sense}: {name}{sense}{limit}"
+            raise UsageError(f"--fail-if {text.strip()!r} would fail where {name} is good", advice=advice)
         try:
             (opposite,) = parse(f"{name}{_OPPOSITE[operator]}{limit}")
-        except UsageError as error:
-            sense = "<" if name == "throughput" else ">"
-            raise UsageError(f"--fail-if {text.strip()!r} makes no sense", advice=f"{name} fails with {sense}, and {error}") from error
+        except UsageError as error:  # which names the opposite, that nobody wrote
+            why = error.message.partition(": ")[2] or error.message
+            raise UsageError(f"--fail-if {text.strip()!r} makes no sense: {why}", advice=f'write it like --fail-if "{example}"') from error
         found.append((text.strip(), opposite))
     return found
 

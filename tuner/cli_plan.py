@@ -74,7 +74,8 @@ def verify(
     _line("bundle", f"{plan}: {found['files']} files, all as listed; {signed}")
     for each in found["plans"].values():
         for way in each["ways"]:
-            _line("here", f"{each['title']}, {way['name']}: {way['reason']}")
+            exact = ", this machine is as the one that it was proven on" if way["grade"] == "exact" else ""
+            _line("here", f"{each['title']}, {way['name']}: {way['reason']}{exact}")
 
 
 @app.command()

@@ -109,6 +109,16 @@ def test_a_block_that_the_budget_left_out_is_not_said_to_run_nowhere(unseen: set
     assert place_cuts(evidence, lambda spans: {}, min_segments=1, unseen=unseen).looked is None
 
 
+def test_where_no_block_has_room_there_is_no_cut_and_that_is_an_error_only_where_one_was_asked_for() -> None:
+    """As with `memory<1MB`: whether any plan keeps that is for the verdict to say."""
+    model = structure(3)
+    beliefs = beliefs_of(model, [str(CPU)], {(index, str(CPU)): exactly(MS) for index in range(3)}, {})
+    evidence = ChainEvidence(structure=model, beliefs=beliefs, memory_bytes={str(CPU): -1.0})
+    assert place_cuts(evidence, lambda spans: {}, min_segments=1).looked is None
+    with pytest.raises(UsageError, match="cannot be cut into 2 segments here"):
+        place_cuts(evidence, lambda spans: {}, min_segments=2)
+
+
 def test_a_forced_cut_lies_where_least_crosses() -> None:
     ((_, plan),) = cuts({CPU: [MS] * 4}, min_segments=2, crossing=[4_000_000, 1_000, 4_000_000])
     assert placed(plan) == [("one:CPU", 0, 1), ("one:CPU", 2, 3)]

@@ -139,7 +139,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "another byte order": ({"x": np.zeros(SHAPE, ">f4")}, "type >f4, expected float32"),
     "another shape": ({"x": np.zeros((16, 4), np.float32)}, r"shape \[16, 4\]"),
     "as many elements": ({"x": np.zeros(64, np.float32)}, r"shape \[64\]"),
-    "no array": ({"x": "text"}, "expected float32"),
+    "no array": ({"x": "text"}, "is text, expected numbers; give an array of float32"),
     "no mapping": ([1, 2], "inputs are given by name, and this is a list"),
 }
 

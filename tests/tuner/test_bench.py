@@ -173,9 +173,9 @@ def test_what_fails_is_the_opposite_of_a_constraint() -> None:
     ("text", "scenarios", "words"),
     [
         ("p99", ["single"], r'METRIC>LIMIT; write it like --fail-if "p99>20ms"'),
-        ("p99>20", ["single"], "needs a unit"),
-        ("p99<20ms", ["single"], "makes no sense; p99 fails with >"),
-        ("throughput>5/s", ["single"], "throughput fails with <"),
+        ("p99>20", ["single"], "'p99>20' makes no sense: p99 is a time and needs a unit .*; write it like --fail-if .p99>20ms."),
+        ("p99<20ms", ["single"], "would fail where p99 is good; p99 fails with >: p99>20ms"),
+        ("throughput>5/s", ["single"], "throughput fails with <: throughput<5/s"),
         ("size>1MB", ["single"], "size is not measured here; choose from latency, p99, throughput"),
         ("latency>1ms", ["offline"], "offline measures no latency; add --scenario single"),
     ],

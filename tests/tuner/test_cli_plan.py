@@ -68,8 +68,8 @@ def test_show_says_what_it_can_be_traded_for_and_how_sure_it_is(made: Path) -> N
     whole = Estimate(seconds=4e-3, sigma=0.0, source="measured")
     found = certify(whole, [whole], objective="latency", looked=None, among="", why_no_bound="it is one")
     lines = list(lines_of(plan.replaced(alternatives=others, certificate=as_planned(found))))
-    assert ("otherwise", "a, best in memory and size: median_s 12 ms, peak_memory_bytes 5 MB") in lines
-    assert ("otherwise", "b: median_s 12 ms, peak_memory_bytes 5 MB") in lines
+    assert ("otherwise", "a, best in memory and size: median 12 ms, peak memory 5 MB") in lines
+    assert ("otherwise", "b: median 12 ms, peak memory 5 MB") in lines
     assert ("sure", found.sentence) in lines
 
 
@@ -78,6 +78,7 @@ def test_verify_grades_each_way_to_run_it_here(place: Shell) -> None:
     plan, fallback = found["plans"]["plan.json"]["ways"]
     assert (plan["grade"], plan["differences"]) == ("exact", {})
     assert fallback["grade"] is None and "openvino:GPU.7 is not available here" in fallback["reason"]
+    assert "the plan: exact, this machine is as the one that it was proven on" in place.aivmm("plan", "verify", "m.aivmm").out
     (place.work / "m.aivmm" / "segments" / "weights.bin").write_bytes(b"x")
     refused = place.aivmm("plan", "verify", "m.aivmm")
     assert (refused.code, refused.out) == (2, "") and "weights.bin was changed" in refused.err and len(refused.error_lines) == 1
