@@ -68,7 +68,8 @@ class Bundle:
         """Open and check the bundle at `path`. `signed_by`: public keys (PEM), one of which must have signed it.
 
         With `read_later` the contents of the files are not checked yet, and no file may be used before `verify` returned. `first` is told
-        the plan's text before anything else is made of it, and returns what the thread that will read is to do first, if anything.
+        the plan's text before anything else is made of it, and returns what the thread that will read, which is started by then, is to do
+        first, if anything.
 
         Raises:
             BundleError: missing, damaged, changed, unsafe, newer than this version, or not signed as required.
@@ -90,18 +91,20 @@ class Bundle:
     @classmethod
     def _open(cls, path: Path, signed_by: Key | Sequence[Key] | None, first: First) -> Bundle:
         folder, unpacked = unpack(path)
-        reading: Reading | None = None
+        reading = Reading()
         try:
+            if first is not nothing:
+                reading.get_ready()
             text = read_root(folder, PLAN_FILE, path, signed_by=signed_by)
-            reading = Reading(first(text))
+            if first is not nothing:
+                reading.do_first(first(text))
             plan = parse_plan(text, join(path, PLAN_FILE), keys_later=True)
             size = check_listing(folder, plan.files, root=PLAN_FILE, shown=path)
             keys = partial(require_keys_once, text, join(path, PLAN_FILE))
             reading.of(folder, plan.files, plan.model_files(), path, size=size, besides=keys)
             return cls(folder, plan, unpacked=unpacked, reading=reading, text=text)
         except BaseException:  # not handled, only cleaned up: nothing else knows of the folder
-            if reading is not None:
-                reading.end()
+            reading.end()
             if unpacked is not None:
                 unpacked.cleanup()
             raise

@@ -200,7 +200,8 @@ class OpenVino:
         return constants_in(blob)
 
     def look_ahead(self, model: Path) -> None:
-        """Read what `model` declares, which takes half a millisecond when it is done for the first time."""
+        """Read what `model` declares, and what the processor is, which take half a millisecond each when it is done for the first time."""
+        cpu_device()
         with suppress(ModelError, OSError):  # found again by who needs it
             _ahead[model] = file_state(model), read_interface(model)
 

@@ -34,29 +34,48 @@ _What = tuple[Path, Mapping[str, str], frozenset[str], Path, Callable[[], object
 class Reading:
     """The check of a bundle's contents, on a thread of its own: hashing and loading leave the interpreter to each other."""
 
-    def __init__(self, first: Callable[[], object] | None = None) -> None:
-        """Prepare to read what `of` will name. `first` is done on the thread before, from now on: what a runtime does once in a process,
-        without the interpreter. Whatever it raises is left for who asks the runtime for more.
-        """
+    def __init__(self) -> None:
+        """Prepare to read what `of` will name."""
         self.seconds = 0.0
-        self.first_done = first is None
+        self.first_done = True
         self.waited_s = 0.0  # by those who had nothing else to do meanwhile
         # Until all is read and found good, and whatever ends the thread before.
         self._error: BundleError | None = BundleError("the bundle was closed before all of it was read")
         self._given_up = False
         self._starting = threading.Lock()
         self._started = False
+        self._ready = False  # for what it is to do first
         self._pause = threading.Lock()  # held while there is reason to leave the interpreter to who loads
         self._pause.acquire()
-        self._named = threading.Lock()  # held until it is known what is to be read
+        self._named = threading.Lock()  # held until it is known what is to be read, and may be
         self._named.acquire()
+        self._let = False
         self._ended = threading.Lock()  # held until nothing is read any more. An event takes four times as long to make
         self._ended.acquire()
         self._began = 0.0  # to read
         self._jobs: deque[Callable[[], object]] = deque()
         self._what: _What | None = None
+        self._told = threading.Lock()  # held while a thread that is ready is to be told what comes first
+        self._first: Callable[[], object] | None = None
+        self._heard = threading.Lock()  # held until it has heard
+        self._heard.acquire()
+
+    def get_ready(self) -> None:
+        """Start the thread before it is known what it does first: half a millisecond goes by until another core has it."""
+        self._told.acquire()
+        self._ready = True
+        self._start()
+
+    def do_first(self, first: Callable[[], object] | None) -> None:
+        """Have the thread that is ready do `first` before it reads: what a runtime does once in a process, without the interpreter.
+
+        Whatever it raises is left for who asks the runtime for more.
+        """
+        self._first, self.first_done = first, first is None
+        self._ready = False
+        self._told.release()
         if first is not None:
-            self._start(first)
+            self._heard.acquire()  # else the thread would wait for the interpreter, and who loads has time
 
     def of(
         self,
@@ -77,7 +96,9 @@ class Reading:
         """
         self._error = BundleError(f"{shown} was closed before all of it was read")
         self._what = (folder, files, frozenset(models), shown, besides)
-        self._named.release()
+        if self._first is not None:
+            with self._starting:
+                self._let_read()
         if size >= _LARGE_BYTES:
             self.start(at_once=True)
 
@@ -91,13 +112,19 @@ class Reading:
         with self._starting:
             if at_once:
                 self._end_pause()
-            self._start(None)
+            self._start()
+            self._let_read()
 
-    def _start(self, first: Callable[[], object] | None) -> None:
+    def _start(self) -> None:
         if not self._started:
             # Not `threading.Thread`, whose `start` waits until the new thread runs: half a millisecond in which nothing is loaded.
-            _thread.start_new_thread(self._run, (first,))
+            _thread.start_new_thread(self._run, ())
             self._started = True
+
+    def _let_read(self) -> None:
+        if not self._let:
+            self._let = True
+            self._named.release()
 
     def _end_pause(self) -> None:
         if self._pause.locked():
@@ -122,22 +149,25 @@ class Reading:
         self._given_up = True
         with self._starting:
             self._end_pause()
-            if self._what is None and self._named.locked():
-                self._named.release()
+            if self._ready:
+                self.do_first(None)
+            self._let_read()
             if self._started:
                 with self._ended:
                     pass
 
-    def _run(self, first: Callable[[], object] | None) -> None:
+    def _run(self) -> None:
         try:
-            if first is None:
-                self._pause.acquire(timeout=_PAUSE_S)
-            else:
+            self._told.acquire()
+            first = self._first
+            if first is not None:
+                self._heard.release()
                 with suppress(BaseException):  # nobody waits for it, and all that follows has to be done, or who loads waits for ever
                     first()
                 self.first_done = True
-            with self._named:
-                pass
+            self._named.acquire()
+            if first is None:
+                self._pause.acquire(timeout=_PAUSE_S)
             self._work()
             if self._what is not None:
                 self._read(*self._what)
