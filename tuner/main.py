@@ -76,4 +76,5 @@ def _run(given: list[str]) -> int:
 
 def main_tune() -> None:
     """Run `aivmm-tune`, which is `aivmm tune`."""
+    atexit.register(_end_if_interrupted)
     main(["tune", *sys.argv[1:]])

@@ -226,15 +226,17 @@ def run(arguments):
     return 130
 
 cli.run = run
-sys.argv = ["aivmm", "run"]
-main.main()
+entry = sys.argv[1]
+sys.argv[1:] = ["run"]
+getattr(main, entry)()
 """
 
 
+@pytest.mark.parametrize("entry", ["main", "main_tune"])
 @pytest.mark.parametrize("again", [False, True])
-def test_once_more_while_python_ends_has_no_traceback_and_the_same_status(again: bool) -> None:
+def test_once_more_while_python_ends_has_no_traceback_and_the_same_status(entry: str, again: bool) -> None:
     """The status was that of a process killed by the signal. Native libraries are not waited for: their ends hang at times."""
-    with started(ENDING) as process:
+    with started(ENDING, entry) as process:
         assert line(process) == "ends"
         if again:
             process.send_signal(signal.SIGINT)
