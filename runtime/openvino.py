@@ -360,7 +360,12 @@ class _Executable:
     @cached_property
     def effective_config(self) -> Mapping[str, Setting]:
         """What the settings came to. Lazy, as `placement` is: who only runs a plan never asks."""
-        return self._read_back()
+        effective: dict[str, Setting] = {}
+        supported = {str(each) for each in self._compiled.get_property("SUPPORTED_PROPERTIES")}
+        for name in _READ_BACK:
+            if name in supported:
+                effective[name] = _plain(self._compiled.get_property(name))
+        return effective
 
     @cached_property
     def placement(self) -> Placement:
@@ -390,14 +395,6 @@ class _Executable:
         except RuntimeError as error:
             raise Unsupported(f"OpenVINO cannot export: {_words(error)}") from error
         return blob
-
-    def _read_back(self) -> dict[str, Setting]:
-        effective: dict[str, Setting] = {}
-        supported = {str(each) for each in self._compiled.get_property("SUPPORTED_PROPERTIES")}
-        for name in _READ_BACK:
-            if name in supported:
-                effective[name] = _plain(self._compiled.get_property(name))
-        return effective
 
 
 def _match_ports(ports: Sequence[Any], specs: Sequence[TensorSpec]) -> dict[str, int]:
