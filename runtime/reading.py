@@ -26,6 +26,7 @@ _PAUSE_S = 1e-3
 # Hashed at a time. Before and after each the interpreter's lock is taken from who loads the plan meanwhile; larger ones do not stay in the
 # cache of a core, and take new pages where the runtime asks for pages, too.
 _PIECE_BYTES = 256 << 10
+_CORE = 36  # of what stands behind a thread's name in its `stat`: the core it was on last (proc_pid_stat(5), field 39)
 
 
 _What = tuple[Path, Mapping[str, str], frozenset[str], Path, Callable[[], object] | None]  # folder, files, models, shown, besides
@@ -59,11 +60,13 @@ class Reading:
         self._first: Callable[[], object] | None = None
         self._heard = threading.Lock()  # held until it has heard
         self._heard.acquire()
+        self._loader = 0  # the thread that loads, as the system calls it
 
     def get_ready(self) -> None:
         """Start the thread before it is known what it does first: half a millisecond goes by until another core has it."""
         self._told.acquire()
         self._ready = True
+        self._loader = threading.get_native_id()
         self._start()
 
     def do_first(self, first: Callable[[], object] | None) -> None:
@@ -166,7 +169,9 @@ class Reading:
                     first()
                 self.first_done = True
             self._named.acquire()
-            if first is None:
+            if first is not None:
+                leave_core_of(self._loader)
+            else:
                 self._pause.acquire(timeout=_PAUSE_S)
             self._work()
             if self._what is not None:
@@ -205,6 +210,23 @@ class Reading:
             self._error.__cause__ = error
         finally:
             self.seconds = perf_counter() - started
+
+
+def leave_core_of(thread: int) -> None:
+    """Have the calling thread go on upon another core than the one that `thread` of this process was on last, where it may use another.
+
+    A runtime that asks each core what it is (OpenVINO does) leaves the thread that woke it on the last of them, where the one that loads
+    may be. Linux lets both take turns there for ten milliseconds and more while another core has nothing to do. Which cores a thread
+    may use stays as it is.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    with suppress(OSError, ValueError, IndexError):  # without /proc, or where cores were taken away meanwhile
+        core = int(Path(f"/proc/self/task/{thread}/stat").read_bytes().rpartition(b")")[2].split()[_CORE])
+        cores = os.sched_getaffinity(0)
+        if cores - {core}:
+            os.sched_setaffinity(0, cores - {core})
+            os.sched_setaffinity(0, cores)
 
 
 def check_content(folder: Path, name: str, expected: str, shown: Path, between: Callable[[], None] = lambda: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -192,3 +193,54 @@ def test_what_is_done_first_ends_where_the_rest_is_refused(bundle: Path, damage:
 def ended(before: int) -> bool:
     """Say whether there are no more threads than before, in a while."""
     return any(threads() <= before or time.sleep(0.01) for _ in range(1000))
+
+
+def core_of(thread: int) -> int:
+    """Return the core that a thread of this process was on last."""
+    return int(Path(f"/proc/self/task/{thread}/stat").read_text().rpartition(")")[2].split()[36])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores, and Linux")
+def test_a_thread_leaves_the_core_of_another_and_may_use_all_of_them_still() -> None:
+    allowed, found, done = os.sched_getaffinity(0), dict[int, tuple[int, Any]](), threading.Event()
+    loader: list[int] = []
+
+    def load(core: int) -> None:
+        os.sched_setaffinity(0, {core})
+        loader.append(threading.get_native_id())
+        while not done.is_set():
+            pass
+
+    def leave(core: int) -> None:
+        me = threading.get_native_id()
+        os.sched_setaffinity(0, {core})
+        os.sched_setaffinity(0, allowed)  # and is still there, as after a runtime that asked each core
+        reading.leave_core_of(loader[-1])
+        found[core] = core_of(me), os.sched_getaffinity(0)
+
+    for core in sorted(allowed)[:2]:
+        done.clear()
+        busy = threading.Thread(target=load, args=(core,))
+        busy.start()
+        while not loader or core_of(loader[-1]) != core:
+            time.sleep(0.001)
+        other = threading.Thread(target=leave, args=(core,))
+        other.start()
+        other.join()
+        done.set()
+        busy.join()
+        loader.clear()
+        assert found[core][0] != core and found[core][1] == allowed
+    reading.leave_core_of(1 << 30)  # one that is gone
+    assert os.sched_getaffinity(0) == allowed
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_on_one_core_a_thread_stays() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        reading.leave_core_of(threading.get_native_id())
+        assert os.sched_getaffinity(0) == {min(allowed)}
+    finally:
+        os.sched_setaffinity(0, allowed)
