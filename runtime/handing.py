@@ -89,6 +89,14 @@ def _ready(runs: Callable[[], object]) -> object:
     return (function.__func__, function.__self__, *arguments) if type(function) is MethodType else (function, *arguments)
 
 
+def run_ready(ready: Any) -> None:
+    """Run what `_ready` returned."""
+    if type(ready) is tuple:
+        ready[0](*ready[1:])
+    else:
+        ready()
+
+
 def _count(slot: Slot) -> int:
     # Never through a variable: a debugger that looks at those of this frame would be counted, too.
     for face in slot.faces:

@@ -16,7 +16,7 @@ from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.backend import Buffer, DeviceTensor, DeviceTensors, Executable, Request, host_buffer, is_foreign, on_device
 from aivmm.runtime.clocks import StageClock
 from aivmm.runtime.feed import Feed, wanted_buffer
-from aivmm.runtime.handing import Handing, Slot, counts_references, direct_call, run_before
+from aivmm.runtime.handing import Handing, Slot, counts_references, direct_call, run_before, run_ready
 from aivmm.runtime.inputs import is_numpy, refuse_unknown
 from aivmm.runtime.plan import Stage
 from aivmm.runtime.watched_clock import WatchedClock
@@ -219,10 +219,7 @@ class Lane(WatchedClock):
         for at in range(0, len(ahead) - 1, 3):
             runs, clock, told = ahead[at : at + 3]
             try:
-                if type(runs) is tuple:
-                    runs[0](*runs[1:])
-                else:
-                    runs()
+                run_ready(runs)
             except Exception as error:
                 told.refuse(error)
                 raise

@@ -54,6 +54,7 @@ def interrupted_at(step: int, call: Callable[[], object], of: Callable[[CodeType
         return pend
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # from 3.12 on, who asks for instructions the first time in a process gets them the next time
     with interrupts(once):
         try:
             sys.settrace(trace)
