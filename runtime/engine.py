@@ -29,6 +29,7 @@ from aivmm.runtime.paces import PacedMonitor, tell_apart
 from aivmm.runtime.plan import Execution, Plan, Stage
 from aivmm.runtime.program import Program
 from aivmm.runtime.registry import load_backend
+from aivmm.runtime.rehearsal import rehearse
 from aivmm.runtime.signing import Key
 from aivmm.runtime.streaming import Reply, ordered
 from aivmm.runtime.target import Target
@@ -57,6 +58,7 @@ class Engine:
         if self._blobs and not bundle.runtime_awake():  # who loads waits for it, and may do of his work what needs none
             look_ahead((each.target, bundle.file(each.model)) for each in self.plan.stages)
             self._blobs.foresee(sum(len(each.everywhere()) for each in self.plan.stages), bundle.runtime_awake)
+            rehearse(self.plan)
         self.events: list[str] = []  # what did not go as planned: fallbacks taken, conditions that differ
         self._targets: dict[str, Target] = {}
         self.attempts: list[Attempt] = []  # the plan and its fallbacks, in the order they were tried
@@ -437,9 +439,8 @@ class Engine:
 
     def _grade(self, stages: Sequence[Stage]) -> Validity:
         """Find the targets of `stages`, and grade the conditions that the plan records of them."""
-        for target in (each.target for stage in stages for each in stage.everywhere()):
-            if target not in self._targets:
-                self._targets[target] = find_named(target)
+        for target in (each.target for stage in stages for each in stage.everywhere() if each.target not in self._targets):
+            self._targets[target] = find_named(target)
         return grade_stages(stages, self.plan.environments, self._targets)
 
     def _compile_stages(self, stages: Sequence[Stage], execution: Execution) -> Program:
