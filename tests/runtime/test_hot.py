@@ -70,7 +70,7 @@ class Kind(NamedTuple):
         return {"y": y, "w": -y} if self.several else {"y": y}
 
 
-@pytest.fixture(params=[Kind(), Kind(4), Kind(several=True), Kind(4, several=True)], ids=["whole", "cut", "several", "several, cut"])
+@pytest.fixture(params=[Kind(), Kind(4), Kind(4, several=True)], ids=["whole", "cut", "several, cut"])
 def kind(request: pytest.FixtureRequest) -> Kind:
     found: Kind = request.param
     return found
@@ -382,9 +382,9 @@ def test_calls_and_errors_leave_nothing_behind(warm: Callable[..., Engine], capl
 
     calls(2000)
     before = held()
-    calls(20_000)
+    calls(8_000)
     grown = [after - ago for ago, after in zip(before, held(), strict=True)]
-    assert grown[0] < 500 and max(map(abs, grown[1:])) < 100, grown
+    assert grown[0] < 300 and max(map(abs, grown[1:])) < 100, grown
 
 
 def test_an_engine_that_nobody_has_goes_away_without_being_closed(hot_path: str, tmp_path: Path) -> None:
