@@ -25,11 +25,13 @@ class Loan:
         self._lane: Lane | None = None
 
     def __enter__(self) -> dict[str, Buffer]:
-        self._program = self._engine._program
+        engine = self._engine
+        self._program = engine._program
+        if self._program.gives and engine.timeout_s is None:
+            return engine.run(self._inputs)  # which does all that is done below when it fails
         try:
             if self._program.gives:
-                engine = self._engine
-                return engine.run(self._inputs) if engine.timeout_s is None else self._program.ask(self._inputs)
+                return self._program.ask(self._inputs)
             self._lane, outputs = self._program.borrow(self._inputs)
         except (AttributeError, TypeError):
             refuse_unnamed(self._inputs)

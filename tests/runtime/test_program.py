@@ -225,6 +225,17 @@ def test_an_error_reaches_the_request_it_belongs_to_and_no_other(load: Load, exe
     assert engine.run({"i": np.array([3])})["y"].tolist() == [3]
 
 
+@pytest.mark.parametrize("how", ["run", "lend"])
+@pytest.mark.parametrize("parts", [[Part(ONNXRUNTIME)], [Part(ONNXRUNTIME, 0, 0), Part(OPENVINO, 1)]], ids=len)
+def test_a_request_that_fails_is_one_reason_to_take_a_program_for_dead(load: Load, parts: list[Part], how: str) -> None:
+    engine, bad = load(lookup(), parts, fallbacks=[[Part(ONNXRUNTIME)]]), {"i": np.array([99])}
+    for _ in range(2):  # three are needed where nothing was answered yet
+        with pytest.raises(Unsupported, match="ONNX Runtime while running"):
+            engine.run(bad) if how == "run" else engine.lend(bad).__enter__()
+        assert engine.running == "the plan"
+    assert engine.run({"i": np.array([3])})["y"].tolist() == [3]
+
+
 def test_bad_inputs_are_refused_before_anything_runs(way: Callable[..., Engine]) -> None:
     engine = way(chain_model(), 3)
     good = {"x": normal(2, 32)}
