@@ -162,10 +162,12 @@ def _clock_cautions(before: Conditions, after: Conditions, *, busy: bool) -> Ite
     # Whoever else works on the other half of a core slows this half to 60 % at an unchanged clock; that is the load's own caution.
     if not busy and before.speed and after.speed and after.speed < _FELL * before.speed:
         clocks = f" ({before.cpu_mhz:.0f} MHz before, {after.cpu_mhz:.0f} MHz after)" if before.cpu_mhz and after.cpu_mhz else ""
+        same = bool(before.cpu_mhz and after.cpu_mhz and after.cpu_mhz > _FELL * before.cpu_mhz)
+        others = "whoever shares the host of a virtual machine may slow it down: tune again in a quieter hour"
         yield Caution(
             code="clock-fell",
             message=f"at the end a core did the same work {1 - after.speed / before.speed:.0%} slower than at the beginning{clocks}",
-            advice="let the machine cool down, choose its performance power profile, and tune again",
+            advice=others if same else "let the machine cool down, choose its performance power profile, and tune again",
         )
     if after.capped_mhz and after.most_mhz and after.capped_mhz < _CAPPED * after.most_mhz:
         yield Caution(

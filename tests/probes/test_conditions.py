@@ -276,3 +276,10 @@ def test_a_real_card_tells_its_clock_and_temperature() -> None:
     state = card_state(devices[0].uid)
     assert state.sm_mhz and state.most_sm_mhz and state.sm_mhz <= state.most_sm_mhz
     assert state.temperature_c and 10 < state.temperature_c < 110
+
+
+def test_what_to_do_about_a_slower_core_hangs_on_whether_its_clock_fell() -> None:
+    slower = replace(LATER, speed=500.0)
+    for mhz, words in ((3000.0, "shares the host"), (1500.0, "cool down"), (None, "cool down")):
+        (found,) = cautions(CALM, replace(slower, cpu_mhz=mhz), load_cores=0.0)
+        assert found.code == "clock-fell" and words in found.advice
