@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Sequence
 
 import optuna
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
 from aivmm.planner.records import Importance
@@ -57,6 +56,9 @@ def _shares(trials: Sequence[FrozenTrial], at: int, kept: set[str] | frozenset[s
     ])  # fmt: skip
     if len({each.value for each in study.get_trials(deepcopy=False)}) < 2:
         return {}  # all alike: nothing mattered
+    # Here: it loads scikit-learn for another evaluator, which takes a second, and a short search has nothing to ask.
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is experimental, and that there are few trials
         shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=_GOOD))

@@ -47,9 +47,11 @@ class Bundle:
         reading: Reading | None = None,
         text: bytes | None = None,
         shared: bool = False,
+        size: int = 0,
     ) -> None:
-        """Take what `open` found. A `shared` reading is somebody else's to end."""
+        """Take what `open` found. A `shared` reading is somebody else's to end; `size` is that of all files in bytes, where it is known."""
         self.folder = folder
+        self.size = size
         self.plan = plan
         self._unpacked = unpacked
         self._reading = reading
@@ -102,7 +104,7 @@ class Bundle:
             size = check_listing(folder, plan.files, root=PLAN_FILE, shown=path)
             keys = partial(require_keys_once, text, join(path, PLAN_FILE))
             reading.of(folder, plan.files, plan.model_files(), path, size=size, besides=keys)
-            return cls(folder, plan, unpacked=unpacked, reading=reading, text=text)
+            return cls(folder, plan, unpacked=unpacked, reading=reading, text=text, size=size)
         except BaseException:  # not handled, only cleaned up: nothing else knows of the folder
             reading.end()
             if unpacked is not None:

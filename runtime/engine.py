@@ -15,21 +15,22 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from aivmm.errors import AivmmError, BundleError, Unsupported, UsageError
 from aivmm.runtime import hot
+from aivmm.runtime.ahead import get_ready
 from aivmm.runtime.backend import Buffer, DeviceTensor, Executable
 from aivmm.runtime.blobs import BlobCache
 from aivmm.runtime.bundle import Bundle
 from aivmm.runtime.causes import Machine
 from aivmm.runtime.deadline import Deadlines
 from aivmm.runtime.drift import Drift
-from aivmm.runtime.finding import find_named, look_ahead, waking
+from aivmm.runtime.finding import find_named, waking
 from aivmm.runtime.inputs import kept, refuse_unnamed
 from aivmm.runtime.lane import Lane
 from aivmm.runtime.loan import Loan
 from aivmm.runtime.paces import PacedMonitor, tell_apart
+from aivmm.runtime.paging import give_back
 from aivmm.runtime.plan import Execution, Plan, Stage
 from aivmm.runtime.program import Program
 from aivmm.runtime.registry import load_backend
-from aivmm.runtime.rehearsal import rehearse
 from aivmm.runtime.signing import Key
 from aivmm.runtime.streaming import Reply, ordered
 from aivmm.runtime.target import Target
@@ -55,10 +56,7 @@ class Engine:
         self._lock, self._failover, self._closed = threading.Lock(), threading.Lock(), False
         self.plan: Plan = bundle.plan
         self._blobs = BlobCache(bundle.digest) if cache else None
-        if self._blobs and not bundle.runtime_awake():  # who loads waits for it, and may do of his work what needs none
-            look_ahead((each.target, bundle.file(each.model)) for each in self.plan.stages)
-            self._blobs.foresee(sum(len(each.everywhere()) for each in self.plan.stages), bundle.runtime_awake)
-            rehearse(self.plan)
+        self._has_room = get_ready(bundle, self._blobs)
         self.events: list[str] = []  # what did not go as planned: fallbacks taken, conditions that differ
         self._targets: dict[str, Target] = {}
         self.attempts: list[Attempt] = []  # the plan and its fallbacks, in the order they were tried
@@ -326,6 +324,8 @@ class Engine:
         if self._admission is not None:  # who still waits there is told that the engine is closed
             self._admission.shutdown()
         self._bundle.close()
+        if self._has_room:
+            give_back()
 
     def __enter__(self) -> Engine:
         return self

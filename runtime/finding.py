@@ -31,6 +31,14 @@ class Wakes(Protocol):
         """Return what does it for the target of that device name; None where there is nothing, or no more."""
 
 
+@runtime_checkable
+class PacksWeights(Protocol):
+    """A backend whose runtime copies weights into memory of its own, in the host, on the thread that has it compile a model."""
+
+    def packs_weights(self, name: str) -> bool:
+        """Say whether it does so for the target of that device name."""
+
+
 _TARGET = re.compile(rb'"target": ?"([a-z0-9_]{1,40}):([A-Za-z0-9_.:]{1,80})"')
 _MOST_LOOKED_AT = 8  # targets, which a stranger's text may name by the million
 
@@ -61,6 +69,17 @@ def look_ahead(models: Iterable[tuple[str, Path]]) -> None:
             ahead: Callable[[Path], None] | None = getattr(load_backend(name.partition(":")[0]), ImportsBlob.look_ahead.__name__, None)
             if ahead is not None:
                 ahead(model)
+
+
+def packs_weights(targets: Iterable[str]) -> bool:
+    """Say whether the runtime of any of these targets, `runtime:name` each, takes memory for weights from who loads; see `PacksWeights`."""
+    for each in targets:
+        runtime, _, name = each.partition(":")
+        with suppress(UsageError):  # as `waking`
+            ask: Callable[[str], bool] | None = getattr(load_backend(runtime), PacksWeights.packs_weights.__name__, None)
+            if ask is not None and ask(name):
+                return True
+    return False
 
 
 def find_target(backend: Backend, name: str) -> Target:

@@ -116,6 +116,10 @@ class OnnxRuntime:
         """Return what makes a first session, where there was none; see `Wakes`. The CPU's kernels are registered then, which takes 2 ms."""
         return None if was_woken() or name != "CPU" else wake
 
+    def packs_weights(self, name: str) -> bool:
+        """Say that the CPU's kernels do; see `PacksWeights`. What goes to a card is not packed here."""
+        return name == "CPU"
+
     def knobs(self, target: Target) -> Sequence[Knob]:
         """List what can be tuned on `target`."""
         kind = _kind(target)

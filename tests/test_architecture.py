@@ -213,6 +213,11 @@ def test_loading_a_plan_imports_nothing_that_it_can_do_without(tmp_path: Path) -
     assert not modules & slow
 
 
+def test_a_tune_starts_without_what_few_searches_ask_for() -> None:
+    """Which knobs mattered is asked of longer searches alone, and scikit-learn takes a second to load."""
+    assert not loaded_after("import aivmm.tuner.session") & {"sklearn", "pandas"}
+
+
 def test_importing_all_of_the_runtime_loads_nothing_that_only_tuning_needs() -> None:
     modules = ", ".join(sorted(module_of(file) for file in sources("runtime")))
     tuning = {library for library, folders in HEAVY.items() if "runtime" not in folders}

@@ -68,6 +68,7 @@ def tuned(place: Place, *devices: str, budget: str = "5s", more: tuple[str, ...]
     return done
 
 
+@pytest.mark.slow
 def test_two_cards_take_half_of_the_requests_each(place: Place) -> None:
     done = tuned(place, card("GPU.0", 0.02), card("GPU.1", 0.02))
     plan = done.json["plan"]

@@ -79,6 +79,7 @@ def fragile(tmp_path: Path) -> str:
     return python_path(folder)
 
 
+@pytest.mark.slow
 def test_a_setting_that_crashes_the_driver_costs_one_probe_and_is_not_tried_again(place: Place, tiny: Path, fragile: str) -> None:
     arguments = ("tune", tiny, *TINY, "--backend", "fragile", "--budget", "6s", "--trials", "3", "--top", "1", "--json")
     done = place.aivmm(*arguments, PYTHONPATH=fragile)

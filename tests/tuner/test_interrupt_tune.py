@@ -102,6 +102,7 @@ def test_twice_stops_now_and_keeps_what_was_measured(place: Place, tiny: Path) -
     check_kept(place, "interrupted")
 
 
+@pytest.mark.slow
 def test_twice_is_twice_over_all_shapes(place: Place, tiny: Path) -> None:
     """The second shape took the second Ctrl-C for its first, and went on."""
     several = ("--dim", "side=8,16", "--targets", "onnxruntime", "--budget", "1200s", "--trials", "500", "--top", "1")

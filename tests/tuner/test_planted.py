@@ -84,6 +84,7 @@ def check_planted(place: Place, name: str, *, whole: bool) -> None:
         assert is_right(place, "whole.aivmm", model, samples(name))
 
 
+@pytest.mark.slow
 def test_what_openvino_computes_wrong_is_found_recorded_told_and_not_placed_there(place: Place) -> None:
     check_planted(place, "large_integers", whole=False)
 

@@ -81,6 +81,7 @@ def test_a_model_lowered_with_a_data_set_is_judged_by_the_users_metric_and_runs(
     assert 1e-6 < error < 0.2  # lowered in truth, and not to nonsense
 
 
+@pytest.mark.slow
 def test_the_same_again_lowers_and_measures_nothing(shared: Place, tiny: Path, lowered: Finished) -> None:
     kept = {path: path.stat().st_mtime_ns for path in (shared.folder / "cache" / "lowered").iterdir() if path.suffix != ".lock"}
     again = shared.aivmm("tune", tiny, *TINY, *LOWERED, *FEW, "-o", "low.aivmm")
@@ -89,6 +90,7 @@ def test_the_same_again_lowers_and_measures_nothing(shared: Place, tiny: Path, l
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_metric_that_nothing_meets_gives_no_plan(shared: Place, tiny: Path) -> None:
     done = shared.aivmm("tune", tiny, *TINY, *LOWERED[:-1], "metric>=1.5", *FEW, *ONE_RUNTIME, "-o", "none.aivmm")
     assert done.code == 3
@@ -131,6 +133,7 @@ def test_what_does_not_fit_is_one_line(
     assert "Traceback" not in done.err
 
 
+@pytest.mark.slow
 def test_int8_calibrated_on_made_up_inputs_says_so(shared: Place, tiny: Path) -> None:
     done = shared.aivmm(
         "tune", tiny, *TINY, "--precisions", "int8", "--constraint", "cosine>=0.5", *FEW, *ONE_RUNTIME, "-o", "made-up.aivmm"
@@ -140,6 +143,7 @@ def test_int8_calibrated_on_made_up_inputs_says_so(shared: Place, tiny: Path) ->
     assert "int8 was calibrated and judged on synthetic inputs alone: bring --dataset" in done.json["verdict"]
 
 
+@pytest.mark.slow
 def test_a_service_level_says_what_it_stands_for(shared: Place, tiny: Path) -> None:
     done = shared.aivmm("tune", tiny, *TINY, "--service-level", "interactive", *FEW[:-2], *ONE_RUNTIME, "-v", "-o", "level.aivmm")
     assert done.code == 0, done.err

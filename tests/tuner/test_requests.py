@@ -19,6 +19,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place.at(tmp_path_factory.mktemp("requests"))
 
 
+@pytest.mark.slow
 def test_a_forced_cut_of_real_inputs_runs_right_in_the_precision_allowed(shared: Place, tiny: Path, tmp_path: Path) -> None:
     images = np.random.default_rng(11).random((3, 1, 3, 16, 16), dtype=np.float32)
     np.savez(tmp_path / "images.npz", input=images)
@@ -50,6 +51,7 @@ def test_a_forced_cut_of_real_inputs_runs_right_in_the_precision_allowed(shared:
     assert allowed["onnxruntime:CPU default"]
 
 
+@pytest.mark.slow
 def test_throughput_chooses_a_batch_of_those_allowed(shared: Place, tiny: Path) -> None:
     done = shared.aivmm(
         "tune",

@@ -168,6 +168,7 @@ def test_two_goals_leave_an_alternative_that_can_be_loaded(place: Place) -> None
     assert study.objectives == ("latency", "throughput") and len(study.front) >= 1
 
 
+@pytest.mark.slow
 def test_the_service_level_low_power_finds_the_plan_that_needs_least(place: Place, tiny: Path) -> None:
     done = place.aivmm(
         "tune", tiny, *TINY, "--backend", "null", "--service-level", "low-power", "--budget", "6s", "--trials", "4", "--top", "1", "--json"

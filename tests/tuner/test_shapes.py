@@ -302,6 +302,7 @@ def test_python_lists_are_what_the_command_line_lists() -> None:
 # --- what runs other shapes
 
 
+@pytest.mark.slow
 def test_other_shapes_run_with_open_extents_where_that_is_asked_for(tmp_path: Path) -> None:
     place = Place.at(tmp_path)
     write_model(place.work / "tokens.onnx", token_model("rows"))

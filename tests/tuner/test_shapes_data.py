@@ -124,6 +124,7 @@ def test_a_callable_of_several_shapes_says_which_to_tune_for(place: Place, in_pr
 # --- listed shapes
 
 
+@pytest.mark.slow
 def test_each_shape_is_judged_with_the_samples_that_fit_it(tmp_path: Path) -> None:
     place = Place.at(tmp_path)
     write_model(place.work / "tokens.onnx", token_model("rows"))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.runtime.test_strays import det_model
 from tests.tuner.harness import Place
 
 
+@pytest.mark.slow
 def test_a_plan_says_which_nodes_its_card_leaves_to_the_cpu_and_what_they_cost(place: Place) -> None:
     (place.work / "det.onnx").write_bytes(det_model())
     done = place.aivmm("tune", "det.onnx", "--backend", "null", "--targets", "null:GPU", "--budget", "2s", "--trials", "2")

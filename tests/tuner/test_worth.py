@@ -165,6 +165,7 @@ def _tuned(place: Place, graph: float, default_s: float) -> tuple[str, str]:
     return done.json["plan"]["stages"][0]["target"], done.err
 
 
+@pytest.mark.slow
 def test_a_card_that_is_slow_with_its_defaults_and_fast_with_its_settings_is_the_plan(place: Place) -> None:
     target, said = _tuned(place, graph=0.05, default_s=0.05)
     assert target == "cards:GPU.0", said
