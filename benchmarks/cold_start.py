@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import random
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.engine import Report, single
+from benchmarks.medians import median_shown
 from tests.making import ONNXRUNTIME, OPENVINO, chain_model, make_bundle
 
 OURS = """
@@ -152,19 +152,6 @@ def _row(report: Report, name: str, target: str, found: dict[str, list[_Times]],
     shown = f"{median_shown(took / needed)} | 1.1 | {held} | {apart} | {there}"
     imports = f"{ms(theirs, 'imports')} | {ms(ours, 'imports')}"
     report.say(f"| {name} | {target} | {ms(theirs, 'load')} | {ms(ours, 'load')} | {waited} | {shown} | {imports} |")
-
-
-def median_shown(values: Any) -> str:
-    """Return a median with the 95 % interval that the order of the values gives it, whatever their distribution; none of fewer than 6."""
-    if not len(values):
-        return "none"
-    ordered, count = np.sort(values), len(values)
-    below, share = 0, 0.5**count  # values left out on each side, and the probability that no more than those lie below the median
-    while share + math.comb(count, below + 1) * 0.5**count <= 0.025:
-        below += 1
-        share += math.comb(count, below) * 0.5**count
-    interval = f" ({ordered[below]:.3f} to {ordered[-1 - below]:.3f})" if share <= 0.025 else ""
-    return f"{np.median(ordered):.3f}{interval}"
 
 
 def two_cores(seconds: float = 0.03) -> float:
