@@ -14,7 +14,7 @@
 #include <Python.h>
 #include <structmember.h>
 
-#define VERSION 7 /* `hot.VERSION` */
+#define VERSION 8 /* `hot.VERSION` */
 
 #ifdef Py_GIL_DISABLED
 #error "counts references and shares counters under the global lock"

@@ -57,6 +57,7 @@ typedef struct {
     long long *ring; /* the last durations, that of call i at i % RING */
     long long step, until, pause_ns, until_ns, looked, own_ns; /* of `may_wait`; `own_ns`: the CPU time of this process at the last look */
     double call_ns, ratio;
+    long long later; /* calls that may still come when some were slow */
     long long looking_ns; /* what `may_wait` took, added up; who passes calls on takes from it */
 } Clock;
 
@@ -154,9 +155,14 @@ static int were_calm(Clock *clock, long long now_ns)
 {
     long long calls = clock->count - clock->looked, own_ns = process_time_ns();
     double total_ns = (double)sum_of(clock, calls);
-    if (total_ns > (double)calls * clock->call_ns || total_ns > (double)(own_ns - clock->own_ns) * clock->ratio) {
+    int kept = total_ns > (double)(own_ns - clock->own_ns) * clock->ratio, slow = total_ns > (double)calls * clock->call_ns;
+    if (kept || (slow && clock->later == 0)) {
         clock->until = clock->count;
         return 0;
+    }
+    if (slow) {
+        clock->until = clock->count + clock->later < clock->until ? clock->count + clock->later : clock->until;
+        clock->call_ns = Py_HUGE_VAL;
     }
     look_again(clock, now_ns, own_ns);
     return 1;
@@ -183,9 +189,9 @@ static PyObject *clock_may_wait(PyObject *self, PyObject *nanoseconds)
 static PyObject *clock_wait(PyObject *self, PyObject *args)
 {
     Clock *clock = (Clock *)self;
-    long long now_ns, step, most, pause_ns, most_ns;
+    long long now_ns, step, most, pause_ns, most_ns, later;
     double call_ns, ratio;
-    if (!PyArg_ParseTuple(args, "LLLLLdd:wait", &now_ns, &step, &most, &pause_ns, &most_ns, &call_ns, &ratio))
+    if (!PyArg_ParseTuple(args, "LLLLLddL:wait", &now_ns, &step, &most, &pause_ns, &most_ns, &call_ns, &ratio, &later))
         return NULL;
     clock->step = step;
     clock->until = clock->count + (most < RING - 1 ? most : RING - 1);
@@ -193,6 +199,7 @@ static PyObject *clock_wait(PyObject *self, PyObject *args)
     clock->until_ns = now_ns + most_ns;
     clock->call_ns = call_ns;
     clock->ratio = ratio;
+    clock->later = later;
     look_again(clock, now_ns, process_time_ns());
     Py_RETURN_NONE;
 }

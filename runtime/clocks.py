@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -45,7 +46,7 @@ class PythonClock:
         self.due = self.due_ns = 0  # the count at which, and the time from which, what was timed may be passed on: see `WatchedClock`
         self._until = self._until_ns = 0  # by when it is passed on in any case
         self._looked = self._own_ns = 0  # the count, and the CPU time of this process, at the last look of `may_wait`
-        self._bounds = 0, 0, 0.0, 0.0
+        self._bounds: tuple[int, int, float, float, int] = 0, 0, 0.0, 0.0, 0
         self.ended_ns = 0  # the last call
         self.looking_ns = 0  # what `may_wait` took, added up; who passes calls on takes from it
         self._ring: deque[int] = deque(maxlen=RING)
@@ -61,14 +62,15 @@ class PythonClock:
         """Return the durations of so many of the last calls, the very last first; of at most as many as are remembered."""
         return _newest(self._ring, max(0, min(many, self.count, RING)))
 
-    def wait(self, now_ns: int, step: int, most: int, pause_ns: int, most_ns: int, call_ns: float, ratio: float) -> None:
-        """Begin to wait with what is timed from now on, for `most` calls or `most_ns`, as long as none of them was slow.
+    def wait(self, now_ns: int, step: int, most: int, pause_ns: int, most_ns: int, call_ns: float, ratio: float, later: int) -> None:
+        """Begin to wait with what is timed from now on, for `most` calls or `most_ns`.
 
-        That is looked at by each `step` of them. They are slow where a call takes more than `call_ns` on average, or all take more than
-        `ratio` times the CPU time that this process took meanwhile. Where none comes for `pause_ns` the next one is not waited with.
+        By each `step` of them is looked whether a call takes more than `call_ns` on average: then for no more than `later` calls; and
+        whether all take more than `ratio` times the CPU time that this process took meanwhile: then for none. Where none comes for
+        `pause_ns` the next one is not waited with.
         """
         self._until, self._until_ns = self.count + min(most, RING - 1), now_ns + most_ns
-        self._bounds = step, pause_ns, call_ns, ratio
+        self._bounds = step, pause_ns, call_ns, ratio, later
         self._look_again(now_ns, process_time_ns())
 
     def may_wait(self, now_ns: int) -> bool:
@@ -85,17 +87,21 @@ class PythonClock:
         return calm
 
     def _were_calm(self, now_ns: int) -> bool:
-        _, _, call_ns, ratio = self._bounds
+        step, pause_ns, call_ns, ratio, later = self._bounds
         calls, own_ns = self.count - self._looked, process_time_ns()
         total_ns = self.newest_ns(calls)
-        if total_ns > calls * call_ns or total_ns > (own_ns - self._own_ns) * ratio:
+        slow = total_ns > calls * call_ns
+        if total_ns > (own_ns - self._own_ns) * ratio or (slow and not later):
             self._until = self.count
             return False
+        if slow:
+            self._until = min(self._until, self.count + later)
+            self._bounds = step, pause_ns, math.inf, ratio, later
         self._look_again(now_ns, own_ns)
         return True
 
     def _look_again(self, now_ns: int, own_ns: int) -> None:
-        step, pause_ns, _, _ = self._bounds
+        step, pause_ns, *_ = self._bounds
         self._looked, self._own_ns = self.count, own_ns
         self.due, self.due_ns = min(self.count + step, self._until), min(now_ns + pause_ns, self._until_ns)
 

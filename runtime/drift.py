@@ -101,11 +101,12 @@ class Calm(NamedTuple):
     call_ns: float = math.inf
     ratio: float = math.inf  # of what they take to this process's CPU time meanwhile, which says nothing of one among several callers
     most_ns: int = 0  # what one of them counts for
+    begun: bool = False  # some were slow, and kept from no core: what comes of that takes half a second at least
 
     @property
-    def is_bounded(self) -> bool:
-        """Whether there are calls that are slow."""
-        return math.isfinite(self.call_ns)
+    def may_wait(self) -> bool:
+        """Whether those that are not slow may wait for long, or those that are for a moment: not where nothing is told by them."""
+        return math.isfinite(self.ratio) and (self.begun or math.isfinite(self.call_ns))
 
 
 class Sums(NamedTuple):
@@ -208,10 +209,11 @@ class DriftMonitor:
         with self._lock:
             if self._warming or self.is_outside:
                 return Calm()
-            if self._cusum.sum > 0.0 or self._contention.is_above:
+            begun = self._cusum.sum > 0.0
+            if self._contention.is_above or (begun and self._callers > 1):
                 return None
             ratio = math.exp(self._contention.level) if self._callers == 1 else math.inf
-            return Calm(call_ns=math.exp(self._cusum.level), ratio=ratio, most_ns=self._most_ns)
+            return Calm(call_ns=math.inf if begun else math.exp(self._cusum.level), ratio=ratio, most_ns=self._most_ns, begun=begun)
 
     def resume(self) -> None:
         """Take note that other calls than those watched here came meanwhile."""

@@ -16,7 +16,7 @@ import numpy as np
 from aivmm.errors import UsageError
 
 VARIABLE = "AIVMM_HOT_PATH"
-VERSION = 7  # of what `_hot` and the Python around it expect of each other; whoever changes that raises it on both sides
+VERSION = 8  # of what `_hot` and the Python around it expect of each other; whoever changes that raises it on both sides
 
 
 def _load() -> ModuleType:

@@ -31,13 +31,16 @@ _PAGE_BYTES = 4096
 def make_room(size: int, until: Callable[[], bool]) -> bool:
     """Have the next `size` bytes of the calling thread's heap in large pages, and write to them until `until` says so.
 
-    Say whether that was done: not for less than 4 MiB, where it is not worth it, nor for more than 31. Memory that was not written to is
-    none before it is asked for.
+    Say whether that was done: not for less than 4 MiB, where it is not worth it, nor for more than 31, nor where there is no more memory.
+    What was not written to takes none before it is asked for.
     """
     if sys.platform != "linux" or not _LEAST_BYTES <= size <= MOST_BYTES:
         return False
-    np.empty(size + _PAGE_BYTES, dtype=np.uint8)  # mapped for itself and freed: what comes next is taken from the heap
-    held = np.empty(size, dtype=np.uint8)
+    try:
+        np.empty(size + _PAGE_BYTES, dtype=np.uint8)  # mapped for itself and freed: what comes next is taken from the heap
+        held = np.empty(size, dtype=np.uint8)
+    except MemoryError:  # the runtime, which needs less at a time, may still find it
+        return False
     for start in range(0, size, _PIECE_BYTES):
         if until():
             break

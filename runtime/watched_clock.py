@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from time import perf_counter_ns
 
 from aivmm.runtime.clocks import RING, StageClock
@@ -14,10 +13,12 @@ log = logging.getLogger("aivmm.engine")
 
 # What was timed is passed on to who watches it: 200 to 500 µs where caches are cold, as much as a short call takes. Were it one call in a
 # hundred, that would be the 99th percentile, and one in five hundred still moves it by several microseconds. So short calls wait for two
-# seconds, or for as many as are remembered, while a look at each observation of them (`may_wait`: microseconds in C) says that
-# nothing began that would be told. What begins something is passed on at once, with all before it. Where nothing is told anyway, in a
-# warm-up or once it was, and where there are several callers, they are passed on as often as a baseline needs.
+# seconds, or for as many as are remembered, while a look at each observation of them (`may_wait`: microseconds in C) says that nothing
+# began that would be told. What is kept from cores is passed on at once, with all before it; what is slow otherwise, which is told after
+# half a second at the soonest, by some observations. Where nothing is told anyway, in a warm-up or once it was, and where there are
+# several callers, they are passed on as often as a baseline needs.
 _WAIT_NS, _PAUSED_NS = 2_000_000_000, 500_000_000
+_SLOW_OBSERVATIONS, _SLOW_NS = 4, 250_000_000
 _PASSED_CALLS, _PASSED_LEAST_NS, _PASSED_MOST_NS = 512, 50_000_000, 250_000_000
 # Who waits for longer than this and than twice what an observation takes lately is not waited with: his calls came in a burst, which is
 # held against bursts. Several with the pauses between them would seem to be of a slower pace, and calls in a row would have no baseline.
@@ -81,15 +82,15 @@ class WatchedClock(StageClock):
             # comes seldom. Short ones are not waited for longer than a block of them would have taken.
             long = call_ns >= _LONG_NS
             most_ns = _NEVER_NS if long else _LONG_PASSED_NS
-            self.wait(now_ns, step, max(1, BLOCK - self._rest) if long else min(step, RING - BLOCK), most_ns, most_ns, 0.0, 0.0)
+            self.wait(now_ns, step, max(1, BLOCK - self._rest) if long else min(step, RING - BLOCK), most_ns, most_ns, 0.0, 0.0, 0)
             return
         most = max(step, min(max(_PASSED_CALLS, _PASSED_LEAST_NS // call_ns), _PASSED_MOST_NS // call_ns))
-        most_ns = _PAUSED_NS
-        if calm.is_bounded and math.isfinite(calm.ratio):
-            most, most_ns, self._most_ns = RING, _WAIT_NS, calm.most_ns
+        most_ns, later = _PAUSED_NS, _SLOW_OBSERVATIONS * step
+        if calm.may_wait:
+            most, most_ns, self._most_ns = (later, _SLOW_NS, calm.most_ns) if calm.begun else (RING, _WAIT_NS, calm.most_ns)
         self._times = (self._times + 1) % _BURSTS_TIMES
         pause_ns = min(_PAUSED_NS, _BURST_NS + _BURST_OBSERVATIONS * step * (self._period_ns if self._times else call_ns))
-        self.wait(now_ns, step, min(most, RING - BLOCK), pause_ns, most_ns, calm.call_ns, calm.ratio)
+        self.wait(now_ns, step, min(most, RING - BLOCK), pause_ns, most_ns, calm.call_ns, calm.ratio, later)
 
     def _watched(self, watch: PacedMonitor, many: int, started_ns: int, now_ns: int) -> None:
         """Tell who watches what the last calls took, so many, but for those of a block that is not whole."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -438,3 +439,25 @@ def test_calls_at_a_fixed_rate_have_shorter_pauses_when_they_are_slower(
             engine.run(x)
             Slow.wait()
     assert len(heard(told)) == 1 and engine.stats()["drift"]["state"] == "outside"
+
+
+def test_slow_calls_may_wait_for_a_moment_unless_they_are_kept_from_cores() -> None:
+    """What is told of the others takes half a second at least."""
+    machine = ByHand()
+    monitor = DriftMonitor(None, tell=lambda _: None, machine=machine)
+
+    def comes(call_s: float, own_s: float) -> None:
+        """An observation of calls that need so much CPU time."""
+        calls = int(0.021 / call_s)
+        machine.passes(calls * call_s, own=calls * own_s, waited=calls * (call_s - own_s), others=calls * (call_s - own_s))
+        monitor.add_short([[int(call_s * 1e9)] * calls])
+
+    for _ in range(40):
+        comes(300e-6, 300e-6)
+    calm = monitor.calm()
+    assert calm is not None and calm.may_wait and not calm.begun and 300e3 < calm.call_ns < 400e3
+    comes(450e-6, 450e-6)
+    calm = monitor.calm()
+    assert calm is not None and calm.may_wait and calm.begun and calm.call_ns == math.inf and calm.ratio < 2
+    comes(450e-6, 300e-6)
+    assert monitor.calm() is None

@@ -51,15 +51,18 @@ def test_both_clocks_remember_the_same(notes: list[Any], many: int) -> None:
     st.integers(1, 6000),
     st.sampled_from([0.0, 1000.0, 1500.0, 1e12]),
     st.sampled_from([0.0, 1e12]),
+    st.sampled_from([0, 1, 50, 500]),
 )
-def test_both_clocks_wait_for_as_long(phases: list[tuple[int, int]], step: int, most: int, call_ns: float, ratio: float) -> None:
+def test_both_clocks_wait_for_as_long(
+    phases: list[tuple[int, int]], step: int, most: int, call_ns: float, ratio: float, later: int
+) -> None:
     if hot.native is None:
         pytest.skip(hot.why_not)
     both = (clocks.PythonClock(), hot.native.Clock())
     waited: list[list[Any]] = [[], []]
     for each, found in zip(both, waited, strict=True):
         each.fill()
-        each.wait(0, step, min(most, 1000), 100_000, 500_000, call_ns, ratio)
+        each.wait(0, step, min(most, 1000), 100_000, 500_000, call_ns, ratio, later)
         now_ns = 0
         for calls, took_ns in phases:
             for _ in range(calls):
@@ -69,7 +72,7 @@ def test_both_clocks_wait_for_as_long(phases: list[tuple[int, int]], step: int, 
                 if each.count >= each.due or now_ns >= each.due_ns:
                     found.append((each.count, each.may_wait(now_ns), each.may_wait(now_ns) and each.due, each.due_ns))
                     if not each.may_wait(now_ns):
-                        each.wait(now_ns, step, min(most, 1000), 100_000, 500_000, call_ns, ratio)
+                        each.wait(now_ns, step, min(most, 1000), 100_000, 500_000, call_ns, ratio, later)
     assert waited[0] == waited[1]
 
 

@@ -60,6 +60,13 @@ def test_what_is_small_or_very_large_is_left_as_it_is(size: int) -> None:
     assert not make_room(size, lambda: False)
 
 
+@LINUX
+def test_where_there_is_no_more_memory_nothing_is_made_of_it() -> None:
+    code = "import resource; from aivmm.runtime.paging import make_room; resource.setrlimit(resource.RLIMIT_DATA, (1 << 20, 1 << 20))"
+    done = subprocess.run([sys.executable, "-c", f"{code}; print(make_room(9 << 20, bool))"], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("False\n", 0), done.stderr
+
+
 # Prints by how many bytes the process is larger than before it loaded a plan: while it is loaded, and when it was closed.
 CLOSES = """
 import gc, sys, aivmm, numpy as np

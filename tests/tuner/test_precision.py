@@ -98,6 +98,7 @@ def test_a_limit_on_the_metric_that_nothing_meets_gives_no_plan(shared: Place, t
     assert not (shared.work / "none.aivmm").exists()
 
 
+@pytest.mark.slow
 def test_eight_real_samples_let_int8_join_and_synthetic_ones_do_not(shared: Place, tiny: Path, tuned: Tuned) -> None:
     np.savez(shared.work / "eight.npz", input=np.random.default_rng(6).standard_normal((16, 1, 3, 16, 16)).astype(np.float32))
     done = shared.aivmm("tune", tiny, *TINY, "--inputs", "eight.npz", *FEW, *ONE_RUNTIME, "-o", "joined.aivmm")
@@ -215,6 +216,7 @@ def test_no_plan_is_over_its_limit_whatever_int8_does_to_a_model(kind: str, tmp_
     assert relative_l2(made, expected) < 2 * (2 * (1 - 0.999)) ** 0.5  # on inputs that nobody saw
 
 
+@pytest.mark.slow
 def test_a_lowered_model_that_was_compiled_to_be_judged_is_raced_as_it_is(
     in_process: Callable[..., Finished], shared: Place, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
