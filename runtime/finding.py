@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from aivmm.errors import Unsupported, UsageError
 from aivmm.runtime.backend import Backend, ImportsBlob
@@ -51,34 +50,37 @@ def waking(text: bytes) -> Callable[[], object] | None:
     A runtime that is not here has none. Why it is not is found when it is needed.
     """
     for found in islice(_TARGET.finditer(text), _MOST_LOOKED_AT):
-        runtime, device = found[1].decode(), found[2].decode()
-        try:
-            ask: Callable[[str], Callable[[], object] | None] | None = getattr(load_backend(runtime), Wakes.wakes.__name__, None)
-        except UsageError:
-            continue
-        wake = None if ask is None else ask(device)
+        ask: Callable[[str], Callable[[], object] | None] | None = _offered(found[1].decode(), Wakes.wakes.__name__)
+        wake = None if ask is None else ask(found[2].decode())
         if wake is not None:
             return wake
     return None
 
 
+def _offered(runtime: str, method: str) -> Any:
+    """Return a method that a backend may have or not; None where it has not, or is not here. `isinstance` takes 40 µs when it is first
+    asked."""
+    try:
+        return getattr(load_backend(runtime), method, None)
+    except UsageError:
+        return None
+
+
 def look_ahead(models: Iterable[tuple[str, Path]]) -> None:
     """Have the backend of each target `runtime:name` do of taking back a model what needs no runtime yet; see `ImportsBlob`."""
     for name, model in models:
-        with suppress(UsageError):  # as `waking`
-            ahead: Callable[[Path], None] | None = getattr(load_backend(name.partition(":")[0]), ImportsBlob.look_ahead.__name__, None)
-            if ahead is not None:
-                ahead(model)
+        ahead: Callable[[Path], None] | None = _offered(name.partition(":")[0], ImportsBlob.look_ahead.__name__)
+        if ahead is not None:
+            ahead(model)
 
 
 def packs_weights(targets: Iterable[str]) -> bool:
     """Say whether the runtime of any of these targets, `runtime:name` each, takes memory for weights from who loads; see `PacksWeights`."""
     for each in targets:
         runtime, _, name = each.partition(":")
-        with suppress(UsageError):  # as `waking`
-            ask: Callable[[str], bool] | None = getattr(load_backend(runtime), PacksWeights.packs_weights.__name__, None)
-            if ask is not None and ask(name):
-                return True
+        ask: Callable[[str], bool] | None = _offered(runtime, PacksWeights.packs_weights.__name__)
+        if ask is not None and ask(name):
+            return True
     return False
 
 
